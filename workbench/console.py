@@ -1,0 +1,54 @@
+"""What the person sees while work goes on: a bar a step on a terminal, a line a step in a log."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+BAR_AFTER_S = 0.5
+
+
+class Console:
+    """Draws `artifacts.Show` on standard error, so that standard output stays the answer."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._live = sys.stderr.isatty() and not quiet
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def task(self, text: str) -> Iterator[Callable[[float, float, str], None]]:
+        """A step of the work; yields `progress(done, total, detail)` and tells how long it took."""
+        started = time.monotonic()
+        if not self._live:
+            yield lambda done, total, detail: None
+            self.say(f"{text}: {_seconds(time.monotonic() - started)}")
+            return
+        from rich.console import Console as Terminal
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn
+
+        columns = [
+            SpinnerColumn(), TextColumn("{task.fields[name]}", markup=False), BarColumn(),
+            TextColumn("{task.fields[detail]}", markup=False), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(),
+        ]  # fmt: skip
+        # Four frames a second: drawing faster would take time from what is measured.
+        with Progress(*columns, console=Terminal(stderr=True), transient=True, refresh_per_second=4) as bar:
+            task = bar.add_task("", total=None, name=text, detail="")
+
+            def progress(done: float, total: float, detail: str) -> None:
+                bar.update(task, completed=done, total=total, detail=detail)
+
+            yield progress
+        self.say(f"{text}: {_seconds(time.monotonic() - started)}")
+
+
+def _seconds(span_s: float) -> str:
+    return f"{span_s:.1f} s" if span_s < 90 else f"{int(span_s // 60)} min {int(span_s % 60)} s"

@@ -1,0 +1,39 @@
+"""The one exception a user is meant to see, and the phrases it is made of.
+
+`UserError` says what is wrong, where, and what to do next; the command line prints it as one line and
+exits with 2. Any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what, where, what to do."""
+
+
+class WorkFailed(Exception):
+    """A worker raised, hung, died or answered nonsense. The message is one line; the log it names has the rest."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A suggestion to append to "unknown <thing> 'word'": the nearest known name, or the whole list."""
+    known = sorted(set(known))
+    folded = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(word).lower(), folded, n=1, cutoff=0.6)
+    if near:
+        return f"Did you mean '{folded[near[0]]}'?"
+    return f"Known: {', '.join(known)}." if known else ""
+
+
+def unknown(thing: str, word: str, known: Iterable[str], where: str = "") -> UserError:
+    """The error for a name that is not in a registry or a list; `where` prefixes it, as in `file: key`."""
+    prefix = f"{where}: " if where else ""
+    return UserError(f"{prefix}unknown {thing} '{word}'. {did_you_mean(word, known)}".rstrip())
+
+
+def install_with(what: str, command: str) -> UserError:
+    """The error for an engine or library that is missing."""
+    return UserError(f"{what} is not installed here. Install it with: {command}")

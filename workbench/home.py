@@ -1,0 +1,154 @@
+"""Where the program keeps things outside the repository, and how two runs share it.
+
+Everything is under `$WORKBENCH_HOME` (default: the platform's cache folder): `bases/`, `tokens/`,
+`artifacts/`, each entry a folder named by the digest of what determined it, written under a temporary
+name and renamed when whole. A name that exists is therefore complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import tomllib
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError
+
+
+def home() -> Path:
+    """`$WORKBENCH_HOME`, or `workbench` in the platform's cache folder."""
+    chosen = os.environ.get("WORKBENCH_HOME")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("workbench"))
+
+
+def instance() -> str:
+    """Six hex digits that tell this installation from another on the same kind of machine."""
+    file = home() / "instance"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), open(file, "x") as new:
+            new.write(uuid.uuid4().hex[:6] + "\n")
+    return file.read_text().strip()
+
+
+def interpreter(backend: str, default: str) -> str:
+    """The Python that runs a backend on this machine.
+
+    `WORKBENCH_PYTHON_<BACKEND>` in the environment, then `[python]` in `$WORKBENCH_HOME/config.toml`,
+    then `default`.
+    """
+    chosen = os.environ.get(f"WORKBENCH_PYTHON_{backend.upper()}")
+    if chosen:
+        return chosen
+    file = home() / "config.toml"
+    if not file.exists():
+        return default
+    try:
+        settings = tomllib.loads(file.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: not valid TOML: {error}") from None
+    return str(settings.get("python", {}).get(backend, default))
+
+
+@contextlib.contextmanager
+def lock(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on a file; `waiting` is called once if somebody else holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is not None:
+                waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def machine_lock(waiting: Callable[[], None] | None = None) -> contextlib.AbstractContextManager[None]:
+    """One heavy thing at a time on this machine, whatever its `$WORKBENCH_HOME`: measurements are disturbed
+    by anything else."""
+    return lock(Path(tempfile.gettempdir()) / f"workbench-{os.getuid()}.lock", waiting)
+
+
+def entry(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """The cache folder `kind/key`, made by `make(folder)` if it is not there yet, and its record.
+
+    `make` writes files into the folder it is given and returns the record stored beside them as
+    `<kind's singular>.json`. What fails leaves its folder under a `.partial` name, where work that can be
+    resumed is taken up again. Raises whatever `make` raises; a full disk becomes a `UserError`.
+    """
+    final = home() / kind / key
+    record = f"{kind.rstrip('s')}.json"
+    with lock(home() / "locks" / f"{kind}-{key}"):
+        if not (final / record).exists():
+            partial = final.with_name(f"{key}.partial")
+            partial.mkdir(parents=True, exist_ok=True)
+            try:
+                made = make(partial)
+                (partial / record).write_text(json.dumps(made, indent=1))
+                _sync(partial / record)
+                if final.exists():
+                    shutil.rmtree(final)
+                partial.rename(final)
+            except OSError as error:
+                raise disk_error(error, partial) or error from None
+    return final, json.loads((final / record).read_text())
+
+
+def disk_error(error: OSError, where: Path) -> UserError | None:
+    """`ENOSPC` as a line for the user."""
+    import errno
+
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    free = shutil.disk_usage(where).free if where.exists() else 0
+    return UserError(
+        f"{where}: the disk is full ({free / 2**30:.1f} GiB free). Free some space (`workbench clean` removes "
+        "unfinished work and old artifacts) or set WORKBENCH_HOME to a larger disk; finished work is kept."
+    )
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def remember(recipe: Path) -> None:
+    """Note the recipe last quantized here, for `workbench profile` without one."""
+    home().mkdir(parents=True, exist_ok=True)
+    temporary = home() / f"last-recipe.{os.getpid()}"
+    temporary.write_text(str(recipe.resolve()) + "\n")
+    temporary.rename(home() / "last-recipe")
+
+
+def last_recipe() -> Path | None:
+    """The recipe last quantized on this machine, if any."""
+    file = home() / "last-recipe"
+    return Path(file.read_text().strip()) if file.exists() else None
+
+
+def clean(everything: bool) -> int:
+    """Remove `.partial` folders, logs and states (or all made things); the bytes freed."""
+    freed = 0
+    kinds = ("bases", "tokens", "artifacts", "imatrices", "references")
+    targets = [home() / "logs", home() / "states"]
+    for kind in kinds:
+        folder = home() / kind
+        if folder.is_dir():
+            targets += [folder] if everything else list(folder.glob("*.partial"))
+    for target in targets:
+        if target.exists():
+            freed += sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+            shutil.rmtree(target)
+    return freed

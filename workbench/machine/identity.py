@@ -1,0 +1,121 @@
+"""What this machine is, and which engines it has: the part of a row that says where a number was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from workbench import __version__
+from workbench.home import instance
+
+
+@lru_cache(maxsize=1)
+def machine() -> dict[str, Any]:
+    """Processor, memory, GPUs, system; `name` is the folder its results go to."""
+    gpus, driver = _gpus()
+    cpu = _cpu_model()
+    threads = len(os.sched_getaffinity(0))
+    memory_bytes = psutil.virtual_memory().total
+    words = gpus[0]["name"] if gpus else f"{cpu} {threads} cores {round(memory_bytes / 2**30)} GiB"
+    slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    return {
+        "name": f"{slug}-{instance()}",
+        "cpu": cpu,
+        "threads": threads,
+        "memory_bytes": memory_bytes,
+        "gpus": gpus,
+        "driver": driver,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = re.sub(r"\(R\)|\(TM\)|CPU|Processor|@.*", " ", line.split(":", 1)[1])
+                return " ".join(model.split())
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> tuple[list[dict[str, Any]], str | None]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        found = []
+        for i in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(i)
+            name = pynvml.nvmlDeviceGetName(handle)
+            found.append({"name": name, "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total})
+        return found, driver
+    except Exception:  # No library, no driver, no permission: all mean "no GPU to speak of".
+        return [], None
+
+
+def has_cuda() -> bool:
+    """Whether an NVIDIA GPU is at hand."""
+    return bool(machine()["gpus"])
+
+
+@lru_cache(maxsize=32)
+def versions(packages: tuple[str, ...], python: str = sys.executable) -> dict[str, str]:
+    """Versions of those packages that an interpreter has installed; absent ones are left out."""
+    if Path(python) == Path(sys.executable):
+        return _installed(packages)
+    script = (
+        "import importlib.metadata as m, json, sys\n"
+        "found = {}\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: found[name] = m.version(name)\n"
+        "    except m.PackageNotFoundError: pass\n"
+        "print(json.dumps(found))"
+    )
+    try:
+        answer = subprocess.run(
+            [python, "-P", "-c", script, *packages], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(json.loads(answer.stdout))
+
+
+def _installed(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@lru_cache(maxsize=1)
+def program() -> dict[str, str]:
+    """This program's version, and its commit where it runs from a checkout."""
+    found = {"workbench": __version__}
+    folder = Path(__file__).resolve().parents[2]
+    if (folder / ".git").exists():
+        try:
+            answer = subprocess.run(
+                ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+                capture_output=True, text=True, timeout=10, check=True,
+            )  # fmt: skip
+            found["commit"] = answer.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            pass
+    return found

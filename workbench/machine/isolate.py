@@ -1,0 +1,225 @@
+"""Call a function in a fresh interpreter: `call("package.module:function", payload)`.
+
+An engine may abort, hang, leak, print on stdout or leave threads behind; none of that may reach the
+program or the next measurement. So each piece of work runs as
+`python -P -m workbench.machine.isolate request.json reply.json` in a session of its own, with a scrubbed
+environment, its output in a log file and a time limit. The reply is a file, written whole and renamed.
+The moment it is on disk the child leaves by `os._exit`: some engines abort while they shut down, and that
+must not turn a good answer into a failure.
+
+Rejected: `multiprocessing` (forks or pickles, and cannot start another interpreter), reading stdout for the
+answer (engines print there), and polling (a busy parent slows the child down on a small machine).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError
+
+Progress = Callable[[float, float, str], None]
+"""`progress(done, total, text)`; the parent draws it."""
+
+KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CC", "CXX")
+KEPT_PREFIXES = ("LC_", "XDG_", "HF_", "CUDA_", "NVIDIA_", "WORKBENCH_", "SSL_CERT", "REQUESTS_CA", "CURL_CA")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+SILENT = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONHASHSEED": "0",
+}
+SAMPLE_S = 0.1
+LOG_TAIL_CHARACTERS = 1500
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back: `value`, or `error` with the reason in one line and `log` with the output's tail."""
+
+    value: Any
+    error: str | None
+    user_error: bool
+    log: str
+    duration_s: float
+
+
+def call(
+    function: str,
+    payload: Any,
+    *,
+    workdir: Path,
+    python: str = sys.executable,
+    time_limit_s: float | None = None,
+    environment: dict[str, str] | None = None,
+    on_progress: Progress | None = None,
+    on_sample: Callable[[int], None] | None = None,
+) -> Reply:
+    """Run `module:function(payload, progress)` in a fresh interpreter and wait for its JSON answer.
+
+    `on_sample(pid)` is called every 0.1 s while the child lives. Never raises for what the child does;
+    an interrupt kills the child and is passed on.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    request, reply, log = workdir / "request.json", workdir / "reply.json", workdir / "log.txt"
+    reply.unlink(missing_ok=True)
+    request.write_text(json.dumps({"function": function, "payload": payload}))
+    started = time.monotonic()
+    read_end, write_end = os.pipe()
+    with open(log, "wb") as output:
+        try:
+            child = subprocess.Popen(
+                [python, "-P", "-m", "workbench.machine.isolate", str(request), str(reply), str(write_end)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_environment(environment or {}),
+                cwd=workdir,
+                start_new_session=True,
+                pass_fds=(write_end,),
+            )
+        except OSError as error:
+            os.close(read_end)
+            return Reply(None, f"cannot start {python}: {error}", True, "", 0.0)
+        finally:
+            os.close(write_end)
+    try:
+        timed_out = _follow(child, read_end, started, time_limit_s, on_progress, on_sample)
+    finally:
+        os.close(read_end)
+        _kill_session(child)
+    duration_s = time.monotonic() - started
+    return _conclude(child.returncode, reply, log, timed_out, time_limit_s, duration_s)
+
+
+def _environment(extra: dict[str, str]) -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in KEPT or name in PROXIES or name.startswith(KEPT_PREFIXES)
+    }
+    # Another interpreter does not have this package installed; -P keeps the working directory out.
+    kept["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    return kept | SILENT | extra
+
+
+def _follow(
+    child: subprocess.Popen[bytes],
+    pipe: int,
+    started: float,
+    time_limit_s: float | None,
+    on_progress: Progress | None,
+    on_sample: Callable[[int], None] | None,
+) -> bool:
+    """Read progress until the child ends; True if it had to be stopped for the time limit."""
+    buffer = b""
+    open_pipe = True
+    while child.poll() is None:
+        if time_limit_s is not None and time.monotonic() - started > time_limit_s:
+            return True
+        if on_sample is not None:
+            on_sample(child.pid)
+        if not open_pipe:
+            time.sleep(SAMPLE_S)
+            continue
+        ready, _, _ = select.select([pipe], [], [], SAMPLE_S)
+        if not ready:
+            continue
+        data = os.read(pipe, 65536)
+        open_pipe = bool(data)
+        *lines, buffer = (buffer + data).split(b"\n")
+        if lines and on_progress is not None:
+            on_progress(*json.loads(lines[-1]))
+    return False
+
+
+def _kill_session(child: subprocess.Popen[bytes]) -> None:
+    """End the child and whatever it left running (engines start helpers of their own)."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    child.wait()
+
+
+def _conclude(
+    code: int | None, reply: Path, log: Path, timed_out: bool, time_limit_s: float | None, duration_s: float
+) -> Reply:
+    text = log.read_text(errors="replace") if log.exists() else ""
+    tail = text[-LOG_TAIL_CHARACTERS:].strip()
+    if reply.exists():
+        try:
+            answer = json.loads(reply.read_text())
+        except ValueError as problem:
+            return Reply(None, f"the worker's reply is not JSON: {problem}", False, tail, duration_s)
+        return Reply(
+            answer.get("value"), answer.get("error"), answer.get("user_error", False), tail, duration_s
+        )
+    if timed_out:
+        error = f"no answer within the time limit of {time_limit_s:.0f} s; stopped"
+    elif code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = " (often: out of memory)" if -code == signal.SIGKILL else ""
+        error = f"the worker was killed by {name}{hint}"
+    else:
+        error = f"the worker ended with exit code {code} and no answer"
+    last = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), "")
+    return Reply(None, error + (f"; its last words: {last[:300]}" if last else ""), False, tail, duration_s)
+
+
+def serve(request: Path, reply: Path, progress_descriptor: int) -> None:
+    """The child's side: do what the request names, write the reply, leave at once."""
+    os.set_inheritable(progress_descriptor, False)
+    last_sent = 0.0
+
+    def progress(done: float, total: float, text: str = "") -> None:
+        nonlocal last_sent
+        now = time.monotonic()
+        if now - last_sent < SAMPLE_S and done < total:
+            return
+        last_sent = now
+        try:
+            os.write(progress_descriptor, json.dumps([done, total, text]).encode() + b"\n")
+        except OSError:
+            pass  # The parent is gone; the work may still be worth finishing.
+
+    asked = json.loads(request.read_text())
+    module, _, name = asked["function"].partition(":")
+    try:
+        value = getattr(importlib.import_module(module), name)(asked["payload"], progress)
+        answer: dict[str, Any] = {"value": value}
+        text = json.dumps(answer, allow_nan=False)
+    except UserError as error:
+        text = json.dumps({"error": str(error), "user_error": True})
+    except BaseException as error:
+        traceback.print_exc()
+        said = str(error).strip().splitlines()
+        summary = f"{type(error).__name__}: {said[0] if said else ''}".strip().rstrip(":")
+        text = json.dumps({"error": summary[:500]})
+    temporary = reply.with_suffix(".partial")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(reply)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,154 @@
+"""The program in one screen: recipe -> artifacts -> rows.
+
+`run` is quantize, then profile. Each job of `profile` is one artifact in one engine, in a process of its own; its
+row is stored the moment it ends, whether it succeeded, failed or cannot run, and what is already measured on
+this machine is not measured again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from workbench.artifacts import Made, Show, make, work
+from workbench.errors import UserError, WorkFailed
+from workbench.home import interpreter, remember
+from workbench.machine.identity import has_cuda, machine, program, versions
+from workbench.recipe import BackendChoice, Recipe, limits_of
+from workbench.records import MEASUREMENT_VERSION, Artifact, Job, Measurement, Row, digest, from_json, to_json
+from workbench.report import store
+from workbench.worker.backends import BACKENDS
+
+BUSY_LOAD = 0.5
+"""Runnable processes a core, over the last minute, above which a row says that the machine was busy."""
+
+
+def run(recipe: Recipe, show: Show, results: Path, **choice: Any) -> tuple[Made, list[Row]]:
+    """Quantize and profile; the rows of every pair of the recipe, old and new."""
+    made = quantize(recipe, show)
+    return made, profile(recipe, made, show, results, **choice)
+
+
+def quantize(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
+    """Make what the recipe names, or find it made; remembered as this machine's last recipe."""
+    for warning in recipe.warnings:
+        show.say(f"note: {warning}")
+    remember(recipe.path)
+    return make(recipe, show, names)
+
+
+def profile(
+    recipe: Recipe, made: Made, show: Show, results: Path, *,
+    backends: list[str] | None = None, variants: list[str] | None = None, again: bool = False,
+) -> list[Row]:  # fmt: skip
+    """Measure every pair of artifact and backend that the recipe asks for; returns their rows in order."""
+    here = machine()
+    measured = _measured(results / here["name"])
+    rows = []
+    for choice, name in _pairs(recipe, backends, variants):
+        row = _plan(recipe, made, choice, name)
+        if not again and row.key in measured:
+            rows.append(measured[row.key])
+            continue
+        if row.error is None and row.unsupported is None:
+            row = _measure(recipe, made, row, show)
+        store.append(results, here["name"], row)
+        rows.append(row)
+        if row.error:
+            show.say(f"{name} on {choice.name} failed: {row.error}")
+    return rows
+
+
+def _pairs(
+    recipe: Recipe, backends: list[str] | None, variants: list[str] | None
+) -> Iterator[tuple[BackendChoice, str]]:
+    """Backend by backend, the base first: every delta is against the base on the same backend."""
+    choices = [recipe.backend(name) for name in backends] if backends else list(recipe.backends)
+    wanted = {"base"} | {recipe.variant(name).name for name in variants} if variants else None
+    for choice in choices:
+        for variant in recipe.variants:
+            named = wanted is not None and variant.name in wanted
+            if named or (wanted is None and choice.takes(variant.name)):
+                yield choice, variant.name
+
+
+def _measured(folder: Path) -> dict[str, Row]:
+    """Rows that need not be measured again; failures are tried again."""
+    if not folder.exists():
+        return {}
+    rows, _ = store.read(folder)
+    return {row.key: row for row in rows if row.error is None}
+
+
+def _plan(recipe: Recipe, made: Made, choice: BackendChoice, name: str) -> Row:
+    """The row as far as it is known before anything runs: all but the measurement."""
+    module = importlib.import_module(BACKENDS[choice.name])
+    error = unsupported = None
+    artifacts = made.artifacts.get(name, [])
+    if artifacts:
+        reasons = [module.unsupported(artifact, has_cuda()) for artifact in artifacts]
+        best = reasons.index(None) if None in reasons else 0
+        artifact = artifacts[best]
+        unsupported = reasons[best] or limits_of(recipe.variant(name)).get(choice.name)
+    else:
+        variant = recipe.variant(name)
+        artifact = Artifact(
+            variant=name, method=variant.method, format="", path="", digest="", disk_bytes=0, parameters=0
+        )
+        error = made.failures.get(name, "it was not made")
+    evaluation = made.evaluation
+    options = {**choice.options}
+    if recipe.base.trust_remote_code and "trust_remote_code" in options:
+        options["trust_remote_code"] = True
+    found = versions(module.PACKAGES, interpreter(choice.name, sys.executable))
+    causes = [
+        recipe.model, name, artifact.digest, choice.name, found, options, recipe.workload,
+        evaluation.digest if evaluation else None, MEASUREMENT_VERSION, unsupported,
+    ]  # fmt: skip
+    return Row(
+        key=digest(causes), base=recipe.model, recipe=recipe.name, recipe_digest=recipe.digest,
+        artifact=artifact, backend=choice.name, workload=recipe.workload, evaluation=evaluation,
+        measurement=None, machine=machine(), versions=found | program(), started_at=_now(), duration_s=0.0,
+        options=options, error=error, unsupported=unsupported,
+    )  # fmt: skip
+
+
+def _measure(recipe: Recipe, made: Made, row: Row, show: Show) -> Row:
+    """Run the job in its engine's interpreter and fill the row in."""
+    module = importlib.import_module(BACKENDS[row.backend])
+    job = Job(
+        base=recipe.model, artifact=row.artifact, backend=row.backend, options=row.options,
+        workload=row.workload, evaluation=row.evaluation,
+    )  # fmt: skip
+    threads = str(row.options.get("threads") or len(os.sched_getaffinity(0)))
+    environment = {**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    warnings = list(row.warnings)
+    load = os.getloadavg()[0]
+    started_at, started = _now(), time.monotonic()
+    measurement, error = None, None
+    try:
+        value, cost = work(
+            "workbench.worker.profile:measure", {"job": to_json(job)}, show, f"{row.backend}: {row.artifact.variant}",
+            python=interpreter(row.backend, sys.executable), limit_s=recipe.limits.profile_s,
+            environment=environment,
+        )  # fmt: skip
+        measurement = from_json(Measurement, value)
+        measurement = replace(measurement, memory=measurement.memory | cost["memory"])
+    except (WorkFailed, UserError) as problem:
+        error = str(problem)
+    return replace(
+        row, measurement=measurement, error=error, started_at=started_at,
+        duration_s=round(time.monotonic() - started, 3),
+        warnings=warnings, machine=row.machine | {"load_before": round(load, 2)},
+    )  # fmt: skip
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,524 @@
+"""A recipe: YAML read into validated, frozen objects. Loading one touches nothing but the file itself.
+
+Keys are strict, and every name that a person can mistype is answered with the nearest known one. The options
+of a method or backend are the dataclass in its own module, so a new one needs no change here. Values are
+validated as JSON in pydantic's strict mode: "4" is not 4.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from workbench.errors import UserError, did_you_mean, unknown
+from workbench.records import Variant, Workload, digest, to_json
+from workbench.worker.backends import BACKENDS
+from workbench.worker.methods import METHODS
+
+MAX_BYTES = 1_000_000
+MAX_ALIASES = 20
+"""A YAML bomb needs nested aliases; people need none or a few."""
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; objects do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _exactly_one(values: Any, names: tuple[str, ...]) -> None:
+    given = [name for name in names if values.get(name) is not None]
+    if len(given) != 1:
+        found = f"found {' and '.join(given)}" if given else "found none"
+        raise ValueError(f"give exactly one of {', '.join(names)} ({found})")
+
+
+class Equivalent(Strict):
+    """An exact, function-preserving rewrite of a Llama: rescaled off its grid, zero-padded to `hidden`."""
+
+    hidden: int = Field(gt=0)
+    seed: int = 0
+
+
+class Base(Strict):
+    """Where the unquantized model comes from: exactly one of hub, path, package, config."""
+
+    hub: str | None = None
+    """A repository on the Hugging Face hub, `owner/name`."""
+    revision: str | None = None
+    path: str | None = None
+    """A Hugging Face directory or a `.gguf` file, relative to the recipe."""
+    package: str | None = None
+    """An installed Python package that ships the model as `file`."""
+    file: str | None = None
+    config: dict[str, Any] | str | None = None
+    """A `config.json`, or its contents, for random weights of that shape."""
+    init: Literal["random"] | None = None
+    tokenizer: str | None = None
+    seed: int = 0
+    equivalent: Equivalent | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            _exactly_one(values, ("hub", "path", "package", "config"))
+            if values.get("package") and not values.get("file"):
+                raise ValueError("a package also needs `file`, the model inside it")
+            if values.get("config") and values.get("init") != "random":
+                raise ValueError("a config alone has no weights: add `init: random`")
+        return values
+
+    def source(self, folder: Path) -> dict[str, Any]:
+        """As `worker/base.py` wants it, with paths made absolute against the recipe's folder."""
+        if self.hub:
+            return {"hub": self.hub, "revision": self.revision or "main"}
+        if self.path:
+            return {"path": str(_absolute(self.path, folder))}
+        if self.package:
+            return {"package": self.package, "file": self.file}
+        config = self.config
+        if isinstance(config, str):
+            config = str(_absolute(config, folder))
+        return {"config": config, "init": self.init, "seed": self.seed, "tokenizer": self.tokenizer}
+
+    def stem(self) -> str:
+        """The model's name as file names carry it: `SmolLM2-135M-Instruct`."""
+        if isinstance(self.config, dict):
+            return str(self.config.get("model_type", "random"))
+        place = self.hub or self.file or self.path or str(self.config)
+        name = Path(place).name
+        if name.endswith(".gguf"):
+            name = re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", name.removesuffix(".gguf"), flags=re.IGNORECASE)
+        return name.removesuffix(".json") or "model"
+
+
+class Source(Strict):
+    """Text: exactly one of module, package, file, dataset, text."""
+
+    module: str | None = None
+    package: str | None = None
+    file: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str | None = None
+    field: str | None = None
+    text: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            names = ("module", "package", "dataset", "text")
+            _exactly_one(values, names if values.get("package") else (*names, "file"))
+        return values
+
+    def resolved(self, folder: Path) -> dict[str, Any]:
+        """As `worker/corpus.py` wants it, with paths made absolute against the recipe's folder."""
+        given = {name: value for name, value in self.model_dump().items() if value is not None}
+        if "file" in given and "package" not in given:
+            given["file"] = str(_absolute(given["file"], folder))
+        return given
+
+
+class Evaluation(Strict):
+    """Tokens for perplexity: `windows` windows of `window` tokens, scored by a convention."""
+
+    name: str | None = None
+    source: Source
+    window: int = Field(default=512, ge=8)
+    windows: int = Field(default=20, ge=1)
+    score: Literal["second-half", "all", "strided"] = "second-half"
+    stride: int | None = Field(default=None, ge=1)
+
+
+class Calibration(Strict):
+    """Tokens that methods may look at; never the evaluation's unless `allow_overlap` says so."""
+
+    source: Source
+    window: int = Field(default=512, ge=8)
+    windows: int = Field(default=32, ge=1)
+    seed: int = 0
+    allow_overlap: bool = False
+
+
+class Limits(Strict):
+    """Seconds after which a worker is stopped and its job becomes a failed row."""
+
+    quantize_s: float = Field(default=6 * 3600, gt=0)
+    profile_s: float = Field(default=3600, gt=0)
+
+
+class WorkloadModel(Strict):
+    """What is run for speed."""
+
+    prompt_tokens: int = Field(default=512, ge=1)
+    new_tokens: int = Field(default=64, ge=2)
+    batch: int = Field(default=1, ge=1)
+    repeats: int = Field(default=3, ge=1)
+    warmup: int = Field(default=1, ge=0)
+    seed: int = 0
+
+
+class Document(Strict):
+    """The fixed part of a recipe; variants and backends are checked against their own modules."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] | None = None
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] | None = None
+    base: Base
+    calibration: Calibration | None = None
+    evaluation: Evaluation | None = None
+    workload: WorkloadModel = WorkloadModel()
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """A backend, its options, and which variants it runs (shell patterns)."""
+
+    name: str
+    options: dict[str, Any]
+    patterns: tuple[str, ...] = ("*",)
+
+    def takes(self, variant: str) -> bool:
+        """Whether the recipe sends this variant to this backend."""
+        return any(fnmatch.fnmatchcase(variant, pattern) for pattern in self.patterns)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe. `path` is where it was read from; relative paths in it are relative to that."""
+
+    name: str
+    model: str
+    path: Path
+    base: Base
+    variants: tuple[Variant, ...]
+    backends: tuple[BackendChoice, ...]
+    calibration: Calibration | None
+    evaluation: Evaluation | None
+    workload: Workload
+    limits: Limits
+    digest: str
+    warnings: tuple[str, ...] = ()
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name, or a `UserError` with the nearest one."""
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise unknown("variant", name, [v.name for v in self.variants], str(self.path))
+
+    def backend(self, name: str) -> BackendChoice:
+        """The backend of that name, with its defaults if the recipe does not list it."""
+        if name not in BACKENDS:
+            raise unknown("backend", name, BACKENDS)
+        for choice in self.backends:
+            if choice.name == name:
+                return choice
+        return BackendChoice(name, {})
+
+
+def load(path: str | Path) -> Recipe:
+    """Read and check a recipe. Raises `UserError` with file, place and remedy."""
+    file = Path(path)
+    try:
+        size_bytes = file.stat().st_size
+        text = file.read_text(encoding="utf-8") if size_bytes <= MAX_BYTES else ""
+    except FileNotFoundError:
+        near = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise UserError(f"{path}: no such recipe. {did_you_mean(str(path), near)}".rstrip()) from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    if size_bytes > MAX_BYTES:
+        raise UserError(f"{path}: {size_bytes} bytes is too large for a recipe (at most {MAX_BYTES})")
+    return parse(_yaml(text, str(path)), file)
+
+
+def parse(data: Any, path: Path) -> Recipe:
+    """A recipe from its plain data; `path` names it in messages and anchors relative paths."""
+    where = str(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: a recipe is a mapping with at least `base` and `variants`")
+    data = dict(data)
+    extra = {"variants", "backends"}
+    for key in data:
+        if key not in Document.model_fields and key not in extra:
+            known = set(Document.model_fields) | extra
+            raise UserError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")
+    raw_variants, raw_backends = data.pop("variants", None), data.pop("backends", None)
+    document = _validate(TypeAdapter(Document), data, where, "")
+    variants = _variants(raw_variants, where)
+    backends = _backends(raw_backends, where, variants)
+    warnings = []
+    if document.calibration is None:
+        for i, variant in enumerate(variants):
+            module, options = _method(variant)
+            if module.needs_calibration(options):
+                raise UserError(
+                    f"{where}: variants[{i}] ({variant.name}) looks at calibration tokens: add a `calibration`"
+                )
+    for variant in variants:
+        if variant.method == "base":
+            continue
+        module, options = _method(variant)
+        for backend, reason in module.limits(options).items():
+            if any(choice.name == backend and choice.takes(variant.name) for choice in backends):
+                warnings.append(f"{variant.name} will not run on {backend}: {reason}")
+    return Recipe(
+        name=document.name or path.stem,
+        model=document.model or document.base.stem(),
+        path=path,
+        base=document.base,
+        variants=variants,
+        backends=backends,
+        calibration=document.calibration,
+        evaluation=document.evaluation,
+        workload=Workload(**document.workload.model_dump()),
+        limits=document.limits,
+        digest=digest([document.model_dump(mode="json"), to_json(variants), to_json(backends)]),
+        warnings=tuple(warnings),
+    )
+
+
+def limits_of(variant: Variant) -> dict[str, str]:
+    """Backend name -> why it cannot load what this variant's options make."""
+    if variant.method == "base":
+        return {}
+    module, options = _method(variant)
+    return dict(module.limits(options))
+
+
+def format_of(variant: Variant) -> str:
+    """The artifact format a variant will have."""
+    return "safetensors" if variant.method == "base" else str(_module(METHODS[variant.method]).FORMAT)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors; generated from the same types that validate."""
+    top = TypeAdapter(Document).json_schema(ref_template="#/$defs/{model}")
+    definitions = top.setdefault("$defs", {})
+
+    def options_of(kind: type, name: str) -> dict[str, Any]:
+        own = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
+        definitions.update(own.pop("$defs", {}))
+        own["title"] = name
+        return own
+
+    forms = []
+    for word, module in METHODS.items():
+        options = options_of(_module(module).Options, f"{word} options")
+        forms_of_value: list[dict[str, Any]] = [options]
+        if word == "gguf":
+            forms_of_value.append(options["properties"]["type"])
+        forms.append(
+            {
+                "type": "object",
+                "properties": {word: {"anyOf": forms_of_value}, "name": {"type": "string"}},
+                "required": [word],
+                "additionalProperties": False,
+            }
+        )
+    backends = {}
+    for word, module in BACKENDS.items():
+        options = options_of(_module(module).Options, f"{word} options")
+        options["properties"]["variants"] = {"type": "array", "items": {"type": "string"}}
+        backends[word] = {"anyOf": [options, {"type": "null"}]}
+    top["properties"]["variants"] = {"type": "array", "items": {"anyOf": forms}, "minItems": 1}
+    top["properties"]["backends"] = {
+        "anyOf": [
+            {"type": "object", "properties": backends, "additionalProperties": False},
+            {"type": "array", "items": {"enum": list(BACKENDS)}},
+        ]
+    }
+    top["required"] = ["base", "variants"]
+    top["title"] = "Workbench recipe"
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top}
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def _method(variant: Variant) -> tuple[Any, Any]:
+    if variant.method == "base":
+        return _BaseMethod, None
+    module = _module(METHODS[variant.method])
+    return module, module.Options(**variant.options)
+
+
+class _BaseMethod:
+    """The base needs nothing and every engine loads it."""
+
+    @staticmethod
+    def needs_calibration(options: Any) -> bool:
+        return False
+
+
+def _variants(raw: Any, where: str) -> tuple[Variant, ...]:
+    if not isinstance(raw, list) or not raw:
+        raise UserError(f"{where}: variants: a list with at least one entry, such as `- gguf: Q4_K_M`")
+    found = [Variant("base", "base")]
+    for i, entry in enumerate(raw):
+        place = f"variants[{i}]"
+        if isinstance(entry, str):
+            entry = {entry: {}}
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}: {place}: write `- METHOD: {{options}}`, with METHOD one of {', '.join(METHODS)}")
+        words = [key for key in entry if key != "name"]
+        for word in words:
+            if word not in METHODS:
+                raise unknown("method", str(word), METHODS, f"{where}: {place}")
+        if len(words) != 1:
+            raise UserError(f"{where}: {place}: one method an entry, found {', '.join(words) or 'none'}")
+        word = words[0]
+        module = _module(METHODS[word])
+        value = entry[word]
+        if value is None:
+            value = {}
+        if word == "gguf" and not isinstance(value, dict):
+            value = {"type": value}
+        options = _validate(TypeAdapter(module.Options), value, where, f"{place}.{word}")
+        if hasattr(module, "check"):
+            try:
+                module.check(options)
+            except UserError as error:
+                raise UserError(f"{where}: {place}: {error}") from None
+        name = entry.get("name") or module.default_name(options)
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise UserError(f"{where}: {place}.name: letters, digits, '.', '_' and '-' only, not {name!r}")
+        if name in {variant.name for variant in found}:
+            raise UserError(f"{where}: {place}: a variant named '{name}' is already there; give one a `name`")
+        found.append(Variant(name, word, to_json(options)))
+    return tuple(found)
+
+
+def _backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple[BackendChoice, ...]:
+    if raw is None:
+        raw = list(BACKENDS)
+    if isinstance(raw, list):
+        raw = dict.fromkeys(raw)
+    if not isinstance(raw, dict) or not raw:
+        raise UserError(f"{where}: backends: a list of names or a mapping from name to options")
+    found = []
+    for name, options in raw.items():
+        if name not in BACKENDS:
+            raise unknown("backend", str(name), BACKENDS, f"{where}: backends")
+        place = f"backends.{name}"
+        if options is not None and not isinstance(options, dict):
+            raise UserError(f"{where}: {place}: a mapping of options, or nothing")
+        options = dict(options or {})
+        patterns = options.pop("variants", ["*"])
+        if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+            raise UserError(f"{where}: {place}.variants: a list of variant names or patterns")
+        names = [variant.name for variant in variants]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise unknown("variant", pattern, names, f"{where}: {place}.variants")
+        kind = _module(BACKENDS[name]).Options
+        checked = _validate(TypeAdapter(kind), options, where, place, also={"variants"})
+        found.append(BackendChoice(name, to_json(checked), tuple(patterns)))
+    return tuple(found)
+
+
+def _validate(adapter: TypeAdapter[Any], value: Any, where: str, place: str, also: set[str] = frozenset()) -> Any:  # type: ignore[assignment]
+    try:
+        return adapter.validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {place or 'recipe'}: {error}") from None
+    place = _place(place, first["loc"])
+    kind, context = first["type"], first.get("ctx", {})
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        holder, _, key = place.rpartition(".")
+        known = _keys(adapter, first["loc"]) | also
+        message = f"unknown key '{key}'. {did_you_mean(key, known)}"
+        place = holder
+    elif kind == "literal_error":
+        known = re.findall(r"'([^']*)'", context["expected"])
+        message = f"unknown value '{first['input']}'. {did_you_mean(str(first['input']), known)}"
+    elif kind in ("missing", "missing_argument"):
+        message = "missing"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        if not isinstance(first["input"], dict | list):
+            message += f" (found {first['input']!r})"
+    raise UserError(f"{where}: {place + ': ' if place else ''}{message}")
+
+
+def _place(prefix: str, location: tuple[int | str, ...]) -> str:
+    place = prefix
+    for part in location:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part not in ("str", "dict[str,any]"):
+            place += f".{part}" if place else str(part)
+    return place
+
+
+def _keys(adapter: TypeAdapter[Any], location: tuple[int | str, ...]) -> set[str]:
+    """The keys known where an unknown one was found, from the schema that editors use."""
+    whole = adapter.json_schema()
+    node = whole
+    for part in location[:-1]:
+        node = node.get("properties", {}).get(part, {})
+        for option in [node, *node.get("anyOf", [])]:
+            if "$ref" in option:
+                node = whole["$defs"][option["$ref"].rsplit("/", 1)[1]]
+    return set(node.get("properties", {}))
+
+
+def _absolute(path: str, folder: Path) -> Path:
+    return Path(folder, Path(path).expanduser()).absolute()
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which also refuses a key given twice."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+        try:
+            twice = key in found
+        except TypeError:
+            raise yaml.constructor.ConstructorError(
+                None, None, "a key must be a word", key_node.start_mark
+            ) from None
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", key_node.start_mark)
+        found[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return found
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
+        if aliases > MAX_ALIASES:
+            raise UserError(f"{where}: {aliases} YAML aliases; a recipe may have {MAX_ALIASES} at most")
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {error.problem or error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+

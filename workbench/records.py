@@ -1,0 +1,201 @@
+"""The program's nouns as frozen dataclasses, and their JSON form.
+
+Standard library only: these cross from the parent to workers that may run under another interpreter.
+Units are SI and stand in the names (`load_s`, `disk_bytes`). Raw samples are kept; a mean or an
+interval is a view (`report/metrics.py`). A pydantic model would check more, but would have to be
+installed wherever an engine is; recipes, where people mistype, are checked in `recipe.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+"""Of a stored row. Raise it when a field changes its meaning, and teach `report/store.py` to migrate."""
+
+MEASUREMENT_VERSION = 1
+"""Of the way things are measured. Rows of different versions are never put side by side."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of the base: what to make, not yet made."""
+
+    name: str
+    method: str
+    """A key of `METHODS`, or `base` for the unquantized model."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The files a method wrote, and what is true of them."""
+
+    variant: str
+    method: str
+    format: str
+    """What a backend must be able to load: `safetensors`, `gguf`, `awq`, `gptq`."""
+    path: str
+    """A Hugging Face directory, or a `.gguf` file."""
+    digest: str
+    """Of everything that determined the bytes: base, method, options, calibration, versions."""
+    disk_bytes: int
+    """All weight tensors as stored, without headers; tied embeddings once."""
+    parameters: int
+    """Of the base, tied embeddings once."""
+    tensor_types: dict[str, str] = field(default_factory=dict)
+    """The type each tensor really got, by its name in the file."""
+    warnings: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bytes of all weight tensors x 8 over parameters (the program's one convention)."""
+        return self.disk_bytes * 8 / self.parameters if self.parameters else None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run for speed."""
+
+    prompt_tokens: int = 512
+    new_tokens: int = 64
+    batch: int = 1
+    repeats: int = 3
+    warmup: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The tokens a variant is scored on, made once a recipe and the same for every engine."""
+
+    name: str
+    path: str
+    """A JSON file `{"windows": [[id, ...], ...], "score_from": [position, ...]}`."""
+    digest: str
+    window: int
+    score: str
+    """The convention: `second-half`, `all` or `strided`."""
+    windows: int
+    scored_tokens: int
+    scored_bytes: int | None = None
+    """UTF-8 bytes of the text the scored tokens spell, for bits a byte."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact in one engine: what a worker is asked to measure."""
+
+    base: str
+    artifact: Artifact
+    backend: str
+    options: dict[str, Any]
+    workload: Workload
+    evaluation: Evaluation | None = None
+    reference: str | None = None
+    """A compact record of the base's distributions (`worker/quality.py`), for the divergence."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Raw samples of one workload point: one entry a repeat."""
+
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    first_token_s: list[float]
+    """From submitting the prompts to the first new token of all sequences."""
+    step_s: list[list[float]]
+    """Seconds of each decoding step after the first token, a list a repeat."""
+    step_tokens: list[list[int]]
+    """Tokens gained in each of those steps over the whole batch, a list a repeat."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a worker found out, and what the parent saw of its processes."""
+
+    device: str
+    """`cpu` or the accelerator's name."""
+    load_s: float | None = None
+    speeds: list[Speed] = field(default_factory=list)
+    quality: dict[str, Any] | None = None
+    """Per window sums and counts as `worker/quality.py` defines them."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """Bytes: what the engine itself says (`weights`, `kv_cache`, ...) and, from the parent, `peak_*`."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Dtype, threads, kernel: what the engine really ran with."""
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a results file: everything needed to read it alone, years later."""
+
+    key: str
+    base: str
+    recipe: str
+    recipe_digest: str
+    artifact: Artifact
+    backend: str
+    workload: Workload
+    evaluation: Evaluation | None
+    measurement: Measurement | None
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    started_at: str
+    """RFC 3339, UTC."""
+    duration_s: float
+    options: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+    unsupported: str | None = None
+    """The reason why this pair cannot run at all; not a failure."""
+    schema_version: int = SCHEMA_VERSION
+    measurement_version: int = MEASUREMENT_VERSION
+
+
+def digest(value: Any) -> str:
+    """Sixteen hex digits of the SHA-256 of a value's canonical JSON."""
+    text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_json(value: Any) -> Any:
+    """A record (or a container of them) as plain JSON types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """The inverse of `to_json` for a type built of the records above.
+
+    Unknown keys are dropped, so that a row with fields added later can still be read; a missing field
+    without a default raises `TypeError`.
+    """
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind)
+        names = {f.name for f in dataclasses.fields(kind)}
+        return kind(**{k: from_json(hints[k], v) for k, v in value.items() if k in names})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return from_json(next(a for a in arguments if a is not type(None)), value)
+    if origin is list:
+        return [from_json(arguments[0], item) for item in value]
+    if origin is dict:
+        return {key: from_json(arguments[1], item) for key, item in value.items()}
+    return value

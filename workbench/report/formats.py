@@ -1,0 +1,330 @@
+"""What a table looks like: on a terminal, in markdown, as CSV, as JSON.
+
+CSV and JSON are for programs: `objects(table)` in SI units, nothing rounded. Terminal and markdown are
+for people and share their cells; only here do GiB and MiB exist, one unit a column so that numbers can be
+compared by eye, and the field's shorthand (`pp512`, `tg64 @ d512`, `t/s`, as llama-bench prints them).
+Whatever comes out of a recipe or an engine is text to be shown, not markup: it is escaped for the format.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.records import Row
+from workbench.report.metrics import METRICS
+from workbench.report.table import BASE, Line, Table, objects, workload
+
+MISSING = "–"
+WIDEST_TEXT = 120
+"""Characters a line of prose under the table may have; the table itself may have more."""
+LONGEST_REASON = 400
+"""Characters of an error or warning shown to people; CSV and JSON have all of it."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Heading lines and one cell for each line of the table."""
+
+    heading: tuple[str, ...]
+    cells: tuple[str, ...]
+    number: bool = True
+
+
+def terminal(table: Table, width: int | None = None) -> str:
+    """The table for people, `width` characters wide (default: the terminal's; as wide as it likes in a pipe).
+
+    Where that is too narrow, the spread of the speeds is left out first, then the perplexity's error.
+    Numbers are never cut or wrapped, so a still narrower terminal gets longer lines.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if width is None:
+        width = console.width if console.is_terminal else 1000
+    for detail in (2, 1, 0):
+        columns = _columns(table, detail)
+        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in columns:
+            heading = Text("\n".join(column.heading))
+            grid.add_column(heading, justify="right" if column.number else "left", no_wrap=True, vertical="bottom")
+        for place, line in enumerate(table.lines):
+            cells = [Text(column.cells[place]) for column in columns]
+            if place and _group(table.lines[place - 1].row) == _group(line.row):
+                cells[0] = Text("")
+            grid.add_row(*cells, style=_style(line))
+        console.width = 100_000  # the measure is clipped to the console
+        needed = Measurement.get(console, console.options, grid).maximum
+        if needed <= width:
+            break
+
+    reasons = Grid.grid(padding=(0, 1, 0, 0))
+    for number, reason in enumerate(table.footnotes, start=1):
+        reasons.add_row(Text(f"[{number}]"), Text(_short(reason), overflow="fold"))
+    with console.capture() as captured:
+        console.width = min(width, WIDEST_TEXT)
+        console.print(Text(_title(table), style="bold"))
+        for text in _subtitle(table):
+            console.print(Text(text, style="dim"))
+        console.print()
+        console.width = max(width, needed)
+        console.print(grid)
+        console.width = min(width, WIDEST_TEXT)
+        console.print()
+        for text in _remarks(table):
+            console.print(Text(text))
+        if table.footnotes:
+            console.print(reasons)
+    return "\n".join(text.rstrip() for text in captured.get().rstrip().split("\n")) + "\n"
+
+
+def markdown(table: Table) -> str:
+    """The same as a GitHub-flavoured table, aligned in the source too, with its footnotes as a numbered list."""
+    columns = []
+    for column in _columns(table, detail=2):
+        name, unit = column.heading[:-1], column.heading[-1]
+        heading = f"{' '.join(name)} ({unit})" if name else unit
+        columns.append([_escaped(heading), *map(_escaped, column.cells)])
+    numbers = [column.number for column in _columns(table, detail=2)]
+    widths = [max(3, *map(len, column)) for column in columns]
+    lines = [f"### {_escaped(_title(table))}", "", *(f"{_escaped(text)}  " for text in _subtitle(table)), ""]
+    for place in range(len(table.lines) + 1):
+        cells = [
+            column[place].rjust(width) if number else column[place].ljust(width)
+            for column, width, number in zip(columns, widths, numbers, strict=True)
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        if place == 0:
+            rules = [
+                "-" * (width - 1) + (":" if number else "-") for width, number in zip(widths, numbers, strict=True)
+            ]
+            lines.append(f"| {' | '.join(rules)} |")
+    remarks = _remarks(table)
+    if remarks:
+        lines += ["", *(f"- {_escaped(text)}" for text in remarks)]
+    if table.footnotes:
+        lines += ["", *(f"{n}. {_escaped(_short(text))}" for n, text in enumerate(table.footnotes, start=1))]
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(table: Table) -> str:
+    """CSV with a header: one record a line, empty where not measured, a pair as two columns."""
+    records = [_flat(record) for record in objects(table)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def json_text(table: Table) -> str:
+    """A JSON list of `objects(table)`: SI units, null where not measured, ASCII only."""
+    return json.dumps(objects(table), indent=2, allow_nan=False) + "\n"
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {
+    "terminal": terminal,
+    "markdown": markdown,
+    "csv": comma_separated,
+    "json": json_text,
+}
+
+
+def _columns(table: Table, detail: int) -> list[_Column]:
+    """`detail` 2: all; 1: without the spread of the speeds; 0: without the perplexity's error too."""
+    lines = table.lines
+    points = {workload(line.row) for line in lines}
+    if len(points) == 1:
+        prompt_tokens, new_tokens, batch = points.pop()
+        many = f" b{batch}" if batch > 1 else ""
+        prefill: tuple[str, ...] = (f"pp{prompt_tokens}{many}",)
+        decode: tuple[str, ...] = (f"tg{new_tokens}{many}", f"@ d{prompt_tokens}")
+    else:
+        prefill, decode = ("prefill",), ("decode",)
+
+    columns = [
+        _Column(("variant",), tuple(_plain(line.row.artifact.variant) for line in lines), number=False),
+        _Column(("backend",), tuple(_plain(line.row.backend) for line in lines), number=False),
+    ]
+    for column in table.varying:
+        cells = tuple(_plain(column.text(line.row)) or MISSING for line in lines)
+        columns.append(_Column((_plain(column.name),), cells, number=False))
+    columns.append(_Column(("bpw",), _numbers(lines, "bits_per_weight")))
+    columns.append(_bytes(lines, "disk_bytes", "size"))
+    columns.append(_Column(("load", "s"), _numbers(lines, "load_s")))
+    columns.append(_bytes(lines, "peak_rss_bytes", "peak", "RSS"))
+    if any(line.values["peak_vram_bytes"] for line in lines):
+        columns.append(_bytes(lines, "peak_vram_bytes", "peak", "VRAM"))
+    for name, heading in (("prefill_tok_s", prefill), ("decode_tok_s", decode)):
+        cells = _numbers(lines, name)
+        if detail > 1:
+            spreads = [_spread(line, name) for line in lines]
+            cells = tuple(f"{cell} {spread}".strip() for cell, spread in zip(cells, _padded(spreads), strict=True))
+        columns.append(_Column((*heading, "t/s"), cells))
+    columns.append(_Column(("ppl",), tuple(_perplexity(line, detail > 0) for line in lines)))
+    columns.append(_Column(("Δ ppl",), tuple(_delta(line) for line in lines)))
+    if table.footnotes:
+        marks = tuple(",".join(map(str, line.footnotes)) for line in lines)
+        columns.append(_Column(("note",), marks, number=False))
+    return columns
+
+
+def _numbers(lines: Sequence[Line], name: str, scale: float = 1.0) -> tuple[str, ...]:
+    spec = METRICS[name].text
+    values = [line.values[name] for line in lines]
+    return tuple(MISSING if value is None else format(value / scale, spec) for value in values)
+
+
+def _bytes(lines: Sequence[Line], name: str, *heading: str) -> _Column:
+    largest = max((line.values[name] or 0 for line in lines), default=0)
+    unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if largest >= 2 * 2**p or p == 10)
+    return _Column((*heading, unit), _numbers(lines, name, 2.0**power))
+
+
+def _spread(line: Line, name: str) -> str:
+    interval = line.prefill_interval if name == "prefill_tok_s" else line.decode_interval
+    middle = line.values[name]
+    if interval is None or not middle:
+        return ""
+    percent = 100 * max(interval[1] - middle, middle - interval[0]) / middle
+    return f"±{percent:.1f}%" if percent < 9.95 else f"±{percent:.0f}%" if percent < 100 else "±>100%"
+
+
+def _padded(texts: Sequence[str]) -> list[str]:
+    breadth = max(map(len, texts), default=0)
+    return [text.rjust(breadth) for text in texts]
+
+
+def _perplexity(line: Line, with_error: bool) -> str:
+    value = line.values["perplexity"]
+    if value is None:
+        return MISSING
+    spec = _spec(value)
+    error = f" ±{line.perplexity_se:{spec}}" if with_error and line.perplexity_se is not None else ""
+    return f"{value:{spec}}{error}"
+
+
+def _delta(line: Line) -> str:
+    if line.delta is None:
+        # The last of the numbers' columns: a line that has none says why here.
+        return "cannot run" if line.row.unsupported else "failed" if line.row.error else MISSING
+    if line.row.artifact.method == BASE:
+        return "0"
+    spec = _spec(line.delta.value)
+    error = f" ±{line.delta.se:{spec}}" if line.delta.se is not None else ""
+    return f"{line.delta.value:+{spec}}{error}"
+
+
+def _spec(value: float) -> str:
+    size = abs(value)
+    return ".3f" if size < 100 else ".1f" if size < 1e5 else ".2e"
+
+
+def _title(table: Table) -> str:
+    bases = dict.fromkeys(line.row.base for line in table.lines)
+    devices = dict.fromkeys(line.row.measurement.device for line in table.lines if line.row.measurement)
+    where = f" ({', '.join(devices)})" if devices else ""
+    return _plain(f"{', '.join(bases)} on {table.machine}{where}")
+
+
+def _subtitle(table: Table) -> list[str]:
+    texts = []
+    points = {workload(line.row) for line in table.lines}
+    repeats = {line.row.workload.repeats for line in table.lines}
+    if len(points) == 1:
+        prompt_tokens, new_tokens, batch = points.pop()
+        count = f", {repeats.pop()} repeats" if len(repeats) == 1 else ""
+        texts.append(f"speed: {prompt_tokens} prompt tokens, then {new_tokens} new ones, batch {batch}{count}")
+    if table.evaluation:
+        e = table.evaluation
+        texts.append(
+            f"perplexity: {e.name}, {e.windows} windows of {e.window} tokens, {e.score} scored, "
+            f"{e.scored_tokens} tokens"
+        )
+    texts.append("±: of a speed 95 % of the median, of a perplexity one standard error (windows as clusters)")
+    return [_plain(text) for text in texts]
+
+
+def _remarks(table: Table) -> list[str]:
+    texts = []
+    for floor in table.noise_floors:
+        texts.append(
+            f"noise floor: the perplexity of {floor.base} is {floor.low:.4f} to {floor.high:.4f} on "
+            f"{', '.join(floor.backends)}, {100 * floor.relative:.3f} % apart"
+        )
+    return [_plain(text) for text in (*texts, *_settings(table), *table.notes)]
+
+
+def _settings(table: Table) -> list[str]:
+    """For each backend, what all its measured lines really ran with."""
+    by_backend: dict[str, list[dict[str, Any]]] = {}
+    for line in table.lines:
+        if line.row.measurement:
+            by_backend.setdefault(line.row.backend, []).append(line.row.measurement.settings)
+    texts = []
+    for backend, settings in by_backend.items():
+        shared = [
+            f"{key} {value}"
+            for key, value in settings[0].items()
+            if isinstance(value, str | int) and all(other.get(key) == value for other in settings)
+        ]
+        if shared:
+            texts.append(f"{backend}: {', '.join(shared)}")
+    return texts
+
+
+def _group(row: Row) -> tuple[str, str]:
+    return row.base, row.artifact.variant
+
+
+def _style(line: Line) -> str | None:
+    if line.row.error:
+        return "red"
+    if line.row.unsupported:
+        return "dim"
+    return "bold" if line.row.artifact.method == BASE else None
+
+
+def _plain(text: str) -> str:
+    """One line that a terminal can only print: no control characters, nothing that cannot be encoded."""
+    one_line = " ".join(re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", text).split())
+    return "".join(mark if mark.isprintable() else "\N{REPLACEMENT CHARACTER}" for mark in one_line)
+
+
+def _short(reason: str) -> str:
+    text = _plain(reason)
+    if len(text) <= LONGEST_REASON:
+        return text
+    # A log's first words say what failed, its last ones why.
+    return f"{text[: LONGEST_REASON // 2]} … {text[-LONGEST_REASON // 2 :]}"
+
+
+def _escaped(text: str) -> str:
+    """Text that markdown shows as it is; an underscore inside a word never marks emphasis and stays."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"[\\`*\[\]|~#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if key.endswith("_ci"):
+            flat[f"{key}_low"], flat[f"{key}_high"] = value or (None, None)
+        elif isinstance(value, list):
+            flat[key] = "; ".join(value)
+        else:
+            flat[key] = value
+    return {key: _encodable(value) if isinstance(value, str) else value for key, value in flat.items()}
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,192 @@
+"""Numbers derived from rows: what a metric is, its unit, which way is better, how it is computed.
+
+Rows hold raw samples; everything here is a view on them, so that a better estimator needs no new
+measurement. A new metric is one line in `METRICS`, whose order is that of the columns. None means "not
+measured"; NaN and infinity never leave this module.
+
+The statistics of quality, with errors that count windows as clusters and keep the covariance with the base,
+are in `statistics.py`; here they meet rows. Errors of speeds: `interval`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from workbench.records import Row, Speed
+from workbench.report import statistics as quality_of
+
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+"""Student's t, 97.5 % quantile, by degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number a row yields."""
+
+    name: str
+    unit: str
+    """SI: `s`, `B`, `tok/s`, `bit`; empty for a pure number."""
+    better: Literal["higher", "lower"] | None
+    value: Callable[[Row], float | None]
+    text: str
+    """Format specification of the number in its display unit."""
+    title: str
+
+
+def median(samples: Sequence[float]) -> float | None:
+    """The median, None of nothing."""
+    return statistics.median(samples) if samples else None
+
+
+def interval(samples: Sequence[float]) -> tuple[float, float] | None:
+    """A 95 % confidence interval of the median of positive samples; None for fewer than two.
+
+    Six or more: the order statistics x_(k), x_(n+1-k) with the largest k whose coverage
+    1 - 2 * P(Binomial(n, 1/2) < k) is at least 0.95; nothing is assumed of the distribution (David and
+    Nagaraja, Order Statistics, 3rd ed. 2003, section 7.1). With five even the extremes cover only
+    93.75 %, so below six it is Student's interval of the mean of the logarithms: exact where times scatter
+    log-normally, whose median is exp(that mean); it stays positive and always holds the sample median.
+    """
+    count = len(samples)
+    if count < 2:
+        return None
+    if count > 5:
+        ordered = sorted(samples)
+        rank, below = 0, 1  # below = 2^n * P(Binomial <= rank), whole numbers so that no n is too large
+        while 40 * below <= 2**count:
+            rank += 1
+            below += math.comb(count, rank)
+        return ordered[rank - 1], ordered[count - rank]
+    logs = [math.log(sample) for sample in samples]
+    half = T_975[count - 1] * statistics.stdev(logs) / math.sqrt(count)
+    center = statistics.fmean(logs)
+    try:
+        return math.exp(center - half), math.exp(center + half)
+    except OverflowError:
+        return None
+
+
+def headline(row: Row) -> Speed | None:
+    """The workload point that the speed columns show: the first one measured."""
+    return row.measurement.speeds[0] if row.measurement and row.measurement.speeds else None
+
+
+def prefill_samples(row: Row) -> list[float]:
+    """Prompt tokens a second of each repeat, over the whole batch, up to the first new token."""
+    speed = headline(row)
+    if speed is None:
+        return []
+    tokens = speed.prompt_tokens * speed.batch
+    return [rate for seconds in speed.first_token_s if (rate := _rate(tokens, _number(seconds)))]
+
+
+def decode_samples(row: Row) -> list[float]:
+    """New tokens a second of each repeat, over the whole batch, after the first token."""
+    speed = headline(row)
+    if speed is None:
+        return []
+    samples = []
+    for step_s, step_tokens in zip(speed.step_s, speed.step_tokens, strict=False):
+        seconds = [_number(step) for step in step_s]
+        if len(step_s) != len(step_tokens) or None in seconds:
+            continue  # half a repeat has a time, but not that of its tokens
+        rate = _rate(sum(step_tokens), math.fsum(step for step in seconds if step is not None))
+        if rate:
+            samples.append(rate)
+    return samples
+
+
+def perplexity(row: Row) -> float | None:
+    """exp(mean negative log-likelihood) over the scored tokens with finite logits."""
+    quality = _quality(row)
+    return quality_of.perplexity(quality).value if quality else None
+
+
+def perplexity_se(row: Row) -> float | None:
+    """Its standard error, windows as clusters; None for fewer than two windows."""
+    quality = _quality(row)
+    return quality_of.perplexity(quality).se if quality else None
+
+
+def perplexity_delta(row: Row, base: Row) -> quality_of.Estimate | None:
+    """The row's perplexity minus the base's, paired over the tokens finite in both, with the error of the
+    difference. None if either was not scored, or not on the same tokens."""
+    quality, base_quality = _quality(row), _quality(base)
+    if quality is None or base_quality is None or not same_tokens(row, base):
+        return None
+    try:
+        return quality_of.perplexity_delta(quality, base_quality)
+    except ValueError:  # no token that is finite in both
+        return None
+
+
+def same_tokens(row: Row, base: Row) -> bool:
+    """Whether both were scored on one evaluation, window by window alike."""
+    if row.evaluation is None or base.evaluation is None or row.evaluation.digest != base.evaluation.digest:
+        return False
+    sizes, base_sizes = (
+        [window["count"] + window["nonfinite"] for window in (_quality(each) or {}).get("windows", [])]
+        for each in (row, base)
+    )
+    return sizes == base_sizes
+
+
+def nonfinite(row: Row) -> int | None:
+    """Scored tokens whose logits were not finite; they are in no other number. None if not scored."""
+    quality = row.measurement.quality if row.measurement else None
+    return quality_of.nonfinite(quality) if quality else None
+
+
+def _memory(key: str) -> Callable[[Row], float | None]:
+    def value(row: Row) -> float | None:
+        return _number(row.measurement.memory.get(key)) if row.measurement else None
+
+    return value
+
+
+def _load_s(row: Row) -> float | None:
+    return _number(row.measurement.load_s) if row.measurement else None
+
+
+def _disk_bytes(row: Row) -> float | None:
+    # An artifact that could not be made is stored with no bytes.
+    return row.artifact.disk_bytes or None
+
+
+def _bits_per_weight(row: Row) -> float | None:
+    return row.artifact.bits_per_weight or None
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("bits_per_weight", "bit", "lower", _bits_per_weight, ".2f", "bits per weight"),
+        Metric("disk_bytes", "B", "lower", _disk_bytes, ".1f", "size"),
+        Metric("load_s", "s", "lower", _load_s, ".1f", "load"),
+        Metric("peak_rss_bytes", "B", "lower", _memory("peak_rss"), ".1f", "peak memory"),
+        Metric("peak_vram_bytes", "B", "lower", _memory("peak_vram"), ".1f", "peak VRAM"),
+        Metric("prefill_tok_s", "tok/s", "higher", lambda row: median(prefill_samples(row)), ".1f", "prefill"),
+        Metric("decode_tok_s", "tok/s", "higher", lambda row: median(decode_samples(row)), ".1f", "decode"),
+        Metric("perplexity", "", "lower", perplexity, ".3f", "perplexity"),
+    )
+}
+
+
+def _rate(tokens: int, seconds: float | None) -> float | None:
+    return _number(tokens / seconds) if seconds and seconds > 0 and tokens > 0 else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def _quality(row: Row) -> dict[str, Any] | None:
+    """What the worker found, if it scored a single token."""
+    quality = row.measurement.quality if row.measurement else None
+    return quality if quality and any(window["count"] for window in quality["windows"]) else None

@@ -1,0 +1,348 @@
+"""Rows seen together: which may stand side by side, in what order, with what deltas and doubts.
+
+Numbers of other machines, other evaluation tokens or another way of measuring are not comparable, so one
+table holds one of each and says how many rows it left out. Deltas are taken here, never stored: against
+the base on the same backend, over the same windows. Nothing is dropped silently: a pair that cannot run
+and a job that failed keep their lines, with the reason as a footnote.
+
+A table is data; what it looks like is `formats.py`. Rejected: a data frame (an import of a second for a
+few dozen lines), and one table a backend (the question is which backend, too).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from workbench.errors import UserError, unknown
+from workbench.records import Evaluation, Row, digest, to_json
+from workbench.report import metrics
+from workbench.report.statistics import Estimate
+from workbench.report.store import machine_of
+
+BASE = "base"
+"""The method of the unquantized model."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row with what follows from its neighbours."""
+
+    row: Row
+    values: dict[str, float | None]
+    """By name of `METRICS`."""
+    perplexity_se: float | None
+    delta: Estimate | None
+    """To the base on the same backend; of the base itself zero."""
+    prefill_interval: tuple[float, float] | None
+    decode_interval: tuple[float, float] | None
+    warnings: tuple[str, ...]
+    footnotes: tuple[int, ...]
+    """Numbers, from 1, into the table's `footnotes`."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """An identity column shown because its values differ (llama-bench's rule)."""
+
+    name: str
+    text: Callable[[Row], str]
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """How far one base's perplexity differs between engines that saw the same tokens."""
+
+    base: str
+    backends: tuple[str, ...]
+    low: float
+    high: float
+
+    @property
+    def relative(self) -> float:
+        """The spread as a fraction of the lowest."""
+        return self.high / self.low - 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """Comparable rows of one machine, ready to be rendered."""
+
+    machine: str
+    evaluation: Evaluation | None
+    lines: tuple[Line, ...]
+    varying: tuple[Column, ...]
+    footnotes: tuple[str, ...]
+    noise_floors: tuple[NoiseFloor, ...]
+    """One a base that was scored on two or more backends."""
+    notes: tuple[str, ...]
+    """What was left out, and what the numbers rest on."""
+
+
+def build(
+    rows: Sequence[Row], machine: str | None = None, recipe: str | None = None, evaluation: str | None = None
+) -> Table:
+    """The table of the newest comparable rows, or of those of the named machine, recipe and evaluation digest.
+
+    Bases come first, then variants in the order first seen; each with its backends in the order first
+    seen. Of several rows of one pair (another engine version, another calibration) the latest is shown.
+    Raises `UserError` if there is no row, or none of what was named.
+    """
+    if not rows:
+        raise UserError("nothing measured yet: run `workbench run RECIPE`")
+    notes: list[str] = []
+    rows = list(rows)
+    if recipe is not None:
+        rows = _of_recipe(rows, recipe)
+    rows = _one(rows, "machine", machine, machine_of, notes)
+    rows = _one(rows, "measurement version", None, lambda row: str(row.measurement_version), notes)
+    rows = _one_evaluation(rows, evaluation, notes)
+    rows = _latest_of_each_pair(rows, notes)
+    rows = _ordered(rows)
+
+    footnotes: dict[str, int] = {}
+    lines = tuple(_line(row, rows, footnotes) for row in rows)
+    floors = _noise_floors(lines)
+    for base in dict.fromkeys(line.row.base for line in lines if line.values["perplexity"] is not None):
+        if base not in {floor.base for floor in floors}:
+            notes.append(f"noise floor unknown: {base} itself was not scored on two backends")
+    return Table(
+        machine=machine_of(rows[0]),
+        evaluation=next((row.evaluation for row in rows if row.evaluation), None),
+        lines=lines,
+        varying=_varying(rows),
+        footnotes=tuple(footnotes),
+        noise_floors=floors,
+        notes=tuple(notes),
+    )
+
+
+def objects(table: Table) -> list[dict[str, Any]]:
+    """One flat object a line: SI units, None where not measured, never NaN.
+
+    `*_ci` are pairs (95 %, of the median), `*_se` one standard error.
+    """
+    return [_object(line) for line in table.lines]
+
+
+def workload(row: Row) -> tuple[int, int, int]:
+    """Prompt tokens, new tokens and batch that the row's speed columns are about."""
+    point = metrics.headline(row) or row.workload
+    return point.prompt_tokens, point.new_tokens, point.batch
+
+
+def device(row: Row) -> str | None:
+    """Where it ran; of a job that never got so far, where it was to run, if its options say."""
+    wanted = row.options.get("device")
+    return row.measurement.device if row.measurement else wanted if isinstance(wanted, str) else None
+
+
+def _object(line: Line) -> dict[str, Any]:
+    row = line.row
+    prompt_tokens, new_tokens, batch = workload(row)
+    return {
+        "machine": machine_of(row),
+        "recipe": row.recipe,
+        "base": row.base,
+        "variant": row.artifact.variant,
+        "method": row.artifact.method,
+        "format": row.artifact.format,
+        "backend": row.backend,
+        "device": device(row),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "batch": batch,
+        **line.values,
+        "perplexity_se": line.perplexity_se,
+        "perplexity_delta": line.delta.value if line.delta else None,
+        "perplexity_delta_se": line.delta.se if line.delta else None,
+        "nonfinite_tokens": metrics.nonfinite(row),
+        "prefill_tok_s_ci": list(line.prefill_interval) if line.prefill_interval else None,
+        "decode_tok_s_ci": list(line.decode_interval) if line.decode_interval else None,
+        "warnings": list(line.warnings),
+        "error": row.error,
+        "unsupported": row.unsupported,
+        "evaluation": row.evaluation.name if row.evaluation else None,
+        "evaluation_digest": row.evaluation.digest if row.evaluation else None,
+        "started_at": row.started_at,
+        "key": row.key,
+    }
+
+
+def _line(row: Row, rows: Sequence[Row], footnotes: dict[str, int]) -> Line:
+    values = {name: metric.value(row) for name, metric in metrics.METRICS.items()}
+    base = _base_of(row, rows)
+    delta = metrics.perplexity_delta(row, base) if base else None
+    warnings = _warnings(row, values["perplexity"], base, delta)
+    reasons = [row.unsupported or "", row.error or "", *warnings]
+    return Line(
+        row=row,
+        values=values,
+        perplexity_se=metrics.perplexity_se(row),
+        delta=delta,
+        prefill_interval=metrics.interval(metrics.prefill_samples(row)),
+        decode_interval=metrics.interval(metrics.decode_samples(row)),
+        warnings=warnings,
+        footnotes=tuple(footnotes.setdefault(text, len(footnotes) + 1) for text in reasons if text),
+    )
+
+
+def _warnings(row: Row, own: float | None, base: Row | None, delta: Estimate | None) -> tuple[str, ...]:
+    found = [*row.artifact.warnings, *(row.measurement.warnings if row.measurement else ()), *row.warnings]
+    if own is not None and base is None:
+        found.append(f"the base has no perplexity on {row.backend}, so there is no delta")
+    elif own is not None and base is not None and not metrics.same_tokens(row, base):
+        found.append(f"the base on {row.backend} was scored on other tokens, so there is no delta")
+    elif delta and base is not None and base is not row and (lost := metrics.nonfinite(base)):
+        found.append(f"the base on {row.backend} has {lost} tokens without finite logits; the delta leaves them out")
+    return tuple(dict.fromkeys(text for text in found if text))
+
+
+def _base_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The base's row on the same backend that was scored, with the same options if there is one."""
+    if row.artifact.method == BASE:
+        return row if metrics.perplexity(row) is not None else None
+    candidates = [
+        other
+        for other in rows
+        if other.artifact.method == BASE
+        and other.base == row.base
+        and other.backend == row.backend
+        and metrics.perplexity(other) is not None
+    ]
+    return min(
+        candidates, key=lambda other: (other.options != row.options, other.workload != row.workload), default=None
+    )
+
+
+def _noise_floors(lines: Sequence[Line]) -> tuple[NoiseFloor, ...]:
+    scores: dict[str, dict[str, list[float]]] = {}
+    for line in lines:
+        value = line.values["perplexity"]
+        if line.row.artifact.method == BASE and value is not None:
+            scores.setdefault(line.row.base, {}).setdefault(line.row.backend, []).append(value)
+    floors = []
+    for base, by_backend in scores.items():
+        if len(by_backend) > 1:
+            every = [value for values in by_backend.values() for value in values]
+            floors.append(NoiseFloor(base, tuple(by_backend), min(every), max(every)))
+    return tuple(floors)
+
+
+def _named(rows: list[Row], thing: str, wanted: str, name: Callable[[Row], str]) -> list[Row]:
+    kept = [row for row in rows if name(row) == wanted]
+    if not kept:
+        raise unknown(thing, wanted, (name(row) for row in rows), "results")
+    return kept
+
+
+def _of_recipe(rows: list[Row], recipe: str) -> list[Row]:
+    """Its rows, and the rows of its bases that another recipe measured: work done once is not done again."""
+    bases = {row.base for row in _named(rows, "recipe", recipe, lambda row: row.recipe)}
+    return [row for row in rows if row.recipe == recipe or (row.artifact.method == BASE and row.base in bases)]
+
+
+def _one(rows: list[Row], thing: str, wanted: str | None, name: Callable[[Row], str], notes: list[str]) -> list[Row]:
+    """The rows of one machine (or the like): the wanted one, else that of the newest row."""
+    wanted = name(max(rows, key=_age)) if wanted is None else wanted
+    kept = _named(rows, thing, wanted, name)
+    others = Counter(name(row) for row in rows if name(row) != wanted)
+    if others:
+        notes.append(_left_out(sum(others.values()), f"of another {thing} ({', '.join(others)})"))
+    return kept
+
+
+def _one_evaluation(rows: list[Row], wanted: str | None, notes: list[str]) -> list[Row]:
+    """The rows scored on one set of tokens, and those of the same bases that were to be scored on none."""
+    newest = max(rows, key=_age).evaluation
+    if wanted is not None:
+        scored = _named([row for row in rows if row.evaluation], "evaluation", wanted, _evaluation_digest)
+    else:
+        scored = [row for row in rows if row.evaluation and newest and row.evaluation.digest == newest.digest]
+    bases = {row.base for row in scored} or {max(rows, key=_age).base}
+    chosen = {id(row) for row in scored}
+    kept = [row for row in rows if id(row) in chosen or (row.evaluation is None and row.base in bases)]
+    shown = {id(row) for row in kept}
+    others = [row for row in rows if id(row) not in shown]
+    if others:
+        names = dict.fromkeys(
+            f"{row.evaluation.name} {row.evaluation.digest}" if row.evaluation else row.base for row in others
+        )
+        notes.append(_left_out(len(others), f"of another evaluation or base ({', '.join(names)})"))
+    return kept
+
+
+def _evaluation_digest(row: Row) -> str:
+    return row.evaluation.digest if row.evaluation else ""
+
+
+def _latest_of_each_pair(rows: list[Row], notes: list[str]) -> list[Row]:
+    pairs: dict[str, Row] = {}
+    for row in rows:
+        name = digest([row.base, row.artifact.variant, row.backend, row.options, to_json(row.workload)])
+        if name not in pairs or _age(row) >= _age(pairs[name]):
+            pairs[name] = row
+    if len(pairs) < len(rows):
+        notes.append(_left_out(len(rows) - len(pairs), "superseded by a later one of the same variant and backend"))
+    return list(pairs.values())
+
+
+def _left_out(count: int, why: str) -> str:
+    return f"{count} row{'s' if count > 1 else ''} not shown: {why}"
+
+
+def _ordered(rows: list[Row]) -> list[Row]:
+    bases, variants, backends = (
+        _places(row.base for row in rows),
+        _places(row.artifact.variant for row in rows),
+        _places(row.backend for row in rows),
+    )
+    return sorted(
+        rows,
+        key=lambda row: (
+            bases[row.base],
+            row.artifact.method != BASE,
+            variants[row.artifact.variant],
+            backends[row.backend],
+        ),
+    )
+
+
+def _places(names: Iterable[str]) -> dict[str, int]:
+    return {name: place for place, name in enumerate(dict.fromkeys(names))}
+
+
+def _age(row: Row) -> float:
+    """Seconds since 1970; a row without a readable time is the oldest."""
+    try:
+        moment = datetime.fromisoformat(row.started_at)
+    except ValueError:
+        return -math.inf
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _varying(rows: Sequence[Row]) -> tuple[Column, ...]:
+    columns = [
+        Column("base", lambda row: row.base),
+        Column("device", lambda row: device(row) or ""),
+        Column("workload", lambda row: "pp{} tg{} b{}".format(*workload(row))),
+    ]
+    shown = [column for column in columns if len({column.text(row) for row in rows} - {""}) > 1]
+    # Engines differ in their options by nature; one is worth a column only where it tells two lines apart.
+    pairs: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        pairs.setdefault((row.base, row.artifact.variant, row.backend), []).append(row)
+    for key in dict.fromkeys(key for row in rows for key in row.options):
+        if any(len({_option(row, key=key) for row in group}) > 1 for group in pairs.values()):
+            shown.append(Column(key, partial(_option, key=key)))
+    return tuple(shown)
+
+
+def _option(row: Row, *, key: str) -> str:
+    value = row.options.get(key)
+    return "" if value is None else str(value)

@@ -1,0 +1,474 @@
+"""From logits to numbers, at once: negative log-likelihood, divergence from the base, agreement.
+
+A `Reducer` takes the logits of consecutive positions wherever they are (a device tensor, a tensor over
+llama.cpp's own buffer, inside vLLM's worker) and keeps five float32 a token, so full logits never pile up.
+It is made of a plain JSON spec, because vLLM's worker is another process and has to build the same one.
+
+What is kept of the base is a *compact reference*, not its vocabulary: a token's k likeliest ids and their
+log-probabilities, the mass T of all others (the tail), and m ids drawn from that tail in proportion to their
+probability. llama.cpp keeps a 16-bit logit for every id, 98 KB a token at 49,152 ids; this keeps at most
+2 KB.
+
+The divergence KL(P||Q) of base P and variant Q, with g(d) = e^d - 1 - d >= 0 and d = log q - log p, splits
+without remainder (chain rule of relative entropy: Cover & Thomas, Elements of Information Theory, 2.5) into
+
+    sum over the k ids of p g(d)  +  T g(log(Tq / T))  +  T E[g(log r)],   r = (q_i / Tq) / (p_i / T)
+
+where E is over ids i drawn from the base's tail. Writing each term with g is free, since the probabilities
+of either side sum to one, and it makes every term non-negative and the sum blind, to first order, to rounding
+in the normalisation (the estimator called k3 in J. Schulman, "Approximating KL Divergence", 2020).
+
+**Which side it errs on.** The first two terms alone (`kld_low`) never exceed the full-vocabulary value:
+lumping ids can only lose divergence (log-sum inequality). They lose too much: a quantizer's noise sits on
+every logit, and the tail's share of it goes missing. The third term is its unbiased estimate from the m drawn
+ids, and not negative. So `kld` errs on neither side in expectation over the draw, is never below `kld_low`,
+and its sampling error shrinks with the number of tokens; it is part of the spread between windows and so of
+the error reported with the mean. Where T = 0 (k ids are the vocabulary) the value is exact.
+
+Rejected: top-k and one tail bucket (3.5 to 7 % low on a real model at k = 256); buckets of ids (still low,
+and a few dozen masses cannot resolve noise that differs from id to id); 16-bit log-probabilities of the whole
+vocabulary (50 times the size, and their rounding alone reads as a divergence of 5e-4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from typing import Any
+
+from workbench.errors import UserError
+from workbench.records import digest
+
+REFERENCE_VERSION = 1
+"""Of the reference's file format; another version is refused."""
+
+TOP_K = 256
+"""Ids kept exactly, unless the spec or the byte budget says fewer."""
+
+TAIL_DRAWS = 64
+"""Ids drawn from the tail: enough that the draw adds less than a thousandth to 5,000 tokens' mean."""
+
+BYTES_A_TOKEN = 2000
+"""Upper limit of the reference's size."""
+
+_CHUNK_BYTES = {"cpu": 4 << 20, "other": 32 << 20}
+"""Working memory. On a processor a chunk should stay in the cache between its passes (a whole window at once
+took 2.5 times as long a row); on an accelerator it should be large enough to hide the launches."""
+
+_COLUMNS = ("nll", "kld", "kld_low", "same_top", "dp")
+
+
+class Reducer:
+    """Reduces the logits of one pass over an evaluation set.
+
+    `spec` is plain JSON:
+    - `windows`: path of the evaluation,
+      JSON `{"windows": [[id]], "score_from": [position], "vocab_size": n}`;
+    - `reference`: path of a reference to compare with, or null;
+    - `make_reference`: path to write one to from these logits, or null (both may be given);
+    - `base`: digest of the base that a reference is or must be of; required to be equal to the file's;
+    - `top_k`: ids a made reference keeps exactly (default 256), lowered to fit 2,000 bytes a token and a 40th
+      of llama.cpp's logits file, but for vocabularies under 20,000 ids, where 1,024 bytes are always allowed;
+    - `per_token`: also return per-token lists (default true), which quantiles need.
+
+    Raises `UserError` if the reference is of other tokens, another base, another vocabulary or format.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        path = spec["windows"]
+        with open(path, encoding="utf-8") as file:
+            evaluation = json.load(file)
+        self._windows: list[list[int]] = evaluation["windows"]
+        self._score_from: list[int] = evaluation["score_from"]
+        self._vocab: int = evaluation["vocab_size"]
+        if len(self._windows) != len(self._score_from):
+            raise UserError(
+                f"{path}: {len(self._windows)} windows but {len(self._score_from)} score_from; make it anew"
+            )
+        highest = max((max(window, default=0) for window in self._windows), default=0)
+        if highest >= self._vocab:
+            raise UserError(
+                f"{path}: token id {highest} is outside its vocabulary of {self._vocab}; "
+                "make it anew with this tokenizer"
+            )
+        counts = [max(0, len(w) - 1 - s) for w, s in zip(self._windows, self._score_from, strict=True)]
+        self._starts = list(itertools.accumulate(counts, initial=0))
+        self._per_token = bool(spec.get("per_token", True))
+        self._seen = bytearray(self._starts[-1])
+        self._pending: list[tuple[int, Any]] = []
+        self._work: Any = None
+
+        identity = {
+            "format": "workbench.reference",
+            "version": str(REFERENCE_VERSION),
+            "base": str(spec.get("base") or ""),
+            "evaluation": digest({k: evaluation[k] for k in ("windows", "score_from", "vocab_size")}),
+            "vocab_size": str(self._vocab),
+            "scored_tokens": str(self._starts[-1]),
+        }
+        self._reference = _Reference(spec["reference"], identity) if spec.get("reference") else None
+        self._made = None
+        if spec.get("make_reference"):
+            k, draws = reference_shape(self._vocab, spec.get("top_k") or TOP_K)
+            self._made = _NewReference(spec["make_reference"], identity, self._starts[-1], k, draws)
+
+    def __call__(self, window: int, first_position: int, logits: Any) -> None:
+        """Reduce `logits` [n, at least vocab_size] of positions `first_position ...` of a window.
+
+        Position p predicts token p + 1. Positions before `score_from` and the last one are ignored, and so
+        are columns beyond `vocab_size` (an engine's padding). Log-probabilities do as well as logits. Any
+        float type is computed in float32. The tensor is only read, and may be overwritten once this returns.
+        """
+        import torch
+
+        if logits.shape[-1] < self._vocab:
+            raise UserError(
+                f"the model gives {logits.shape[-1]} logits a position, but the evaluation was tokenized "
+                f"with a vocabulary of {self._vocab}: not comparable. Use variants of one base"
+            )
+        ids, score_from = self._windows[window], self._score_from[window]
+        low = max(first_position, score_from)
+        high = min(first_position + logits.shape[0], len(ids) - 1)
+        if high <= low:
+            return
+        at = self._starts[window] + low - score_from
+        if any(self._seen[at : at + high - low]):
+            raise ValueError(f"window {window}: positions {low} to {high - 1} were given twice")
+        self._seen[at : at + high - low] = b"\1" * (high - low)
+
+        with torch.inference_mode():
+            rows = logits[low - first_position : high - first_position, : self._vocab]
+            targets = torch.tensor(ids[low + 1 : high + 1]).to(rows.device)
+            stored = self._reference.rows(at, at + high - low, rows.device) if self._reference else None
+            step = max(1, _CHUNK_BYTES["cpu" if rows.device.type == "cpu" else "other"] // (4 * self._vocab))
+            if self._work is None or self._work.device != rows.device:
+                self._work = torch.empty(step, self._vocab, device=rows.device)
+            for i in range(0, high - low, step):
+                part = slice(i, i + step)
+                chunk = {name: value[part] for name, value in stored.items()} if stored else None
+                self._pending.append((at + i, self._reduce(rows[part], targets[part], chunk, at + i)))
+
+    def _reduce(self, rows: Any, targets: Any, stored: dict[str, Any] | None, at: int) -> Any:
+        """One chunk [c, vocab] to [c, 5] float32 in the order of `_COLUMNS`; NaN marks an excluded token."""
+        import torch
+
+        work = self._work[: len(rows)]
+        source = rows
+        if rows.dtype != torch.float32:
+            source = work.copy_(rows)
+        highest = source.amax(-1, keepdim=True)
+        # The minimum finds what the maximum hides: a lone -inf. NaN shows in both.
+        finite = torch.isfinite(highest) & torch.isfinite(source.amin(-1, keepdim=True))
+        # argmax promises the first of equal maxima, on every device.
+        top = source.argmax(-1) if self._reference or self._made else None
+        torch.sub(source, highest, out=work)
+        log_total = work.exp_().sum(-1, keepdim=True).log_()
+
+        def log_probability(ids: Any) -> Any:
+            # Shifted by the maximum first: the difference of two large numbers would cost digits.
+            return rows.gather(-1, ids).float() - highest - log_total
+
+        correct = log_probability(targets[:, None])
+        columns = torch.full((len(rows), len(_COLUMNS)), math.nan, device=rows.device)
+        columns[:, 0:1] = -correct
+        if stored is not None:
+            low, tail = _divergence(stored, work, log_probability, log_total)
+            columns[:, 1] = low + tail
+            columns[:, 2] = low
+            columns[:, 3] = top == stored["top"]
+            columns[:, 4] = correct[:, 0].exp() - stored["correct"].exp()
+            columns[:, 1:].masked_fill_(~torch.isfinite(stored["correct"])[:, None], math.nan)
+        columns.masked_fill_(~finite, math.nan)
+        if self._made is not None:
+            correct = correct.masked_fill(~finite, math.nan)
+            self._made.add(at, work, top, correct, log_probability, log_total)
+        return columns
+
+    def result(self) -> dict[str, Any]:
+        """What was measured, as JSON; also completes the file of `make_reference`.
+
+        `{"windows": [...], "top_k", "tail_draws", "reference_digest", "vocab_size",
+        "made_reference_digest"}`; the first three of the others are null without a reference. A window holds
+        `count` (tokens with finite logits), `nonfinite` (the others, excluded from everything else) and
+        `nll_sum` in nats; with a reference also `kld_count` (tokens that the base too had finite logits for),
+        `kld_sum` and its lower bound `kld_low_sum` in nats, `same_top_sum`, `dp_square_sum`. With `per_token`
+        lists over the scored positions, `nll`, `kld`, `same_top` and `dp` (the correct token's probability
+        less the base's), to six digits, have null in the place of an excluded token, so that lists of two
+        passes stay aligned and no average can swallow one.
+
+        Raises `RuntimeError` if a scored position was never given.
+        """
+        import torch
+
+        if not all(self._seen):
+            missing = self._seen.index(0)
+            window = max(w for w in range(len(self._windows)) if self._starts[w] <= missing)
+            position = missing - self._starts[window] + self._score_from[window]
+            raise RuntimeError(
+                f"window {window}: no logits for position {position} "
+                f"({self._seen.count(0)} of {len(self._seen)} scored positions are missing)"
+            )
+        table = torch.empty(len(self._seen), len(_COLUMNS))
+        for at, columns in self._pending:
+            table[at : at + len(columns)] = columns.cpu()
+        reference = self._reference
+        result: dict[str, Any] = {
+            "windows": [
+                _window(table[a:b].double(), reference is not None, self._per_token)
+                for a, b in zip(self._starts, self._starts[1:], strict=False)
+            ],
+            "top_k": reference.top_k if reference else None,
+            "tail_draws": reference.draws if reference else None,
+            "reference_digest": reference.digest if reference else None,
+            "vocab_size": self._vocab,
+            "made_reference_digest": None,
+        }
+        if self._made is not None:
+            result["made_reference_digest"] = self._made.close()
+        return result
+
+
+def reference_shape(vocab_size: int, top_k: int = TOP_K) -> tuple[int, int]:
+    """(k, m) of a reference for a vocabulary: ids kept exactly, ids drawn from the tail.
+
+    Bounded by 2,000 bytes a token and by a 40th of llama.cpp's logits file, which holds
+    2 (2 ceil(V/2) + 4) bytes a scored token (`tools/perplexity`, `--save-all-logits`).
+    """
+    theirs = 2 * (2 * math.ceil(vocab_size / 2) + 4)
+    budget = min(BYTES_A_TOKEN, max(1024, theirs // 40))
+    id_bytes = 2 if vocab_size <= 1 << 16 else 4
+    entries = (budget - 8 - id_bytes) // (4 + id_bytes)
+    if min(top_k, vocab_size) == vocab_size <= entries:
+        return vocab_size, 0
+    draws = min(TAIL_DRAWS, entries // 4)
+    return max(1, min(top_k, entries - draws, vocab_size)), draws
+
+
+def _divergence(stored: dict[str, Any], work: Any, log_probability: Any, log_total: Any) -> tuple[Any, Any]:
+    """([c], [c]) nats: the lower bound of KL(P||Q) and the estimate of what it misses (module docstring).
+
+    `work` [c, vocab] holds exp(logit - maximum) and is left as it was found.
+    """
+    import torch
+
+    def g(d: Any) -> Any:
+        # exp(80) is near float32's end; a ratio beyond it means that the base gives the id a probability of
+        # 0.
+        d = d.clamp(max=80.0)
+        return torch.expm1(d) - d
+
+    ids, log_p = stored["ids"], stored["logprobs"]
+    low = (log_p.exp() * g(log_probability(ids) - log_p)).sum(-1)
+    tail = stored["tail_mass"]
+    if stored["tail_ids"].shape[-1] == 0:
+        return low, torch.zeros_like(low)
+    # Summed without the kept ids, not as one minus them: the tail may be smaller than that difference's
+    # error.
+    kept = work.gather(-1, ids)
+    work.scatter_(-1, ids, 0.0)
+    mass = work.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    work.scatter_(-1, ids, kept)
+    log_tail_q = mass.log() - log_total
+    log_tail_p = tail.clamp(min=torch.finfo(torch.float32).tiny).log()[:, None]
+    low = low + tail * g(log_tail_q - log_tail_p)[:, 0]
+    ratio = (log_probability(stored["tail_ids"]) - log_tail_q) - (stored["tail_logprobs"] - log_tail_p)
+    missed = torch.where(tail > 0, tail * g(ratio).mean(-1), 0.0)
+    return low, missed
+
+
+def _likeliest(work: Any, k: int) -> Any:
+    """Ids [c, k] of the k largest of each row, descending; a third of `topk`'s time at 49,152 ids and k = 256.
+
+    The k largest values lie in the k blocks with the largest maxima, so only those blocks are searched.
+    """
+    import torch
+
+    block = 16
+    blocks = work.shape[-1] // block
+    if blocks < 4 * k:
+        return work.topk(k, dim=-1).indices
+    # Block b holds ids b, b + blocks, b + 2 blocks, ...: its maximum is then one of whole contiguous rows.
+    maxima = work[:, : blocks * block].unflatten(-1, (block, blocks)).amax(-2)
+    steps = torch.arange(block, device=work.device) * blocks
+    ids = (maxima.topk(k, dim=-1, sorted=False).indices[:, None, :] + steps[:, None]).flatten(1)
+    rest = torch.arange(blocks * block, work.shape[-1], device=work.device).expand(len(work), -1)
+    ids = torch.cat([ids, rest], -1)
+    return ids.gather(-1, work.gather(-1, ids).topk(k, dim=-1).indices)
+
+
+def _window(table: Any, compared: bool, per_token: bool) -> dict[str, Any]:
+    """One window's [n, 5] float64 table as JSON."""
+    import torch
+
+    def total(column: int) -> float:
+        return float(torch.nansum(table[:, column]))
+
+    def listed(column: int) -> list[float | None]:
+        return [None if value != value else float(f"{value:.6g}") for value in table[:, column].tolist()]
+
+    excluded = int(torch.isnan(table[:, 0]).sum())
+    window: dict[str, Any] = {"count": len(table) - excluded, "nonfinite": excluded, "nll_sum": total(0)}
+    if per_token:
+        window["nll"] = listed(0)
+    if compared:
+        window["kld_count"] = int((~torch.isnan(table[:, 1])).sum())
+        window["kld_sum"], window["kld_low_sum"] = total(1), total(2)
+        window["same_top_sum"] = int(total(3))
+        window["dp_square_sum"] = float(torch.nansum(table[:, 4] ** 2))
+        if per_token:
+            window["kld"], window["dp"] = listed(1), listed(4)
+            window["same_top"] = [None if value is None else int(value) for value in listed(3)]
+    return window
+
+
+class _NewReference:
+    """A reference being written: memory-mapped under a temporary name, so that it never stands in memory
+    whole."""
+
+    def __init__(self, path: str, identity: dict[str, str], tokens: int, k: int, draws: int) -> None:
+        import numpy
+
+        id_type = ("U16", numpy.uint16) if int(identity["vocab_size"]) <= 1 << 16 else ("I32", numpy.int32)
+        real = ("F32", numpy.float32)
+        fields = {
+            "correct": (real, [tokens]),
+            "tail_mass": (real, [tokens]),
+            "logprobs": (real, [tokens, k]),
+            "tail_logprobs": (real, [tokens, draws]),
+            "top": (id_type, [tokens]),
+            "ids": (id_type, [tokens, k]),
+            "tail_ids": (id_type, [tokens, draws]),
+        }
+        self._path, self._k, self._draws = path, k, draws
+        self._partial = f"{path}.{os.getpid()}.partial"
+        self._metadata = identity | {"top_k": str(k), "tail_draws": str(draws), "digest": "0" * 16}
+        header: dict[str, Any] = {"__metadata__": self._metadata}
+        offset = 0
+        for name, ((code, kind), shape) in fields.items():
+            end = offset + math.prod(shape) * numpy.dtype(kind).itemsize
+            header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+        self._header = header
+        text = self._header_bytes()
+        with open(self._partial, "wb") as file:
+            file.write(text)
+            file.truncate(len(text) + offset)
+        self._arrays: dict[str, Any] = {}
+        for name, ((_, kind), shape) in fields.items():
+            begin = len(text) + header[name]["data_offsets"][0]
+            self._arrays[name] = (
+                numpy.memmap(self._partial, kind, "r+", begin, tuple(shape)) if math.prod(shape) else None
+            )
+
+    def _header_bytes(self) -> bytes:
+        """The safetensors header: its length in 8 bytes, JSON, spaces up to a multiple of 8."""
+        text = json.dumps(self._header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def add(self, at: int, work: Any, top: Any, correct: Any, log_probability: Any, log_total: Any) -> None:
+        """Store a chunk; overwrites `work` [c, vocab], which holds exp(logit - maximum)."""
+        import torch
+
+        def put(name: str, value: Any) -> None:
+            if self._arrays[name] is not None:
+                self._arrays[name][at : at + len(value)] = value.cpu().numpy()
+
+        ids = _likeliest(work, self._k)
+        put("correct", correct[:, 0])
+        put("top", top)
+        put("ids", ids)
+        put("logprobs", log_probability(ids))
+        work.scatter_(-1, ids, 0.0)
+        put("tail_mass", (work.sum(-1, keepdim=True).log() - log_total).exp()[:, 0])
+        if not self._draws:
+            return
+        # Systematic sampling in proportion to size (Madow 1949): evenly spaced points on the cumulated mass.
+        # In order of ids, which a tokenizer deals by frequency, that is stratified too. The offsets of
+        # successive tokens follow the golden ratio: evenly spread, and the same on every device, which no
+        # generator's stream is.
+        offset = (
+            torch.arange(at, at + len(work), dtype=torch.float64)
+            .mul_(0.6180339887498949)
+            .add_(0.5)
+            .remainder_(1.0)
+        )
+        points = offset.clamp_(2**-11, 1 - 2**-11)[:, None] + torch.arange(self._draws)
+        cumulated = torch.cumsum(work, -1, out=work)
+        points = (points / self._draws).to(work) * cumulated[:, -1:]
+        drawn = torch.searchsorted(cumulated, points, right=True).clamp_(max=work.shape[-1] - 1)
+        put("tail_ids", drawn)
+        put("tail_logprobs", log_probability(drawn))
+
+    def close(self) -> str:
+        """Seal the file under its name with the digest of its content, and return that."""
+        for array in self._arrays.values():
+            if array is not None:
+                array.flush()
+        self._arrays = {}
+        start = len(self._header_bytes())
+        content = hashlib.sha256(json.dumps(self._metadata, sort_keys=True).encode())
+        with open(self._partial, "r+b") as file:
+            file.seek(start)
+            while block := file.read(1 << 20):
+                content.update(block)
+            self._metadata["digest"] = content.hexdigest()[:16]
+            file.seek(0)
+            file.write(self._header_bytes())
+        os.replace(self._partial, self._path)
+        return self._metadata["digest"]
+
+
+class _Reference:
+    """A reference being read, a few windows' rows at a time, from a memory-mapped file."""
+
+    def __init__(self, path: str, identity: dict[str, str]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise UserError(
+                f"reference {path}: no such file; score the base first, which writes it"
+            ) from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"reference {path}: not readable ({error}); delete it and score the base again"
+            ) from None
+        found = self._file.metadata() or {}
+        again = "score the base on this evaluation again"
+        if found.get("format") != identity["format"] or found.get("version") != identity["version"]:
+            raise UserError(
+                f"reference {path}: is {found.get('format', 'no reference')} version {found.get('version')}, "
+                f"expected {identity['format']} version {identity['version']}; {again}"
+            )
+        for key, what in (
+            ("vocab_size", "with another vocabulary"),
+            ("evaluation", "with other tokens"),
+            ("base", "of another base"),
+            ("scored_tokens", "of another number of tokens"),
+        ):
+            if found.get(key) != identity[key]:
+                raise UserError(
+                    f"reference {path}: made {what} ({key} '{found.get(key)}', expected '{identity[key]}'); "
+                    f"{again}"
+                )
+        self.top_k, self.draws, self.digest = int(found["top_k"]), int(found["tail_draws"]), found["digest"]
+
+    def rows(self, first: int, end: int, device: Any) -> dict[str, Any]:
+        """Tokens `first` to `end` of every field on `device`: ids int64, the rest float32."""
+        import torch
+
+        rows = {}
+        for name in ("correct", "tail_mass", "logprobs", "tail_logprobs", "top", "ids", "tail_ids"):
+            value = self._file.get_slice(name)[first:end]
+            if value.dtype == torch.uint16:
+                # torch has few operations on uint16; the same bits as int16, widened and masked.
+                value = value.view(torch.int16).to(device).long() & 0xFFFF
+            elif value.dtype == torch.int32:
+                value = value.to(device).long()
+            rows[name] = value.to(device)
+        return rows
