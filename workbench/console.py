@@ -31,8 +31,7 @@ class Console:
             self.say(f"{text}: {_seconds(time.monotonic() - started)}")
             return
         from rich.console import Console as Terminal
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = [
             SpinnerColumn(), TextColumn("{task.fields[name]}", markup=False), BarColumn(),

@@ -447,8 +447,8 @@ def _validate(adapter: TypeAdapter[Any], value: Any, where: str, place: str, als
         message = f"unknown key '{key}'. {did_you_mean(key, known)}"
         place = holder
     elif kind == "literal_error":
-        known = re.findall(r"'([^']*)'", context["expected"])
-        message = f"unknown value '{first['input']}'. {did_you_mean(str(first['input']), known)}"
+        values = re.findall(r"'([^']*)'", context["expected"])
+        message = f"unknown value '{first['input']}'. {did_you_mean(str(first['input']), values)}"
     elif kind in ("missing", "missing_argument"):
         message = "missing"
     else:
@@ -492,7 +492,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
     loader.flatten_mapping(node)
     found: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=deep)
         try:
             twice = key in found
         except TypeError:
@@ -501,7 +501,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
             ) from None
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", key_node.start_mark)
-        found[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        found[key] = loader.construct_object(value_node, deep=True)
     return found
 
 

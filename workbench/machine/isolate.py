@@ -13,6 +13,7 @@ answer (engines print there), and polling (a busy parent slows the child down on
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -149,10 +150,8 @@ def _follow(
 
 def _kill_session(child: subprocess.Popen[bytes]) -> None:
     """End the child and whatever it left running (engines start helpers of their own)."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     child.wait()
 
 
@@ -192,10 +191,9 @@ def serve(request: Path, reply: Path, progress_descriptor: int) -> None:
         if now - last_sent < SAMPLE_S and done < total:
             return
         last_sent = now
-        try:
+        # The parent may be gone; the work may still be worth finishing.
+        with contextlib.suppress(OSError):
             os.write(progress_descriptor, json.dumps([done, total, text]).encode() + b"\n")
-        except OSError:
-            pass  # The parent is gone; the work may still be worth finishing.
 
     asked = json.loads(request.read_text())
     module, _, name = asked["function"].partition(":")

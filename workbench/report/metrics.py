@@ -56,10 +56,12 @@ def interval(samples: Sequence[float]) -> tuple[float, float] | None:
         return None
     if count > 5:
         ordered = sorted(samples)
-        rank, below = 0, 1  # below = 2^n * P(Binomial <= rank), whole numbers so that no n is too large
+        # below = 2^n * P(Binomial <= rank), in whole numbers so that no n is too large for it
+        rank, ways, below = 0, 1, 1
         while 40 * below <= 2**count:
             rank += 1
-            below += math.comb(count, rank)
+            ways = ways * (count - rank + 1) // rank
+            below += ways
         return ordered[rank - 1], ordered[count - rank]
     logs = [math.log(sample) for sample in samples]
     half = T_975[count - 1] * statistics.stdev(logs) / math.sqrt(count)

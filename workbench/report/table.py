@@ -96,12 +96,18 @@ def build(
     if not rows:
         raise UserError("nothing measured yet: run `workbench run RECIPE`")
     notes: list[str] = []
-    rows = list(rows)
+    own = list(rows)
+    if machine is not None:
+        own = _named(own, "machine", machine, machine_of)
     if recipe is not None:
-        rows = _of_recipe(rows, recipe)
-    rows = _one(rows, "machine", machine, machine_of, notes)
-    rows = _one(rows, "measurement version", None, lambda row: str(row.measurement_version), notes)
-    rows = _one_evaluation(rows, evaluation, notes)
+        own = _named(own, "recipe", recipe, lambda row: row.recipe)
+    if evaluation is not None:
+        own = _named(own, "evaluation", evaluation, _evaluation_digest)
+    lead = max(own, key=_age)
+    rows = _of_recipe(rows, own) if recipe is not None else list(rows)
+    rows = _like(rows, lead, "machine", machine_of, notes)
+    rows = _like(rows, lead, "measurement version", lambda row: str(row.measurement_version), notes)
+    rows = _like_evaluation(rows, lead, notes)
     rows = _latest_of_each_pair(rows, notes)
     rows = _ordered(rows)
 
@@ -237,38 +243,34 @@ def _noise_floors(lines: Sequence[Line]) -> tuple[NoiseFloor, ...]:
 def _named(rows: list[Row], thing: str, wanted: str, name: Callable[[Row], str]) -> list[Row]:
     kept = [row for row in rows if name(row) == wanted]
     if not kept:
-        raise unknown(thing, wanted, (name(row) for row in rows), "results")
+        raise unknown(thing, wanted, (name(row) for row in rows if name(row)), "results")
     return kept
 
 
-def _of_recipe(rows: list[Row], recipe: str) -> list[Row]:
-    """Its rows, and the rows of its bases that another recipe measured: work done once is not done again."""
-    bases = {row.base for row in _named(rows, "recipe", recipe, lambda row: row.recipe)}
+def _of_recipe(rows: Sequence[Row], own: Sequence[Row]) -> list[Row]:
+    """A recipe's own rows, and its bases' rows from other recipes: work done once is not done again."""
+    recipe, bases = own[0].recipe, {row.base for row in own}
     return [row for row in rows if row.recipe == recipe or (row.artifact.method == BASE and row.base in bases)]
 
 
-def _one(rows: list[Row], thing: str, wanted: str | None, name: Callable[[Row], str], notes: list[str]) -> list[Row]:
-    """The rows of one machine (or the like): the wanted one, else that of the newest row."""
-    wanted = name(max(rows, key=_age)) if wanted is None else wanted
-    kept = _named(rows, thing, wanted, name)
-    others = Counter(name(row) for row in rows if name(row) != wanted)
+def _like(rows: list[Row], lead: Row, thing: str, name: Callable[[Row], str], notes: list[str]) -> list[Row]:
+    """The rows that agree with `lead` in what `name` says; the others are counted in a note."""
+    others = Counter(name(row) for row in rows if name(row) != name(lead))
     if others:
         notes.append(_left_out(sum(others.values()), f"of another {thing} ({', '.join(others)})"))
-    return kept
+    return [row for row in rows if name(row) == name(lead)]
 
 
-def _one_evaluation(rows: list[Row], wanted: str | None, notes: list[str]) -> list[Row]:
-    """The rows scored on one set of tokens, and those of the same bases that were to be scored on none."""
-    newest = max(rows, key=_age).evaluation
-    if wanted is not None:
-        scored = _named([row for row in rows if row.evaluation], "evaluation", wanted, _evaluation_digest)
-    else:
-        scored = [row for row in rows if row.evaluation and newest and row.evaluation.digest == newest.digest]
-    bases = {row.base for row in scored} or {max(rows, key=_age).base}
-    chosen = {id(row) for row in scored}
-    kept = [row for row in rows if id(row) in chosen or (row.evaluation is None and row.base in bases)]
-    shown = {id(row) for row in kept}
-    others = [row for row in rows if id(row) not in shown]
+def _like_evaluation(rows: list[Row], lead: Row, notes: list[str]) -> list[Row]:
+    """The rows scored on the tokens of `lead`, and those of the same bases that were to be scored on none."""
+    wanted = _evaluation_digest(lead)
+    bases = {row.base for row in rows if wanted and _evaluation_digest(row) == wanted} or {lead.base}
+    kept: list[Row] = []
+    others: list[Row] = []
+    for row in rows:
+        own = _evaluation_digest(row)
+        comparable = own == wanted if own else row.base in bases
+        (kept if comparable else others).append(row)
     if others:
         names = dict.fromkeys(
             f"{row.evaluation.name} {row.evaluation.digest}" if row.evaluation else row.base for row in others

@@ -417,8 +417,10 @@ def _calibration_starts(
     if len(starts) < wanted:
         left = " that evaluation does not use" if used else ""
         raise UserError(
-            f"calibration '{entry.get('name')}': {_describe(entry['source'])} has {len(ids)} tokens and {len(starts)} windows "
-            f"of {window}{left}, but {wanted} asked for. Ask for fewer or shorter ones, or name a longer text."
+            f"calibration '{entry.get('name')}': {_describe(entry['source'])} has {len(ids)} tokens and "
+            f"{len(starts)} windows "
+            f"of {window}{left}, but {wanted} asked for. Ask for fewer or shorter ones, or name a longer "
+            "text."
         )
     return starts
 
@@ -433,8 +435,10 @@ def _refuse_overlap(entry: dict[str, Any], windows: list[list[int]], evaluated: 
             inside = hit
     if runs:
         raise UserError(
-            f"calibration '{entry.get('name')}' shares {runs} passages of {OVERLAP_TOKENS} tokens or more with the evaluation "
-            "text, which makes any method look better than it is. Calibrate on another text, or set `allow_overlap: true`."
+            f"calibration '{entry.get('name')}' shares {runs} passages of {OVERLAP_TOKENS} tokens or more "
+            "with the evaluation "
+            "text, which makes any method look better than it is. Calibrate on another text, or set "
+            "`allow_overlap: true`."
         )
 
 
@@ -454,7 +458,8 @@ def _write(
     largest = max(map(max, windows))
     if largest >= vocab_size or min(map(min, windows)) < 0:
         raise UserError(
-            f"{entry['role']} '{entry.get('name')}': the tokenizer gives id {largest}, but the model's vocabulary has {vocab_size}: "
+            f"{entry['role']} '{entry.get('name')}': the tokenizer gives id {largest}, but the model's "
+            f"vocabulary has {vocab_size}: "
             "tokenizer and weights are not of the same model."
         )
     if bos is not None:

@@ -428,8 +428,9 @@ class _Reference:
     def __init__(self, path: str, identity: dict[str, str]) -> None:
         from safetensors import SafetensorError, safe_open
 
+        file: Any
         try:
-            self._file: Any = safe_open(path, framework="pt")
+            file = safe_open(path, framework="pt")
         except FileNotFoundError:
             raise UserError(
                 f"reference {path}: no such file; score the base first, which writes it"
@@ -438,7 +439,8 @@ class _Reference:
             raise UserError(
                 f"reference {path}: not readable ({error}); delete it and score the base again"
             ) from None
-        found = self._file.metadata() or {}
+        self._file = file
+        found = file.metadata() or {}
         again = "score the base on this evaluation again"
         if found.get("format") != identity["format"] or found.get("version") != identity["version"]:
             raise UserError(

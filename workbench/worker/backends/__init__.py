@@ -17,8 +17,14 @@ A backend speaks token ids only and holds no clock. `score` takes the reducer's 
 of yielding logits, because vLLM's logits are born in a process of its own, where the reducer must be built.
 """
 
+import os
+
 BACKENDS = {
     "transformers": "workbench.worker.backends.transformers",
     "vllm": "workbench.worker.backends.vllm",
     "llamacpp": "workbench.worker.backends.llamacpp",
 }
+
+if os.environ.get("WORKBENCH_FAKE_BACKEND"):
+    # For tests of what a real engine cannot be made to do on demand; never offered to people.
+    BACKENDS["fake"] = "workbench.worker.backends.fake"

@@ -191,7 +191,8 @@ class Backend:
 
     def settings(self) -> dict[str, Any]:
         """Device, dtype, threads."""
-        return {"device": "cpu" if self._cpu else "cuda", "dtype": self._dtype, "threads": self._threads, "eager": self._eager}
+        device = "cpu" if self._cpu else "cuda"
+        return {"device": device, "dtype": self._dtype, "threads": self._threads, "eager": self._eager}
 
     def close(self) -> None:
         """Nothing: the worker leaves by `os._exit`, since vLLM may abort while it shuts down."""

@@ -1,0 +1,200 @@
+"""The four formats: right numbers, aligned, escaped, readable at the widths people have."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_store import a_row
+from test_table import demo_rows
+
+from workbench.records import Row, Workload
+from workbench.report.formats import FORMATS, terminal
+from workbench.report.table import Table, build, objects
+
+NASTY = "Q4|[red]x[/red] <b>*a*</b> `c` \x1b[31m\u202e_e_\nnext"
+
+
+def wide_rows() -> list[Row]:
+    """As the demo makes them: three engines, eight types, big and small numbers."""
+    rows = []
+    for backend in ("transformers", "vllm", "llamacpp"):
+        rows.append(a_row("base", backend, windows=[(2560, 6289.0), (2560, 6289.7)]))
+        for step, name in enumerate(("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q4_0", "Q3_K_M", "Q2_K")):
+            if backend == "vllm":
+                rows.append(
+                    a_row(f"gguf-{name}", backend, measured=False, unsupported="vLLM 0.32 has no GGUF on a CPU")
+                )
+                continue
+            row = a_row(
+                f"gguf-{name}", backend, windows=[(2560, 6300.0 + step**3.5 * 8), (2560, 6310.0 + step**3.5 * 8)],
+                first_token_s=[0.11 + 0.003 * step, 0.112, 0.11], memory={"peak_rss": 913 * 2**20 - step},
+            )  # fmt: skip
+            rows.append(replace(row, artifact=replace(row.artifact, disk_bytes=92 * 2**20 - step * 10**6)))
+    return rows
+
+
+def nasty_rows() -> list[Row]:
+    return [
+        a_row(base=f"base {NASTY}"),
+        a_row(NASTY, base=f"base {NASTY}", warnings=[f"warned {NASTY}"]),
+        a_row("other", base=f"base {NASTY}", measured=False, error="\ud800 half a character\nTraceback\n" + "x" * 5000),
+    ]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [wide_rows(), nasty_rows(), demo_rows(), [a_row(measured=False, error="it died")]])
+def test_every_format_takes_every_table_and_can_be_encoded(name: str, rows: list[Row]) -> None:
+    text = FORMATS[name](build(rows))
+    assert text.endswith("\n")
+    text.encode()
+    assert "nan" not in text.lower().replace("nanb", "") or "NaN" in str(rows)
+    if name in ("terminal", "markdown"):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", text)
+
+
+def test_json_is_the_objects() -> None:
+    table = build(wide_rows())
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    assert json.loads(FORMATS["json"](table), parse_constant=refuse) == objects(table)
+
+
+def test_csv_is_the_objects_too() -> None:
+    table = build(nasty_rows())
+    records = list(csv.DictReader(io.StringIO(FORMATS["csv"](table))))
+    expected = objects(table)
+    assert [record["variant"] for record in records] == [each["variant"] for each in expected]
+    assert float(records[1]["perplexity"]) == expected[1]["perplexity"]
+    assert float(records[1]["prefill_tok_s_ci_low"]) == expected[1]["prefill_tok_s_ci"][0]
+    assert records[1]["warnings"] == f"warned {NASTY}"
+    assert records[2]["perplexity"] == records[2]["decode_tok_s_ci_high"] == ""
+    assert "Traceback\nxxxx" in records[2]["error"]
+
+
+def test_csv_reads_into_pandas() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.read_csv(io.StringIO(FORMATS["csv"](build(wide_rows()))))
+    assert len(frame) == 27
+    assert frame["perplexity"].dtype == float
+    assert frame["perplexity"].isna().sum() == 8
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def test_markdown_is_aligned_and_escaped() -> None:
+    text = FORMATS["markdown"](build(nasty_rows()))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 5
+    assert len({len(line) for line in lines}) == 1
+    assert len({len(cells_of(line)) for line in lines}) == 1
+    cell = cells_of(lines[3])[0]
+    assert cell == r"Q4\|\[red\]x\[/red\] &lt;b&gt;\*a\*&lt;/b&gt; \`c\` " + "\N{REPLACEMENT CHARACTER}" + r"\_e\_ next"
+    assert cells_of(lines[4])[-2:] == ["failed", "2"]
+    assert "\n1. warned " in text and "\n2. " in text
+    assert max(map(len, text.splitlines())) < 700  # five thousand x are not shown
+    rule = cells_of(lines[1])
+    assert all(re.fullmatch("-+:?", part) for part in rule) and rule[2].endswith(":") and rule[0].endswith("-")
+
+
+def test_markdown_has_units_and_shorthand() -> None:
+    text = FORMATS["markdown"](build(wide_rows()))
+    heading = cells_of(next(line for line in text.splitlines() if line.startswith("|")))
+    assert heading == [
+        "variant", "backend", "bpw", "size (MiB)", "load (s)", "peak RSS (MiB)", "pp100 (t/s)", "tg3 @ d100 (t/s)",
+        "ppl", "Δ ppl", "note",
+    ]  # fmt: skip
+    assert re.search(r"\| gguf-Q8_0 +\| llamacpp .*\| +92\.0 \| +1\.5 \| +913\.0 \|", text)
+    assert "noise floor: the perplexity of Toy-1M is 11.66" in text
+
+
+@pytest.mark.parametrize("width", [100, 120, 140])
+def test_the_terminal_fits_and_cuts_no_number(width: int) -> None:
+    table = build(wide_rows())
+    text = terminal(table, width)
+    assert max(map(len, text.splitlines())) <= width
+    body = [line for line in text.splitlines() if re.search(r" (transformers|vllm|llamacpp) ", line)]
+    rows = [line for line in body if re.search(r"(\d|run|–|0)( +[\d,]*)?$", line) and ":" not in line]
+    assert len(rows) == len(table.lines)
+    for line, row in zip(table.lines, rows, strict=True):
+        for name in ("prefill_tok_s", "decode_tok_s", "perplexity"):
+            value = line.values[name]
+            assert value is None or format(value, ".3f" if name == "perplexity" else ".1f") in row
+    assert "…" not in text
+    assert "±" in text and ("%" in "".join(rows)) == (width >= 120)
+
+
+def test_a_terminal_that_is_too_narrow_still_shows_whole_numbers() -> None:
+    table = build(wide_rows())
+    assert [re.findall(r"\d+\.\d+", line) for line in terminal(table, 50).splitlines() if " llamacpp " in line][:3] == [
+        re.findall(r"\d+\.\d+", line) for line in terminal(table, 90).splitlines() if " llamacpp " in line
+    ][:3]
+
+
+def test_the_terminal_shows_names_as_they_are_and_reasons_once() -> None:
+    text = terminal(build(nasty_rows()), 200)
+    assert "Q4|[red]x[/red] <b>*a*</b> `c` " in text
+    assert "[1] warned Q4|[red]x[/red]" in text
+    text = terminal(build(demo_rows()), 120)
+    assert text.count("vLLM has no GGUF on a CPU") == 1
+    assert len(re.findall(r"cannot run +1$", text, re.MULTILINE)) == 2
+    assert len(re.findall(r"failed +2$", text, re.MULTILINE)) == 1
+
+
+def test_a_pipe_gets_plain_text_of_full_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    text = FORMATS["terminal"](build(wide_rows()))
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) > 100
+
+
+@pytest.mark.parametrize(
+    ("size", "unit", "shown"), [(3 * 2**30, "GiB", "3.0"), (5 * 2**20, "MiB", "5.0"), (40_000, "KiB", "39.1")]
+)
+def test_one_unit_a_column(size: int, unit: str, shown: str) -> None:
+    row = a_row()
+    text = FORMATS["markdown"](build([replace(row, artifact=replace(row.artifact, disk_bytes=size))]))
+    assert f"size ({unit})" in text
+    assert f" {shown} |" in text
+
+
+def test_vram_is_a_column_where_there_is_some() -> None:
+    memory: dict[str, Any] = {"peak_rss": 2**30, "peak_vram": 0}
+    assert "VRAM" not in FORMATS["markdown"](build([a_row(memory=memory)]))
+    assert "peak VRAM (GiB)" in FORMATS["markdown"](build([a_row(memory=memory | {"peak_vram": 7 * 2**30})]))
+
+
+def test_workloads_that_vary_are_a_column_not_a_heading() -> None:
+    longer = replace(
+        a_row(measured=False, error="too long"), workload=Workload(prompt_tokens=200, new_tokens=3, batch=4)
+    )
+    text = FORMATS["markdown"](build([a_row(), longer]))
+    assert "| workload     |" in text and "prefill (t/s)" in text
+    assert "pp200 tg3 b4" in text
+
+
+def test_settings_shared_by_a_backends_lines_are_told() -> None:
+    def with_settings(row: Row, **settings: Any) -> Row:
+        assert row.measurement is not None
+        return replace(row, measurement=replace(row.measurement, settings=settings))
+
+    rows = [
+        with_settings(a_row(), threads=2, dtype="bf16", score_s=1.25),
+        with_settings(a_row("q"), threads=2, dtype="q", score_s=1.5),
+    ]
+    assert "llamacpp: threads 2\n" in FORMATS["markdown"](build(rows))
+
+
+def test_formats_are_a_literal_registry() -> None:
+    assert list(FORMATS) == ["terminal", "markdown", "csv", "json"]
+    table: Table = build([a_row()])
+    assert all(isinstance(render(table), str) for render in FORMATS.values())

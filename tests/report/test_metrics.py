@@ -1,0 +1,176 @@
+"""Metrics against values worked out by hand, and the intervals against simulations with a seed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from test_store import a_row
+
+from workbench.records import Measurement, Row
+from workbench.report import metrics
+from workbench.report.metrics import METRICS
+
+
+def values(row: Row) -> dict[str, float | None]:
+    return {name: metric.value(row) for name, metric in METRICS.items()}
+
+
+def with_quality(row: Row, windows: list[dict[str, Any]]) -> Row:
+    assert row.measurement is not None
+    return replace(row, measurement=replace(row.measurement, quality={"windows": windows}))
+
+
+def test_every_metric_by_hand() -> None:
+    row = a_row(
+        first_token_s=[0.5, 0.4, 0.8], step_s=[[0.1, 0.3], [0.25, 0.25], [0.5, 0.5]], batch=2,
+        windows=[(4, 8.0), (6, 13.0)], memory={"peak_rss": 1000, "peak_vram": 2000},
+    )  # fmt: skip
+    assert values(row) == {
+        "bits_per_weight": 16.0,
+        "disk_bytes": 2_000_000,
+        "load_s": 1.5,
+        "peak_rss_bytes": 1000,
+        "peak_vram_bytes": 2000,
+        "prefill_tok_s": pytest.approx(100 * 2 / 0.5),
+        "decode_tok_s": pytest.approx(4 / 0.5),
+        "perplexity": pytest.approx(math.exp(2.1)),
+    }
+    # Residuals 8 - 2.1 * 4 and 13 - 2.1 * 6 are -0.4 and 0.4; sqrt(2 / 1 * 0.32) / 10 tokens = 0.08.
+    assert metrics.perplexity_se(row) == pytest.approx(math.exp(2.1) * 0.08)
+
+
+def test_the_delta_by_hand() -> None:
+    base = a_row(windows=[(4, 8.0), (6, 13.0)])
+    row = a_row("q", windows=[(4, 9.0), (6, 13.0)])
+    delta = metrics.perplexity_delta(row, base)
+    assert delta is not None
+    p, b = math.exp(2.2), math.exp(2.1)
+    z = [p * (9 - 8.8) - b * (8 - 8.4), p * (13 - 13.2) - b * (13 - 12.6)]
+    assert delta.value == pytest.approx(p - b)
+    assert delta.se == pytest.approx(math.sqrt(2 * (z[0] ** 2 + z[1] ** 2)) / 10)
+
+
+def test_directions_and_order() -> None:
+    assert list(METRICS) == [
+        "bits_per_weight", "disk_bytes", "load_s", "peak_rss_bytes", "peak_vram_bytes", "prefill_tok_s",
+        "decode_tok_s", "perplexity",
+    ]  # fmt: skip
+    assert {name for name, metric in METRICS.items() if metric.better == "higher"} == {"prefill_tok_s", "decode_tok_s"}
+    assert all(name == metric.name for name, metric in METRICS.items())
+
+
+def test_what_was_not_measured_is_none() -> None:
+    row = a_row(measured=False)
+    assert [name for name, value in values(row).items() if value is not None] == ["bits_per_weight", "disk_bytes"]
+    not_made = replace(row, artifact=replace(row.artifact, disk_bytes=0, parameters=0))
+    assert set(values(not_made).values()) == {None}
+    assert set(values(replace(not_made, measurement=Measurement(device="cpu"))).values()) == {None}
+    assert metrics.perplexity_se(row) is metrics.perplexity_delta(row, row) is metrics.nonfinite(row) is None
+
+
+def test_samples_that_are_no_numbers_are_left_out() -> None:
+    # A stored NaN comes back as None.
+    row = a_row(first_token_s=[None, 0.0, math.nan, 5e-324, 0.5], step_s=[[0.1, None], [0.0, 0.0], [0.2, 0.3]])  # type: ignore[list-item]
+    assert metrics.prefill_samples(row) == [200.0]
+    assert metrics.decode_samples(row) == [pytest.approx(4.0)]
+    row = a_row(memory={"peak_rss": math.nan, "peak_vram": True})
+    assert values(row)["peak_rss_bytes"] is values(row)["peak_vram_bytes"] is None
+    assert values(a_row(first_token_s=[], step_s=[]))["prefill_tok_s"] is None
+
+
+def test_tokens_without_finite_logits_are_counted_and_not_averaged() -> None:
+    clean = [{"count": 2, "nonfinite": 0, "nll_sum": 4.0, "nll": [1.0, 3.0]}] * 3
+    hurt = [*clean[:2], {"count": 1, "nonfinite": 1, "nll_sum": 2.0, "nll": [None, 2.0]}]
+    base, row = with_quality(a_row(), clean), with_quality(a_row("q"), hurt)
+    assert metrics.nonfinite(row) == 1
+    assert values(row)["perplexity"] == pytest.approx(math.exp(10 / 5))
+    delta = metrics.perplexity_delta(row, base)
+    assert delta is not None  # over the five tokens that both have: the base's are 1, 3, 1, 3, 3
+    assert delta.value == pytest.approx(math.exp(10 / 5) - math.exp(11 / 5))
+
+    nothing = with_quality(a_row("q"), [{"count": 0, "nonfinite": 2, "nll_sum": 0.0, "nll": [None, None]}] * 3)
+    assert values(nothing)["perplexity"] is metrics.perplexity_se(nothing) is None
+    assert metrics.perplexity_delta(nothing, base) is None
+    assert metrics.nonfinite(nothing) == 6
+
+
+def test_no_delta_over_other_tokens() -> None:
+    base = a_row()
+    assert metrics.perplexity_delta(a_row("q"), base) is not None
+    assert metrics.perplexity_delta(a_row("q", evaluation="e2"), base) is None
+    assert metrics.perplexity_delta(a_row("q", windows=[(4, 8.0), (4, 10.0)]), base) is None
+    assert metrics.perplexity_delta(a_row("q", windows=[(4, 8.0), (5, 10.0), (4, 9.0)]), base) is None
+    assert metrics.perplexity_delta(a_row("q", evaluation=None), base) is None
+
+
+def test_one_window_has_no_error() -> None:
+    base, row = a_row(windows=[(4, 8.0)]), a_row("q", windows=[(4, 9.0)])
+    delta = metrics.perplexity_delta(row, base)
+    assert delta is not None and delta.se is None
+    assert delta.value == pytest.approx(math.exp(9 / 4) - math.exp(2))
+    assert metrics.perplexity_se(row) is None
+
+
+def test_a_broken_model_has_a_finite_perplexity() -> None:
+    value = values(a_row(windows=[(1, 1e6), (1, 2e6)]))["perplexity"]
+    assert value is not None and 1e100 < value < math.inf
+
+
+def test_the_deltas_error_covers_as_often_as_it_claims() -> None:
+    """Losses correlated inside a window and between the two models; the truth is known."""
+    random = np.random.default_rng(7)
+    windows, tokens, trials = 40, 60, 400
+    truth = math.exp(2.5) - math.exp(2.4)
+    covered = covered_if_unpaired = covered_if_independent = 0
+    for _ in range(trials):
+        shared = random.normal(0, 0.3, (windows, 1)) + random.normal(0, 1.0, (windows, tokens))
+        own = 2.5 + shared + random.normal(0, 0.05, (windows, 1)) + random.normal(0, 0.1, (windows, tokens))
+        base_nll = 2.4 + shared
+        row = a_row("q", windows=[(tokens, float(total)) for total in own.sum(1)])
+        base = a_row(windows=[(tokens, float(total)) for total in base_nll.sum(1)])
+        delta = metrics.perplexity_delta(row, base)
+        assert delta is not None and delta.se is not None
+        off = abs(delta.value - truth)
+        covered += off <= 2.0227 * delta.se  # Student's t, 39 degrees of freedom
+        se, base_se = metrics.perplexity_se(row), metrics.perplexity_se(base)
+        assert se is not None and base_se is not None
+        covered_if_unpaired += off <= 2.0227 * math.hypot(se, base_se)
+        z = math.exp(own.mean()) * (own - own.mean()) - math.exp(base_nll.mean()) * (base_nll - base_nll.mean())
+        covered_if_independent += off <= 1.96 * z.std() / math.sqrt(windows * tokens)
+    assert 0.92 <= covered / trials <= 0.98  # 95 % +- 2.7 standard errors of the count
+    assert covered_if_unpaired == trials  # far too wide: the pairing is worth something
+    assert covered_if_independent / trials < 0.85  # far too narrow: so are the clusters
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 5, 6, 9, 20, 61])
+def test_the_interval_of_a_speed_covers_the_median(repeats: int) -> None:
+    random = np.random.default_rng(repeats)
+    trials = 3000
+    hits = 0
+    for sample in 100 * np.exp(random.normal(0, 0.05, (trials, repeats))):
+        found = metrics.interval(sample.tolist())
+        assert found is not None
+        assert found[0] <= np.median(sample) <= found[1]
+        hits += found[0] <= 100 <= found[1]
+    # Order statistics come in steps, so their coverage is at least 95 %; Student's is 95 %.
+    assert 0.938 <= hits / trials <= (0.962 if repeats < 6 else 0.985)
+
+
+def test_the_ranks_are_those_of_the_tables() -> None:
+    # The usual ranks of a median's 95 % interval; of 20, for one, 2 P(Binomial <= 5) = 0.041 and <= 6 gives 0.115.
+    ranks = {6: (1, 6), 8: (1, 8), 9: (2, 8), 10: (2, 9), 15: (4, 12), 20: (6, 15), 30: (10, 21), 50: (18, 33)}
+    for count, (low, high) in ranks.items():
+        assert metrics.interval([float(i) for i in range(count, 0, -1)]) == (low, high)
+    assert metrics.interval([float(i) for i in range(1, 5001)]) is not None
+
+
+def test_too_few_samples_have_no_interval() -> None:
+    assert metrics.interval([]) is metrics.interval([3.0]) is None
+    assert metrics.interval([5.0, 5.0, 5.0]) == (pytest.approx(5.0), pytest.approx(5.0))
+    low, high = metrics.interval([10.0, 11.0]) or (0, 0)
+    # Two samples say next to nothing, and the interval says so: exp(mean log +- 12.706 * sd / sqrt 2).
+    assert (low, high) == (pytest.approx(5.7244, abs=1e-3), pytest.approx(110 / 5.7244, abs=1e-2))

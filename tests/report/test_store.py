@@ -1,0 +1,269 @@
+"""Rows on disk: whole, in order, safe against two writers, a kill, a full disk and other versions.
+
+`a_row` is the hand-made row that the other tests of the report use too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workbench.errors import UserError
+from workbench.records import (
+    SCHEMA_VERSION,
+    Artifact,
+    Evaluation,
+    Measurement,
+    Row,
+    Speed,
+    Workload,
+    to_json,
+)
+from workbench.report import store
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def a_row(
+    variant: str = "base", backend: str = "llamacpp", *, method: str | None = None, key: str | None = None,
+    base: str = "Toy-1M", machine: str = "desk", windows: list[tuple[int, float]] | None = None,
+    first_token_s: list[float] | None = None, step_s: list[list[float]] | None = None, batch: int = 1,
+    evaluation: str | None = "e1", memory: dict[str, Any] | None = None, measured: bool = True, **more: Any,
+) -> Row:  # fmt: skip
+    """A row as the pipeline writes it; `windows` are (tokens scored, summed nats)."""
+    first_token_s = [0.5, 0.4, 0.8] if first_token_s is None else first_token_s
+    step_s = [[0.1, 0.1], [0.05, 0.05], [0.2, 0.2]] if step_s is None else step_s
+    windows = [(4, 8.0), (4, 10.0), (4, 9.0)] if windows is None else windows
+    speed = Speed(100, 3, batch, first_token_s, step_s, [[batch] * len(steps) for steps in step_s])
+    quality = {"windows": [{"count": n, "nonfinite": 0, "nll_sum": total} for n, total in windows]}
+    measurement = Measurement(
+        device="cpu", load_s=1.5, speeds=[speed], quality=quality if evaluation else None,
+        memory={"peak_rss": 300 * 2**20} if memory is None else memory,
+    )  # fmt: skip
+    values: dict[str, Any] = {
+        "key": key or f"{base}/{variant}/{backend}/{evaluation}", "base": base, "recipe": "toy", "recipe_digest": "r",
+        "artifact": Artifact(
+            variant=variant, method=method or ("base" if variant == "base" else "gguf"), format="gguf",
+            path=f"{variant}.gguf", digest=f"d-{variant}", disk_bytes=2_000_000, parameters=1_000_000,
+        ),
+        "backend": backend, "workload": Workload(prompt_tokens=100, new_tokens=3, batch=batch),
+        "evaluation": Evaluation("prose", "e.json", evaluation, 8, "second-half", 3, 12) if evaluation else None,
+        "measurement": measurement if measured else None, "machine": {"name": machine}, "versions": {"toy": "1.0"},
+        "started_at": "2026-11-21T10:00:00Z", "duration_s": 3.0,
+    }  # fmt: skip
+    return Row(**(values | more))
+
+
+def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
+    row = a_row(warnings=["naïve | [bold]\n"], options={"threads": 2})
+    store.append(tmp_path, "desk", row)
+    assert (tmp_path / "desk" / "rows.jsonl").read_bytes().count(b"\n") == 1
+    assert store.read(tmp_path) == ([row], [])
+    assert store.read(tmp_path / "desk") == ([row], [])
+    assert store.read(tmp_path / "desk" / "rows.jsonl") == ([row], [])
+
+
+def test_a_rerun_supersedes_in_place_but_not_on_another_machine(tmp_path: Path) -> None:
+    first, second = a_row(key="a"), a_row(key="b")
+    store.append(tmp_path, "desk", first)
+    store.append(tmp_path, "desk", second)
+    store.append(tmp_path, "desk", replace(first, duration_s=9.0))
+    store.append(tmp_path, "lab", replace(first, machine={"name": "lab"}))
+    rows, warnings = store.read(tmp_path)
+    assert [(row.key, row.duration_s, row.machine["name"]) for row in rows] == [
+        ("a", 9.0, "desk"),
+        ("b", 3.0, "desk"),
+        ("a", 3.0, "lab"),
+    ]
+    assert warnings == []
+    assert len((tmp_path / "desk" / "rows.jsonl").read_text().splitlines()) == 3  # history stays
+
+
+def test_nothing_is_written_that_is_not_json(tmp_path: Path) -> None:
+    row = a_row(memory={"peak_rss": math.nan, "weights": [1.0, math.inf]})
+    store.append(tmp_path, "desk", row)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    stored = json.loads((tmp_path / "desk" / "rows.jsonl").read_text(), parse_constant=refuse)
+    assert stored["measurement"]["memory"] == {"peak_rss": None, "weights": [1.0, None]}
+
+
+def test_half_a_line_costs_only_itself_wherever_it_was_cut(tmp_path: Path) -> None:
+    store.append(tmp_path, "desk", a_row(key="a"))
+    file = tmp_path / "desk" / "rows.jsonl"
+    whole = file.read_bytes()
+    for cut in range(1, len(whole), 37):
+        file.write_bytes(whole + whole[:cut])
+        store.append(tmp_path, "desk", a_row(key="b"))
+        rows, warnings = store.read(file)
+        assert [row.key for row in rows] == ["a", "b"]
+        assert len(warnings) == 1
+        assert warnings[0].startswith(f"{file}:2: ")
+    # All but the newline arrived: nothing is lost.
+    file.write_bytes(whole[:-1])
+    store.append(tmp_path, "desk", a_row(key="b"))
+    assert [[row.key for row in found] for found in store.read(file)[:1]] == [["a", "b"]]
+    assert store.read(file)[1] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[1, 2]", b"7", b"{}", b"\xff\xfe", b'{"schema_version": true}', b'{"schema_version": 0}', b"[" * 100_000,
+        b'{"schema_version": 1, "key": "k"}',
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_skipped_and_named(tmp_path: Path, line: bytes) -> None:
+    store.append(tmp_path, "desk", a_row(key="a"))
+    file = tmp_path / "desk" / "rows.jsonl"
+    file.write_bytes(line + b"\n\n" + file.read_bytes())
+    rows, warnings = store.read(tmp_path)
+    assert [row.key for row in rows] == ["a"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{file}:1: not a whole row, skipped (")
+
+
+@pytest.mark.parametrize(("path", "value"), [("backend", 7), ("artifact", None), ("workload", "fast"), ("key", None)])
+def test_a_row_of_wrong_types_is_skipped(tmp_path: Path, path: str, value: Any) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(to_json(a_row()) | {path: value}) + "\n")
+    rows, warnings = store.read(tmp_path)
+    assert rows == []
+    assert len(warnings) == 1
+
+
+def test_a_newer_schema_asks_to_upgrade(tmp_path: Path) -> None:
+    store.append(tmp_path, "desk", a_row(key="a"))
+    file = tmp_path / "desk" / "rows.jsonl"
+    newer = json.dumps({"schema_version": SCHEMA_VERSION + 1, "whatever": "it became"})
+    file.write_text(file.read_text() + newer + "\n")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*newer workbench.*schema {SCHEMA_VERSION + 1}.*Upgrade"):
+        store.read(tmp_path)
+
+
+def test_unknown_fields_of_the_same_schema_are_ignored(tmp_path: Path) -> None:
+    record = to_json(a_row(key="a")) | {"added_later": {"x": 1}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(record) + "\n")
+    assert store.read(tmp_path) == ([a_row(key="a")], [])
+
+
+def test_an_older_schema_is_migrated_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = to_json(a_row(key="a")) | {"schema_version": SCHEMA_VERSION - 1}
+    old["engine"] = old.pop("backend")
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(old) + "\n")
+
+    def renamed(record: dict[str, Any]) -> dict[str, Any]:
+        return {"backend" if name == "engine" else name: value for name, value in record.items()}
+
+    monkeypatch.setitem(store.MIGRATIONS, SCHEMA_VERSION - 1, renamed)
+    assert store.read(file) == ([a_row(key="a")], [])
+    steps = {1: lambda r: r | {"a": 1}, 2: lambda r: r | {"b": r["a"] + 1}}
+    assert store.migrate({}, 1, 3, steps) == {"a": 1, "b": 2, "schema_version": 3}
+    with pytest.raises(ValueError, match="no migration from schema version 3"):
+        store.migrate({}, 1, 4, steps)
+
+
+WRITER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_store import a_row
+from workbench.report import store
+row = a_row(warnings=["x" * 3000])
+for number in range({count}):
+    store.append(Path({results!r}), "desk", replace(row, key=f"{name}-{{number}}"))
+    print(number, flush=True)
+"""
+
+
+def a_writer(results: Path, name: str, count: int) -> subprocess.Popen[str]:
+    script = textwrap.dedent(WRITER).format(
+        root=str(ROOT), tests=str(Path(__file__).parent), results=str(results), name=name, count=count
+    )
+    return subprocess.Popen([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True)
+
+
+def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
+    writers = [a_writer(tmp_path, name, 200) for name in ("one", "two")]
+    for writer in writers:
+        writer.communicate(timeout=120)
+        assert writer.returncode == 0
+    rows, warnings = store.read(tmp_path)
+    assert warnings == []
+    keys = [row.key for row in rows]
+    assert sorted(keys) == sorted(f"{name}-{number}" for name in ("one", "two") for number in range(200))
+    for name in ("one", "two"):
+        own = [key for key in keys if key.startswith(name)]
+        assert own == [f"{name}-{number}" for number in range(200)]
+
+
+def test_a_killed_writer_loses_nothing_it_reported(tmp_path: Path) -> None:
+    reported = []
+    for turn in range(3):
+        writer = a_writer(tmp_path, f"turn{turn}", 1_000_000)
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(0.1 + 0.03 * turn)
+        writer.send_signal(signal.SIGKILL)
+        reported += [f"turn{turn}-0", *(f"turn{turn}-{line.strip()}" for line in writer.stdout if line.endswith("\n"))]
+        writer.wait(timeout=10)
+    store.append(tmp_path, "desk", a_row(key="after"))
+    rows, warnings = store.read(tmp_path)
+    assert len(warnings) <= 3
+    assert rows[-1].key == "after"
+    assert {row.key for row in rows} >= set(reported)
+    assert len(reported) > 6
+
+
+def test_a_full_disk_is_a_clear_line_and_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    store.append(tmp_path, "desk", a_row(key="a"))
+    file = tmp_path / "desk" / "rows.jsonl"
+    before = file.read_bytes()
+    script = WRITER.replace(
+        "for number", f"import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 500},) * 2)\nfor number",
+    ).format(root=str(ROOT), tests=str(Path(__file__).parent), results=str(tmp_path), name="b", count=1)  # fmt: skip
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"UserError: {file}: cannot store a row (" in done.stderr
+    assert file.read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_a_clear_line(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot store a row"):
+        store.append(tmp_path, "desk", a_row())
+
+
+def test_a_results_path_that_is_a_file_is_a_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("")
+    with pytest.raises(UserError, match="results/desk.*cannot store a row"):
+        store.append(tmp_path / "results", "desk", a_row())
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "../up"])
+def test_a_machine_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="cannot name a folder"):
+        store.append(tmp_path / "results", name, a_row())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_paths(tmp_path: Path) -> None:
+    assert store.read(tmp_path / "nothing-yet") == ([], [])
+    with pytest.raises(UserError, match=r"rows\.jsonl: no such file"):
+        store.read(tmp_path / "rows.jsonl")

@@ -1,0 +1,196 @@
+"""Which rows stand side by side, in what order, with which deltas, footnotes and notes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from test_store import a_row
+
+from workbench.errors import UserError
+from workbench.records import Row, Workload
+from workbench.report.table import Table, build, objects
+
+PROMISED = {
+    "base", "variant", "method", "format", "backend", "device", "bits_per_weight", "disk_bytes", "load_s",
+    "peak_rss_bytes", "peak_vram_bytes", "prefill_tok_s", "decode_tok_s", "perplexity", "perplexity_delta",
+    "warnings", "error", "unsupported", "perplexity_se", "perplexity_delta_se", "recipe", "machine",
+}  # fmt: skip
+
+
+def pairs(table: Table) -> list[tuple[str, str]]:
+    return [(line.row.artifact.variant, line.row.backend) for line in table.lines]
+
+
+def demo_rows() -> list[Row]:
+    """Backend by backend, as the pipeline runs them."""
+    return [
+        a_row("base", "transformers", windows=[(4, 8.0), (4, 10.0), (4, 9.0)]),
+        a_row("base", "vllm", windows=[(4, 8.01), (4, 10.0), (4, 9.0)]),
+        a_row("Q2_K", "vllm", measured=False, unsupported="vLLM has no GGUF on a CPU"),
+        a_row("Q8_0", "vllm", measured=False, unsupported="vLLM has no GGUF on a CPU"),
+        a_row("Q8_0", "llamacpp", windows=[(4, 8.1), (4, 10.1), (4, 9.1)], warnings=["the machine was busy"]),
+        a_row("base", "llamacpp", windows=[(4, 8.0), (4, 10.0), (4, 9.02)]),
+        a_row("Q2_K", "llamacpp", measured=False, error="ValueError: all logits are NaN"),
+    ]
+
+
+def test_the_base_first_then_variants_as_first_seen() -> None:
+    assert pairs(build(demo_rows())) == [
+        ("base", "transformers"), ("base", "vllm"), ("base", "llamacpp"),
+        ("Q2_K", "vllm"), ("Q2_K", "llamacpp"), ("Q8_0", "vllm"), ("Q8_0", "llamacpp"),
+    ]  # fmt: skip
+
+
+def test_objects_have_what_is_promised_and_no_nan() -> None:
+    found = objects(build(demo_rows()))
+    assert all(set(each) >= PROMISED for each in found)
+    json.dumps(found, allow_nan=False)
+    by_pair = {(each["variant"], each["backend"]): each for each in found}
+
+    best = by_pair["Q8_0", "llamacpp"]
+    own, base = math.exp(27.3 / 12), math.exp(27.02 / 12)
+    assert best["perplexity"] == pytest.approx(own)
+    assert best["perplexity_delta"] == pytest.approx(own - base)  # llama.cpp's base, not transformers'
+    assert best["perplexity_delta_se"] < best["perplexity_se"]
+    assert best["device"] == "cpu"
+    assert best["prefill_tok_s"] == pytest.approx(200.0)
+    assert best["prefill_tok_s_ci"][0] < 200 < best["prefill_tok_s_ci"][1]
+    assert best["warnings"] == ["the machine was busy"]
+
+    assert by_pair["base", "vllm"]["perplexity_delta"] == by_pair["base", "vllm"]["perplexity_delta_se"] == 0.0
+    cannot = by_pair["Q8_0", "vllm"]
+    assert cannot["unsupported"] == "vLLM has no GGUF on a CPU"
+    assert cannot["error"] is cannot["load_s"] is cannot["perplexity"] is cannot["device"] is None
+    assert cannot["disk_bytes"] == 2_000_000
+    failed = by_pair["Q2_K", "llamacpp"]
+    assert failed["error"] == "ValueError: all logits are NaN"
+    assert failed["decode_tok_s"] is failed["perplexity_delta"] is failed["unsupported"] is None
+
+
+def test_footnotes_are_numbered_and_told_once() -> None:
+    table = build(demo_rows())
+    assert table.footnotes == (
+        "vLLM has no GGUF on a CPU",
+        "ValueError: all logits are NaN",
+        "the machine was busy",
+    )
+    marks = {(line.row.artifact.variant, line.row.backend): line.footnotes for line in table.lines}
+    assert marks["Q2_K", "vllm"] == marks["Q8_0", "vllm"] == (1,)
+    assert marks["Q2_K", "llamacpp"] == (2,)
+    assert marks["Q8_0", "llamacpp"] == (3,)
+    assert marks["base", "vllm"] == ()
+
+
+def test_the_noise_floor_is_the_bases_spread() -> None:
+    (floor,) = build(demo_rows()).noise_floors
+    assert floor.backends == ("transformers", "vllm", "llamacpp")
+    assert (floor.low, floor.high) == (pytest.approx(math.exp(27 / 12)), pytest.approx(math.exp(27.02 / 12)))
+    assert floor.relative == pytest.approx(math.expm1(0.02 / 12))
+    lonely = build(demo_rows()[4:])
+    assert lonely.noise_floors == ()
+    assert any(note.startswith("noise floor unknown") for note in lonely.notes)
+
+
+def test_other_machines_are_left_out_and_counted() -> None:
+    rows = [a_row(machine="desk"), *(a_row(v, machine="lab", started_at="2026-11-20T00:00:00Z") for v in "ab")]
+    table = build(rows)
+    assert (table.machine, len(table.lines)) == ("desk", 1)  # the newest row's
+    assert "2 rows not shown: of another machine (lab)" in table.notes
+    assert pairs(build(rows, machine="lab")) == [("a", "llamacpp"), ("b", "llamacpp")]
+    with pytest.raises(UserError, match="unknown machine 'lap'. Did you mean 'lab'"):
+        build(rows, machine="lap")
+
+
+def test_other_measurement_versions_and_evaluations_are_left_out_and_counted() -> None:
+    rows = [
+        a_row(),
+        a_row("old", measurement_version=0),
+        a_row("elsewhere", evaluation="e2", started_at="2026-11-20T00:00:00Z"),
+        a_row("speed-only", evaluation=None),
+        a_row("other-base", base="Other-2M", evaluation=None),
+    ]
+    table = build(rows)
+    assert [variant for variant, _ in pairs(table)] == ["base", "speed-only"]
+    assert "1 row not shown: of another measurement version (0)" in table.notes
+    assert "2 rows not shown: of another evaluation or base (prose e2, Other-2M)" in table.notes
+    assert [variant for variant, _ in pairs(build(rows, evaluation="e2"))] == ["elsewhere", "speed-only"][:1]
+
+
+def test_one_recipe_with_its_bases_rows_from_another() -> None:
+    rows = [
+        a_row("base", recipe="first", started_at="2026-11-21T12:00:00Z"),
+        a_row("base", evaluation="e2", recipe="first", started_at="2026-11-21T13:00:00Z"),
+        a_row("Q8_0", recipe="first"),
+        a_row("Q4_0", recipe="second"),
+    ]
+    table = build(rows, recipe="second")
+    assert [variant for variant, _ in pairs(table)] == ["base", "Q4_0"]
+    assert table.lines[1].delta is not None
+    with pytest.raises(UserError, match="unknown recipe 'secnd'. Did you mean 'second'"):
+        build(rows, recipe="secnd")
+
+
+def test_the_latest_of_a_pair_is_shown() -> None:
+    old, new = a_row(key="1"), a_row(key="2", versions={"toy": "2.0"}, started_at="2026-11-21T11:00:00+00:00")
+    for rows in ([old, new], [new, old]):
+        table = build(rows)
+        assert [line.row.key for line in table.lines] == ["2"]
+        assert any(note.startswith("1 row not shown: superseded") for note in table.notes)
+
+
+def test_columns_that_vary_are_shown() -> None:
+    def names(rows: list[Row]) -> list[str]:
+        return [column.name for column in build(rows).varying]
+
+    assert names(demo_rows()) == []
+    two = replace(a_row(key="2"), options={"threads": 2})
+    assert names([two, replace(a_row(key="4"), options={"threads": 4})]) == ["threads"]
+    # Engines differ by nature: no column for what the backend already tells.
+    assert names([two, replace(a_row(backend="vllm"), options={"dtype": "bf16"})]) == []
+    longer = replace(a_row(measured=False), workload=Workload(prompt_tokens=200, new_tokens=3))
+    assert names([a_row(), longer]) == ["workload"]
+    assert names([a_row(), a_row(base="Other-2M")]) == ["base"]
+
+
+def test_deltas_are_against_the_base_with_the_same_options() -> None:
+    def with_threads(row: Row, threads: int) -> Row:
+        return replace(row, options={"threads": threads}, key=f"{row.key}{threads}")
+
+    rows = [
+        with_threads(a_row(windows=[(4, 8.0)]), 1),
+        with_threads(a_row(windows=[(4, 8.4)]), 2),
+        with_threads(a_row("q", windows=[(4, 9.0)]), 2),
+    ]
+    last = objects(build(rows))[-1]
+    assert last["perplexity_delta"] == pytest.approx(math.exp(9 / 4) - math.exp(8.4 / 4))
+
+
+def test_a_missing_delta_is_explained() -> None:
+    (line,) = build([a_row("q")]).lines
+    assert line.delta is None
+    assert line.warnings == ("the base has no perplexity on llamacpp, so there is no delta",)
+    line = build([a_row(), a_row("q", windows=[(4, 8.0)])]).lines[1]
+    assert line.warnings == ("the base on llamacpp was scored on other tokens, so there is no delta",)
+
+
+def test_a_base_with_tokens_that_are_not_finite_is_told_where_it_matters() -> None:
+    base = a_row()
+    assert base.measurement is not None and base.measurement.quality is not None
+    base.measurement.quality["windows"][2] = {"count": 3, "nonfinite": 1, "nll_sum": 7.0}
+    line = build([base, a_row("q", windows=[(4, 9.0), (4, 10.0), (4, 10.0)])]).lines[1]
+    assert line.delta is not None
+    assert line.delta.value == pytest.approx(math.exp(19 / 8) - math.exp(18 / 8))
+    assert line.warnings == ("the base on llamacpp has 1 tokens without finite logits; the delta leaves them out",)
+
+
+def test_times_that_cannot_be_read_are_the_oldest() -> None:
+    rows = [a_row(machine="desk", started_at="yesterday"), a_row(machine="lab", started_at="2020-01-01T00:00:00")]
+    assert build(rows).machine == "lab"
+
+
+def test_nothing_measured_yet() -> None:
+    with pytest.raises(UserError, match=r"nothing measured yet: run `workbench run RECIPE`"):
+        build([])

@@ -1,0 +1,101 @@
+"""An engine that misbehaves on demand, for tests only (`WORKBENCH_FAKE_BACKEND=1`).
+
+It hangs, dies, raises, prints garbage or returns NaN, which a real engine cannot be asked to do. Its logits are
+seeded noise; the reduction, the isolation and everything around it are the real ones.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from workbench.records import Artifact, Job
+
+PACKAGES = ("torch",)
+INSTALL = "nothing; it is part of the tests"
+FORMATS = ("safetensors", "awq", "gptq", "gguf")
+ENVIRONMENT: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Options:
+    """`do`: what goes wrong, and where: while loading."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    do: Literal["nothing", "hang", "die", "kill", "raise", "garbage", "nan", "one-nan", "memory"] = "nothing"
+    only: str = ""
+    """The variant that it goes wrong for; default: all."""
+
+
+def unsupported(artifact: Artifact, cuda: bool) -> str | None:
+    """It loads everything."""
+    return None
+
+
+def load_engine() -> None:
+    """There is none."""
+
+
+class Backend:
+    """See `backends/__init__.py` for the contract."""
+
+    def __init__(self, job: Job) -> None:
+        only = job.options.get("only") or job.artifact.variant
+        self._do = job.options.get("do", "nothing") if job.artifact.variant == only else "nothing"
+        if self._do == "hang":
+            time.sleep(3600)
+        if self._do == "die":
+            print("fake engine: assertion failed in layer 3", flush=True)
+            os._exit(7)
+        if self._do == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._do == "raise":
+            raise RuntimeError("fake engine: this model is not for me")
+        if self._do == "garbage":
+            sys.stdout.buffer.write(b'{"value": 1}\x00\xff\xfe not an answer\n' * 1000)
+        if self._do == "memory":
+            raise MemoryError("fake engine: cannot allocate 1 TiB")
+
+    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+        """Noise, or NaN, through the real reducer."""
+        import json
+        from pathlib import Path
+
+        import torch
+
+        from workbench.worker.quality import Reducer
+
+        vocab_size = json.loads(Path(spec["windows"]).read_text())["vocab_size"]
+        reducer = Reducer(spec)
+        noise = torch.Generator().manual_seed(0)
+        for index, ids, first in windows:
+            logits = torch.randn(len(ids) - first, vocab_size, generator=noise)
+            if self._do == "nan":
+                logits[:] = float("nan")
+            if self._do == "one-nan" and index == 0:
+                logits[0, 0] = float("nan")
+            reducer(index, first, logits)
+        return reducer.result()
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
+        """A token a step for every prompt."""
+        for _ in range(new_tokens):
+            time.sleep(0.001)
+            yield [1] * len(prompts)
+
+    def memory(self) -> dict[str, int]:
+        """One byte."""
+        return {"weights": 1}
+
+    def settings(self) -> dict[str, Any]:
+        """A CPU, as everywhere."""
+        return {"device": "cpu"}
+
+    def close(self) -> None:
+        """Nothing to close."""

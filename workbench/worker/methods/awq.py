@@ -1,0 +1,306 @@
+"""AWQ from Gram matrices, written as AutoAWQ's "gemm" checkpoint.
+
+AWQ (arXiv 2306.00978) multiplies the columns of a linear layer by scales s before rounding and divides its input
+by the same, so that inputs that matter fall on a finer grid; the division is folded into whatever produced the
+input (`architectures.Feeder`). The scales are importance^a for the best of a row of exponents a. AutoAWQ finds it
+by running the layer on the calibration tokens for each a. But the error it measures,
+|(Q(W s) / s - W) X|^2, is N tr(E G E^T): with G known the tokens are not needed, and a sample of the output channels
+ranks the exponents as well as all of them. Folding turns G into D^-1 G D^-1 for the rounding that follows.
+
+Rounding is to the nearest point of a grid searched with G's diagonal blocks (AutoAWQ's clipping, without its
+tokens), or `compensated`: GPTQ's error feedback inside the same layout, which takes any asymmetric 4-bit groups.
+
+Rejected: leaving q and k unclipped as AutoAWQ does (its reason was the attention scores, which it does not measure
+when it clips; here the search weighs the outputs and clipping them loses nothing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from workbench.errors import UserError
+from workbench.worker.architectures import Feeder, Group, Layer
+from workbench.worker.methods import gptq
+
+FORMAT = "awq"
+NEEDS_CALIBRATION = True
+
+EXPONENTS = 20
+"""Exponents tried: 0, 1/20, ... 19/20, as AutoAWQ does."""
+SAMPLE = 384
+"""Output channels that rank the exponents, spread evenly over the layer's."""
+LARGEST_SCALE = 256.0
+"""Scales stay within 1/256 ... 256, so that folding leaves float16's range alone."""
+NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Nibble i of a packed word holds column NIBBLES[i] of its eight (AutoAWQ's order for its CUDA kernel)."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """`rounding: compensated` adds GPTQ's error feedback. `modules_to_not_convert` names linear layers (parts of
+    their names) that stay float16. `damping` is used by `compensated` alone.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    bits: Literal[4] = 4
+    group_size: int = 128
+    zero_point: bool = True
+    rounding: Literal["nearest", "compensated"] = "nearest"
+    modules_to_not_convert: tuple[str, ...] = ()
+    damping: float = 0.05
+    engine: Literal["workbench", "gptqmodel"] = "workbench"
+
+
+def default_name(options: Options) -> str:
+    """`awq-4bit-g128` or `awq-4bit-g128-compensated`, with what differs from the defaults after it."""
+    parts = [f"awq-{options.bits}bit", "row" if options.group_size == -1 else f"g{options.group_size}"]
+    parts += [] if options.zero_point else ["sym"]
+    parts += ["compensated"] if options.rounding == "compensated" else []
+    parts += [options.engine] if options.engine != "workbench" else []
+    return "-".join(parts)
+
+
+def needs_calibration(options: Options) -> bool:
+    """Always: the Gram matrices are all it looks at."""
+    return True
+
+
+def check(options: Options) -> None:
+    """Refuse, when the recipe is read, what no checkpoint of this format can hold."""
+    gptq.check_grid("awq", options.group_size, options.damping)
+    if options.engine == "gptqmodel" and options.rounding == "compensated":
+        raise UserError("awq: `rounding: compensated` is the workbench's own; leave out `engine: gptqmodel`")
+
+
+def limits(options: Options) -> dict[str, str]:
+    """Backend name -> why that engine cannot load a checkpoint with these options."""
+    return {} if options.zero_point else {"vllm": "vLLM loads AWQ only with zero points"}
+
+
+# --- what the pass asks of a method -------------------------------------------------------------
+
+
+def quantizes(options: Options, linear: str) -> bool:
+    """Whether this linear layer (its full name) is quantized."""
+    return not any(part in linear for part in options.modules_to_not_convert)
+
+
+def stored(options: Options, linear: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors a linear layer becomes: suffix -> (safetensors dtype, shape). The bias is the caller's."""
+    size = columns if options.group_size == -1 else options.group_size
+    return {
+        "qweight": ("I32", (columns, rows // 8)),
+        "qzeros": ("I32", (columns // size, rows // 8)),
+        "scales": ("F16", (columns // size, rows)),
+    }
+
+
+def tensor_type(options: Options) -> str:
+    """What a quantized tensor is called in an artifact's record."""
+    return f"I{options.bits}-" + ("row" if options.group_size == -1 else f"g{options.group_size}")
+
+
+def quantization_config(options: Options) -> dict[str, Any]:
+    """As AutoAWQ writes it, for config.json."""
+    return {
+        "quant_method": "awq",
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "zero_point": options.zero_point,
+        "version": "gemm",
+        "modules_to_not_convert": list(options.modules_to_not_convert) or None,
+    }
+
+
+def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, float], list[str]]:
+    """A decoder layer's tensors as stored (feeders folded), each linear's relative error, and warnings."""
+    import torch
+
+    errors: dict[str, float] = {}
+    warnings: list[str] = []
+    skipped = [name for name in layer.architecture.linears if not quantizes(options, f".{layer.index}.{name}")]
+    folds = [(group, _scales(layer, group, options)) for group in layer.architecture.groups]
+    tensors = dict(layer.tensors)
+    for group, scales in folds:
+        if scales is not None:
+            _fold(tensors, group, scales)
+    for group, scales in folds:
+        gram = layer.grams[group.linears[0]]
+        power = gptq.output_power(layer, group)
+        if scales is not None:
+            gram = gram / scales[:, None] / scales[None, :]
+        size = gram.shape[0] if options.group_size == -1 else options.group_size
+        weight = torch.cat([tensors[f"{name}.weight"] for name in group.linears]).t().contiguous()
+        compensated = options.rounding == "compensated"
+        grid = gptq.search_grid(
+            weight, gram, size, options.bits, symmetric=not options.zero_point, blocks=not compensated, lowest_zero=0
+        )
+        if compensated:
+            order = gptq.group_aware_order(gram.diagonal(), size)
+            group_of = torch.arange(gram.shape[0], device=gram.device) // size
+            rounded = gptq.compensate(weight, gram, grid, group_of, order, options.damping)
+            codes, lost = rounded.codes, rounded.error
+            if rounded.damping > options.damping:
+                warnings.append(
+                    f"layer {layer.index} {group.linears[0]}: the Gram matrix is singular; "
+                    f"damping raised to {rounded.damping:g}"
+                )
+        else:
+            codes, error = gptq.nearest(weight, grid)
+            lost = gptq.quadratic(error, gram)
+        # The rows of v and up were divided by the scales of what they feed; compare like with like.
+        power = _row_factors(layer, group, folds, power)
+        for linear, rows in gptq.row_slices(layer, group):
+            if linear in skipped:
+                continue
+            del tensors[f"{linear}.weight"]
+            tensors[f"{linear}.qweight"] = pack(codes[:, rows])
+            tensors[f"{linear}.qzeros"] = pack(grid.zero[:, rows].to(torch.uint8))
+            tensors[f"{linear}.scales"] = grid.scale[:, rows].to(torch.float16).contiguous()
+            errors[f"{linear}.weight"] = gptq.ratio(lost[rows].sum(), power[rows].sum())
+    return tensors, errors, warnings
+
+
+# --- scales -------------------------------------------------------------------------------------
+
+
+def _scales(layer: Layer, group: Group, options: Options) -> Any:
+    """The best scales for a group's input channels, [in], or None if plain rounding is best.
+
+    Shared by all AWQ variants with the same grid, so computed once.
+    """
+    key = ("awq scales", group.linears, options.group_size, options.zero_point)
+    if key not in layer.shared:
+        gram = layer.grams[group.linears[0]]
+        size = gram.shape[0] if options.group_size == -1 else options.group_size
+        weight = gptq.stacked(layer, group)
+        layer.shared[key] = search_scales(weight, gram, size, options, group.feeder)
+    return layer.shared[key]
+
+
+def search_scales(weight: Any, gram: Any, size: int, options: Options, feeder: Feeder) -> Any:
+    """Scales s = importance^a that minimise tr(E G E^T), E = Q(W s)/s - W, over the exponents; None for a = 0.
+
+    `weight` [in, out], `gram` [in, in]; the importance is the root mean square of each input. Channels that
+    share a feeding row (grouped-query attention) share a scale. Channels that never fire keep scale 1.
+    """
+    import torch
+
+    inputs, outputs = weight.shape
+    every = max(1, outputs // SAMPLE)
+    sample = weight[:, ::every].contiguous()
+    power = gram.diagonal()
+    if feeder.repeats > 1:
+        table = power.view(-1, feeder.repeats, feeder.head_dim)
+        power = table.mean(1, keepdim=True).expand_as(table).reshape(-1)
+    importance = power.clamp(min=0).sqrt()
+    live = importance > 0
+    if not bool(live.any()):
+        return None
+    best_error, best = None, None
+    for step in range(EXPONENTS):
+        scales = importance.clamp(min=1e-12).pow(step / EXPONENTS)
+        used = scales[live]
+        scales = scales / (used.max() * used.min()).sqrt()
+        scales = torch.where(live, scales, torch.ones_like(scales)).clamp_(1 / LARGEST_SCALE, LARGEST_SCALE)
+        error = _rounding_error(sample * scales[:, None], size, options)
+        total = float(gptq.quadratic(error.div_(scales[:, None]), gram).sum())
+        if best_error is None or total < best_error:
+            best_error, best = total, None if step == 0 else scales
+    return best
+
+
+def _rounding_error(weight: Any, size: int, options: Options) -> Any:
+    """W - Q(W) for plain rounding over each group's whole range; [in, out], in place of `weight`."""
+    import torch
+
+    table = weight.view(-1, size, weight.shape[1])
+    top = 2**options.bits - 1
+    if options.zero_point:
+        low, high = table.amin(1, keepdim=True).clamp_(max=0), table.amax(1, keepdim=True).clamp_(min=0)
+        scale = gptq.as_half((high - low) / top)
+        zero = (-low / scale).round_().clamp_(0, top)
+    else:
+        scale = gptq.as_half(table.abs().amax(1, keepdim=True) / (top / 2))
+        zero = torch.full_like(scale, float((top + 1) // 2))
+    code = (table / scale).round_().add_(zero).clamp_(0, top)
+    return table.sub_(code.sub_(zero).mul_(scale)).view_as(weight)
+
+
+def _fold(tensors: dict[str, Any], group: Group, scales: Any) -> None:
+    """Multiply the group's columns by the scales and divide the feeder by them; replaces entries of `tensors`."""
+    for name in group.linears:
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * scales
+    feeder = group.feeder
+    key = f"{feeder.module}.weight"
+    if feeder.kind == "norm":
+        tensors[key] = (1 + tensors[key]) / scales - 1 if feeder.one_plus else tensors[key] / scales
+        return
+    divisor = _feeding_rows(feeder, scales, tensors[key].shape[0])
+    tensors[key] = tensors[key] / divisor[:, None]
+    bias = f"{feeder.module}.bias"
+    if bias in tensors:
+        tensors[bias] = tensors[bias] / divisor
+
+
+def _feeding_rows(feeder: Feeder, scales: Any, rows: int) -> Any:
+    """What each row of a feeding linear layer is divided by: [rows]."""
+    import torch
+
+    per_row = scales.view(-1, feeder.repeats, feeder.head_dim)[:, 0].reshape(-1) if feeder.repeats > 1 else scales
+    if feeder.rows is None:
+        return per_row
+    divisor = torch.ones(rows, dtype=scales.dtype, device=scales.device)
+    divisor[slice(*feeder.rows)] = per_row
+    return divisor
+
+
+def _row_factors(layer: Layer, group: Group, folds: list[tuple[Group, Any]], power: Any) -> Any:
+    """`power` of a group's output channels after their rows were divided for the groups they feed."""
+    slices = dict(gptq.row_slices(layer, group))
+    for other, scales in folds:
+        if scales is not None and other.feeder.kind == "linear" and other.feeder.module in slices:
+            rows = slices[other.feeder.module]
+            divisor = _feeding_rows(other.feeder, scales, rows.stop - rows.start)
+            power = power.clone()
+            power[rows] /= divisor * divisor
+    return power
+
+
+# --- layout -------------------------------------------------------------------------------------
+
+
+def pack(codes: Any) -> Any:
+    """Codes (uint8 [n, out]) packed along out in AutoAWQ's nibble order: int32 [n, out / 8]."""
+    import torch
+
+    table = codes.reshape(codes.shape[0], -1, 8)
+    packed = torch.zeros(table.shape[:2], dtype=torch.int32, device=codes.device)
+    for nibble, column in enumerate(NIBBLES):
+        packed |= table[:, :, column].to(torch.int32) << (4 * nibble)
+    return packed
+
+
+def unpack(packed: Any) -> Any:
+    """The inverse of `pack`: int32 [n, words] -> uint8 [n, words x 8]."""
+    import torch
+
+    codes = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=packed.device)
+    for nibble, column in enumerate(NIBBLES):
+        codes[:, :, column] = ((packed >> (4 * nibble)) & 15).to(torch.uint8)
+    return codes.reshape(packed.shape[0], -1)
+
+
+def dequantize(tensors: dict[str, Any]) -> Any:
+    """A stored linear layer's weight, float32 [out, in], from its `qweight`, `qzeros`, `scales`."""
+    import torch
+
+    codes, zeros = unpack(tensors["qweight"]).to(torch.float32), unpack(tensors["qzeros"]).to(torch.float32)
+    size = codes.shape[0] // zeros.shape[0]
+    scales = tensors["scales"].to(torch.float32)
+    wide = codes.view(-1, size, codes.shape[1])
+    return ((wide - zeros[:, None]) * scales[:, None]).reshape(codes.shape).t().contiguous()
+
+

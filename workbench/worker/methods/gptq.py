@@ -1,0 +1,519 @@
+"""GPTQ from Gram matrices: rounding with error feedback, written as a GPTQ v1 checkpoint.
+
+For a linear layer with weights W [out, in] and G = mean(x x^T) of its inputs, the expected squared error of a
+quantized Q is tr(E G E^T) with E = W - Q. GPTQ (arXiv 2210.17323) rounds column by column and moves each
+column's error onto those still to come. It is computed here in the form of QuIP (arXiv 2307.13304, section 4):
+with G = U D U^T, U unit upper triangular, column k becomes Q(w_k + sum_{j<k} e_j U_jk). That is the same rounding
+as through the Cholesky factor of the inverse, but needs one factorisation and no inverse, and the total error
+falls out of it: sum_k D_k |t_k - q_k|^2, where t_k is what was rounded.
+
+Three choices matter as much as the feedback: each group's scale is searched for the least error weighted by
+diag(G), not set by the largest weight; scales are fixed beforehand from the original weights; and columns go in
+group-aware order (groups by their largest diagonal entry, columns inside a group likewise; GPTQModel's idea), which
+gives most of act-order's gain and leaves the plain group layout that every engine loads.
+
+All arrays are transposed, [in, out]: a column of W is then contiguous, and both checkpoint layouts store it so.
+Rejected: a compiled kernel. One column costs ten operations on vectors of `out` entries, about 30 microseconds;
+the whole of it is less than the forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from workbench.errors import UserError
+from workbench.worker.architectures import Group, Layer
+
+FORMAT = "gptq"
+NEEDS_CALIBRATION = True
+
+BLOCK = 128
+"""Columns between two large products that spread the error (the lazy batches of GPTQ)."""
+SUB_BLOCK = 16
+"""Columns between two products inside a block, so that a column's own step touches few rows."""
+CHUNK = 1024
+"""Output channels in one step of the scale search: with a group of 128 it stays in a core's cache."""
+
+TINY_SCALE = 2.0**-14
+"""The smallest normal float16. Below it kernels may flush a scale to zero and divide by it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """`bits`, `group_size` (-1: one group a row), `sym`, `desc_act` (act-order), `order` of the columns.
+
+    `damping` is added to the Gram's diagonal, as a fraction of its mean.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    order: Literal["group-aware", "natural"] = "group-aware"
+    damping: float = 0.01
+    engine: Literal["workbench", "gptqmodel"] = "workbench"
+
+
+def default_name(options: Options) -> str:
+    """`gptq-4bit-g128`, with what differs from the defaults after it."""
+    parts = [f"gptq-{options.bits}bit", "row" if options.group_size == -1 else f"g{options.group_size}"]
+    parts += [] if options.sym else ["asym"]
+    parts += ["act-order"] if options.desc_act else []
+    parts += ["natural"] if options.order == "natural" and not options.desc_act else []
+    parts += [options.engine] if options.engine != "workbench" else []
+    return "-".join(parts)
+
+
+def needs_calibration(options: Options) -> bool:
+    """Always: the Gram matrices are all it looks at."""
+    return True
+
+
+def check(options: Options) -> None:
+    """Refuse, when the recipe is read, what no checkpoint of this format can hold."""
+    check_grid("gptq", options.group_size, options.damping)
+
+
+def check_grid(method: str, group_size: int, damping: float) -> None:
+    """The checks that AWQ's and GPTQ's options share."""
+    if group_size != -1 and (group_size < 16 or group_size % 16):
+        raise UserError(
+            f"{method}: group_size {group_size} is not possible: take a multiple of 16 (32, 64, 128), or -1 for whole rows"
+        )
+    if not 0 <= damping < 1:
+        raise UserError(f"{method}: damping {damping} is a fraction of the mean diagonal: take one from 0 to 1, such as 0.01")
+
+
+def limits(options: Options) -> dict[str, str]:
+    """Backend name -> why that engine cannot load a checkpoint with these options."""
+    if options.bits not in (4, 8) or not options.sym:
+        return {"vllm": f"vLLM loads GPTQ only as symmetric 4 or 8 bits, not {options.bits} bits with sym={options.sym}"}
+    if options.desc_act and options.group_size != -1:
+        return {"vllm": "vLLM no longer loads GPTQ with desc_act and groups; leave `desc_act` out"}
+    return {}
+
+
+# --- what the pass asks of a method -------------------------------------------------------------
+
+
+def stored(options: Options, linear: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors a linear layer becomes: suffix -> (safetensors dtype, shape). The bias is the caller's."""
+    size = columns if options.group_size == -1 else options.group_size
+    groups = columns // size
+    return {
+        "qweight": ("I32", (columns * options.bits // 32, rows)),
+        "qzeros": ("I32", (groups, rows * options.bits // 32)),
+        "scales": ("F16", (groups, rows)),
+        "g_idx": ("I32", (columns,)),
+    }
+
+
+def quantizes(options: Options, linear: str) -> bool:
+    """Whether this linear layer is quantized; GPTQ takes all of a decoder layer's."""
+    return True
+
+
+def tensor_type(options: Options) -> str:
+    """What a quantized tensor is called in an artifact's record."""
+    return f"I{options.bits}-" + ("row" if options.group_size == -1 else f"g{options.group_size}")
+
+
+def quantization_config(options: Options) -> dict[str, Any]:
+    """As GPTQModel writes it, for config.json and quantize_config.json."""
+    return {
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "desc_act": options.desc_act,
+        "sym": options.sym,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "method": "gptq",
+        "checkpoint_format": "gptq",
+        "format": "gptq",
+        "pack_dtype": "int32",
+        "meta": {"damp_percent": options.damping, "act_group_aware": options.order == "group-aware"},
+    }
+
+
+def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, float], list[str]]:
+    """A decoder layer's tensors as stored, each linear's relative error, and warnings.
+
+    The error is tr(E G E^T) / tr(W G W^T), the share of the layer's output power that is lost.
+    """
+    import torch
+
+    tensors = {name: tensor for name, tensor in layer.tensors.items()}
+    errors: dict[str, float] = {}
+    warnings: list[str] = []
+    for group in layer.architecture.groups:
+        gram = layer.grams[group.linears[0]]
+        weight = stacked(layer, group)
+        size = gram.shape[0] if options.group_size == -1 else options.group_size
+        order = column_order(gram, size, options)
+        group_of = torch.arange(gram.shape[0], device=gram.device) // size
+        if options.desc_act:
+            # Act-order's groups are runs of the sorted columns, so the scales are those of the sorted matrix.
+            grid = search_grid(weight[order], gram[order][:, order], size, options.bits, symmetric=options.sym)
+            group_of = torch.empty_like(group_of).scatter_(0, order, group_of)
+        else:
+            grid = search_grid(weight, gram, size, options.bits, symmetric=options.sym)
+        rounded = compensate(weight, gram, grid, group_of, order, options.damping)
+        if rounded.damping > options.damping:
+            warnings.append(
+                f"layer {layer.index} {group.linears[0]}: the Gram matrix is singular; damping raised to {rounded.damping:g}"
+            )
+        power = output_power(layer, group)
+        for linear, rows in row_slices(layer, group):
+            del tensors[f"{linear}.weight"]
+            tensors[f"{linear}.qweight"] = pack(rounded.codes[:, rows], options.bits)
+            # Version 1 of the format stores every zero less one.
+            zeros = (grid.zero[:, rows] - 1).to(torch.uint8)
+            tensors[f"{linear}.qzeros"] = pack(zeros.t(), options.bits).t().contiguous()
+            tensors[f"{linear}.scales"] = grid.scale[:, rows].to(torch.float16).contiguous()
+            tensors[f"{linear}.g_idx"] = group_of.to(torch.int32)
+            errors[f"{linear}.weight"] = ratio(rounded.error[rows].sum(), power[rows].sum())
+    return tensors, errors, warnings
+
+
+# --- shared with AWQ ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where weights may lie: w = (code - zero) x scale, code in 0 ... levels - 1.
+
+    `scale` (float32, exact in float16) and `zero` (float32 integers) are [groups, out].
+    """
+
+    scale: Any
+    zero: Any
+    bits: int
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """`codes` uint8 [in, out], `error` float32 [out]: each output channel's e G e^T, and the damping it took."""
+
+    codes: Any
+    error: Any
+    damping: float
+
+
+def stacked(layer: Layer, group: Group) -> Any:
+    """The weights of a group's linear layers side by side, transposed: [in, sum of out], contiguous."""
+    import torch
+
+    key = ("stacked", group.linears)
+    if key not in layer.shared:
+        layer.shared[key] = torch.cat([layer.tensors[f"{name}.weight"] for name in group.linears]).t().contiguous()
+    return layer.shared[key]
+
+
+def row_slices(layer: Layer, group: Group) -> list[tuple[str, slice]]:
+    """Where each linear layer of a group lies in `stacked`'s second axis."""
+    found, start = [], 0
+    for name in group.linears:
+        stop = start + layer.tensors[f"{name}.weight"].shape[0]
+        found.append((name, slice(start, stop)))
+        start = stop
+    return found
+
+
+def output_power(layer: Layer, group: Group) -> Any:
+    """w G w^T of each output channel, [sum of out]; computed once for all variants."""
+    key = ("power", group.linears)
+    if key not in layer.shared:
+        layer.shared[key] = quadratic(stacked(layer, group), layer.grams[group.linears[0]])
+    return layer.shared[key]
+
+
+def ratio(part: Any, whole: Any) -> float:
+    """A share as a float; 0 where there is nothing to lose."""
+    whole = float(whole)
+    return max(float(part), 0.0) / whole if whole > 0 else 0.0
+
+
+def quadratic(columns: Any, gram: Any) -> Any:
+    """v^T G v of every column v: [in, n] and [in, in] -> [n]. G is symmetric, so its lower half is not read."""
+    import torch
+
+    total = torch.zeros(columns.shape[1], dtype=columns.dtype, device=columns.device)
+    step = 256
+    for start in range(0, gram.shape[0], step):
+        stop = start + step
+        here = columns[start:stop]
+        side = gram[start:stop, start:stop] @ here
+        if stop < gram.shape[0]:
+            side.addmm_(gram[start:stop, stop:], columns[stop:], alpha=2.0)
+        total += side.mul_(here).sum(0)
+    return total
+
+
+def search_grid(
+    weight: Any, gram: Any, size: int, bits: int, *, symmetric: bool, blocks: bool = False, lowest_zero: int = 1
+) -> Grid:
+    """The scale and zero of every group of `size` inputs, by search over shrunken ranges and a least-squares step.
+
+    `weight` [in, out], `gram` [in, in]. The error minimised is weighted by diag(G), or with `blocks` by G's
+    diagonal blocks (what rounding to nearest leaves; error feedback spreads the rest). Groups without any
+    weight or any input get scale 1. `lowest_zero` is 1 where the format stores zeros less one.
+    """
+    import torch
+
+    inputs, outputs = weight.shape
+    groups, top = inputs // size, 2**bits - 1
+    middle = float(2 ** (bits - 1))
+    scale = torch.empty(groups, outputs, dtype=torch.float32, device=weight.device)
+    zero = torch.empty_like(scale)
+    diagonal = gram.diagonal()
+    # With few levels the best range is far inside the largest weight.
+    shrinks = [1.0 - 0.04 * i for i in range(-2 if symmetric else 0, 12 if bits > 3 else 18)]
+    for index in range(groups):
+        inside = slice(index * size, (index + 1) * size)
+        block = gram[inside, inside].contiguous() if blocks else None
+        importance = diagonal[inside]
+        for start in range(0, outputs, CHUNK):
+            part = weight[inside, start : start + CHUNK]
+            low, high = part.amin(0).clamp_(max=0), part.amax(0).clamp_(min=0)
+            best_error = torch.full_like(low, math.inf)
+            best_scale, best_zero = torch.ones_like(low), torch.full_like(low, middle)
+            best_error, best_scale, best_zero = _search(
+                part, block, importance, low, high, shrinks, top, middle, symmetric, lowest_zero,
+                (best_error, best_scale, best_zero),
+            )  # fmt: skip
+            empty = (high - low) <= 0
+            scale[index, start : start + CHUNK] = torch.where(empty, torch.ones_like(low), best_scale)
+            zero[index, start : start + CHUNK] = torch.where(empty, torch.full_like(low, middle), best_zero)
+    return Grid(scale, zero, bits)
+
+
+def _search(
+    part: Any, block: Any, importance: Any, low: Any, high: Any, shrinks: list[float], top: int, middle: float,
+    symmetric: bool, lowest_zero: int, best: tuple[Any, Any, Any],
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    import torch
+
+    work, codes = torch.empty_like(part), torch.empty_like(part)
+    reach = torch.maximum(-low, high) / middle if symmetric else (high - low) / top
+
+    def consider(best: tuple[Any, Any, Any], scale: Any, zero: Any) -> tuple[Any, Any, Any]:
+        torch.div(part, scale, out=work)
+        torch.round(work, out=codes)
+        if symmetric:
+            codes.clamp_(-middle, top - middle)
+        else:
+            torch.clamp(codes, -zero, top - zero, out=codes)
+        work.sub_(codes)
+        error = (block @ work).mul_(work).sum(0) if block is not None else importance @ work.mul_(work)
+        error.mul_(scale).mul_(scale)
+        better = error < best[0]
+        return (
+            torch.where(better, error, best[0]),
+            torch.where(better, scale, best[1]),
+            torch.where(better, zero, best[2]),
+        )
+
+    for shrink in shrinks:
+        scale = as_half(reach * shrink)
+        zero = best[2] if symmetric else (low * -shrink / scale).round_().clamp_(lowest_zero, top)
+        if symmetric:
+            zero = torch.full_like(low, middle)
+        best = consider(best, scale, zero)
+    for _ in range(2):
+        # The best scale for the codes just found; rounding again with it cannot be worse, as the better one is kept.
+        scale, zero = best[1], best[2]
+        torch.div(part, scale, out=codes).round_()
+        if symmetric:
+            codes.clamp_(-middle, top - middle)
+        else:
+            torch.clamp(codes, -zero, top - zero, out=codes)
+        weighted = block @ codes if block is not None else codes * importance[:, None]
+        fitted = (weighted * part).sum(0) / weighted.mul_(codes).sum(0)
+        scale = as_half(torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, scale))
+        best = consider(best, scale, zero)
+    return best
+
+
+def as_half(scale: Any) -> Any:
+    """Rounded to what the checkpoint can store, never below the smallest normal float16."""
+    import torch
+
+    return scale.clamp(min=TINY_SCALE, max=65504.0).to(torch.float16).to(torch.float32)
+
+
+def column_order(gram: Any, size: int, options: Options) -> Any:
+    """The order in which columns are rounded: the most important first, groups kept together unless act-order."""
+    import torch
+
+    diagonal = gram.diagonal()
+    if options.desc_act:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    if options.order == "natural":
+        return torch.arange(gram.shape[0], device=gram.device)
+    return group_aware_order(diagonal, size)
+
+
+def group_aware_order(diagonal: Any, size: int) -> Any:
+    """Groups by their largest entry, entries inside a group by size; [in] -> permutation [in]."""
+    import torch
+
+    table = diagonal.view(-1, size)
+    inside = torch.argsort(table, dim=1, descending=True, stable=True)
+    groups = torch.argsort(table.amax(1), descending=True, stable=True)
+    return (inside + torch.arange(table.shape[0], device=table.device)[:, None] * size)[groups].reshape(-1)
+
+
+def nearest(weight: Any, grid: Grid) -> tuple[Any, Any]:
+    """Codes (uint8) of the nearest grid points and the error W - Q, both [in, out]."""
+    import torch
+
+    inputs, outputs = weight.shape
+    groups = grid.scale.shape[0]
+    size, top = inputs // groups, 2**grid.bits - 1
+    codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight.device)
+    error = torch.empty_like(weight)
+    for index in range(groups):
+        inside = slice(index * size, (index + 1) * size)
+        scale, zero = grid.scale[index], grid.zero[index]
+        code = torch.div(weight[inside], scale).round_().add_(zero).clamp_(0, top)
+        codes[inside] = code.to(torch.uint8)
+        torch.sub(weight[inside], code.sub_(zero).mul_(scale), out=error[inside])
+    return codes, error
+
+
+def compensate(weight: Any, gram: Any, grid: Grid, group_of: Any, order: Any, damping: float) -> Rounded:
+    """Round columns in `order`, each taking up the error of those before it (module docstring).
+
+    `weight` [in, out], `gram` [in, in], `group_of` [in]: the grid's row for each input, `order` a permutation.
+    Inputs that never fire have no say and get a unit diagonal. If the factorisation fails, the damping is raised
+    tenfold until it works; raises `UserError` past 1.
+    """
+    import torch
+
+    inputs, outputs = weight.shape
+    top = float(2**grid.bits - 1)
+    upper, spread, damping = _factor(gram[order][:, order], damping)
+    sorted_weight = weight[order]
+    error = torch.empty_like(sorted_weight)
+    residual = torch.empty_like(sorted_weight)
+    codes = torch.empty_like(sorted_weight)
+    rows = group_of[order].tolist()
+    last = -1
+    scale = zero = inverse = None
+    for block in range(0, inputs, BLOCK):
+        block_end = min(block + BLOCK, inputs)
+        target = sorted_weight[block:block_end].clone()
+        if block:
+            target.addmm_(upper[:block, block:block_end].t(), error[:block])
+        for sub in range(block, block_end, SUB_BLOCK):
+            sub_end = min(sub + SUB_BLOCK, block_end)
+            if sub > block:
+                target[sub - block : sub_end - block].addmm_(upper[block:sub, sub:sub_end].t(), error[block:sub])
+            for k in range(sub, sub_end):
+                if rows[k] != last:
+                    last = rows[k]
+                    scale, zero = grid.scale[last], grid.zero[last]
+                    inverse = 1.0 / scale
+                wanted = target[k - block]
+                if k > sub:
+                    wanted.addmv_(error[sub:k].t(), upper[sub:k, k])
+                code = codes[k]
+                torch.mul(wanted, inverse, out=code)
+                code.add_(zero).round_().clamp_(0.0, top)
+                value = torch.sub(code, zero).mul_(scale)
+                torch.sub(wanted, value, out=residual[k])
+                torch.sub(sorted_weight[k], value, out=error[k])
+    squared = residual.mul_(residual)
+    channel_error = spread @ squared
+    back = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight.device)
+    back[order] = codes.to(torch.uint8)
+    if damping:
+        # The factored matrix was damped; what the damping alone contributed is not error.
+        diagonal = gram.diagonal()
+        live = diagonal > 0
+        share = damping * float(diagonal[live].mean()) if bool(live.any()) else 0.0
+        live_error = error[live[order]]
+        channel_error = channel_error - share * live_error.mul_(live_error).sum(0)
+    return Rounded(back, channel_error, damping)
+
+
+def _factor(gram: Any, damping: float) -> tuple[Any, Any, float]:
+    """U (unit upper triangular), D (vector) with G + damping = U D U^T, and the damping it took."""
+    import torch
+
+    diagonal = gram.diagonal()
+    dead = diagonal <= 0
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    tried = damping
+    while True:
+        damped = gram.clone()
+        damped.diagonal().add_(tried * mean)
+        damped.diagonal()[dead] = mean
+        # Flipping both axes turns the lower factor into the upper one.
+        factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed) and bool(torch.isfinite(factor.diagonal()).all()):
+            break
+        tried = max(tried * 10, 1e-4)
+        if tried > 1:
+            raise UserError(
+                "a Gram matrix cannot be factored even with damping 1: the calibration activations are not usable; "
+                "take more or other calibration text"
+            )
+    upper = factor.flip(0, 1)
+    root = upper.diagonal().clone()
+    upper = (upper / root).contiguous()
+    spread = root * root
+    spread[dead] = 0.0
+    return upper, spread, tried
+
+
+def pack(codes: Any, bits: int) -> Any:
+    """Codes (uint8 [n, m]) as a stream of bits along the first axis, lowest first: int32 [n x bits / 32, m]."""
+    import torch
+
+    n, m = codes.shape
+    common = math.gcd(bits, 32)
+    values, words = 32 // common, bits // common
+    if n % values:
+        raise ValueError(f"{n} codes of {bits} bits do not fill whole 32-bit words")
+    table = codes.reshape(n // values, values, m)
+    packed = torch.zeros(n // values, words, m, dtype=torch.int32, device=codes.device)
+    for i in range(values):
+        word, shift = divmod(i * bits, 32)
+        # int32 shifts drop the bits that leave the word, as wanted.
+        value = (table[:, i] & (2**bits - 1)).to(torch.int32)
+        packed[:, word] |= value << shift
+        if shift + bits > 32:
+            packed[:, word + 1] |= value >> (32 - shift)
+    return packed.reshape(-1, m)
+
+
+def unpack(packed: Any, bits: int) -> Any:
+    """The inverse of `pack`: int32 [words, m] -> uint8 [words x 32 / bits, m]."""
+    import torch
+
+    common = math.gcd(bits, 32)
+    values, words = 32 // common, bits // common
+    table = packed.reshape(-1, words, packed.shape[1]).to(torch.int64) & 0xFFFFFFFF
+    codes = torch.empty(table.shape[0], values, packed.shape[1], dtype=torch.uint8, device=packed.device)
+    for i in range(values):
+        word, shift = divmod(i * bits, 32)
+        value = table[:, word] >> shift
+        if shift + bits > 32:
+            value |= table[:, word + 1] << (32 - shift)
+        codes[:, i] = (value & (2**bits - 1)).to(torch.uint8)
+    return codes.reshape(-1, packed.shape[1])
+
+
+def dequantize(tensors: dict[str, Any], bits: int) -> Any:
+    """A stored linear layer's weight, float32 [out, in], from its `qweight`, `qzeros`, `scales`, `g_idx`."""
+    import torch
+
+    codes = unpack(tensors["qweight"], bits).to(torch.float32)
+    zeros = ((unpack(tensors["qzeros"].t(), bits).to(torch.int64) + 1) & (2**bits - 1)).t().to(torch.float32)
+    group = tensors["g_idx"].to(torch.int64)
+    return ((codes - zeros[group]) * tensors["scales"].to(torch.float32)[group]).t().contiguous()
