@@ -80,9 +80,8 @@ def main() -> int:
         after, _ = perplexity(prepared, evaluation)
     difference = abs(after - before) / before
     print(file=sys.stderr)
-    print(
-        f"evaluation           {made['windows']} windows of {made['window']}, {count} tokens scored, {made['digest'][:16]}"
-    )
+    print(f"evaluation           {made['windows']} windows of {made['window']}, {count} tokens scored")
+    print(f"its digest           {made['digest']}")
     print(f"shipped file         {before:.6f}")
     print(f"prepared base        {after:.6f}")
     print(f"relative difference  {difference:.1e} ({'below' if difference < LIMIT else 'NOT below'} {LIMIT:.0e})")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from workbench.errors import UserError, WorkFailed
-from workbench.home import entry, home, interpreter, lock, machine_lock
+from workbench.home import disk_error, entry, home, interpreter, lock, machine_lock
 from workbench.machine import isolate
 from workbench.machine.identity import program, versions
 from workbench.machine.monitor import Monitor
@@ -63,10 +63,13 @@ def work(
     folder = home() / "logs" / f"{stamp}-{digest([function, text, time.time_ns()])[:8]}"
     monitor = Monitor()
     with show.task(text) as progress, machine_lock(lambda: show.say("waiting for another workbench run to end")):
-        reply = isolate.call(
-            function, payload, workdir=folder, python=python, time_limit_s=limit_s,
-            environment=environment, on_progress=progress, on_sample=monitor,
-        )  # fmt: skip
+        try:
+            reply = isolate.call(
+                function, payload, workdir=folder, python=python, time_limit_s=limit_s,
+                environment=environment, on_progress=progress, on_sample=monitor,
+            )  # fmt: skip
+        except OSError as error:
+            raise disk_error(error, home()) or error from None
     if reply.error is not None:
         if reply.user_error:
             raise UserError(reply.error)
@@ -91,7 +94,8 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
             source = _convert(recipe, base, show)
             artifacts["base"].append(_sixteen_bit(recipe, base, source, show))
         except (WorkFailed, UserError) as problem:
-            failures |= {v.name: f"the base has no GGUF form: {problem}" for v in wanted if v.method == "gguf"}
+            lost = ["base", *(v.name for v in wanted if v.method == "gguf")]
+            failures |= dict.fromkeys(lost, f"the base has no GGUF form: {problem}")
             show.say(f"converting the base to GGUF failed: {problem}")
     imatrix, calibrated = _calibrated(recipe, base, tokens.get("calibration"), wanted, show, failures)
     for variant in wanted:

@@ -68,6 +68,8 @@ def run(
 
     render = _renderer(format)
     loaded = load(recipe)
+    for name in backend or []:
+        loaded.backend(name)  # A misspelt one is refused before any work.
     made = pipeline.quantize(loaded, Console(quiet), _named(loaded, variant))
     rows = pipeline.profile(
         loaded, made, Console(quiet), results, backends=backend, variants=variant, again=again
@@ -201,9 +203,11 @@ def main() -> None:
     except WorkFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        # typer ends an interrupted command with this code and without a word.
+        if stop.code == 130:
+            print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)

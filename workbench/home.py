@@ -37,8 +37,12 @@ def instance() -> str:
     file = home() / "instance"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), open(file, "x") as new:
-            new.write(uuid.uuid4().hex[:6] + "\n")
+        # Linked when whole: another run may ask at the same moment and must not read an empty name.
+        temporary = file.with_name(f"instance.{os.getpid()}")
+        temporary.write_text(uuid.uuid4().hex[:6] + "\n")
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, file)
+        temporary.unlink()
     return file.read_text().strip()
 
 
@@ -55,10 +59,14 @@ def interpreter(backend: str, default: str) -> str:
     if not file.exists():
         return default
     try:
-        settings = tomllib.loads(file.read_text())
-    except tomllib.TOMLDecodeError as error:
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid TOML: {error}") from None
-    return str(settings.get("python", {}).get(backend, default))
+    pythons = settings.get("python", {})
+    chosen = pythons.get(backend, default) if isinstance(pythons, dict) else None
+    if not isinstance(chosen, str):
+        raise UserError(f"{file}: [python] holds one line a backend, such as {backend} = \"/path/to/bin/python\"")
+    return chosen
 
 
 @contextlib.contextmanager
@@ -126,10 +134,16 @@ def _sync(path: Path) -> None:
 
 def remember(recipe: Path) -> None:
     """Note the recipe last quantized here, for `workbench profile` without one."""
-    home().mkdir(parents=True, exist_ok=True)
     temporary = home() / f"last-recipe.{os.getpid()}"
-    temporary.write_text(str(recipe.resolve()) + "\n")
-    temporary.rename(home() / "last-recipe")
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        temporary.write_text(str(recipe.resolve()) + "\n")
+        temporary.rename(home() / "last-recipe")
+    except OSError as error:
+        # The first thing a run writes; what is wrong with the place shows here.
+        raise disk_error(error, home()) or UserError(
+            f"{home()}: cannot be written ({error.strerror}): set WORKBENCH_HOME to a folder of yours"
+        ) from None
 
 
 def last_recipe() -> Path | None:

@@ -11,23 +11,21 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from workbench.artifacts import Made, Show, make, work
 from workbench.errors import UserError, WorkFailed
-from workbench.home import interpreter, remember
+from workbench.home import home, interpreter, lock, remember
 from workbench.machine.identity import has_cuda, machine, program, versions
 from workbench.recipe import BackendChoice, Recipe, limits_of
 from workbench.records import MEASUREMENT_VERSION, Artifact, Job, Measurement, Row, digest, from_json, to_json
 from workbench.report import store
 from workbench.worker.backends import BACKENDS
-
-BUSY_LOAD = 0.5
-"""Runnable processes a core, over the last minute, above which a row says that the machine was busy."""
 
 
 def run(recipe: Recipe, show: Show, results: Path, **choice: Any) -> tuple[Made, list[Row]]:
@@ -50,16 +48,24 @@ def profile(
 ) -> list[Row]:  # fmt: skip
     """Measure every pair of artifact and backend that the recipe asks for; returns their rows in order."""
     here = machine()
-    measured = _measured(results / here["name"])
+    folder = results / here["name"]
+    measured = _measured(folder)
     rows = []
     for choice, name in _pairs(recipe, backends, variants):
         row = _plan(recipe, made, choice, name)
         if not again and row.key in measured:
             rows.append(measured[row.key])
             continue
-        if row.error is None and row.unsupported is None:
-            row = _measure(recipe, made, row, show)
-        store.append(results, here["name"], row)
+        waited: list[str] = []
+        with lock(home() / "locks" / f"row-{row.key}", partial(waited.append, row.key)):
+            # Another run may have stored it in the meantime; if it was waited for, its failure counts too.
+            measured |= {} if again else _measured(folder, set(waited))
+            if row.key in measured:
+                rows.append(measured[row.key])
+                continue
+            if row.error is None and row.unsupported is None:
+                row = _measure(recipe, made, row, show)
+            store.append(results, here["name"], row)
         rows.append(row)
         if row.error:
             show.say(f"{name} on {choice.name} failed: {row.error}")
@@ -79,12 +85,12 @@ def _pairs(
                 yield choice, variant.name
 
 
-def _measured(folder: Path) -> dict[str, Row]:
-    """Rows that need not be measured again; failures are tried again."""
+def _measured(folder: Path, failed: Collection[str] = ()) -> dict[str, Row]:
+    """Rows that need not be measured again; failures are tried again but for the keys in `failed`."""
     if not folder.exists():
         return {}
     rows, _ = store.read(folder)
-    return {row.key: row for row in rows if row.error is None}
+    return {row.key: row for row in rows if row.error is None or row.key in failed}
 
 
 def _plan(recipe: Recipe, made: Made, choice: BackendChoice, name: str) -> Row:
@@ -97,6 +103,9 @@ def _plan(recipe: Recipe, made: Made, choice: BackendChoice, name: str) -> Row:
         best = reasons.index(None) if None in reasons else 0
         artifact = artifacts[best]
         unsupported = reasons[best] or limits_of(recipe.variant(name)).get(choice.name)
+        if unsupported and name in made.failures:
+            # The form that this engine reads could have been made, and was not.
+            error, unsupported = made.failures[name], None
     else:
         variant = recipe.variant(name)
         artifact = Artifact(
@@ -129,8 +138,6 @@ def _measure(recipe: Recipe, made: Made, row: Row, show: Show) -> Row:
     )  # fmt: skip
     threads = str(row.options.get("threads") or len(os.sched_getaffinity(0)))
     environment = {**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-    warnings = list(row.warnings)
-    load = os.getloadavg()[0]
     started_at, started = _now(), time.monotonic()
     measurement, error = None, None
     try:
@@ -146,7 +153,6 @@ def _measure(recipe: Recipe, made: Made, row: Row, show: Show) -> Row:
     return replace(
         row, measurement=measurement, error=error, started_at=started_at,
         duration_s=round(time.monotonic() - started, 3),
-        warnings=warnings, machine=row.machine | {"load_before": round(load, 2)},
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -23,9 +23,16 @@ from workbench.records import Variant, Workload, digest, to_json
 from workbench.worker.backends import BACKENDS
 from workbench.worker.methods import METHODS
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 200_000
 MAX_ALIASES = 20
 """A YAML bomb needs nested aliases; people need none or a few."""
+MAX_DEPTH = 32
+"""The parser's time grows with the square of the depth: 100,000 brackets take minutes."""
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+"""pydantic's names for it, in models and in dataclasses."""
+
+
+Word = Annotated[str, Field(min_length=1)]
 
 
 class Strict(BaseModel):
@@ -34,11 +41,18 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _exactly_one(values: Any, names: tuple[str, ...]) -> None:
-    given = [name for name in names if values.get(name) is not None]
+def _exactly_one(record: BaseModel, names: tuple[str, ...]) -> None:
+    given = [name for name in names if getattr(record, name) is not None]
     if len(given) != 1:
         found = f"found {' and '.join(given)}" if given else "found none"
         raise ValueError(f"give exactly one of {', '.join(names)} ({found})")
+
+
+def _one_of(*names: str) -> dict[str, Any]:
+    """The same for editors; a package's `file` is not a source of its own."""
+    forms = [{"required": [name]} for name in names if name != "file"]
+    alone = {"required": ["file"], "not": {"required": ["package"]}}
+    return {"oneOf": [*forms, alone] if "file" in names else forms}
 
 
 class Equivalent(Strict):
@@ -51,15 +65,17 @@ class Equivalent(Strict):
 class Base(Strict):
     """Where the unquantized model comes from: exactly one of hub, path, package, config."""
 
-    hub: str | None = None
+    model_config = ConfigDict(json_schema_extra=_one_of("hub", "path", "package", "config"))
+
+    hub: Word | None = None
     """A repository on the Hugging Face hub, `owner/name`."""
-    revision: str | None = None
-    path: str | None = None
+    revision: Word | None = None
+    path: Word | None = None
     """A Hugging Face directory or a `.gguf` file, relative to the recipe."""
-    package: str | None = None
+    package: Word | None = None
     """An installed Python package that ships the model as `file`."""
-    file: str | None = None
-    config: dict[str, Any] | str | None = None
+    file: Word | None = None
+    config: dict[str, Any] | Word | None = None
     """A `config.json`, or its contents, for random weights of that shape."""
     init: Literal["random"] | None = None
     tokenizer: str | None = None
@@ -67,16 +83,14 @@ class Base(Strict):
     equivalent: Equivalent | None = None
     trust_remote_code: bool = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_source(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            _exactly_one(values, ("hub", "path", "package", "config"))
-            if values.get("package") and not values.get("file"):
-                raise ValueError("a package also needs `file`, the model inside it")
-            if values.get("config") and values.get("init") != "random":
-                raise ValueError("a config alone has no weights: add `init: random`")
-        return values
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        _exactly_one(self, ("hub", "path", "package", "config"))
+        if self.package and not self.file:
+            raise ValueError("a package also needs `file`, the model inside it")
+        if self.config and self.init != "random":
+            raise ValueError("a config alone has no weights: add `init: random`")
+        return self
 
     def source(self, folder: Path) -> dict[str, Any]:
         """As `worker/base.py` wants it, with paths made absolute against the recipe's folder."""
@@ -94,33 +108,36 @@ class Base(Strict):
     def stem(self) -> str:
         """The model's name as file names carry it: `SmolLM2-135M-Instruct`."""
         if isinstance(self.config, dict):
-            return str(self.config.get("model_type", "random"))
-        place = self.hub or self.file or self.path or str(self.config)
-        name = Path(place).name
+            name = str(self.config.get("model_type", "random"))
+        else:
+            name = Path(self.hub or self.file or self.path or str(self.config)).name
         if name.endswith(".gguf"):
             name = re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", name.removesuffix(".gguf"), flags=re.IGNORECASE)
-        return name.removesuffix(".json") or "model"
+        # It becomes a file's name: `path: ..` or a model type with a slash must not lead anywhere else.
+        return re.sub(r"[^\w.-]+", "-", name.removesuffix(".json")).lstrip(".-") or "model"
 
 
 class Source(Strict):
     """Text: exactly one of module, package, file, dataset, text."""
 
-    module: str | None = None
-    package: str | None = None
-    file: str | None = None
-    dataset: str | None = None
+    model_config = ConfigDict(json_schema_extra=_one_of("module", "package", "dataset", "text", "file"))
+
+    module: Word | None = None
+    package: Word | None = None
+    file: Word | None = None
+    dataset: Word | None = None
     config: str | None = None
     split: str | None = None
     field: str | None = None
-    text: str | None = None
+    text: Word | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_source(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            names = ("module", "package", "dataset", "text")
-            _exactly_one(values, names if values.get("package") else (*names, "file"))
-        return values
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        names = ("module", "package", "dataset", "text")
+        _exactly_one(self, names if self.package else (*names, "file"))
+        if self.package and not self.file:
+            raise ValueError("a package also needs `file`, the text inside it")
+        return self
 
     def resolved(self, folder: Path) -> dict[str, Any]:
         """As `worker/corpus.py` wants it, with paths made absolute against the recipe's folder."""
@@ -139,6 +156,14 @@ class Evaluation(Strict):
     windows: int = Field(default=20, ge=1)
     score: Literal["second-half", "all", "strided"] = "second-half"
     stride: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _strided(self) -> Self:
+        if self.score == "strided" and not (self.stride and self.stride < self.window):
+            raise ValueError(f"`score: strided` needs a `stride` from 1 to {self.window - 1}")
+        if self.score != "strided" and self.stride is not None:
+            raise ValueError("a `stride` belongs to `score: strided`")
+        return self
 
 
 class Calibration(Strict):
@@ -232,8 +257,9 @@ def load(path: str | Path) -> Recipe:
     """Read and check a recipe. Raises `UserError` with file, place and remedy."""
     file = Path(path)
     try:
-        size_bytes = file.stat().st_size
-        text = file.read_text(encoding="utf-8") if size_bytes <= MAX_BYTES else ""
+        with open(file, "rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+        text = data.decode("utf-8") if len(data) <= MAX_BYTES else ""
     except FileNotFoundError:
         near = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
         raise UserError(f"{path}: no such recipe. {did_you_mean(str(path), near)}".rstrip()) from None
@@ -241,8 +267,8 @@ def load(path: str | Path) -> Recipe:
         raise UserError(f"{path}: a folder, not a recipe") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
-    if size_bytes > MAX_BYTES:
-        raise UserError(f"{path}: {size_bytes} bytes is too large for a recipe (at most {MAX_BYTES})")
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}: too large for a recipe (at most {MAX_BYTES} bytes)")
     return parse(_yaml(text, str(path)), file)
 
 
@@ -316,12 +342,15 @@ def schema() -> dict[str, Any]:
         own["title"] = name
         return own
 
-    forms = []
+    forms: list[dict[str, Any]] = []
     for word, module in METHODS.items():
         options = options_of(_module(module).Options, f"{word} options")
         forms_of_value: list[dict[str, Any]] = [options]
         if word == "gguf":
             forms_of_value.append(options["properties"]["type"])
+        if not options.get("required"):
+            forms_of_value.append({"type": "null"})
+            forms.append({"const": word})
         forms.append(
             {
                 "type": "object",
@@ -339,7 +368,7 @@ def schema() -> dict[str, Any]:
     top["properties"]["backends"] = {
         "anyOf": [
             {"type": "object", "properties": backends, "additionalProperties": False},
-            {"type": "array", "items": {"enum": list(BACKENDS)}},
+            {"type": "array", "items": {"enum": list(BACKENDS)}, "minItems": 1},
         ]
     }
     top["required"] = ["base", "variants"]
@@ -407,7 +436,7 @@ def _variants(raw: Any, where: str) -> tuple[Variant, ...]:
 def _backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple[BackendChoice, ...]:
     if raw is None:
         raw = list(BACKENDS)
-    if isinstance(raw, list):
+    if isinstance(raw, list) and all(isinstance(name, str) for name in raw):
         raw = dict.fromkeys(raw)
     if not isinstance(raw, dict) or not raw:
         raise UserError(f"{where}: backends: a list of names or a mapping from name to options")
@@ -436,12 +465,13 @@ def _validate(adapter: TypeAdapter[Any], value: Any, where: str, place: str, als
     try:
         return adapter.validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A mistyped key is also a missing one; what was mistyped is what the person can see.
+        first = min(error.errors(), key=lambda one: one["type"] not in UNKNOWN_KEY)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {place or 'recipe'}: {error}") from None
     place = _place(place, first["loc"])
     kind, context = first["type"], first.get("ctx", {})
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+    if kind in UNKNOWN_KEY:
         holder, _, key = place.rpartition(".")
         known = _keys(adapter, first["loc"]) | also
         message = f"unknown key '{key}'. {did_you_mean(key, known)}"
@@ -489,18 +519,18 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    # Before a merge (`<<`) is spelt out, because what is merged may be given again.
+    own: set[str] = set()
+    for key_node, _ in node.value:
+        word = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+        if word is None or word in own:
+            problem = "a key must be a word" if word is None else f"'{word}' is given twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        own.add(word)
     loader.flatten_mapping(node)
     found: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=deep)
-        try:
-            twice = key in found
-        except TypeError:
-            raise yaml.constructor.ConstructorError(
-                None, None, "a key must be a word", key_node.start_mark
-            ) from None
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", key_node.start_mark)
         found[key] = loader.construct_object(value_node, deep=True)
     return found
 
@@ -510,9 +540,14 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader))
-        if aliases > MAX_ALIASES:
-            raise UserError(f"{where}: {aliases} YAML aliases; a recipe may have {MAX_ALIASES} at most")
+        aliases = depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            aliases += isinstance(event, yaml.AliasEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if aliases > MAX_ALIASES:
+                raise UserError(f"{where}: a recipe may have {MAX_ALIASES} YAML aliases at most")
+            if depth > MAX_DEPTH:
+                raise UserError(f"{where}: a recipe may be {MAX_DEPTH} levels deep at most")
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark

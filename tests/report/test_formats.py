@@ -5,8 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,7 +58,7 @@ def test_every_format_takes_every_table_and_can_be_encoded(name: str, rows: list
     text = FORMATS[name](build(rows))
     assert text.endswith("\n")
     text.encode()
-    assert "nan" not in text.lower().replace("nanb", "") or "NaN" in str(rows)
+    assert not re.search(r"\bnan\b|\bNone\b", text)
     if name in ("terminal", "markdown"):
         assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", text)
 
@@ -114,7 +119,7 @@ def test_markdown_has_units_and_shorthand() -> None:
         "ppl", "Δ ppl", "note",
     ]  # fmt: skip
     assert re.search(r"\| gguf-Q8_0 +\| llamacpp .*\| +92\.0 \| +1\.5 \| +913\.0 \|", text)
-    assert "noise floor: the perplexity of Toy-1M is 11.66" in text
+    assert "noise floor: Toy-1M has perplexity 11.6672 to 11.6672 on transformers, vllm, llamacpp: 0.000 %" in text
 
 
 @pytest.mark.parametrize("width", [100, 120, 140])
@@ -122,13 +127,14 @@ def test_the_terminal_fits_and_cuts_no_number(width: int) -> None:
     table = build(wide_rows())
     text = terminal(table, width)
     assert max(map(len, text.splitlines())) <= width
-    body = [line for line in text.splitlines() if re.search(r" (transformers|vllm|llamacpp) ", line)]
-    rows = [line for line in body if re.search(r"(\d|run|–|0)( +[\d,]*)?$", line) and ":" not in line]
+    rows = [line for line in text.splitlines() if re.search(r"^\S* +(transformers|vllm|llamacpp) +\d", line)]
     assert len(rows) == len(table.lines)
     for line, row in zip(table.lines, rows, strict=True):
-        for name in ("prefill_tok_s", "decode_tok_s", "perplexity"):
+        shown = [float(number) for number in re.findall(r"(?<= )\d+\.\d+", row)]
+        for name in ("bits_per_weight", "load_s", "prefill_tok_s", "decode_tok_s", "perplexity"):
             value = line.values[name]
-            assert value is None or format(value, ".3f" if name == "perplexity" else ".1f") in row
+            assert value is None or any(abs(number - value) <= 0.051 for number in shown)
+        assert (line.delta is None) == row.endswith("cannot run  1")
     assert "…" not in text
     assert "±" in text and ("%" in "".join(rows)) == (width >= 120)
 
@@ -148,6 +154,34 @@ def test_the_terminal_shows_names_as_they_are_and_reasons_once() -> None:
     assert text.count("vLLM has no GGUF on a CPU") == 1
     assert len(re.findall(r"cannot run +1$", text, re.MULTILINE)) == 2
     assert len(re.findall(r"failed +2$", text, re.MULTILINE)) == 1
+
+
+def test_a_real_terminal_gets_colour_and_its_width() -> None:
+    script = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "from test_formats import FORMATS, build, wide_rows\n"
+        "sys.stdout.write(FORMATS['terminal'](build(wide_rows())))"
+    )
+    here = Path(__file__).resolve()
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "50"}
+    environment.pop("NO_COLOR", None)
+    command = [sys.executable, "-P", "-c", script, str(here.parents[2]), str(here.parent)]
+    process = subprocess.Popen(command, stdout=theirs, env=environment)
+    os.close(theirs)
+    seen = b""
+    try:
+        while block := os.read(ours, 65536):
+            seen += block
+    except OSError:  # how a pty says that its other end is closed
+        pass
+    assert process.wait(timeout=30) == 0
+    os.close(ours)
+    text = seen.decode()
+    assert "\x1b[1m" in text
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert max(len(line) for line in plain.splitlines()) <= 100
+    assert len(re.findall(r"cannot run", plain)) == 8
 
 
 def test_a_pipe_gets_plain_text_of_full_width(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,9 +63,7 @@ def test_clustered_error_by_hand():
 
 
 def test_a_broken_model_still_makes_json():
-    found = statistics.summarise(
-        quality([[2000.0, 3000.0], [2500.0, 100.0]]), quality([[1.0, 2.0], [1.0, 2.0]])
-    )
+    found = statistics.summarise(quality([[2000.0, 3000.0], [2500.0, 100.0]]), quality([[1.0, 2.0], [1.0, 2.0]]))
     assert math.isfinite(found["perplexity_se"])
     assert math.isfinite(found["perplexity_delta_se"])
 
@@ -202,9 +200,7 @@ def test_intervals_of_random_halves_cover_the_whole_as_often_as_they_claim(metri
             # What independence of tokens would claim: the same, from tokens instead of windows.
             flat = [v for i in chosen for v in q["windows"][i]["nll"]]
             mean = sum(flat) / len(flat)
-            se = math.exp(mean) * math.sqrt(
-                0.5 * sum((v - mean) ** 2 for v in flat) / (len(flat) - 1) / len(flat)
-            )
+            se = math.exp(mean) * math.sqrt(0.5 * sum((v - mean) ** 2 for v in flat) / (len(flat) - 1) / len(flat))
             naive += abs(found.value - truth) <= 1.96 * se
     # 0.95 with a binomial error of 0.007; the skew of a perplexity costs a percent.
     assert 0.93 <= covered / draws <= 0.97

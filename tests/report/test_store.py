@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +211,20 @@ def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     for name in ("one", "two"):
         own = [key for key in keys if key.startswith(name)]
         assert own == [f"{name}-{number}" for number in range(200)]
+
+
+def test_a_writer_waits_for_the_lock(tmp_path: Path) -> None:
+    """Without it, repairing a half line and undoing a failed write would race with another writer."""
+    store.append(tmp_path, "desk", a_row(key="a"))
+    with (tmp_path / "desk" / "rows.jsonl").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=store.append, args=(tmp_path, "desk", a_row(key="c")))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        other.write((json.dumps(to_json(a_row(key="b"))) + "\n").encode())
+    waiting.join(10)
+    assert [row.key for row in store.read(tmp_path)[0]] == ["a", "b", "c"]
 
 
 def test_a_killed_writer_loses_nothing_it_reported(tmp_path: Path) -> None:

@@ -78,9 +78,7 @@ def test_nll_is_exact_in_every_dtype(tmp_path, dtype):
 def test_second_half_of_512_scores_255_tokens(tmp_path):
     spec, _ = evaluation(tmp_path, windows=1, length=512, score_from=256, vocab=50)
     assert score(spec, torch.zeros(1, 512, 50))["windows"][0]["count"] == 255
-    assert score(spec, torch.zeros(1, 512, 50))["windows"][0]["nll"][0] == pytest.approx(
-        math.log(50), rel=1e-5
-    )
+    assert score(spec, torch.zeros(1, 512, 50))["windows"][0]["nll"][0] == pytest.approx(math.log(50), rel=1e-5)
 
 
 def test_chunks_and_order_do_not_matter(tmp_path):
@@ -112,9 +110,7 @@ def test_reads_logits_without_changing_them(tmp_path):
     assert torch.equal(before, logits)
 
 
-@pytest.mark.parametrize(
-    ("size", "smallest", "largest"), [(0.045, 5e-4, 2e-3), (0.3, 0.02, 0.08), (1.7, 0.6, 1.8)]
-)
+@pytest.mark.parametrize(("size", "smallest", "largest"), [(0.045, 5e-4, 2e-3), (0.3, 0.02, 0.08), (1.7, 0.6, 1.8)])
 def test_divergence_is_within_a_percent_and_its_bound_is_below(tmp_path, size, smallest, largest):
     windows, length = 16, 150
     spec, _ = evaluation(tmp_path, windows, length)

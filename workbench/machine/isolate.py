@@ -21,6 +21,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -183,6 +184,7 @@ def _conclude(
 def serve(request: Path, reply: Path, progress_descriptor: int) -> None:
     """The child's side: do what the request names, write the reply, leave at once."""
     os.set_inheritable(progress_descriptor, False)
+    threading.Thread(target=_end_with_parent, args=(progress_descriptor,), daemon=True).start()
     last_sent = 0.0
 
     def progress(done: float, total: float, text: str = "") -> None:
@@ -217,6 +219,17 @@ def serve(request: Path, reply: Path, progress_descriptor: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _end_with_parent(pipe: int) -> None:
+    """Wait until nobody reads the pipe any more, then end this session.
+
+    A parent that was killed cannot end its worker, which would go on beside the next measurement.
+    """
+    watch = select.poll()
+    watch.register(pipe, 0)  # Errors only: the reader has gone.
+    watch.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

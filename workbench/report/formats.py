@@ -196,7 +196,7 @@ def _spread(line: Line, name: str) -> str:
     if interval is None or not middle:
         return ""
     percent = 100 * max(interval[1] - middle, middle - interval[0]) / middle
-    return f"±{percent:.1f}%" if percent < 9.95 else f"±{percent:.0f}%" if percent < 100 else "±>100%"
+    return f"±{percent:.1f}%" if percent < 9.95 else f"±{percent:.0f}%" if percent < 100 else "±100%+"
 
 
 def _padded(texts: Sequence[str]) -> list[str]:
@@ -250,7 +250,7 @@ def _subtitle(table: Table) -> list[str]:
             f"perplexity: {e.name}, {e.windows} windows of {e.window} tokens, {e.score} scored, "
             f"{e.scored_tokens} tokens"
         )
-    texts.append("±: of a speed 95 % of the median, of a perplexity one standard error (windows as clusters)")
+    texts.append("± after a speed: 95 % interval of the median; after a perplexity: one standard error, by windows")
     return [_plain(text) for text in texts]
 
 
@@ -258,8 +258,8 @@ def _remarks(table: Table) -> list[str]:
     texts = []
     for floor in table.noise_floors:
         texts.append(
-            f"noise floor: the perplexity of {floor.base} is {floor.low:.4f} to {floor.high:.4f} on "
-            f"{', '.join(floor.backends)}, {100 * floor.relative:.3f} % apart"
+            f"noise floor: {floor.base} has perplexity {floor.low:.4f} to {floor.high:.4f} on "
+            f"{', '.join(floor.backends)}: {100 * floor.relative:.3f} % apart"
         )
     return [_plain(text) for text in (*texts, *_settings(table), *table.notes)]
 

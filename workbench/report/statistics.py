@@ -57,9 +57,7 @@ def perplexity_delta(q: Quality, base_q: Quality) -> Estimate:
     count = sum(n for _, n in variant)
     r, r0 = (_mean(pairs).value for pairs in (variant, base))
     ppl, ppl0 = _exp(r), _exp(r0)
-    residuals = [
-        ppl * (s - r * n) - ppl0 * (s0 - r0 * n0) for (s, n), (s0, n0) in zip(variant, base, strict=True)
-    ]
+    residuals = [ppl * (s - r * n) - ppl0 * (s0 - r0 * n0) for (s, n), (s0, n0) in zip(variant, base, strict=True)]
     return Estimate(ppl - ppl0, _error(residuals, count), len(residuals))
 
 
@@ -221,20 +219,14 @@ def _paired(q: Quality, base_q: Quality) -> tuple[list[tuple[float, int]], list[
     one: list[tuple[float, int]] = []
     two: list[tuple[float, int]] = []
     if len(q["windows"]) != len(base_q["windows"]):
-        raise ValueError(
-            f"{len(q['windows'])} windows against {len(base_q['windows'])}: not the same evaluation"
-        )
+        raise ValueError(f"{len(q['windows'])} windows against {len(base_q['windows'])}: not the same evaluation")
     for i, (a, b) in enumerate(zip(q["windows"], base_q["windows"], strict=True)):
         if a["count"] + a["nonfinite"] != b["count"] + b["nonfinite"]:
-            raise ValueError(
-                f"window {i}: the two passes scored different numbers of tokens: not the same evaluation"
-            )
+            raise ValueError(f"window {i}: the two passes scored different numbers of tokens: not the same evaluation")
         if a["nonfinite"] == b["nonfinite"] == 0:
             pair = (a["nll_sum"], a["count"]), (b["nll_sum"], b["count"])
         elif "nll" in a and "nll" in b:
-            both = [
-                (x, y) for x, y in zip(a["nll"], b["nll"], strict=True) if x is not None and y is not None
-            ]
+            both = [(x, y) for x, y in zip(a["nll"], b["nll"], strict=True) if x is not None and y is not None]
             pair = (math.fsum(x for x, _ in both), len(both)), (math.fsum(y for _, y in both), len(both))
         else:
             continue

@@ -65,7 +65,9 @@ def append(results: Path, machine: str, row: Row) -> None:
             _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"{path}: cannot store a row ({reason}). Free space or name another --results") from error
+        raise UserError(
+            f"{path}: cannot store a row ({reason}). Free space, check permissions or name another --results"
+        ) from error
 
 
 def read(*paths: Path) -> tuple[list[Row], list[str]]:

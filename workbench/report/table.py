@@ -205,7 +205,7 @@ def _warnings(row: Row, own: float | None, base: Row | None, delta: Estimate | N
     elif own is not None and base is not None and not metrics.same_tokens(row, base):
         found.append(f"the base on {row.backend} was scored on other tokens, so there is no delta")
     elif delta and base is not None and base is not row and (lost := metrics.nonfinite(base)):
-        found.append(f"the base on {row.backend} has {lost} tokens without finite logits; the delta leaves them out")
+        found.append(f"the delta leaves out tokens whose logits of the base on {row.backend} are not finite ({lost})")
     return tuple(dict.fromkeys(text for text in found if text))
 
 

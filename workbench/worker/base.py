@@ -849,7 +849,7 @@ def _random_directory(
         config = AutoConfig.for_model(**fields)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError, AttributeError) as error:
+    except Exception as error:  # whatever impossible sizes led to, in whichever layer's constructor
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise UserError(
             f"base.config describes no causal language model that transformers can build ({reason})."

@@ -295,7 +295,7 @@ def _dataset_text(source: dict[str, Any], need_tokens: int | None) -> str:
             held += len(row[field])
             if streaming and need_tokens is not None and held > limit:
                 break
-    except datasets.exceptions.DatasetNotFoundError:
+    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
         raise UserError(
             f"{where} does not exist, is gated, or the hub cannot be reached: check the name and HF_TOKEN, {by_hand}."
         ) from None

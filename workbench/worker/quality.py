@@ -25,7 +25,7 @@ ids, and not negative. So `kld` errs on neither side in expectation over the dra
 and its sampling error shrinks with the number of tokens; it is part of the spread between windows and so of
 the error reported with the mean. Where T = 0 (k ids are the vocabulary) the value is exact.
 
-Rejected: top-k and one tail bucket (3.5 to 7 % low on a real model at k = 256); buckets of ids (still low,
+Rejected: top-k and one tail bucket (3 to 8 % low on a real model at k = 256); buckets of ids (still low,
 and a few dozen masses cannot resolve noise that differs from id to id); 16-bit log-probabilities of the whole
 vocabulary (50 times the size, and their rounding alone reads as a divergence of 5e-4).
 """
@@ -391,10 +391,7 @@ class _NewReference:
         # successive tokens follow the golden ratio: evenly spread, and the same on every device, which no
         # generator's stream is.
         offset = (
-            torch.arange(at, at + len(work), dtype=torch.float64)
-            .mul_(0.6180339887498949)
-            .add_(0.5)
-            .remainder_(1.0)
+            torch.arange(at, at + len(work), dtype=torch.float64).mul_(0.6180339887498949).add_(0.5).remainder_(1.0)
         )
         points = offset.clamp_(2**-11, 1 - 2**-11)[:, None] + torch.arange(self._draws)
         cumulated = torch.cumsum(work, -1, out=work)
@@ -432,13 +429,9 @@ class _Reference:
         try:
             file = safe_open(path, framework="pt")
         except FileNotFoundError:
-            raise UserError(
-                f"reference {path}: no such file; score the base first, which writes it"
-            ) from None
+            raise UserError(f"reference {path}: no such file; score the base first, which writes it") from None
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"reference {path}: not readable ({error}); delete it and score the base again"
-            ) from None
+            raise UserError(f"reference {path}: not readable ({error}); delete it and score the base again") from None
         self._file = file
         found = file.metadata() or {}
         again = "score the base on this evaluation again"
@@ -455,8 +448,7 @@ class _Reference:
         ):
             if found.get(key) != identity[key]:
                 raise UserError(
-                    f"reference {path}: made {what} ({key} '{found.get(key)}', expected '{identity[key]}'); "
-                    f"{again}"
+                    f"reference {path}: made {what} ({key} '{found.get(key)}', expected '{identity[key]}'); {again}"
                 )
         self.top_k, self.draws, self.digest = int(found["top_k"]), int(found["tail_draws"]), found["digest"]
 

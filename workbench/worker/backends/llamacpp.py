@@ -145,9 +145,10 @@ class Backend:
 
     def settings(self) -> dict[str, Any]:
         """Threads, and what the build can use."""
-        system = self._api.llama_print_system_info().decode()
+        words = self._api.llama_print_system_info().decode().replace("|", " ").split()
+        features = [name for name, sign, on in zip(words, words[1:], words[2:], strict=False) if sign == "=" and on == "1"]
         cuda = bool(self._api.llama_supports_gpu_offload())
-        return {"threads": self._threads, "device": "cuda" if cuda else "cpu", "build": system}
+        return {"threads": self._threads, "device": "cuda" if cuda else "cpu", "features": features}
 
     def close(self) -> None:
         """Free the context and the model."""

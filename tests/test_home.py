@@ -1,0 +1,295 @@
+"""The cache: made once, whole or not there, shared by several runs, clear when the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workbench import home as place
+from workbench.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh `$WORKBENCH_HOME` for every test."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("WORKBENCH_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB, where mounting is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def python(program: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+
+
+def test_where_it_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place.home() == home
+    monkeypatch.delenv("WORKBENCH_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere/cache")
+    if sys.platform == "linux":
+        assert place.home() == Path("/somewhere/cache/workbench")
+
+
+def test_asking_makes_nothing(home: Path) -> None:
+    assert place.last_recipe() is None
+    assert place.interpreter("vllm", "python") == "python"
+    assert not home.exists()
+
+
+# --- entries ------------------------------------------------------------------------------------
+
+
+def test_an_entry_is_made_once(home: Path) -> None:
+    made = []
+
+    def make(folder: Path) -> dict[str, Any]:
+        assert folder.name == "k.partial", "unfinished work never has the final name"
+        (folder / "weights").write_text("w")
+        made.append(folder)
+        return {"n": len(made)}
+
+    first = place.entry("artifacts", "k", make)
+    assert first == place.entry("artifacts", "k", make) == (home / "artifacts" / "k", {"n": 1})
+    assert sorted(p.name for p in first[0].iterdir()) == ["artifact.json", "weights"]
+    assert [p.name for p in (home / "artifacts").iterdir()] == ["k"]
+
+
+def test_two_processes_make_it_once(home: Path, tmp_path: Path) -> None:
+    program = f"""
+import os, time
+from pathlib import Path
+from workbench.home import entry
+def make(folder):
+    with open({str(tmp_path / "made")!r}, "a") as file: file.write("x")
+    time.sleep(0.5)
+    return {{"by": os.getpid()}}
+print(entry("bases", "k", make)[1]["by"])
+"""
+    both = [python(program), python(program)]
+    answers = {child.communicate(timeout=60)[0].strip() for child in both}
+    assert [child.returncode for child in both] == [0, 0]
+    assert len(answers) == 1 and int(answers.pop()) in {child.pid for child in both}
+    assert (tmp_path / "made").read_text() == "x"
+
+
+def test_failed_work_leaves_no_entry_and_is_taken_up_again(home: Path) -> None:
+    def breaks(folder: Path) -> dict[str, Any]:
+        (folder / "half").write_text("done so far")
+        raise RuntimeError("in the middle")
+
+    def resumes(folder: Path) -> dict[str, Any]:
+        return {"found": (folder / "half").read_text()}
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        place.entry("artifacts", "k", breaks)
+    assert not (home / "artifacts" / "k").exists()
+    folder, record = place.entry("artifacts", "k", resumes)
+    assert record == {"found": "done so far"} and (folder / "half").exists()
+
+
+def test_a_folder_without_its_record_is_made_again(home: Path) -> None:
+    """Such as one that somebody restored by halves."""
+    (home / "artifacts" / "k").mkdir(parents=True)
+    assert place.entry("artifacts", "k", lambda folder: {"n": 1})[1] == {"n": 1}
+
+
+def test_a_killed_maker_leaves_nothing_finished_and_no_lock(home: Path, tmp_path: Path) -> None:
+    program = f"""
+import time
+from pathlib import Path
+from workbench.home import entry
+def make(folder):
+    (folder / "half").write_text("x")
+    Path({str(tmp_path / "here")!r}).touch()
+    time.sleep(600)
+entry("bases", "k", make)
+"""
+    child = python(program)
+    limit = time.monotonic() + 20
+    while not (tmp_path / "here").exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    child.kill()
+    child.communicate()
+    assert not (home / "bases" / "k").exists()
+    assert place.entry("bases", "k", lambda folder: {"half": (folder / "half").exists()})[1] == {"half": True}
+
+
+def test_a_full_disk_is_told_in_one_line(tiny_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_HOME", str(tiny_disk / "home"))
+    place.entry("artifacts", "small", lambda folder: {"n": 1})
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "weights").write_bytes(b"x" * 1_000_000)
+        return {}
+
+    with pytest.raises(UserError, match="the disk is full .* set WORKBENCH_HOME to a larger disk") as caught:
+        place.entry("artifacts", "k", make)
+    assert "\n" not in str(caught.value)
+    assert not (tiny_disk / "home" / "artifacts" / "k").exists()
+    assert place.entry("artifacts", "small", make)[1] == {"n": 1}, "finished work is kept"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_where_none_can_be_mounted(number: int) -> None:
+    def make(folder: Path) -> dict[str, Any]:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(UserError, match="the disk is full"):
+        place.entry("artifacts", "k", make)
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    def make(folder: Path) -> dict[str, Any]:
+        raise FileNotFoundError(errno.ENOENT, "no such thing")
+
+    with pytest.raises(FileNotFoundError):
+        place.entry("artifacts", "k", make)
+
+
+# --- locks --------------------------------------------------------------------------------------
+
+
+def test_who_waits_is_told_once(tmp_path: Path) -> None:
+    path, said = tmp_path / "locks" / "one", []
+    program = f"""
+import time
+from pathlib import Path
+from workbench.home import lock
+with lock(Path({str(path)!r})):
+    print("held", flush=True)
+    time.sleep(0.5)
+"""
+    child = python(program)
+    assert child.stdout is not None and child.stdout.readline() == "held\n"
+    with place.lock(path, lambda: said.append("waiting")):
+        assert child.wait(timeout=20) == 0, "the other one has left"
+    child.communicate()
+    with place.lock(path, lambda: said.append("waiting again")):
+        pass
+    assert said == ["waiting"]
+
+
+def test_one_machine_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its home: a measurement is disturbed by anything else on the machine."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # Not the lock of a run that is going on.
+    program = (
+        "from workbench.home import machine_lock\n"
+        "with machine_lock(lambda: print('waiting', flush=True)): print('in', flush=True)"
+    )
+    with place.machine_lock():
+        child = python(program, WORKBENCH_HOME=str(tmp_path / "other"), TMPDIR=str(tmp_path))
+        assert child.stdout is not None and child.stdout.readline() == "waiting\n"
+    assert child.communicate(timeout=60)[0] == "in\n"
+
+
+# --- the machine's facts ------------------------------------------------------------------------
+
+
+def test_the_installations_name_stays(home: Path) -> None:
+    name = place.instance()
+    assert len(name) == 6 and int(name, 16) >= 0
+    assert place.instance() == name
+    assert [p.name for p in home.iterdir()] == ["instance"]
+
+
+def test_two_processes_agree_on_the_installations_name() -> None:
+    children = [python("from workbench.home import instance; print(instance())") for _ in range(4)]
+    names = {child.communicate(timeout=60)[0].strip() for child in children}
+    assert len(names) == 1 and len(names.pop()) == 6
+
+
+def test_the_interpreter_of_a_backend(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.mkdir()
+    (home / "config.toml").write_text('[python]\nvllm = "/opt/vllm/bin/python"\n')
+    assert place.interpreter("vllm", "mine") == "/opt/vllm/bin/python"
+    assert place.interpreter("llamacpp", "mine") == "mine"
+    monkeypatch.setenv("WORKBENCH_PYTHON_VLLM", "/elsewhere/python")
+    assert place.interpreter("vllm", "mine") == "/elsewhere/python", "the environment wins"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"[python\nvllm = 1", "not valid TOML"),
+        (b"python = [", "not valid TOML"),
+        (b"\xff\xfe", "not valid TOML"),
+        (b'python = "/usr/bin/python"', r"\[python\] holds one line a backend"),
+        (b"[python]\nvllm = 3", r"\[python\] holds one line a backend, such as vllm = "),
+    ],
+)
+def test_a_bad_config_is_one_line(home: Path, text: bytes, message: str) -> None:
+    home.mkdir()
+    (home / "config.toml").write_bytes(text)
+    with pytest.raises(UserError, match=message) as caught:
+        place.interpreter("vllm", "mine")
+    assert str(caught.value).startswith(str(home / "config.toml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_last_recipe_is_remembered_by_its_full_path(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place.remember(Path("mine.yaml"))
+    monkeypatch.chdir("/")
+    assert place.last_recipe() == tmp_path / "mine.yaml"
+    assert [p.name for p in home.iterdir()] == ["last-recipe"]
+
+
+def test_a_home_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(UserError, match="cannot be written .*: set WORKBENCH_HOME to a folder of yours"):
+        place.remember(Path("r.yaml"))
+
+
+# --- clean --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def filled(home: Path) -> Path:
+    place.entry("artifacts", "whole", lambda folder: {"n": 1})
+    for path in ("artifacts/half.partial/weights", "bases/half.partial/weights", "logs/one/log.txt", "states/s/x"):
+        (home / path).parent.mkdir(parents=True)
+        (home / path).write_bytes(b"x" * 1000)
+    (home / "config.toml").write_text("")
+    place.instance()
+    return home
+
+
+def test_clean_keeps_what_is_finished(filled: Path) -> None:
+    assert place.clean(everything=False) == 4000
+    left = {str(p.relative_to(filled)) for p in filled.rglob("*") if p.is_file() and "locks" not in p.parts}
+    assert left == {"artifacts/whole/artifact.json", "config.toml", "instance"}
+    assert place.clean(everything=False) == 0
+
+
+def test_clean_all_keeps_only_the_machines_facts(filled: Path) -> None:
+    size = len(json.dumps({"n": 1}, indent=1))
+    assert place.clean(everything=True) == 4000 + size
+    left = {p.name for p in filled.rglob("*") if p.is_file() and "locks" not in p.parts}
+    assert left == {"config.toml", "instance"}

@@ -1,0 +1,207 @@
+"""The design's rules of who may import whom, read from the source; and that `--help` answers at once.
+
+    errors <- records <- everything
+    worker/    standard library and the light part of the house at top level; an engine only inside what needs it,
+               so that a worker runs under an interpreter that has nothing but that engine
+    machine/   standard library, psutil, NVML; knows no model
+    report/    pure: no clock, no process, no engine, no file but in store.py and publish.py
+    kernels/   never imports the workbench
+
+Outside `worker/`, what runs there is named as a string. Imported from it are only the registries (`METHODS`,
+`BACKENDS`), and by `artifacts.py`, when it asks for a cache key, `worker.base.identify`.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HOUSE = ROOT / "workbench"
+FILES = sorted(HOUSE.rglob("*.py"))
+ENGINES = {"torch", "transformers", "vllm", "llama_cpp", "gguf", "numpy", "safetensors", "datasets", "pandas", "scipy"}
+WORKER_LIGHT = {"workbench.errors", "workbench.records"}
+REGISTRIES = {"workbench.worker.backends", "workbench.worker.methods"}
+FROM_WORKER = {
+    "recipe.py": REGISTRIES,
+    "pipeline.py": REGISTRIES,
+    "doctor.py": REGISTRIES,
+    "artifacts.py": REGISTRIES | {"workbench.worker.base"},
+}
+"""What each file outside `worker/` may import from it; the others nothing."""
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(absolute module name, whether it is imported at top level) of everything a file imports.
+
+    `from package import name` counts as `package.name` where that is a module of ours.
+    """
+
+    def walk(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0 and child.module, f"{path}: relative import"
+                for alias in child.names:
+                    inner = ROOT / child.module.replace(".", "/") / alias.name
+                    is_module = inner.with_suffix(".py").exists() or (inner / "__init__.py").exists()
+                    yield (f"{child.module}.{alias.name}" if is_module else child.module), top
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from walk(child, top and not inside)
+
+    yield from walk(ast.parse(path.read_text()), True)
+
+
+def foreign(path: Path, top_only: bool = False) -> set[str]:
+    """What a file imports beyond the standard library: ours by full name, others by their top package."""
+    found = set()
+    for name, top in imports(path):
+        first = name.split(".")[0]
+        if first not in sys.stdlib_module_names and (top or not top_only):
+            found.add(name if first == "workbench" else first)
+    return found
+
+
+def files_of(wing: str) -> list[Path]:
+    return [path for path in FILES if path.is_relative_to(HOUSE / wing)]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(HOUSE))
+
+
+def test_the_walk_sees_what_it_should(tmp_path: Path) -> None:
+    """Or every test below could pass by seeing nothing."""
+    (tmp_path / "x.py").write_text(
+        "import os, torch.nn\nfrom workbench.worker import base\nfrom workbench.errors import UserError\n"
+        "if True:\n    import numpy\ndef f():\n    import vllm\nclass C:\n    import gguf\n    def g(self):\n        import yaml\n"
+    )
+    assert foreign(tmp_path / "x.py", top_only=True) == {
+        "torch", "workbench.worker.base", "workbench.errors", "numpy", "gguf",
+    }  # fmt: skip
+    assert foreign(tmp_path / "x.py") >= {"vllm", "yaml"}
+    assert len(FILES) > 20
+
+
+def test_errors_and_records_stand_below_everything() -> None:
+    assert foreign(HOUSE / "errors.py") == set()
+    assert foreign(HOUSE / "records.py") <= {"workbench.errors"}
+
+
+@pytest.mark.parametrize("path", files_of("worker"), ids=name_of)
+def test_workers_are_light_at_top_level(path: Path) -> None:
+    for name in foreign(path, top_only=True):
+        assert name in WORKER_LIGHT or name.startswith("workbench.worker"), f"{path} imports {name} at top level"
+
+
+@pytest.mark.parametrize("path", files_of("worker"), ids=name_of)
+def test_workers_know_nothing_of_the_parents_side(path: Path) -> None:
+    for name in foreign(path):
+        ours = name.startswith("workbench")
+        assert not ours or name in WORKER_LIGHT or name.startswith("workbench.worker"), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted(set(FILES) - set(files_of("worker"))), ids=name_of)
+def test_from_the_worker_wing_only_the_registries_are_imported(path: Path) -> None:
+    taken = {name for name in foreign(path) if name.startswith("workbench.worker")}
+    assert taken <= FROM_WORKER.get(name_of(path), set())
+
+
+@pytest.mark.parametrize("path", sorted(set(FILES) - set(files_of("worker"))), ids=name_of)
+def test_no_engine_outside_the_worker_wing(path: Path) -> None:
+    assert not foreign(path) & ENGINES
+
+
+def test_artifacts_asks_the_base_for_its_name_and_nothing_else() -> None:
+    tree = ast.parse((HOUSE / "artifacts.py").read_text())
+    taken = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "workbench.worker.base"
+        for alias in node.names
+    }
+    assert taken == {"identify"}
+    assert "workbench.worker.base" not in foreign(HOUSE / "artifacts.py", top_only=True)
+
+
+@pytest.mark.parametrize("path", files_of("machine"), ids=name_of)
+def test_machine_knows_processes_and_no_models(path: Path) -> None:
+    allowed = {"psutil", "pynvml", "workbench", "workbench.errors", "workbench.home"}
+    assert foreign(path) <= allowed
+    assert "pynvml" not in foreign(path, top_only=True)
+
+
+def test_what_a_worker_runs_on_is_standard_library() -> None:
+    """isolate.py is loaded by the engine's own interpreter, which may have nothing of ours installed."""
+    assert foreign(HOUSE / "machine" / "isolate.py") == {"workbench.errors"}
+
+
+@pytest.mark.parametrize("path", files_of("report"), ids=name_of)
+def test_report_is_pure(path: Path) -> None:
+    allowed = {"workbench.errors", "workbench.records", "rich"}
+    assert all(name in allowed or name.startswith("workbench.report") for name in foreign(path))
+    banned = {"time", "subprocess", "socket", "threading", "multiprocessing", "random", "ctypes", "signal"}
+    if path.name not in ("store.py", "publish.py"):
+        banned |= {"os", "pathlib", "shutil", "tempfile", "fcntl", "glob"}
+    taken = {name.split(".")[0] for name, _ in imports(path)}
+    assert not taken & banned
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert node.func.attr not in ("now", "utcnow", "today"), f"{path}:{node.lineno} has a clock"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("open", "print", "input"), f"{path}:{node.lineno} touches the world"
+
+
+@pytest.mark.parametrize("path", files_of("worker/backends"), ids=name_of)
+def test_a_backend_holds_no_clock(path: Path) -> None:
+    clocks = {"time", "perf_counter", "monotonic", "perf_counter_ns", "monotonic_ns", "process_time", "time_ns", "now"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert node.func.attr not in clocks, f"{path}:{node.lineno}"
+
+
+def test_recipe_words_are_registry_keys_and_module_names() -> None:
+    from workbench.worker.backends import BACKENDS
+    from workbench.worker.methods import METHODS
+
+    for registry, wing in ((BACKENDS, "backends"), (METHODS, "methods")):
+        for word, module in registry.items():
+            assert module == f"workbench.worker.{wing}.{word}"
+            assert (HOUSE / "worker" / wing / f"{word}.py").exists()
+
+
+def test_kernels_is_a_plain_folder_that_does_not_know_the_house() -> None:
+    """With an `__init__.py` it would hide the PyPI package `kernels`, which transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not any(name.startswith("workbench") for name in foreign(path)), path
+
+
+def test_help_answers_at_once() -> None:
+    """The issue's bound, best of five: whole process, 0.3 s."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        answer = subprocess.run([sys.executable, "-m", "workbench.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
+        times.append(time.perf_counter() - started)
+        assert answer.returncode == 0 and "profile" in answer.stdout
+    assert min(times) < 0.3, times
+
+
+@pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["--version"], ["table", "--results", "/nowhere"]])
+def test_nothing_heavy_is_imported_for_a_word(command: list[str]) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "workbench.cli", *command],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "COLUMNS": "80"},
+    )  # fmt: skip
+    imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines() if "import time:" in line}
+    assert "typer" in imported
+    assert not imported & (ENGINES | {"pydantic", "yaml", "huggingface_hub"})
