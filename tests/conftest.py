@@ -1,8 +1,12 @@
-"""Fast tests first; CUDA tests only where there is a GPU; nothing reaches a hub."""
+"""Fast tests first; CUDA tests only where there is a GPU; nothing reaches a hub. Small models are made here."""
 
 from __future__ import annotations
 
+import json
 import os
+import string
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,3 +23,73 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in items:
                 if item.get_closest_marker("gpu"):
                     item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def write_llama(
+    folder: Path, *, hidden: int = 64, intermediate: int = 128, layers: int = 2, heads: int = 4, kv_heads: int = 2,
+    vocab_size: int = 354, seed: int = 0,
+) -> Path:  # fmt: skip
+    """A random Llama as a Hugging Face directory, float32 and untied, without a tokenizer; written by numpy alone."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    head = hidden // heads
+    shapes = {"model.embed_tokens.weight": (vocab_size, hidden), "lm_head.weight": (vocab_size, hidden)}
+    for layer in range(layers):
+        shapes |= {
+            f"model.layers.{layer}.self_attn.q_proj.weight": (hidden, hidden),
+            f"model.layers.{layer}.self_attn.k_proj.weight": (kv_heads * head, hidden),
+            f"model.layers.{layer}.self_attn.v_proj.weight": (kv_heads * head, hidden),
+            f"model.layers.{layer}.self_attn.o_proj.weight": (hidden, hidden),
+            f"model.layers.{layer}.mlp.gate_proj.weight": (intermediate, hidden),
+            f"model.layers.{layer}.mlp.up_proj.weight": (intermediate, hidden),
+            f"model.layers.{layer}.mlp.down_proj.weight": (hidden, intermediate),
+        }
+    chance = np.random.default_rng(seed)
+    tensors = {name: chance.normal(0, 0.08, shape).astype(np.float32) for name, shape in shapes.items()}
+    norms = [f"model.layers.{i}.{kind}_layernorm.weight" for i in range(layers) for kind in ("input", "post_attention")]
+    tensors |= {name: np.ones(hidden, np.float32) for name in [*norms, "model.norm.weight"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": head, "vocab_size": vocab_size, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+        "dtype": "float32", "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A real tokenizer of Llama 2's kind: a token a character, any other byte by itself."""
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    tokens += list(string.ascii_letters + string.digits + string.punctuation)
+    model = BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in tokens[:3]])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>",
+        "model_max_length": 2048,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 2 layers and 64 channels with a tokenizer; treat it as read-only."""
+    return write_tokenizer(write_llama(tmp_path_factory.mktemp("models") / "Tiny"))
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Any:
+    """`write_llama`, for tests that need another shape."""
+    return write_llama

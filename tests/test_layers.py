@@ -204,4 +204,4 @@ def test_nothing_heavy_is_imported_for_a_word(command: list[str]) -> None:
     )  # fmt: skip
     imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines() if "import time:" in line}
     assert "typer" in imported
-    assert not imported & (ENGINES | {"pydantic", "yaml", "huggingface_hub"})
+    assert not imported & (ENGINES | {"yaml", "huggingface_hub", "psutil"})

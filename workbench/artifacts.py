@@ -62,7 +62,8 @@ def work(
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = home() / "logs" / f"{stamp}-{digest([function, text, time.time_ns()])[:8]}"
     monitor = Monitor()
-    with show.task(text) as progress, machine_lock(lambda: show.say("waiting for another workbench run to end")):
+    # The lock first: what a step took is not what it waited.
+    with machine_lock(lambda: show.say("waiting for another workbench run to end")), show.task(text) as progress:
         try:
             reply = isolate.call(
                 function, payload, workdir=folder, python=python, time_limit_s=limit_s,

@@ -22,6 +22,9 @@ SCHEMA_VERSION = 1
 MEASUREMENT_VERSION = 1
 """Of the way things are measured. Rows of different versions are never put side by side."""
 
+REFERENCE_VERSION = 1
+"""Of the file that keeps the base's distributions (`worker/quality.py`); another version is refused."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -100,7 +103,9 @@ class Job:
     workload: Workload
     evaluation: Evaluation | None = None
     reference: str | None = None
-    """A compact record of the base's distributions (`worker/quality.py`), for the divergence."""
+    """Path of the compact record of the base's distributions (`worker/quality.py`), for the divergence."""
+    base_digest: str = ""
+    """Of the base that the reference must be of."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Measurement:
     load_s: float | None = None
     speeds: list[Speed] = field(default_factory=list)
     quality: dict[str, Any] | None = None
-    """Per window sums and counts as `worker/quality.py` defines them."""
+    """Per window sums and counts as `worker/quality.py` defines them, in the form that its `compact` gives."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Bytes: what the engine itself says (`weights`, `kv_cache`, ...) and, from the parent, `peak_*`."""
     settings: dict[str, Any] = field(default_factory=dict)

