@@ -18,7 +18,14 @@ AGREEMENT = 1e-3
 
 
 def main() -> int:
-    command = [str(Path(sys.executable).with_name("workbench")), "table", "--recipe", "smollm2-135m", "--format", "json"]
+    command = [
+        str(Path(sys.executable).with_name("workbench")),
+        "table",
+        "--recipe",
+        "smollm2-135m",
+        "--format",
+        "json",
+    ]
     rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     pairs = {(row["variant"], row["backend"]): row for row in rows}
     held = True
@@ -47,7 +54,10 @@ def main() -> int:
         claim(f"{name} improves with the importance matrix: {plain:.3f} -> {weighted:.3f}", weighted < plain)
     for name in ("awq-4bit-g128", "awq-4bit-g128-compensated", "gptq-4bit-g128"):
         one, other = (pairs[name, backend]["perplexity"] for backend in ("transformers", "vllm"))
-        claim(f"{name}: transformers {one:.4f}, vLLM {other:.4f}, {abs(one / other - 1):.3%}", abs(one / other - 1) <= 2e-3)
+        claim(
+            f"{name}: transformers {one:.4f}, vLLM {other:.4f}, {abs(one / other - 1):.3%}",
+            abs(one / other - 1) <= 2e-3,
+        )
     failed = [f"{row['variant']} on {row['backend']}" for row in rows if row["error"]]
     claim(f"nothing failed: {', '.join(failed) or 'nothing'}", not failed)
     return 0 if held else 1

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import string
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -27,14 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def write_llama(
     folder: Path, *, hidden: int = 64, intermediate: int = 128, layers: int = 2, heads: int = 4, kv_heads: int = 2,
-    vocab_size: int = 354, seed: int = 0,
+    vocab_size: int = 354, tied: bool = False, seed: int = 0,
 ) -> Path:  # fmt: skip
-    """A random Llama as a Hugging Face directory, float32 and untied, without a tokenizer; written by numpy alone."""
+    """A random Llama as a Hugging Face directory, float32, without a tokenizer; written by numpy alone."""
     import numpy as np
     from safetensors.numpy import save_file
 
     head = hidden // heads
-    shapes = {"model.embed_tokens.weight": (vocab_size, hidden), "lm_head.weight": (vocab_size, hidden)}
+    shapes = {"model.embed_tokens.weight": (vocab_size, hidden)}
+    shapes |= {} if tied else {"lm_head.weight": (vocab_size, hidden)}
     for layer in range(layers):
         shapes |= {
             f"model.layers.{layer}.self_attn.q_proj.weight": (hidden, hidden),
@@ -55,7 +60,7 @@ def write_llama(
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
         "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "head_dim": head, "vocab_size": vocab_size, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 2048, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+        "max_position_embeddings": 2048, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": tied,
         "dtype": "float32", "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -93,3 +98,35 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_llama() -> Any:
     """`write_llama`, for tests that need another shape."""
     return write_llama
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Any:
+    """`write_tokenizer`, for the same."""
+    return write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def real_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache in which the real model is prepared, once a session.
+
+    `WORKBENCH_TEST_HOME=1` takes `$WORKBENCH_HOME` instead, where it may be from an earlier one.
+    """
+    kept = os.environ.get("WORKBENCH_HOME") if os.environ.get("WORKBENCH_TEST_HOME") else None
+    return Path(kept) if kept else tmp_path_factory.mktemp("real") / "home"
+
+
+@pytest.fixture(scope="session")
+def real_base(real_home: Path) -> Path:
+    """`recipes/tiny.yaml`'s base as a Hugging Face directory: a real model with its real tokenizer."""
+    program = (
+        "from workbench.artifacts import prepare; from workbench.console import Console;"
+        "from workbench.recipe import load;"
+        "print(prepare(load('recipes/tiny.yaml'), Console(quiet=True))['path'])"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "WORKBENCH_HOME": str(real_home)},
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    return Path(answer.stdout.strip())

@@ -53,7 +53,7 @@ class Bench:
         own = {"WORKBENCH_HOME": str(self.home), "WORKBENCH_FAKE_BACKEND": "1", "HF_HUB_OFFLINE": "1"}
         return {**os.environ, **own, "TMPDIR": str(self.home.parent), "PYTHONPATH": str(ROOT), "COLUMNS": "200", **more}
 
-    def recipe(self, name: str = "r", **parts: Any) -> str:
+    def recipe(self, file: str = "r", **parts: Any) -> str:
         """Write a recipe; by default the base and a Q8_0 on the fake engine, nothing scored."""
         whole = {
             "base": {"path": str(self.model)},
@@ -63,7 +63,7 @@ class Bench:
             "backends": {"fake": {}},
             **parts,
         }
-        path = self.folder / f"{name}.yaml"
+        path = self.folder / f"{file}.yaml"
         path.write_text(yaml.safe_dump({key: part for key, part in whole.items() if part is not None}))
         return str(path)
 
@@ -332,7 +332,7 @@ def test_a_pair_that_cannot_run_is_a_line_with_its_reason(bench: Bench) -> None:
 
 
 def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(bench: Bench) -> None:
-    slow = {"prompt_tokens": 8, "new_tokens": 400, "repeats": 4}
+    slow = {"prompt_tokens": 8, "new_tokens": 400, "repeats": 3}
     recipe = bench.recipe(variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}], workload=slow)
     bench("quantize", recipe)
     child = bench.start("run", recipe)
@@ -392,11 +392,8 @@ def test_two_runs_at_once_share_the_work(fresh: Bench) -> None:
     assert fresh.measured() == ["base", "gguf-Q8_0"], "no row twice"
     assert json.loads(said[0][0]) == json.loads(said[1][0])
     steps = re.findall(r"^(.*): [\d.]+ s$", said[0][1] + said[1][1], flags=re.MULTILINE)
-    assert sorted(steps) == sorted(
-        ["base: Tiny", "tokens", "GGUF conversion (F32)", "GGUF BF16", "gguf-Q8_0", "fake: base", "fake: gguf-Q8_0"]
-        if "GGUF BF16" in steps
-        else ["base: Tiny", "tokens", "GGUF conversion (F32)", "gguf-Q8_0", "fake: base", "fake: gguf-Q8_0"]
-    ), "no step twice"
+    assert len(steps) == len(set(steps)), "no step twice"
+    assert set(steps) >= {"base: Tiny", "tokens", "GGUF conversion (F32)", "gguf-Q8_0", "fake: base", "fake: gguf-Q8_0"}
 
 
 def test_two_runs_at_once_do_not_fail_twice(bench: Bench) -> None:
@@ -438,9 +435,7 @@ def test_a_wrong_recipe_is_one_line(fresh: Bench) -> None:
 
 def test_profile_before_anything_was_quantized(fresh: Bench) -> None:
     line = only_line(fresh("profile", "--backend", "fake"))
-    assert line == (
-        "error: no recipe was quantized on this machine yet: run `workbench quantize RECIPE`, or name a recipe"
-    )
+    assert line.endswith("yet: run `workbench quantize RECIPE`, or name a recipe")
 
 
 def test_profile_after_the_recipe_has_gone(fresh: Bench) -> None:
@@ -531,11 +526,6 @@ def test_a_package_that_is_not_installed(bench: Bench) -> None:
     assert "Install it with: pip install no-such-package-as-this" in only_line(bench("run", bench.recipe(base=base)))
 
 
-def test_a_text_too_short_for_the_evaluation(bench: Bench) -> None:
-    recipe = bench.recipe(evaluation={"source": {"text": "short"}, "window": 32, "windows": 3})
-    assert "tokens" in only_line(bench("run", recipe))
-
-
 # --- a full disk --------------------------------------------------------------------------------
 
 
@@ -550,8 +540,12 @@ def test_a_full_disk_is_told_and_finished_rows_are_kept(fresh: Bench) -> None:
         assert answer.returncode == 1
         base, variant = json.loads(answer.stdout)
         assert base["error"] is None
-        assert re.search("disk is full|no space left|GiB free", variant["error"]) and "WORKBENCH_HOME" in variant["error"]
-        assert not list(fresh.home.glob("artifacts/*/*.gguf"))
+        assert (
+            re.search("disk is full|no space left|GiB free", variant["error"]) and "WORKBENCH_HOME" in variant["error"]
+        )
+        finished = [path for path in fresh.home.glob("artifacts/*") if path.suffix != ".partial"]
+        assert all((path / "artifact.json").exists() for path in finished), "nothing half made under a final name"
+        assert [row["error"] is None for row in fresh.rows()] == [True, False]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -560,7 +554,8 @@ def test_a_full_disk_is_told_and_finished_rows_are_kept(fresh: Bench) -> None:
 
 
 def test_schema_prints_the_published_one(bench: Bench) -> None:
-    assert json.loads(bench("schema").stdout) == json.loads((ROOT / "recipes" / "recipe.schema.json").read_text())
+    published = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text())
+    assert json.loads(bench("schema", WORKBENCH_FAKE_BACKEND="").stdout) == published
 
 
 def test_a_reader_that_leaves_early_is_no_error(bench: Bench) -> None:
@@ -571,11 +566,13 @@ def test_a_reader_that_leaves_early_is_no_error(bench: Bench) -> None:
 
 @pytest.mark.slow
 def test_doctor_names_every_engine(bench: Bench, bare_python: str) -> None:
-    answer = bench("doctor", WORKBENCH_PYTHON_VLLM=bare_python)
+    answer = bench("doctor", WORKBENCH_PYTHON_VLLM=bare_python, WORKBENCH_FAKE_BACKEND="")
     assert answer.returncode == 0
     assert re.search(r"^llamacpp +llama-cpp-python \d", answer.stdout, re.MULTILINE)
     assert re.search(r"^transformers +transformers \d", answer.stdout, re.MULTILINE)
-    assert re.search(r"^vllm +not usable: .*No module named 'vllm'\. Install it with: pip install", answer.stdout, re.MULTILINE)
+    assert re.search(
+        r"^vllm +not usable: .*No module named 'vllm'\. Install it with: pip install", answer.stdout, re.MULTILINE
+    )
     assert str(bench.home) in answer.stdout
 
 

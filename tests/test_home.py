@@ -252,7 +252,9 @@ def test_a_bad_config_is_one_line(home: Path, text: bytes, message: str) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_the_last_recipe_is_remembered_by_its_full_path(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_recipe_is_remembered_by_its_full_path(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     place.remember(Path("mine.yaml"))
     monkeypatch.chdir("/")

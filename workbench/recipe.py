@@ -555,5 +555,3 @@ def _yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line}: not valid YAML: {error.problem or error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
-
-

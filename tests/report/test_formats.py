@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 from test_store import a_row
-from test_table import demo_rows
+from test_table import compared, demo_rows
 
-from workbench.records import Row, Workload
+from workbench.records import Evaluation, Row, Workload
 from workbench.report.formats import FORMATS, terminal
 from workbench.report.table import Table, build, objects
 
@@ -137,6 +137,61 @@ def test_the_terminal_fits_and_cuts_no_number(width: int) -> None:
         assert (line.delta is None) == row.endswith("cannot run  1")
     assert "…" not in text
     assert "±" in text and ("%" in "".join(rows)) == (width >= 120)
+
+
+def compared_rows() -> list[Row]:
+    """The wide table with divergences, as recipes with a reference have."""
+    klds = iter([0.0, 3.1e-9, 4e-4, 0.0123, 0.2, 1.5, 12.0] * 4)
+    return [compared(row, next(klds)) if row.measurement else row for row in wide_rows()]
+
+
+def test_divergence_goes_before_the_perplexitys_error_where_it_is_narrow() -> None:
+    table = build(compared_rows())
+    texts = {width: terminal(table, width) for width in (160, 125, 110, 50)}
+    for width in (160, 125, 110):
+        assert max(map(len, texts[width].splitlines())) <= width
+    shown = {width: ("%" in text.split("\n\n")[1], "KLD" in text.split("\n\n")[1]) for width, text in texts.items()}
+    assert shown == {160: (True, True), 125: (True, True), 110: (False, False), 50: (False, False)}
+    assert all(len(re.findall(r"cannot run +1$", text, re.MULTILINE)) == 8 for text in texts.values())
+    assert re.search(r" 3\.1e-09 ±0\.0e\+00  50\.00 ±0\.00$", texts[160], re.MULTILINE)
+    line = next(line for line in texts[125].splitlines() if " 12.0000 " in line)
+    assert re.search(r"~?[+-]\d+\.\d+ ±\d+\.\d+ +12\.0000 +50\.00$", line)
+    assert re.search(r"±", next(line for line in texts[110].splitlines() if " llamacpp " in line))
+
+
+def test_the_marks_and_columns_are_explained_where_they_are() -> None:
+    text = FORMATS["markdown"](build(compared_rows()))
+    heading = cells_of(next(line for line in text.splitlines() if line.startswith("|")))
+    assert heading[-5:] == ["ppl", "Δ ppl", "KLD", "same top (%)", "note"]
+    assert "KLD: mean divergence from the base, nats a token; same top: its likeliest token is the base's" in text
+    assert "noise floor: divergence of Toy-1M from its own reference: transformers 0, vllm " in text
+    plain = FORMATS["markdown"](build(demo_rows()))
+    assert "KLD" not in plain and "same top" not in plain
+
+
+def test_a_delta_in_the_noise_is_marked_and_the_mark_explained() -> None:
+    rows = [a_row(windows=[(400, 900.0)] * 3), a_row("q", windows=[(400, 901.0), (400, 899.0), (400, 900.5)])]
+    text = FORMATS["terminal"](build(rows))
+    assert re.search(r"q +llamacpp .* ~\+0\.004 ±0\.014$", text, re.MULTILINE)
+    assert "~: below the noise floor, within the base's spread over the engines or not distinct from 0" in text
+    rows[1] = a_row("q", windows=[(400, 901.0), (400, 901.01), (400, 901.02)])
+    text = FORMATS["terminal"](build(rows))
+    assert "~" not in text and " +0.024 ±0.000" in text
+
+
+@pytest.mark.parametrize(
+    ("score", "windows", "scored", "said"),
+    [
+        ("second-half", 20, 5100, "20 windows of 512 tokens, second-half scored (llama.cpp's convention), 5100 tokens"),
+        ("all", 20, 10220, "20 windows of 512 tokens, all scored (the papers' convention), 10220 tokens"),
+        ("strided", 5, 511 + 4 * 128, "5 windows of 512 tokens, strided by 128 scored, 1023 tokens"),
+        ("strided", 1, 511, "1 windows of 512 tokens, strided scored, 511 tokens"),
+    ],
+)
+def test_the_table_names_its_convention(score: str, windows: int, scored: int, said: str) -> None:
+    row = replace(a_row(), evaluation=Evaluation("prose", "e.json", "e1", 512, score, windows, scored))
+    for name in ("terminal", "markdown"):
+        assert f"perplexity: prose, {said}" in FORMATS[name](build([row]))
 
 
 def test_a_terminal_that_is_too_narrow_still_shows_whole_numbers() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import struct
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +40,7 @@ def test_every_metric_by_hand() -> None:
         "prefill_tok_s": pytest.approx(100 * 2 / 0.5),
         "decode_tok_s": pytest.approx(4 / 0.5),
         "perplexity": pytest.approx(math.exp(2.1)),
+        **dict.fromkeys((*metrics.OF_THE_REFERENCE, "bits_per_byte")),
     }
     # Residuals 8 - 2.1 * 4 and 13 - 2.1 * 6 are -0.4 and 0.4; sqrt(2 / 1 * 0.32) / 10 tokens = 0.08.
     assert metrics.perplexity_se(row) == pytest.approx(math.exp(2.1) * 0.08)
@@ -57,9 +60,11 @@ def test_the_delta_by_hand() -> None:
 def test_directions_and_order() -> None:
     assert list(METRICS) == [
         "bits_per_weight", "disk_bytes", "load_s", "peak_rss_bytes", "peak_vram_bytes", "prefill_tok_s",
-        "decode_tok_s", "perplexity",
+        "decode_tok_s", "perplexity", "kld_mean", "kld_p50", "kld_p90", "kld_p99", "kld_p999", "kld_max",
+        "top1_agreement", "rms_dp", "bits_per_byte",
     ]  # fmt: skip
-    assert {name for name, metric in METRICS.items() if metric.better == "higher"} == {"prefill_tok_s", "decode_tok_s"}
+    higher = {name for name, metric in METRICS.items() if metric.better == "higher"}
+    assert higher == {"prefill_tok_s", "decode_tok_s", "top1_agreement"}
     assert all(name == metric.name for name, metric in METRICS.items())
 
 
@@ -96,6 +101,41 @@ def test_tokens_without_finite_logits_are_counted_and_not_averaged() -> None:
     assert values(nothing)["perplexity"] is metrics.perplexity_se(nothing) is None
     assert metrics.perplexity_delta(nothing, base) is None
     assert metrics.nonfinite(nothing) == 6
+
+
+def test_divergence_and_agreement_by_hand() -> None:
+    klds = [[0.25, 0.5], [1.0, None]]
+    packed = [base64.b64encode(struct.pack("<2e", *(math.nan if v is None else v for v in each))) for each in klds]
+    windows = [
+        {
+            "count": 2, "nonfinite": 0, "nll_sum": 4.0, "kld_count": count, "kld_sum": total, "kld_low_sum": total,
+            "same_top_sum": 1, "dp_square_sum": square, "kld": text.decode(),
+        }
+        for count, total, square, text in ((2, 0.75, 0.08, packed[0]), (1, 1.0, 0.04, packed[1]))
+    ]  # fmt: skip
+    row = with_quality(a_row(), windows)
+    assert row.evaluation is not None
+    row = replace(row, evaluation=replace(row.evaluation, scored_bytes=16))
+    found = values(row)
+    assert [found[f"kld_{name}"] for name in ("p50", "max")] == [0.5, 1.0]
+    assert found["kld_p90"] == pytest.approx(0.9) and found["kld_p999"] == pytest.approx(0.999)
+    assert found["kld_mean"] == pytest.approx(1.75 / 3)
+    assert found["top1_agreement"] == pytest.approx(2 / 3)
+    assert found["rms_dp"] == pytest.approx(0.2)
+    assert found["bits_per_byte"] == pytest.approx(2.0 / math.log(2) * 4 / 16)
+    # Residuals 0.75 - 2 * 1.75 / 3 and 1 - 1.75 / 3 are -5/12 and 5/12.
+    error = METRICS["kld_mean"].error
+    assert error is not None and error(row) == pytest.approx(math.sqrt(2 * 2 * (5 / 12) ** 2) / 3)
+    with_errors = {name for name, metric in METRICS.items() if metric.error}
+    assert with_errors == {"perplexity", "kld_mean", "top1_agreement", "rms_dp", "bits_per_byte"}
+
+
+def test_a_row_whose_base_was_nowhere_finite_was_not_compared() -> None:
+    lost = {"kld_count": 0, "kld_sum": 0.0, "kld_low_sum": 0.0, "same_top_sum": 0, "dp_square_sum": 0.0}
+    row = with_quality(a_row(), [{"count": 2, "nonfinite": 0, "nll_sum": 4.0} | lost] * 2)
+    found = values(row)
+    assert found["perplexity"] == pytest.approx(math.exp(2))
+    assert {found[name] for name in metrics.OF_THE_REFERENCE} == {None}
 
 
 def test_no_delta_over_other_tokens() -> None:

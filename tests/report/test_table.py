@@ -95,6 +95,98 @@ def test_the_noise_floor_is_the_bases_spread() -> None:
     assert any(note.startswith("noise floor unknown") for note in lonely.notes)
 
 
+def compared(row: Row, kld: float, reference: str = "r1") -> Row:
+    """The row as if compared with a reference: `kld` nats a token, every second top token the base's."""
+    assert row.measurement is not None and row.measurement.quality is not None
+    windows = [
+        window
+        | {
+            "kld_count": window["count"], "kld_sum": kld * window["count"], "kld_low_sum": 0.9 * kld * window["count"],
+            "same_top_sum": window["count"] / 2, "dp_square_sum": 0.01 * window["count"],
+        }
+        for window in row.measurement.quality["windows"]
+    ]  # fmt: skip
+    quality = {"windows": windows, "reference_digest": reference}
+    return replace(row, measurement=replace(row.measurement, quality=quality))
+
+
+QUALITY = {
+    "perplexity_se", "perplexity_delta_se", "kld_mean", "kld_mean_se", "kld_p50", "kld_p90", "kld_p99", "kld_p999",
+    "kld_max", "top1_agreement", "top1_agreement_se", "rms_dp", "bits_per_byte", "nonfinite_tokens",
+    "below_noise_floor",
+}  # fmt: skip
+
+
+def test_divergence_is_in_every_object_and_null_where_not_measured() -> None:
+    rows = demo_rows()
+    rows[4] = compared(rows[4], 0.02)
+    found = {(each["variant"], each["backend"]): each for each in objects(build(rows))}
+    assert all(set(each) >= QUALITY for each in found.values())
+    best = found["Q8_0", "llamacpp"]
+    assert (best["kld_mean"], best["kld_mean_se"]) == (pytest.approx(0.02), pytest.approx(0.0, abs=1e-12))
+    assert (best["top1_agreement"], best["rms_dp"]) == (pytest.approx(0.5), pytest.approx(0.1))
+    assert best["kld_p99"] is None  # this row has no list
+    for pair in (("base", "vllm"), ("Q2_K", "llamacpp"), ("Q8_0", "vllm")):
+        assert {found[pair][name] for name in QUALITY if "kld" in name or "top1" in name} == {None}
+    assert found["Q2_K", "llamacpp"]["below_noise_floor"] is None
+
+
+def test_divergences_from_two_references_do_not_stand_side_by_side() -> None:
+    rows = [
+        compared(a_row(started_at="2026-11-21T09:00:00Z"), 1e-4, "old"),
+        compared(a_row("q"), 0.02, "new"),
+        compared(a_row("other", base="Other-2M"), 0.03, "old"),
+    ]
+    base, q, other = build(rows, evaluation="e1").lines
+    assert (other.row.base, other.values["kld_mean"]) == ("Other-2M", pytest.approx(0.03))  # a base of its own
+    assert (base.values["kld_mean"], base.values["top1_agreement"], base.errors["kld_mean"]) == (None, None, None)
+    assert base.values["perplexity"] is not None
+    assert base.warnings == (
+        "compared with another reference of the base (old, not new): measure it again to see its divergence",
+    )
+    assert q.values["kld_mean"] == pytest.approx(0.02)
+
+
+def test_the_noise_floor_has_the_bases_own_divergence() -> None:
+    rows = [compared(a_row("base", "transformers"), 1e-9), compared(a_row("base", "vllm"), 3e-4), a_row()]
+    (floor,) = build(rows).noise_floors
+    assert floor.divergences == (("transformers", pytest.approx(1e-9)), ("vllm", pytest.approx(3e-4)))
+
+
+def test_below_the_noise_floor_is_within_the_engines_or_not_distinct_from_zero() -> None:
+    """Four windows of 400 tokens at exp(2.25); a nat more in each is 0.024 more perplexity."""
+
+    def below(shifts: list[float], *engines: Row) -> bool | None:
+        base = a_row(windows=[(400, 900.0), (400, 900.0), (400, 900.0), (400, 900.0)])
+        row = a_row("q", windows=[(400, 900.0 + shift) for shift in shifts])
+        return objects(build([base, row, *engines]))[-1]["below_noise_floor"]
+
+    def elsewhere(nats: float) -> Row:
+        return a_row("base", "vllm", windows=[(400, 900.0 + nats)] * 4)
+
+    steady = [1.0, 1.001, 0.999, 1.0]
+    assert below(steady) is None  # distinct from zero, but what engines do alone is not known
+    assert below(steady, elsewhere(0.5)) is False
+    assert below(steady, elsewhere(-1.1)) is True  # within the engines
+    assert below([-x for x in steady], elsewhere(1.1)) is True
+    # 1, 3 and 4 standard errors from zero: of four windows Student asks for 3.18, where 1.96 would be too few.
+    assert below([1.0, 1.0, 1.0, -1.0], elsewhere(0.0)) is True
+    assert below([1.0, 1.0, 1.0, 0.0]) is True
+    assert below([1.0, 1.0, 1.0, 0.2], elsewhere(0.0)) is False
+
+
+def test_a_delta_of_one_window_is_below_the_floor_or_unknown() -> None:
+    def below(nats: float) -> bool | None:
+        rows = [a_row(windows=[(4, 8.0)]), a_row("base", "vllm", windows=[(4, 8.1)]), a_row("q", windows=[(4, nats)])]
+        return build(rows).lines[-1].below_noise_floor
+
+    assert (below(8.05), below(8.5)) == (True, None)
+
+
+def test_the_base_is_below_its_own_noise_floor() -> None:
+    assert build([a_row()]).lines[0].below_noise_floor is True
+
+
 def test_other_machines_are_left_out_and_counted() -> None:
     rows = [a_row(machine="desk"), *(a_row(v, machine="lab", started_at="2026-11-20T00:00:00Z") for v in "ab")]
     table = build(rows)

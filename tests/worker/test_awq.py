@@ -30,7 +30,10 @@ def layer_of(kind: str = "llama", seed: int = 0, **more) -> Layer:
     grams = {}
     for group in architecture.groups:
         inputs = rows[group.linears[0]][1]
-        x = torch.randn(800, inputs, generator=chance) * torch.logspace(-1, 1, inputs)[torch.randperm(inputs, generator=chance)]
+        x = (
+            torch.randn(800, inputs, generator=chance)
+            * torch.logspace(-1, 1, inputs)[torch.randperm(inputs, generator=chance)]
+        )
         grams[group.linears[0]] = x.t() @ x / 800
         if group.feeder.kind == "norm":
             tensors[f"{group.feeder.module}.weight"] = torch.rand(inputs, generator=chance) + 0.5

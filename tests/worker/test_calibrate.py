@@ -99,7 +99,9 @@ def dequantized(base: Path, out: Path, method: str, bits: int) -> Any:
     for name, tensor in tensors.items():
         stem, _, suffix = name.rpartition(".")
         if suffix == "qweight":
-            parts = {s: tensors[f"{stem}.{s}"] for s in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{s}" in tensors}
+            parts = {
+                s: tensors[f"{stem}.{s}"] for s in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{s}" in tensors
+            }
             state[f"{stem}.weight"] = awq.dequantize(parts) if method == "awq" else gptq.dequantize(parts, bits)
         elif suffix not in ("qzeros", "scales", "g_idx"):
             state[name] = tensor.float()
@@ -127,7 +129,9 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
     inputs: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers" in name:
-            module.register_forward_pre_hook(lambda _, x, name=name: inputs.__setitem__(name, x[0].reshape(-1, x[0].shape[-1])))
+            module.register_forward_pre_hook(
+                lambda _, x, name=name: inputs.__setitem__(name, x[0].reshape(-1, x[0].shape[-1]))
+            )
     with torch.no_grad():
         expected = model(windows).logits
     importance = imatrix.load(tmp_path / "work/i.gguf")
@@ -251,7 +255,9 @@ def test_bfloat16_pass_is_near_the_float32_pass(tmp_path: Path) -> None:
 
 def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "llama")
-    with pytest.raises(UserError, match=r"q_proj \(64 x 64\): group_size 128 does not divide its 64 inputs; take 16, 32, 64 or -1"):
+    with pytest.raises(
+        UserError, match=r"q_proj \(64 x 64\): group_size 128 does not divide its 64 inputs; take 16, 32, 64 or -1"
+    ):
         run(base, tmp_path / "work", {"awq": ("awq", {})})
 
 

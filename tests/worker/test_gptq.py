@@ -141,7 +141,6 @@ def test_all_dead_inputs_are_still_rounded() -> None:
     assert (weight - value).abs().max() < weight.abs().max() / 2
 
 
-
 def test_quadratic_reads_the_upper_half_only() -> None:
     weight, gram = problem(inputs=600, outputs=7, tokens=700)
     exact = ((gram.double() @ weight.double()) * weight.double()).sum(0)

@@ -166,9 +166,7 @@ def _conclude(
             answer = json.loads(reply.read_text())
         except ValueError as problem:
             return Reply(None, f"the worker's reply is not JSON: {problem}", False, tail, duration_s)
-        return Reply(
-            answer.get("value"), answer.get("error"), answer.get("user_error", False), tail, duration_s
-        )
+        return Reply(answer.get("value"), answer.get("error"), answer.get("user_error", False), tail, duration_s)
     if timed_out:
         error = f"no answer within the time limit of {time_limit_s:.0f} s; stopped"
     elif code is not None and code < 0:

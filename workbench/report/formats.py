@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.records import Row
+from workbench.records import Evaluation, Row
 from workbench.report.metrics import METRICS
 from workbench.report.table import BASE, Line, Table, objects, workload
 
@@ -39,7 +39,8 @@ class _Column:
 def terminal(table: Table, width: int | None = None) -> str:
     """The table for people, `width` characters wide (default: the terminal's; as wide as it likes in a pipe).
 
-    Where that is too narrow, the spread of the speeds is left out first, then the perplexity's error.
+    Where that is too narrow, the spread of the speeds is left out first (and the errors of the divergence), then
+    divergence and agreement, then the perplexity's error.
     Numbers are never cut or wrapped, so a still narrower terminal gets longer lines.
     """
     from rich import box
@@ -51,7 +52,7 @@ def terminal(table: Table, width: int | None = None) -> str:
     console = Console(highlight=False)
     if width is None:
         width = console.width if console.is_terminal else 1000
-    for detail in (2, 1, 0):
+    for detail in (3, 2, 1, 0):
         columns = _columns(table, detail)
         grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
         for column in columns:
@@ -90,11 +91,11 @@ def terminal(table: Table, width: int | None = None) -> str:
 def markdown(table: Table) -> str:
     """The same as a GitHub-flavoured table, aligned in the source too, with its footnotes as a numbered list."""
     columns = []
-    for column in _columns(table, detail=2):
+    for column in _columns(table, detail=3):
         name, unit = column.heading[:-1], column.heading[-1]
         heading = f"{' '.join(name)} ({unit})" if name else unit
         columns.append([_escaped(heading), *map(_escaped, column.cells)])
-    numbers = [column.number for column in _columns(table, detail=2)]
+    numbers = [column.number for column in _columns(table, detail=3)]
     widths = [max(3, *map(len, column)) for column in columns]
     lines = [f"### {_escaped(_title(table))}", "", *(f"{_escaped(text)}  " for text in _subtitle(table)), ""]
     for place in range(len(table.lines) + 1):
@@ -140,7 +141,8 @@ FORMATS: dict[str, Callable[[Table], str]] = {
 
 
 def _columns(table: Table, detail: int) -> list[_Column]:
-    """`detail` 2: all; 1: without the spread of the speeds; 0: without the perplexity's error too."""
+    """`detail` 3: all; 2: without the spread of the speeds and the errors of the divergence; 1: without divergence
+    and agreement; 0: without the perplexity's error too."""
     lines = table.lines
     points = {workload(line.row) for line in lines}
     if len(points) == 1:
@@ -166,12 +168,19 @@ def _columns(table: Table, detail: int) -> list[_Column]:
         columns.append(_bytes(lines, "peak_vram_bytes", "peak", "VRAM"))
     for name, heading in (("prefill_tok_s", prefill), ("decode_tok_s", decode)):
         cells = _numbers(lines, name)
-        if detail > 1:
+        if detail > 2:
             spreads = [_spread(line, name) for line in lines]
             cells = tuple(f"{cell} {spread}".strip() for cell, spread in zip(cells, _padded(spreads), strict=True))
         columns.append(_Column((*heading, "t/s"), cells))
     columns.append(_Column(("ppl",), tuple(_perplexity(line, detail > 0) for line in lines)))
-    columns.append(_Column(("Δ ppl",), tuple(_delta(line) for line in lines)))
+    columns.append(_Column(("Δ ppl",), _marked(lines)))
+    if detail > 1 and any(line.values["kld_mean"] is not None for line in lines):
+        columns.append(_Column(("KLD",), tuple(_divergence(line, detail > 2) for line in lines)))
+        columns.append(_Column(("same top", "%"), tuple(_agreement(line, detail > 2) for line in lines)))
+    # A line that has no numbers says why in the last place for one.
+    reasons = ["cannot run" if line.row.unsupported else "failed" if line.row.error else None for line in lines]
+    last = columns[-1]
+    columns[-1] = _Column(last.heading, tuple(why or cell for why, cell in zip(reasons, last.cells, strict=True)))
     if table.footnotes:
         marks = tuple(",".join(map(str, line.footnotes)) for line in lines)
         columns.append(_Column(("note",), marks, number=False))
@@ -209,19 +218,48 @@ def _perplexity(line: Line, with_error: bool) -> str:
     if value is None:
         return MISSING
     spec = _spec(value)
-    error = f" ±{line.perplexity_se:{spec}}" if with_error and line.perplexity_se is not None else ""
+    se = line.errors["perplexity"]
+    error = f" ±{se:{spec}}" if with_error and se is not None else ""
     return f"{value:{spec}}{error}"
+
+
+def _marked(lines: Sequence[Line]) -> tuple[str, ...]:
+    """The deltas, `~` before those below the noise floor."""
+    return tuple(f"~{_delta(line)}" if _in_the_noise(line) else _delta(line) for line in lines)
+
+
+def _in_the_noise(line: Line) -> bool:
+    return bool(line.below_noise_floor) and line.row.artifact.method != BASE
 
 
 def _delta(line: Line) -> str:
     if line.delta is None:
-        # The last of the numbers' columns: a line that has none says why here.
-        return "cannot run" if line.row.unsupported else "failed" if line.row.error else MISSING
+        return MISSING
     if line.row.artifact.method == BASE:
         return "0"
     spec = _spec(line.delta.value)
     error = f" ±{line.delta.se:{spec}}" if line.delta.se is not None else ""
     return f"{line.delta.value:+{spec}}{error}"
+
+
+def _divergence(line: Line, with_error: bool) -> str:
+    value, se = line.values["kld_mean"], line.errors["kld_mean"]
+    if value is None:
+        return MISSING
+    if not value:
+        return "0"
+    # From what rounding costs to what ruins a model are nine powers of ten.
+    spec = ".4f" if value >= 5e-4 else ".1e"
+    error = f" ±{se:{spec}}" if with_error and se is not None else ""
+    return f"{value:{spec}}{error}"
+
+
+def _agreement(line: Line, with_error: bool) -> str:
+    value, se = line.values["top1_agreement"], line.errors["top1_agreement"]
+    if value is None:
+        return MISSING
+    error = f" ±{100 * se:.2f}" if with_error and se is not None else ""
+    return f"{100 * value:.2f}{error}"
 
 
 def _spec(value: float) -> str:
@@ -246,12 +284,24 @@ def _subtitle(table: Table) -> list[str]:
         texts.append(f"speed: {prompt_tokens} prompt tokens, then {new_tokens} new ones, batch {batch}{count}")
     if table.evaluation:
         e = table.evaluation
-        texts.append(
-            f"perplexity: {e.name}, {e.windows} windows of {e.window} tokens, {e.score} scored, "
-            f"{e.scored_tokens} tokens"
-        )
-    texts.append("± after a speed: 95 % interval of the median; after a perplexity: one standard error, by windows")
+        windows = f"{e.windows} windows of {e.window} tokens"
+        texts.append(f"perplexity: {e.name}, {windows}, {_convention(e)}, {e.scored_tokens} tokens")
+    texts.append("± after a speed: 95 % interval of the median; elsewhere: one standard error, by windows")
+    if any(line.values["kld_mean"] is not None for line in table.lines):
+        texts.append("KLD: mean divergence from the base, nats a token; same top: its likeliest token is the base's")
+    if any(_in_the_noise(line) for line in table.lines):
+        texts.append("~: below the noise floor, within the base's spread over the engines or not distinct from 0")
     return [_plain(text) for text in texts]
+
+
+def _convention(e: Evaluation) -> str:
+    """Which positions were scored, as a recipe says it, and whose custom that is."""
+    if e.score == "strided" and e.windows > 1:
+        # The first window is scored whole, each later one in the tokens new to it.
+        stride = (e.scored_tokens - (e.window - 1)) / (e.windows - 1)
+        return f"strided by {stride:g} scored"
+    customs = {"second-half": " (llama.cpp's convention)", "all": " (the papers' convention)"}
+    return f"{e.score} scored{customs.get(e.score, '')}"
 
 
 def _remarks(table: Table) -> list[str]:
@@ -261,6 +311,9 @@ def _remarks(table: Table) -> list[str]:
             f"noise floor: {floor.base} has perplexity {floor.low:.4f} to {floor.high:.4f} on "
             f"{', '.join(floor.backends)}: {100 * floor.relative:.3f} % apart"
         )
+        if floor.divergences:
+            each = [f"{backend} {format(value, '.1e') if value else 0}" for backend, value in floor.divergences]
+            texts.append(f"noise floor: divergence of {floor.base} from its own reference: {', '.join(each)}")
     return [_plain(text) for text in (*texts, *_settings(table), *table.notes)]
 
 

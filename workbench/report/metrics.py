@@ -35,6 +35,8 @@ class Metric:
     text: str
     """Format specification of the number in its display unit."""
     title: str
+    error: Callable[[Row], float | None] | None = None
+    """One standard error of the value, windows as clusters, where it has one of that kind."""
 
 
 def median(samples: Sequence[float]) -> float | None:
@@ -137,6 +139,15 @@ def same_tokens(row: Row, base: Row) -> bool:
     return sizes == base_sizes
 
 
+def reference(row: Row) -> str | None:
+    """The digest of the base's distributions that the row was compared with; None if it was with none.
+
+    Divergences from two references, even of one base, are not comparable.
+    """
+    quality = row.measurement.quality if row.measurement else None
+    return quality.get("reference_digest") if quality else None
+
+
 def nonfinite(row: Row) -> int | None:
     """Scored tokens whose logits were not finite; they are in no other number. None if not scored."""
     quality = row.measurement.quality if row.measurement else None
@@ -163,6 +174,60 @@ def _bits_per_weight(row: Row) -> float | None:
     return row.artifact.bits_per_weight or None
 
 
+def _divergence(key: str) -> Callable[[Row], float | None]:
+    def value(row: Row) -> float | None:
+        quality = _compared(row)
+        found = quality_of.divergence(quality) if quality else None
+        return _number(found[key]) if found else None
+
+    return value
+
+
+def _kld_mean(row: Row) -> quality_of.Estimate | None:
+    quality = _compared(row)
+    found = quality_of.divergence(quality) if quality else None
+    return found["mean"] if found else None
+
+
+def _top1_agreement(row: Row) -> quality_of.Estimate | None:
+    quality = _compared(row)
+    return quality_of.agreement(quality) if quality else None
+
+
+def _rms_dp(row: Row) -> quality_of.Estimate | None:
+    quality = _compared(row)
+    return quality_of.rms_dp(quality) if quality else None
+
+
+def _bits_per_byte(row: Row) -> quality_of.Estimate | None:
+    quality = _quality(row)
+    if quality is None or row.evaluation is None or not row.evaluation.scored_bytes:
+        return None
+    return quality_of.bits_per_byte(quality, row.evaluation.scored_bytes)
+
+
+def _estimated(
+    name: str, unit: str, better: Literal["higher", "lower"], estimate: Callable[[Row], quality_of.Estimate | None],
+    text: str, title: str,
+) -> Metric:  # fmt: skip
+    """A metric whose value and error come together."""
+
+    def value(row: Row) -> float | None:
+        found = estimate(row)
+        return _number(found.value) if found else None
+
+    def error(row: Row) -> float | None:
+        found = estimate(row)
+        return _number(found.se) if found else None
+
+    return Metric(name, unit, better, value, text, title, error)
+
+
+OF_THE_REFERENCE = (
+    "kld_mean", "kld_p50", "kld_p90", "kld_p99", "kld_p999", "kld_max", "top1_agreement", "rms_dp",
+)  # fmt: skip
+"""The metrics that are about the base's distributions too."""
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -173,7 +238,16 @@ METRICS: dict[str, Metric] = {
         Metric("peak_vram_bytes", "B", "lower", _memory("peak_vram"), ".1f", "peak VRAM"),
         Metric("prefill_tok_s", "tok/s", "higher", lambda row: median(prefill_samples(row)), ".1f", "prefill"),
         Metric("decode_tok_s", "tok/s", "higher", lambda row: median(decode_samples(row)), ".1f", "decode"),
-        Metric("perplexity", "", "lower", perplexity, ".3f", "perplexity"),
+        Metric("perplexity", "", "lower", perplexity, ".3f", "perplexity", perplexity_se),
+        _estimated("kld_mean", "nat", "lower", _kld_mean, ".4f", "KLD"),
+        Metric("kld_p50", "nat", "lower", _divergence("p50"), ".4f", "KLD, median"),
+        Metric("kld_p90", "nat", "lower", _divergence("p90"), ".4f", "KLD, 90 %"),
+        Metric("kld_p99", "nat", "lower", _divergence("p99"), ".4f", "KLD, 99 %"),
+        Metric("kld_p999", "nat", "lower", _divergence("p999"), ".4f", "KLD, 99.9 %"),
+        Metric("kld_max", "nat", "lower", _divergence("max"), ".4f", "KLD, maximum"),
+        _estimated("top1_agreement", "", "higher", _top1_agreement, ".4f", "same top"),
+        _estimated("rms_dp", "", "lower", _rms_dp, ".4f", "RMS Δp"),
+        _estimated("bits_per_byte", "bit", "lower", _bits_per_byte, ".4f", "bits per byte"),
     )
 }
 
@@ -192,3 +266,9 @@ def _quality(row: Row) -> dict[str, Any] | None:
     """What the worker found, if it scored a single token."""
     quality = row.measurement.quality if row.measurement else None
     return quality if quality and any(window["count"] for window in quality["windows"]) else None
+
+
+def _compared(row: Row) -> dict[str, Any] | None:
+    """The same, if a single token was compared with the base's distribution."""
+    quality = _quality(row)
+    return quality if quality and any(window.get("kld_count") for window in quality["windows"]) else None

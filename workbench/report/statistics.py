@@ -15,13 +15,16 @@ document resemble each other.
 Rejected: a bootstrap over windows (the same answer for means, a seed and a thousand passes dearer) and errors
 of quantiles (they would need it).
 
-A quality is the dictionary that `Reducer.result()` returns. An `Estimate` carries the number of windows,
-since with few of them 1.96 standard errors are not a 95 % interval; `interval` takes Student's t.
+A quality is the dictionary that `Reducer.result()` returns, in full or as `quality.compact` stores it. An
+`Estimate` carries the number of windows, since with few of them 1.96 standard errors are not a 95 % interval;
+`interval` takes Student's t.
 """
 
 from __future__ import annotations
 
+import base64
 import math
+import struct
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -50,8 +53,8 @@ def perplexity_delta(q: Quality, base_q: Quality) -> Estimate:
 
     Per window z_w = PPL (s_w - R n_w) - PPL0 (s0_w - R0 n_w): what the windows have in common cancels before
     it is squared, which is why the error is far below that of either perplexity. Only tokens finite in both
-    count (without per-token lists: windows wholly finite in both). Raises `ValueError` if the two are not of
-    the same tokens.
+    count (where a window has others and either lacks its per-token list, the whole window does not). Raises
+    `ValueError` if the two are not of the same tokens.
     """
     variant, base = _paired(q, base_q)
     count = sum(n for _, n in variant)
@@ -73,7 +76,7 @@ def divergence(q: Quality) -> dict[str, Any] | None:
         return None
     mean = _mean(_pairs(q, "kld_sum", "kld_count"))
     count = sum(window["kld_count"] for window in q["windows"])
-    values = sorted(v for window in q["windows"] for v in window.get("kld", ()) if v is not None)
+    values = sorted(v for window in q["windows"] for v in unpacked(window.get("kld", ())) if v is not None)
     named = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "max": 1.0}
     return {
         "mean": mean,
@@ -110,6 +113,15 @@ def bits_per_byte(q: Quality, scored_bytes: int) -> Estimate:
     tokens = sum(window["count"] + window["nonfinite"] for window in q["windows"])
     scale = tokens / scored_bytes / math.log(2)
     return Estimate(mean.value * scale, None if mean.se is None else mean.se * scale, mean.windows)
+
+
+def unpacked(stored: str | Sequence[float | None]) -> Sequence[float | None]:
+    """A per-token list, which a row keeps as base64 of little-endian float16; None for an excluded token."""
+    if not isinstance(stored, str):
+        return stored
+    packed = base64.b64decode(stored)
+    values = struct.unpack(f"<{len(packed) // 2}e", packed)
+    return [None if math.isnan(value) else value for value in values]
 
 
 def nonfinite(q: Quality) -> int:
@@ -226,7 +238,8 @@ def _paired(q: Quality, base_q: Quality) -> tuple[list[tuple[float, int]], list[
         if a["nonfinite"] == b["nonfinite"] == 0:
             pair = (a["nll_sum"], a["count"]), (b["nll_sum"], b["count"])
         elif "nll" in a and "nll" in b:
-            both = [(x, y) for x, y in zip(a["nll"], b["nll"], strict=True) if x is not None and y is not None]
+            lists = zip(unpacked(a["nll"]), unpacked(b["nll"]), strict=True)
+            both = [(x, y) for x, y in lists if x is not None and y is not None]
             pair = (math.fsum(x for x, _ in both), len(both)), (math.fsum(y for _, y in both), len(both))
         else:
             continue

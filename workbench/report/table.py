@@ -2,8 +2,15 @@
 
 Numbers of other machines, other evaluation tokens or another way of measuring are not comparable, so one
 table holds one of each and says how many rows it left out. Deltas are taken here, never stored: against
-the base on the same backend, over the same windows. Nothing is dropped silently: a pair that cannot run
-and a job that failed keep their lines, with the reason as a footnote.
+the base on the same backend, over the same windows. Divergences are from one reference of the base; a row
+that was compared with another shows none. Nothing is dropped silently: a pair that cannot run and a job
+that failed keep their lines, with the reason as a footnote.
+
+**Below the noise floor** is a perplexity delta that two doubts do not leave standing. Either its size is at
+most the spread of the base's own perplexity over the engines, which saw the same tokens: then another engine
+alone would change as much. Or zero lies in its 95 % interval (paired, by Student's t, which is 1.96 standard
+errors for many windows): then another text might turn it round. Where neither is so but one of the two is not
+known (the base scored on one engine only, or in one window), the answer is not known either (None).
 
 A table is data; what it looks like is `formats.py`. Rejected: a data frame (an import of a second for a
 few dozen lines), and one table a backend (the question is which backend, too).
@@ -21,7 +28,7 @@ from typing import Any
 
 from workbench.errors import UserError, unknown
 from workbench.records import Evaluation, Row, digest, to_json
-from workbench.report import metrics
+from workbench.report import metrics, statistics
 from workbench.report.statistics import Estimate
 from workbench.report.store import machine_of
 
@@ -36,9 +43,12 @@ class Line:
     row: Row
     values: dict[str, float | None]
     """By name of `METRICS`."""
-    perplexity_se: float | None
+    errors: dict[str, float | None]
+    """One standard error, by name of the metrics that have one."""
     delta: Estimate | None
     """To the base on the same backend; of the base itself zero."""
+    below_noise_floor: bool | None
+    """Whether the delta is (module docstring); None without a delta, or where it cannot be said."""
     prefill_interval: tuple[float, float] | None
     decode_interval: tuple[float, float] | None
     warnings: tuple[str, ...]
@@ -56,12 +66,21 @@ class Column:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """How far one base's perplexity differs between engines that saw the same tokens."""
+    """How far one base differs between engines that saw the same tokens."""
 
     base: str
     backends: tuple[str, ...]
     low: float
+    """Perplexity."""
     high: float
+    divergences: tuple[tuple[str, float], ...]
+    """(backend, KLD mean from the base's reference in nats a token) where it was compared with one: what an
+    engine's arithmetic and precision cost alone."""
+
+    @property
+    def spread(self) -> float:
+        """The difference in perplexity that engines alone make."""
+        return self.high - self.low
 
     @property
     def relative(self) -> float:
@@ -111,9 +130,14 @@ def build(
     rows = _latest_of_each_pair(rows, notes)
     rows = _ordered(rows)
 
+    references = _references(rows)
+    values = [_values(row, references.get(row.base)) for row in rows]
+    floors = _noise_floors(rows, values)
     footnotes: dict[str, int] = {}
-    lines = tuple(_line(row, rows, footnotes) for row in rows)
-    floors = _noise_floors(lines)
+    lines = tuple(
+        _line(row, own, rows, references.get(row.base), floors, footnotes)
+        for row, own in zip(rows, values, strict=True)
+    )
     for base in dict.fromkeys(line.row.base for line in lines if line.values["perplexity"] is not None):
         if base not in {floor.base for floor in floors}:
             notes.append(f"noise floor unknown: {base} itself was not scored on two backends")
@@ -164,9 +188,10 @@ def _object(line: Line) -> dict[str, Any]:
         "new_tokens": new_tokens,
         "batch": batch,
         **line.values,
-        "perplexity_se": line.perplexity_se,
+        **{f"{name}_se": error for name, error in line.errors.items()},
         "perplexity_delta": line.delta.value if line.delta else None,
         "perplexity_delta_se": line.delta.se if line.delta else None,
+        "below_noise_floor": line.below_noise_floor,
         "nonfinite_tokens": metrics.nonfinite(row),
         "prefill_tok_s_ci": list(line.prefill_interval) if line.prefill_interval else None,
         "decode_tok_s_ci": list(line.decode_interval) if line.decode_interval else None,
@@ -180,17 +205,58 @@ def _object(line: Line) -> dict[str, Any]:
     }
 
 
-def _line(row: Row, rows: Sequence[Row], footnotes: dict[str, int]) -> Line:
-    values = {name: metric.value(row) for name, metric in metrics.METRICS.items()}
+def _values(row: Row, reference: str | None) -> dict[str, float | None]:
+    """By metric; those of another reference than the table's are left out."""
+    other = metrics.reference(row) != reference
+    return {
+        name: None if other and name in metrics.OF_THE_REFERENCE else metric.value(row)
+        for name, metric in metrics.METRICS.items()
+    }
+
+
+def _references(rows: Sequence[Row]) -> dict[str, str]:
+    """The reference that divergences of each base are from: that of the newest row compared with any."""
+    found = {}
+    for row in sorted(rows, key=_age):
+        digest_of = metrics.reference(row)
+        if digest_of:
+            found[row.base] = digest_of
+    return found
+
+
+def _below(delta: Estimate | None, floor: NoiseFloor | None) -> bool | None:
+    """Whether a delta is below the noise floor, as the module docstring defines it."""
+    if delta is None:
+        return None
+    interval = statistics.interval(delta)
+    if (floor and abs(delta.value) <= floor.spread) or (interval and interval[0] <= 0 <= interval[1]):
+        return True
+    return False if floor and interval else None
+
+
+def _line(
+    row: Row, values: dict[str, float | None], rows: Sequence[Row], reference: str | None,
+    floors: Sequence[NoiseFloor], footnotes: dict[str, int],
+) -> Line:  # fmt: skip
     base = _base_of(row, rows)
     delta = metrics.perplexity_delta(row, base) if base else None
     warnings = _warnings(row, values["perplexity"], base, delta)
+    if reference and metrics.reference(row) not in (None, reference):
+        warnings += (
+            f"compared with another reference of the base ({metrics.reference(row)}, not {reference}): "
+            "measure it again to see its divergence",
+        )
     reasons = [row.unsupported or "", row.error or "", *warnings]
     return Line(
         row=row,
         values=values,
-        perplexity_se=metrics.perplexity_se(row),
+        errors={
+            name: metric.error(row) if values[name] is not None else None
+            for name, metric in metrics.METRICS.items()
+            if metric.error
+        },
         delta=delta,
+        below_noise_floor=_below(delta, next((floor for floor in floors if floor.base == row.base), None)),
         prefill_interval=metrics.interval(metrics.prefill_samples(row)),
         decode_interval=metrics.interval(metrics.decode_samples(row)),
         warnings=warnings,
@@ -226,17 +292,21 @@ def _base_of(row: Row, rows: Sequence[Row]) -> Row | None:
     )
 
 
-def _noise_floors(lines: Sequence[Line]) -> tuple[NoiseFloor, ...]:
+def _noise_floors(rows: Sequence[Row], values: Sequence[dict[str, float | None]]) -> tuple[NoiseFloor, ...]:
     scores: dict[str, dict[str, list[float]]] = {}
-    for line in lines:
-        value = line.values["perplexity"]
-        if line.row.artifact.method == BASE and value is not None:
-            scores.setdefault(line.row.base, {}).setdefault(line.row.backend, []).append(value)
+    divergences: dict[str, list[tuple[str, float]]] = {}
+    for row, own in zip(rows, values, strict=True):
+        perplexity, divergence = own["perplexity"], own["kld_mean"]
+        if row.artifact.method == BASE and perplexity is not None:
+            scores.setdefault(row.base, {}).setdefault(row.backend, []).append(perplexity)
+            if divergence is not None:
+                divergences.setdefault(row.base, []).append((row.backend, divergence))
     floors = []
     for base, by_backend in scores.items():
         if len(by_backend) > 1:
-            every = [value for values in by_backend.values() for value in values]
-            floors.append(NoiseFloor(base, tuple(by_backend), min(every), max(every)))
+            every = [value for scored in by_backend.values() for value in scored]
+            found = tuple(divergences.get(base, ()))
+            floors.append(NoiseFloor(base, tuple(by_backend), min(every), max(every), found))
     return tuple(floors)
 
 

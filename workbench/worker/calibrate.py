@@ -184,8 +184,7 @@ class _Base:
                 name = f"{LAYERS}.{index}.{linear}.weight"
                 if name not in shapes:
                     raise UserError(
-                        f"{folder}: tensor '{name}' is missing, so this is not a plain {architecture.model_type} model. "
-                        f"{WAY_OUT}."
+                        f"{folder}: tensor '{name}' is missing: not a plain {architecture.model_type} model. {WAY_OUT}."
                     )
         return base
 
@@ -391,7 +390,8 @@ class _Skeleton:
         for length in sorted(set(windows.lengths)):
             self._run(self.renumbered[:length].view(1, length))
             self.calls[length] = [
-                {key: _moved(value, device) for key, value in recorder.seen[1].items()} for recorder in self.model.layers
+                {key: _moved(value, device) for key, value in recorder.seen[1].items()}
+                for recorder in self.model.layers
             ]
 
     def _run(self, ids: Any) -> Any:
@@ -410,15 +410,12 @@ class _Skeleton:
 
         layer = self.layers[index]
         narrow = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        state = {
-            name: tensor.to(narrow) if tensor.dim() == 2 else tensor for name, tensor in tensors.items()
-        }
+        state = {name: tensor.to(narrow) if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
         missing, extra = layer.load_state_dict(state, strict=False, assign=True)
         unset = [name for name, buffer in layer.named_buffers() if buffer.is_meta]
         if missing or extra or unset:
             raise UserError(
-                f"layer {index} does not have the weights transformers expects: {', '.join([*missing, *extra, *unset])}. "
-                f"{WAY_OUT}."
+                f"layer {index} lacks what transformers expects: {', '.join([*missing, *extra, *unset])}. {WAY_OUT}."
             )
         return layer.eval()
 
@@ -786,7 +783,9 @@ class _Work:
         turn = layer % 2
         if turn not in self.mapped:
             count = self.tokens * self.width
-            flat = torch.from_file(str(self.folder / f"hidden-{turn}.bin"), shared=True, size=count, dtype=torch.float32)
+            flat = torch.from_file(
+                str(self.folder / f"hidden-{turn}.bin"), shared=True, size=count, dtype=torch.float32
+            )
             self.mapped[turn] = flat.view(self.tokens, self.width)
         return self.mapped[turn]
 
@@ -832,7 +831,12 @@ class _Work:
                     means[tensor] = diagonals[group.linears[0]].numpy()
         out.parent.mkdir(parents=True, exist_ok=True)
         imatrix.write(
-            out, means, tokens=windows.tokens, windows=len(windows.lengths), window=max(windows.lengths), dataset=dataset
+            out,
+            means,
+            tokens=windows.tokens,
+            windows=len(windows.lengths),
+            window=max(windows.lengths),
+            dataset=dataset,
         )
         return {"path": str(out), "entries": len(means), "bytes": out.stat().st_size}
 

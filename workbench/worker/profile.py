@@ -127,9 +127,7 @@ def _windows(job: Job) -> list[tuple[int, list[int], int]]:
         return []
     with open(job.evaluation.path) as file:
         stored = json.load(file)
-    return [
-        (i, ids, first) for i, (ids, first) in enumerate(zip(stored["windows"], stored["score_from"], strict=True))
-    ]
+    return [(i, ids, first) for i, (ids, first) in enumerate(zip(stored["windows"], stored["score_from"], strict=True))]
 
 
 class _watched(list):  # type: ignore[type-arg]
@@ -156,8 +154,7 @@ def _prompts(workload: Workload, windows: list[tuple[int, list[int], int]]) -> l
         text = text + text
     rounds = workload.warmup + workload.repeats
     starts = [
-        [chance.randrange(len(text) - workload.prompt_tokens) for _ in range(workload.batch)]
-        for _ in range(rounds)
+        [chance.randrange(len(text) - workload.prompt_tokens) for _ in range(workload.batch)] for _ in range(rounds)
     ]
     return [[text[s : s + workload.prompt_tokens] for s in row] for row in starts]
 

@@ -238,7 +238,7 @@ def compact(result: dict[str, Any], is_base: bool) -> dict[str, Any]:
       a token, and in all windows of the base, which cannot know what a variant will lose.
     - Not `same_top` and `dp`: their sums hold all that is shown of them.
 
-    A list is base64 of little-endian float16 with NaN for an excluded token (`statistics.tokens` reads it): 2.7
+    A list is base64 of little-endian float16 with NaN for an excluded token (`statistics.unpacked` reads it): 2.7
     bytes a token and 0.05 % of a value, against 8 to 10 bytes as JSON numbers of three digits; a row of 2,550
     scored tokens has 10 KB of quality instead of 90. Float16 ends at 6e-8, below which float32 logits say
     nothing of a divergence, and at 65,504, where larger values are put. Means come from the sums, in full.
@@ -451,7 +451,7 @@ class _Reference:
         try:
             from safetensors import SafetensorError, safe_open
         except ModuleNotFoundError:
-            raise install_with("The package `safetensors`, which reads the reference,", "pip install safetensors") from None
+            raise install_with("safetensors, which reads the reference,", "pip install safetensors") from None
 
         file: Any
         try:

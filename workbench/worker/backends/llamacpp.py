@@ -104,9 +104,7 @@ class Backend:
         import torch
 
         size = rows * self._vocab_size
-        buffer = ctypes.cast(
-            self._api.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float * size)
-        ).contents
+        buffer = ctypes.cast(self._api.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float * size)).contents
         return torch.from_numpy(np.frombuffer(buffer, dtype=np.float32)).view(rows, self._vocab_size)
 
     def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +144,9 @@ class Backend:
     def settings(self) -> dict[str, Any]:
         """Threads, and what the build can use."""
         words = self._api.llama_print_system_info().decode().replace("|", " ").split()
-        features = [name for name, sign, on in zip(words, words[1:], words[2:], strict=False) if sign == "=" and on == "1"]
+        features = [
+            name for name, sign, on in zip(words, words[1:], words[2:], strict=False) if sign == "=" and on == "1"
+        ]
         cuda = bool(self._api.llama_supports_gpu_offload())
         return {"threads": self._threads, "device": "cuda" if cuda else "cpu", "features": features}
 

@@ -106,9 +106,7 @@ class Backend:
             cache = DynamicCache(config=self._model.config)
             inputs = torch.tensor(prompts, device=self._device)
             for _ in range(new_tokens):
-                output = self._model(
-                    input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
+                output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 inputs = output.logits[:, -1].argmax(dim=-1, keepdim=True)
                 if self._device == "cuda":
                     torch.cuda.synchronize()

@@ -134,6 +134,11 @@ class Backend:
         parallel = options.get("tensor_parallel", 1)
         if parallel > 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+        if self._eager:
+            # vLLM compiles a few helpers of its sampler even so: ten seconds of C++ for one comparison.
+            import torch._dynamo
+
+            torch._dynamo.config.disable = True
         self._llm = vllm.LLM(
             model=job.artifact.path,
             dtype=dtype,

@@ -121,16 +121,21 @@ def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, 
     errors: dict[str, float] = {}
     warnings: list[str] = []
     skipped = [name for name in layer.architecture.linears if not quantizes(options, f".{layer.index}.{name}")]
-    folds = [(group, _scales(layer, group, options)) for group in layer.architecture.groups]
+    folds = [
+        (group, None if set(group.linears) <= set(skipped) else _scales(layer, group, options))
+        for group in layer.architecture.groups
+    ]
     tensors = dict(layer.tensors)
     for group, scales in folds:
         if scales is not None:
             _fold(tensors, group, scales)
     for group, scales in folds:
+        if set(group.linears) <= set(skipped):
+            continue
         gram = layer.grams[group.linears[0]]
         power = gptq.output_power(layer, group)
         if scales is not None:
-            gram = gram / scales[:, None] / scales[None, :]
+            gram = (gram / scales[:, None]).div_(scales)
         size = gram.shape[0] if options.group_size == -1 else options.group_size
         weight = torch.cat([tensors[f"{name}.weight"] for name in group.linears]).t().contiguous()
         compensated = options.rounding == "compensated"
@@ -308,5 +313,3 @@ def dequantize(tensors: dict[str, Any]) -> Any:
     scales = tensors["scales"].to(torch.float32)
     wide = codes.view(-1, size, codes.shape[1])
     return ((wide - zeros[:, None]) * scales[:, None]).reshape(codes.shape).t().contiguous()
-
-

@@ -26,9 +26,7 @@ TypeName = Literal[
     "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S",
     "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
 ]  # fmt: skip
-NEEDS_IMATRIX = frozenset(
-    {"Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
-)
+NEEDS_IMATRIX = frozenset({"Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
 """llama.cpp gives some tensors of these a type that it refuses to make blindly (`tensor_requires_imatrix`)."""
 
 SUPER_BLOCK = 256
@@ -136,9 +134,7 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
 
         keep = imatrix.as_quantize_pointer(payload["imatrix"])
         params.imatrix = keep.pointer
-    status = llama_cpp.llama_model_quantize(
-        payload["source"].encode(), payload["out"].encode(), ctypes.byref(params)
-    )
+    status = llama_cpp.llama_model_quantize(payload["source"].encode(), payload["out"].encode(), ctypes.byref(params))
     del keep
     if status != 0:
         Path(payload["out"]).unlink(missing_ok=True)

@@ -82,16 +82,20 @@ def check_grid(method: str, group_size: int, damping: float) -> None:
     """The checks that AWQ's and GPTQ's options share."""
     if group_size != -1 and (group_size < 16 or group_size % 16):
         raise UserError(
-            f"{method}: group_size {group_size} is not possible: take a multiple of 16 (32, 64, 128), or -1 for whole rows"
+            f"{method}: group_size {group_size} cannot be: take a multiple of 16 (32, 64, 128), or -1 for whole rows"
         )
     if not 0 <= damping < 1:
-        raise UserError(f"{method}: damping {damping} is a fraction of the mean diagonal: take one from 0 to 1, such as 0.01")
+        raise UserError(
+            f"{method}: damping {damping} is a fraction of the mean diagonal: take one from 0 to 1, such as 0.01"
+        )
 
 
 def limits(options: Options) -> dict[str, str]:
     """Backend name -> why that engine cannot load a checkpoint with these options."""
     if options.bits not in (4, 8) or not options.sym:
-        return {"vllm": f"vLLM loads GPTQ only as symmetric 4 or 8 bits, not {options.bits} bits with sym={options.sym}"}
+        return {
+            "vllm": f"vLLM loads GPTQ only as symmetric 4 or 8 bits, not {options.bits} bits with sym={options.sym}"
+        }
     if options.desc_act and options.group_size != -1:
         return {"vllm": "vLLM no longer loads GPTQ with desc_act and groups; leave `desc_act` out"}
     return {}
@@ -164,7 +168,8 @@ def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, 
         rounded = compensate(weight, gram, grid, group_of, order, options.damping)
         if rounded.damping > options.damping:
             warnings.append(
-                f"layer {layer.index} {group.linears[0]}: the Gram matrix is singular; damping raised to {rounded.damping:g}"
+                f"layer {layer.index} {group.linears[0]}: the Gram matrix is singular; "
+                f"damping raised to {rounded.damping:g}"
             )
         power = output_power(layer, group)
         for linear, rows in row_slices(layer, group):
@@ -449,11 +454,11 @@ def _factor(gram: Any, damping: float) -> tuple[Any, Any, float]:
     mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
     tried = damping
     while True:
-        damped = gram.clone()
-        damped.diagonal().add_(tried * mean)
-        damped.diagonal()[dead] = mean
         # Flipping both axes turns the lower factor into the upper one.
-        factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = gram.flip(0, 1)
+        damped.diagonal().add_(tried * mean)
+        damped.diagonal()[dead.flip(0)] = mean
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed) and bool(torch.isfinite(factor.diagonal()).all()):
             break
         tried = max(tried * 10, 1e-4)
@@ -462,9 +467,11 @@ def _factor(gram: Any, damping: float) -> tuple[Any, Any, float]:
                 "a Gram matrix cannot be factored even with damping 1: the calibration activations are not usable; "
                 "take more or other calibration text"
             )
+    del damped
     upper = factor.flip(0, 1)
+    del factor
     root = upper.diagonal().clone()
-    upper = (upper / root).contiguous()
+    upper.div_(root)
     spread = root * root
     spread[dead] = 0.0
     return upper, spread, tried
