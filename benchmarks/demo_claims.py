@@ -49,7 +49,7 @@ def main() -> int:
     claim(f"quality falls with the bits: {text}", ladder == sorted(ladder))
     refused = [row for row in rows if row["method"] == "gguf" and row["backend"] == "vllm"]
     claim("GGUF on vLLM is shown with its reason", bool(refused) and all(row["unsupported"] for row in refused))
-    for name in ("Q4_K_M", "Q3_K_M", "Q2_K"):
+    for name in ("Q4_K_M", "Q2_K"):
         plain, weighted = (pairs[f"gguf-{name}{end}", "llamacpp"]["perplexity"] for end in ("", "-imatrix"))
         claim(f"{name} improves with the importance matrix: {plain:.3f} -> {weighted:.3f}", weighted < plain)
     for name in ("awq-4bit-g128", "awq-4bit-g128-compensated", "gptq-4bit-g128"):

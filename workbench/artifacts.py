@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from workbench import __version__
 from workbench.errors import UserError, WorkFailed
 from workbench.home import disk_error, entry, home, interpreter, lock, machine_lock
 from workbench.machine import isolate
@@ -368,20 +369,21 @@ def _calibrated(
     failures: dict[str, str],
 ) -> tuple[dict[str, Any] | None, dict[str, Artifact]]:  # fmt: skip
     """AWQ and GPTQ variants and the importance matrix, all from one calibration pass."""
-    variants = [v for v in wanted if v.method in ("awq", "gptq")]
+    variants = [v for v in wanted if v.method in ("awq", "gptq") and v.options["engine"] == "workbench"]
+    foreign = [v for v in wanted if v.method in ("awq", "gptq") and v.options["engine"] != "workbench"]
     weighted = [v for v in wanted if v.method == "gguf" and v.options.get("imatrix")]
-    if not variants and not weighted:
+    if not variants and not weighted and not foreign:
         return None, {}
     if tokens is None:
         reason = "it needs calibration tokens, and this recipe makes none"
-        failures |= {v.name: reason for v in variants + weighted}
+        failures |= {v.name: reason for v in variants + weighted + foreign}
         return None, {}
     keys = {v.name: _key(base, v, v.method, [tokens["digest"]]) for v in variants}
     imatrix_key = digest([base["digest"], tokens["digest"], "imatrix", 1])
     root = home() / "artifacts"
     missing = [v for v in variants if not (root / keys[v.name] / "artifact.json").exists()]
-    imatrix_file = home() / "imatrices" / imatrix_key / f"{recipe.model}.imatrix.gguf"
-    need_imatrix = bool(weighted) and not (imatrix_file.parent / "imatrice.json").exists()
+    imatrix_file = home() / "imatrix" / imatrix_key / f"{recipe.model}.imatrix.gguf"
+    need_imatrix = bool(weighted) and not (imatrix_file.parent / "imatrix.json").exists()
     pass_key = digest([base["digest"], tokens["digest"], sorted(keys[v.name] for v in missing), need_imatrix])
     try:
         if missing or need_imatrix:
@@ -395,8 +397,14 @@ def _calibrated(
     for variant in variants:
         if (root / keys[variant.name] / "artifact.json").exists():
             found[variant.name] = _stored(keys[variant.name], variant.name, _unmade)
+    for variant in foreign:
+        try:
+            found[variant.name] = _by_gptqmodel(recipe, base, tokens, variant, show)
+        except (WorkFailed, UserError) as problem:
+            failures[variant.name] = str(problem)
+            show.say(f"{variant.name} failed: {problem}")
     imatrix = None
-    if weighted and (imatrix_file.parent / "imatrice.json").exists():
+    if weighted and (imatrix_file.parent / "imatrix.json").exists():
         imatrix = {"path": str(imatrix_file), "digest": imatrix_key}
     return imatrix, found
 
@@ -409,7 +417,7 @@ def _pass(
     root = home() / "artifacts"
     # Another run may have made some of it while this one waited for the lock.
     missing = [v for v in missing if not (root / keys[v.name] / "artifact.json").exists()]
-    if imatrix_key and (home() / "imatrices" / imatrix_key / "imatrice.json").exists():
+    if imatrix_key and (home() / "imatrix" / imatrix_key / "imatrix.json").exists():
         imatrix_key = None
     if not missing and not imatrix_key:
         return
@@ -435,24 +443,56 @@ def _pass(
         limit_s=recipe.limits.quantize_s,
     )  # fmt: skip
     for variant in missing:
-        answer = made["variants"][variant.name]
-        out = outs[variant.name]
-        record = Artifact(
-            variant=variant.name, method=variant.method, format=variant.method, path=out.name,
-            digest=keys[variant.name], disk_bytes=_tensor_bytes(out), parameters=base["parameters"],
-            tensor_types=answer["tensor_types"], warnings=answer.get("warnings", []),
-            provenance=_provenance(recipe, base, variant, variant.method, cost, tokens["digest"])
-            | {"seconds": made["seconds"], "tensor_errors": answer["tensor_errors"]},
-        )  # fmt: skip
-        entry("artifacts", keys[variant.name], lambda folder, record=record: to_json(record))  # type: ignore[misc]
+        record = _checkpoint(recipe, base, variant, outs[variant.name], keys[variant.name], tokens, made, cost)
+        entry("artifacts", keys[variant.name], lambda folder, record=record: record)  # type: ignore[misc]
     if imatrix_key and imatrix_out:
 
         def keep(folder: Path) -> dict[str, Any]:
             shutil.copy2(imatrix_out, folder / imatrix_out.name)
             return {"digest": imatrix_key, "calibration": tokens["digest"], "cost": cost}
 
-        entry("imatrices", imatrix_key, keep)
+        entry("imatrix", imatrix_key, keep)
     shutil.rmtree(state, ignore_errors=True)
+
+
+def _checkpoint(
+    recipe: Recipe, base: dict[str, Any], variant: Variant, out: Path, key: str, tokens: dict[str, Any],
+    made: dict[str, Any], cost: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The record of an AWQ or GPTQ directory, from what its worker said of it."""
+    answer = made["variants"][variant.name]
+    record = Artifact(
+        variant=variant.name, method=variant.method, format=variant.method, path=out.name, digest=key,
+        disk_bytes=_tensor_bytes(out), parameters=base["parameters"],
+        tensor_types=answer["tensor_types"], warnings=answer["warnings"],
+        provenance=_provenance(recipe, base, variant, variant.method, cost, tokens["digest"])
+        | {"seconds": made["seconds"], "tensor_errors": answer["tensor_errors"]},
+    )  # fmt: skip
+    return dict(to_json(record))
+
+
+def _by_gptqmodel(
+    recipe: Recipe, base: dict[str, Any], tokens: dict[str, Any], variant: Variant, show: Show
+) -> Artifact:
+    """A variant with `engine: gptqmodel`, in a worker of its own."""
+    key = _key(base, variant, variant.method, [tokens["digest"], versions(("gptqmodel",))])
+
+    def build(folder: Path) -> dict[str, Any]:
+        out = folder / f"{recipe.model}-{variant.name}"
+        shutil.rmtree(out, ignore_errors=True)
+        payload = {
+            "base": base["path"], "tokens": tokens["path"], "method": variant.method, "options": variant.options,
+            "out": str(out), "allow_remote_code": recipe.base.trust_remote_code,
+        }  # fmt: skip
+        answer, cost = work(
+            "workbench.worker.external:gptqmodel", payload, show, f"GPTQModel: {variant.name}",
+            python=interpreter("gptqmodel", sys.executable), limit_s=recipe.limits.quantize_s,
+            environment={"GPTQMODEL_CPU_WORKERS": "4", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        made = {"variants": {variant.name: answer}, "seconds": {"total": cost["seconds"]}}
+        return _checkpoint(recipe, base, variant, out, key, tokens, made, cost)
+
+    return _stored(key, variant.name, build)
 
 
 def _unmade(folder: Path) -> dict[str, Any]:
@@ -460,7 +500,7 @@ def _unmade(folder: Path) -> dict[str, Any]:
 
 
 def _key(base: dict[str, Any], variant: Variant, method: str, more: list[Any]) -> str:
-    return digest([base["digest"], method, variant.options, versions(TOOLS[method]), more])
+    return digest([base["digest"], method, variant.options, versions(TOOLS[method]), __version__, more])
 
 
 def _stored(key: str, name: str, build: Any) -> Artifact:

@@ -155,7 +155,7 @@ def last_recipe() -> Path | None:
 def clean(everything: bool) -> int:
     """Remove `.partial` folders, logs and states (or all made things); the bytes freed."""
     freed = 0
-    kinds = ("bases", "tokens", "artifacts", "imatrices", "references")
+    kinds = ("bases", "tokens", "artifacts", "imatrix", "references")
     targets = [home() / "logs", home() / "states"]
     for kind in kinds:
         folder = home() / kind

@@ -156,6 +156,31 @@ def distance(found: list[float], wanted: list[float]) -> float:
     return (sum((a - b) ** 2 for a, b in zip(found, wanted, strict=True)) / sum(b * b for b in wanted)) ** 0.5
 
 
+def bits_of(kind: str) -> float:
+    """Bits a weight of a tensor type, scales included."""
+    import gguf
+
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return block_bytes * 8 / block
+
+
+def weight_errors(source: str, quantized: str) -> dict[str, float]:
+    """By tensor type, the largest relative root mean square error of a layer's matrix, de-quantized by `gguf`."""
+    import gguf
+    import numpy as np
+
+    exact = {tensor.name: tensor.data for tensor in gguf.GGUFReader(source).tensors}
+    errors: dict[str, float] = {}
+    for tensor in gguf.GGUFReader(quantized).tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            wanted = exact[tensor.name].astype(np.float64)
+            found = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(wanted.shape)
+            error = float(np.sqrt(np.square(found - wanted).mean() / np.square(wanted).mean()))
+            kind = tensor.tensor_type.name
+            errors[kind] = max(error, errors.get(kind, 0.0))
+    return errors
+
+
 @pytest.mark.slow
 def test_the_conversion_loses_nothing(model: Path, converted: dict[str, Any]) -> None:
     import gguf
@@ -194,8 +219,9 @@ def test_every_type_is_made_and_read_back(
     answer = call("tests.children:llama_logits", {"path": payload["out"], "ids": IDS})
     assert answer["status"] == 0 and answer["size"] == 49152
     assert None not in answer["logits"], "NaN or infinite logits"
-    # Uncorrelated logits, such as a wrong layout gives, are sqrt(2) apart; one bit of random weights keeps little.
-    assert distance(answer["logits"], reference) < (1.35 if name.startswith("IQ1") else 1.1)
+    for kind, error in weight_errors(converted["path"], payload["out"]).items():
+        # Shannon's bound for a Gaussian is 2^-bits; a real quantizer stays within a small factor of it.
+        assert error < 2.5 * 2 ** -bits_of(kind), f"{kind}: relative error {error:.3f}"
     if name in ("F16", "BF16", "Q8_0"):
         assert distance(answer["logits"], reference) < (0.08 if name == "Q8_0" else 0.02)
 

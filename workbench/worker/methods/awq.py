@@ -2,8 +2,10 @@
 
 AWQ (arXiv 2306.00978) multiplies the columns of a linear layer by scales s before rounding and divides its input
 by the same, so that inputs that matter fall on a finer grid; the division is folded into whatever produced the
-input (`architectures.Feeder`). The scales are importance^a for the best of a row of exponents a. AutoAWQ finds it
-by running the layer on the calibration tokens for each a. But the error it measures,
+input (`architectures.Feeder`). The scales are importance^a / size^(1 - a) for the best of a row of exponents a, where
+size is that of a column's weights beside the largest of their group. (Why that form: a group's step grows as the
+p-norm of its scaled weights for some p, and minimising step^2 x sum(importance^2 / s^2) gives a = 2 / (p + 2).)
+AutoAWQ finds a by running the layer on the calibration tokens for each. But the error it measures,
 |(Q(W s) / s - W) X|^2, is N tr(E G E^T): with G known the tokens are not needed, and a sample of the output channels
 ranks the exponents as well as all of them. Folding turns G into D^-1 G D^-1 for the rounding that follows.
 
@@ -186,41 +188,60 @@ def _scales(layer: Layer, group: Group, options: Options) -> Any:
 
 
 def search_scales(weight: Any, gram: Any, size: int, options: Options, feeder: Feeder) -> Any:
-    """Scales s = importance^a that minimise tr(E G E^T), E = Q(W s)/s - W, over the exponents; None for a = 0.
+    """Scales [in] that minimise tr(E G E^T), E = Q(W s)/s - W, over the exponents (module docstring).
 
     `weight` [in, out], `gram` [in, in]; the importance is the root mean square of each input. Channels that
-    share a feeding row (grouped-query attention) share a scale. Channels that never fire keep scale 1.
+    share a feeding row (grouped-query attention) share a scale. Channels that never fire keep scale 1. None where
+    no scales are better than none.
     """
     import torch
 
     inputs, outputs = weight.shape
     every = max(1, outputs // SAMPLE)
     sample = weight[:, ::every].contiguous()
-    power = gram.diagonal()
-    if feeder.repeats > 1:
-        table = power.view(-1, feeder.repeats, feeder.head_dim)
-        power = table.mean(1, keepdim=True).expand_as(table).reshape(-1)
-    importance = power.clamp(min=0).sqrt()
+    importance = _over_heads(gram.diagonal().clamp(min=0), feeder).sqrt()
     live = importance > 0
     if not bool(live.any()):
         return None
-    tried: dict[int, tuple[float, Any]] = {}
+    size_in_group = _over_heads(_relative_size(weight, size), feeder)
+    tried: dict[int | None, tuple[float, Any]] = {}
 
-    def attempt(step: int) -> float:
+    def attempt(step: int | None) -> float:
         if step not in tried:
-            scales = importance.clamp(min=1e-12).pow(step / EXPONENTS)
-            used = scales[live]
-            scales = scales / (used.max() * used.min()).sqrt()
-            scales = torch.where(live, scales, torch.ones_like(scales)).clamp_(1 / LARGEST_SCALE, LARGEST_SCALE)
-            error = _rounding_error(sample * scales[:, None], size, options)
-            total = float(gptq.quadratic(error.div_(scales[:, None]), gram).sum())
-            tried[step] = (total, None if step == 0 else scales)
+            scales = None
+            error = sample
+            if step is not None:
+                exponent = step / EXPONENTS
+                scales = importance.clamp(min=1e-12).pow(exponent) / size_in_group.pow(1 - exponent)
+                used = scales[live]
+                scales = scales / (used.max() * used.min()).sqrt()
+                scales = torch.where(live, scales, torch.ones_like(scales)).clamp_(1 / LARGEST_SCALE, LARGEST_SCALE)
+                error = sample * scales[:, None]
+            error = _rounding_error(error.clone() if scales is None else error, size, options)
+            if scales is not None:
+                error.div_(scales[:, None])
+            tried[step] = (float(gptq.quadratic(error, gram).sum()), scales)
         return tried[step][0]
 
     # The error is smooth in the exponent: every second one first, then the neighbours of the best.
     best = min(range(0, EXPONENTS, 2), key=attempt)
-    best = min((step for step in (best, best - 1, best + 1) if 0 <= step < EXPONENTS), key=attempt)
-    return tried[best][1]
+    near: list[int | None] = [step for step in (best, best - 1, best + 1) if 0 <= step < EXPONENTS]
+    return tried[min([*near, None], key=attempt)][1]
+
+
+def _over_heads(values: Any, feeder: Feeder) -> Any:
+    """The mean over channels that share a feeding row, in each one's place: [in] -> [in]."""
+    if feeder.repeats == 1:
+        return values
+    table = values.view(-1, feeder.repeats, feeder.head_dim)
+    return table.mean(1, keepdim=True).expand_as(table).reshape(-1)
+
+
+def _relative_size(weight: Any, size: int) -> Any:
+    """How large an input channel's weights are beside the largest of their groups, root mean square: [in]."""
+    table = weight.view(-1, size, weight.shape[1])
+    largest = table.abs().amax(1, keepdim=True).clamp_(min=1e-12)
+    return (table / largest).square_().mean(2).sqrt_().clamp_(min=1e-4).view(-1)
 
 
 def _rounding_error(weight: Any, size: int, options: Options) -> Any:
