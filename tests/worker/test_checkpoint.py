@@ -95,7 +95,7 @@ def test_remote_code_is_off_unless_allowed(model: Path, tmp_path: Path, name: st
     content = json.loads((model / name).read_text())
     (model / name).write_text(json.dumps({**content, "auto_map": {"AutoConfig": "x.Y"}}))
     said = refusal({"path": str(model)}, tmp_path / "o")
-    assert name in said and "allow_remote_code: true" in said
+    assert name in said and "trust_remote_code: true" in said
     assert run({"path": str(model)}, tmp_path / "o", allow_remote_code=True)["parameters"]
 
 

@@ -54,5 +54,5 @@ def test_gptq_by_gptqmodel(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_gptqmodel_refuses_is_told_in_its_words(tmp_path: Path) -> None:
-    reply = make(tmp_path, "gptq", {"bits": 7, "group_size": 128, "sym": True, "desc_act": False, "damping": 0.05})
+    reply = make(tmp_path, "gptq", {"bits": 9, "group_size": 128, "sym": True, "desc_act": False, "damping": 0.05})
     assert reply.user_error and "GPTQModel did not make this gptq variant" in (reply.error or "")

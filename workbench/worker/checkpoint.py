@@ -81,7 +81,7 @@ def checked_config(path: Path, remote_code: bool) -> dict[str, Any]:
             if content.get("auto_map"):
                 raise UserError(
                     f"{name} asks to run the model's own Python code (`auto_map`), which is off. If you "
-                    "trust it, set `allow_remote_code: true` in the recipe."
+                    "trust it, set `trust_remote_code: true` under `base` in the recipe."
                 )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "some method")

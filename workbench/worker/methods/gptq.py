@@ -139,7 +139,11 @@ def quantization_config(options: Options) -> dict[str, Any]:
         "checkpoint_format": "gptq",
         "format": "gptq",
         "pack_dtype": "int32",
-        "meta": {"damp_percent": options.damping, "act_group_aware": options.order == "group-aware"},
+        "meta": {
+            "damp_percent": options.damping,
+            # GPTQModel refuses to load a checkpoint that claims both.
+            "act_group_aware": options.order == "group-aware" and not options.desc_act,
+        },
     }
 
 
