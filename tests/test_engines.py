@@ -86,6 +86,12 @@ def test_a_gguf_in_transformers_is_labelled_as_dequantized(lines: Any) -> None:
     assert same == pytest.approx(1, abs=0.03), "llama.cpp also rounds activations to 8 bits"
 
 
+def test_rows_name_no_folder_of_this_machine(first: Any, results: Path, real_home: Path) -> None:
+    text = "".join(file.read_text() for file in results.glob("*/rows.jsonl"))
+    assert "$WORKBENCH_HOME/" in text
+    assert str(real_home) not in text
+
+
 def test_a_second_run_measures_nothing(first: Any, workbench: Any, results: Path) -> None:
     (file,) = results.glob("*/rows.jsonl")
     before = file.read_bytes()

@@ -56,6 +56,14 @@ def test_where_it_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert place.home() == Path("/somewhere/cache/workbench")
 
 
+def test_what_is_published_names_no_folder_of_this_machine(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/someone")
+    assert place.portable(f"{home}/a in {home}, /someone/b") == "$WORKBENCH_HOME/a in $WORKBENCH_HOME, ~/b"
+    assert place.portable(f"{home}-2 and /someone.else") == f"{home}-2 and /someone.else"
+    monkeypatch.setenv("HOME", "/")
+    assert place.portable("/a/b") == "/a/b"
+
+
 def test_asking_makes_nothing(home: Path) -> None:
     assert place.last_recipe() is None
     assert place.interpreter("vllm", "python") == "python"

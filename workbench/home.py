@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 import tomllib
@@ -30,6 +31,14 @@ def home() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("workbench"))
+
+
+def portable(text: str) -> str:
+    """`text` with this machine's cache folder written `$WORKBENCH_HOME`, and its user's own folder `~`."""
+    for folder, name in ((home(), "$WORKBENCH_HOME"), (Path.home(), "~")):
+        if folder != folder.parent:
+            text = name.join(re.split(re.escape(str(folder)) + r"(?![\w.-])", text))
+    return text
 
 
 def instance() -> str:

@@ -9,6 +9,7 @@ recorded, the reference that every divergence of the recipe is measured from.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 
 from workbench.artifacts import Made, Show, make, reference, reference_key, work
 from workbench.errors import UserError, WorkFailed
-from workbench.home import home, interpreter, lock, remember
+from workbench.home import home, interpreter, lock, portable, remember
 from workbench.machine.identity import has_cuda, machine, program, versions
 from workbench.recipe import BackendChoice, Recipe, limits_of
 from workbench.records import MEASUREMENT_VERSION, Artifact, Job, Measurement, Row, digest, from_json, to_json
@@ -76,6 +77,7 @@ def profile(
                 continue
             if row.error is None and row.unsupported is None:
                 row = _measure(recipe, made, row, base, show)
+            row = _portable(row)
             store.append(results, here["name"], row)
         rows.append(row)
         if row.error:
@@ -189,6 +191,12 @@ def _measure(recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, 
         row, measurement=measurement, error=error, started_at=started_at,
         duration_s=round(time.monotonic() - started, 3) if duration_s is None else duration_s,
     )  # fmt: skip
+
+
+def _portable(row: Row) -> Row:
+    """The row as others may read it: rows are published, and the folders of this machine are nobody's business."""
+    plain: Row = from_json(Row, json.loads(portable(json.dumps(to_json(row)))))
+    return plain
 
 
 def _now() -> str:
