@@ -77,8 +77,7 @@ def profile(
                 continue
             if row.error is None and row.unsupported is None:
                 row = _measure(recipe, made, row, base, show)
-            row = _portable(row)
-            store.append(results, here["name"], row)
+            store.append(results, here["name"], _portable(row))
         rows.append(row)
         if row.error:
             show.say(f"{row.artifact.variant} on {row.backend} failed: {row.error}")
