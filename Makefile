@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lock clean
+.PHONY: demo test check lock lock-cuda clean
 demo: $(READY)
 	$(VENV)/bin/workbench run recipes/smollm2-135m.yaml
 
@@ -20,6 +20,11 @@ $(READY): requirements/install.sh requirements/cpu.lock requirements/torch.txt p
 lock:
 	$(VENV)/bin/uv pip compile --no-deps --generate-hashes --no-header --no-annotate --universal \
 		--python-version 3.11 requirements/cpu.in -o requirements/cpu.lock
+
+lock-cuda:
+	for set in cuda cuda-vllm; do $(VENV)/bin/uv pip compile --generate-hashes --no-header --no-annotate \
+		--python-version 3.12 --python-platform x86_64-manylinux_2_39 \
+		requirements/$$set.in -o requirements/$$set.lock || exit 1; done
 
 clean:
 	rm -rf $(VENV)

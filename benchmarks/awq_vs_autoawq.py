@@ -1,9 +1,10 @@
 """AWQ from the calibration pass against AutoAWQ: time and quality on the same tokens, and the layout bit for bit.
 
 AutoAWQ is archived and needs an interpreter of its own (transformers 4.51.3, `pip install autoawq==0.2.9`), given as
-PYTHON. It takes about twenty minutes for a 135M model on two cores. Run from the repository root:
+PYTHON. It takes about twenty minutes for a 135M model on two cores; `--layers N` cuts the model to its first layers
+for both, since each works layer by layer, and then compares times only. Run from the repository root:
 
-    python -P benchmarks/awq_vs_autoawq.py BASE CALIBRATION EVALUATION OUT --python PYTHON [--layout-only]
+    python -P benchmarks/awq_vs_autoawq.py BASE CALIBRATION EVALUATION OUT --python PYTHON [--layers N | --layout-only]
 
 Its time is that of its `quantize` call; ours is the whole pass with AWQ as the only variant. Our checkpoint is
 also unpacked by AutoAWQ's own `dequantize_gemm` (and without PYTHON's help by ours), and must agree to the last bit.
@@ -29,7 +30,7 @@ import json, sys, time
 from awq import AutoAWQForCausalLM
 from awq.quantize import quantizer
 import torch
-base, tokens, out, layers = sys.argv[1:5]
+base, tokens, out = sys.argv[1:4]
 windows = json.load(open(tokens))["windows"]
 # Its own loader reads text and concatenates blocks of 512; the same tokens go in where that ends.
 quantizer.get_calib_dataset = lambda **_: [torch.tensor([window]) for window in windows]
@@ -65,6 +66,25 @@ def run(python: Path, program: str, *arguments: str) -> str:
     return done.stdout
 
 
+def first_layers(base: Path, count: int, out: Path) -> Path:
+    """A copy of the base that ends after its first layers."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(base, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}), encoding="utf-8")
+    beyond = tuple(f"model.layers.{index}." for index in range(count, config["num_hidden_layers"]))
+    kept = {
+        name: tensor
+        for file in sorted(base.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+        if not name.startswith(beyond)
+    }
+    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
 def layout_agrees(python: Path, checkpoint: Path, work: Path) -> bool:
     """Whether AutoAWQ's unpacking of our file gives our own float16 values for every weight."""
     import torch
@@ -91,21 +111,23 @@ def main() -> int:
     parser.add_argument("evaluation", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--python", type=Path, required=True, help="of an environment with autoawq")
+    parser.add_argument("--layers", type=int, help="only the base's first so many layers; without perplexities")
     parser.add_argument("--layout-only", action="store_true", help="leave out AutoAWQ's own quantization")
     arguments = parser.parse_args()
     base, tokens, out = arguments.base.resolve(), arguments.calibration.resolve(), arguments.out.resolve()
-    made, ours_s = ours(base, tokens, out, {"awq": ("awq", {})})
+    if arguments.layers:
+        base = first_layers(base, arguments.layers, out / f"first-{arguments.layers}-layers")
+    made, ours_s = ours(base, tokens, out, {"awq": ("awq", {})}, "auto")
     print(f"ours: {ours_s:.1f} s, of it AWQ {made['seconds']['awq']:.1f} s", flush=True)
     good = layout_agrees(arguments.python, out / "awq", out)
     if arguments.layout_only:
         return 0 if good else 1
     peer = out / "autoawq"
     shutil.rmtree(peer, ignore_errors=True)
-    layers = json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-    said = run(arguments.python, QUANTIZE, str(base), str(tokens), str(peer), str(layers))
+    said = run(arguments.python, QUANTIZE, str(base), str(tokens), str(peer))
     theirs_s = float(next(line for line in said.splitlines() if line.startswith("SECONDS")).split()[1])
     print(f"AutoAWQ: {theirs_s:.1f} s; ours takes 1/{theirs_s / ours_s:.1f} of it (goal 1/12)")
-    for name, folder in (("base", base), ("ours", out / "awq"), ("AutoAWQ", peer)):
+    for name, folder in () if arguments.layers else (("base", base), ("ours", out / "awq"), ("AutoAWQ", peer)):
         form = "safetensors" if name == "base" else "awq"
         print(
             f"  {name:8} perplexity {perplexity(folder, form, 'transformers', arguments.evaluation, out / 'work'):.3f}"

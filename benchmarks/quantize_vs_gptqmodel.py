@@ -73,7 +73,8 @@ def perplexity(path: Path, form: str, backend: str, evaluation: Path, workdir: P
         base=path.name,
         artifact=Artifact(path.name, "base" if form == "safetensors" else form, form, str(path), "0", 0, 0),
         backend=backend,
-        options={},
+        # Compiling takes vLLM a minute and changes no logit that matters here.
+        options={"enforce_eager": True} if backend == "vllm" else {},
         workload=Workload(repeats=0),
         evaluation=Evaluation(
             "evaluation", str(whole), "0", max(map(len, content["windows"])), "second-half", len(content["windows"]), 0
@@ -85,9 +86,9 @@ def perplexity(path: Path, form: str, backend: str, evaluation: Path, workdir: P
 
 
 def ours(
-    base: Path, tokens: Path, out: Path, variants: dict[str, tuple[str, dict[str, Any]]]
+    base: Path, tokens: Path, out: Path, variants: dict[str, tuple[str, dict[str, Any]]], precision: str = "float32"
 ) -> tuple[dict[str, Any], float]:
-    """One calibration pass with these variants, into `out/NAME`."""
+    """One calibration pass with these variants, into `out/NAME`; float32 as recipes with an importance matrix do."""
     entries = []
     for name, (method, options) in variants.items():
         folder = out / name
@@ -98,7 +99,7 @@ def ours(
     payload = {
         "base": str(base), "tokens": str(tokens), "tokens_digest": "benchmark", "variants": entries,
         "imatrix_out": str(out / "imatrix.gguf"), "state": str(out / "state"),
-        "device": "cpu", "threads": None, "seed": 0,
+        "device": "cpu", "threads": None, "seed": 0, "precision": precision,
     }  # fmt: skip
     return call("workbench.worker.calibrate:run", payload, out / "work")
 

@@ -89,7 +89,8 @@ class Bench:
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
     def measured(self) -> list[str]:
-        return [row["artifact"]["variant"] for row in self.rows() if row["error"] is None]
+        """Variants that were measured, sorted: jobs run in a random order."""
+        return sorted(row["artifact"]["variant"] for row in self.rows() if row["error"] is None)
 
     def workers(self) -> list[psutil.Process]:
         """Processes of ours that still run."""
@@ -158,7 +159,9 @@ def test_a_run_measures_once_and_its_table_has_what_is_promised(bench: Bench) ->
     assert [(line["variant"], line["backend"]) for line in lines] == [("base", "fake"), ("gguf-Q8_0", "fake")]
     for line in lines:
         assert line.keys() >= PROMISED
-        assert line["error"] is None and line["warnings"] == [] and line["device"] == "cpu"
+        assert line["error"] is None and line["device"] == "cpu"
+        # Other work on the machine is warned of, and nothing else.
+        assert all(text.startswith(("the machine was", "the processor")) for text in line["warnings"])
         assert line["prefill_tok_s"] > 0 and line["decode_tok_s"] > 0 and line["perplexity"] > 1
         assert line["load_s"] >= 0 and line["peak_rss_bytes"] > 2**20
         assert line["peak_vram_bytes"] is None or line["peak_vram_bytes"] >= 0
@@ -175,7 +178,7 @@ def test_a_run_measures_once_and_its_table_has_what_is_promised(bench: Bench) ->
         assert len(row["measurement"]["speeds"][0]["first_token_s"]) == 2, "raw samples, one a repeat"
         assert all(len(steps) == 3 for steps in row["measurement"]["speeds"][0]["step_s"])
         assert len(row["measurement"]["quality"]["windows"]) == 3
-    provenance = stored[1]["artifact"]["provenance"]
+    (provenance,) = [row["artifact"]["provenance"] for row in stored if row["artifact"]["variant"] != "base"]
     assert provenance["base"] and provenance["versions"]["llama-cpp-python"] and provenance["cost"]["seconds"] > 0
 
     again = bench("run", recipe, "--format", "json")
@@ -226,7 +229,7 @@ def test_again_measures_again(bench: Bench) -> None:
     recipe = bench.recipe()
     for words in ([], ["--again"]):
         assert bench("run", recipe, *words).returncode == 0
-    assert bench.measured() == ["base", "gguf-Q8_0"] * 2
+    assert bench.measured() == ["base", "base", "gguf-Q8_0", "gguf-Q8_0"]
     assert len(json.loads(bench("table", "--format", "json").stdout)) == 2, "the latest of each pair"
 
 
@@ -271,7 +274,7 @@ def test_a_failure_is_tried_again_and_success_is_not(bench: Bench) -> None:
     recipe = bench.recipe(backends={"fake": {"do": "raise", "only": "gguf-Q8_0"}})
     for _ in range(2):
         assert bench("run", recipe).returncode == 1
-    rows = [(row["artifact"]["variant"], row["error"] is None) for row in bench.rows()]
+    rows = sorted((row["artifact"]["variant"], row["error"] is None) for row in bench.rows())
     assert rows == [("base", True), ("gguf-Q8_0", False), ("gguf-Q8_0", False)]
     table = json.loads(bench("table", "--format", "json").stdout)
     assert len(table) == 2, "one line a pair, however often it failed"
@@ -290,7 +293,7 @@ def test_a_few_nan_logits_are_a_warning(bench: Bench) -> None:
     answer = bench("run", recipe, "--format", "json")
     assert answer.returncode == 0
     line = json.loads(answer.stdout)[1]
-    assert line["warnings"] == ["1 of 45 scored positions have NaN or infinite logits; left out"]
+    assert "1 of 45 scored positions have NaN or infinite logits; left out" in line["warnings"]
     assert line["perplexity"] > 1 and line["error"] is None
     assert "NaN or infinite" in bench("table").stdout
 
@@ -349,7 +352,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(bench: Bench) -> 
     kept = bench.rows()
     assert len(kept) == 1
     assert bench("run", recipe).returncode == 0
-    assert bench.rows()[:1] == kept and bench.measured() == ["base", "gguf-Q8_0", "gguf-Q4_0"]
+    assert bench.rows()[:1] == kept and bench.measured() == ["base", "gguf-Q4_0", "gguf-Q8_0"]
 
 
 def test_a_killed_run_takes_its_worker_with_it(bench: Bench) -> None:

@@ -62,8 +62,8 @@ def test_shipped_recipes_load(path: Path) -> None:
     loaded = load(path)
     assert loaded.name == path.stem
     assert loaded.variants[0].name == loaded.variants[0].method == "base"
-    assert [choice.name for choice in loaded.backends] == ["transformers", "vllm", "llamacpp"]
-    assert loaded.evaluation is not None
+    assert list(dict.fromkeys(choice.name for choice in loaded.backends)) == ["transformers", "vllm", "llamacpp"]
+    assert loaded.evaluation is not None or loaded.base.init == "random"
 
 
 def test_at_least_the_three_promised_recipes() -> None:
@@ -454,3 +454,49 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device here")
 def test_an_endless_file_is_not_read_to_its_end() -> None:
     assert "too large for a recipe" in refused_file(Path("/dev/zero"))
+
+
+def test_a_workload_of_lists_is_a_headline_and_further_points() -> None:
+    load_ = parse(
+        recipe(workload={"prompt_tokens": [512, 128], "batch": [1, 4], "requests": 2}), Path("r.yaml")
+    ).workload
+    assert (load_.prompt_tokens, load_.batch) == (512, 1)
+    assert load_.points == [(512, 1), (128, 1), (512, 4)]
+    assert (load_.longest, load_.most_tokens) == (512 + 96, 4 * (512 + 96))
+    single = parse(recipe(workload={"prompt_tokens": 512, "batch": 1}), Path("r.yaml")).workload
+    assert single.points == [(512, 1)] and (single.longest, single.most_tokens) == (576, 576)
+
+
+@pytest.mark.parametrize(
+    ("load_", "message"),
+    [
+        ({"prompt_tokens": [512, 0]}, "workload.prompt_tokens[1]: Input should be greater than or equal to 1"),
+        ({"prompt_tokens": []}, "workload.prompt_tokens: List should have at least 1 item"),
+        ({"batch": [2, 2]}, "workload: `batch` names a value twice"),
+        ({"batch": [1, "x"]}, "workload.batch[1]: Input should be a valid integer (found 'x')"),
+        ({"repeats": 0}, "workload.repeats: Input should be greater than or equal to 1 (found 0)"),
+        ({"requests": -1}, "workload.requests: Input should be greater than or equal to 0"),
+    ],
+)  # fmt: skip
+def test_lists_of_a_workload_are_checked_item_by_item(load_: dict[str, Any], message: str) -> None:
+    assert message in refused(recipe(workload=load_))
+
+
+def test_the_kv_cache_is_an_axis() -> None:
+    both = parse(recipe(backends={"llamacpp": {"kv_cache": ["f16", "q8_0"], "threads": 2}}), Path("r.yaml"))
+    assert [(choice.name, choice.options["kv_cache"], choice.options["threads"]) for choice in both.backends] == [
+        ("llamacpp", "f16", 2), ("llamacpp", "q8_0", 2),
+    ]  # fmt: skip
+    assert both.choices("llamacpp") == list(both.backends) and both.backend("llamacpp") == both.backends[0]
+    assert [choice.options for choice in both.choices("vllm")] == [{}]
+    assert "Known: f16, q8_0" in refused(recipe(backends={"llamacpp": {"kv_cache": ["f16", "fp8"]}}))
+    assert "kv_cache: names a value twice" in refused(recipe(backends={"vllm": {"kv_cache": ["fp8", "fp8"]}}))
+    assert "unknown value 'q8_0'" in refused(recipe(backends={"transformers": {"kv_cache": "q8_0"}}))
+
+
+def test_a_configuration_pasted_from_json_keeps_its_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "base: {init: random, config: {model_type: llama, rms_norm_eps: 1e-05, name: 2e}}\nvariants: [gguf: Q4_0]"
+    )
+    assert load(file).base.config == {"model_type": "llama", "rms_norm_eps": 1e-5, "name": "2e"}

@@ -15,7 +15,7 @@ import shutil
 import struct
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +25,9 @@ from workbench.home import disk_error, entry, home, interpreter, lock, machine_l
 from workbench.machine import isolate
 from workbench.machine.identity import has_cuda, program, versions
 from workbench.machine.monitor import Monitor
+from workbench.plan import check_context
 from workbench.recipe import Recipe
-from workbench.records import REFERENCE_VERSION, Artifact, Evaluation, Job, Variant, digest, from_json, to_json
+from workbench.records import REFERENCE_VERSION, Artifact, Evaluation, Job, Task, Variant, digest, from_json, to_json
 from workbench.worker.backends import BACKENDS
 
 TOOLS = {
@@ -35,6 +36,9 @@ TOOLS = {
     "gptq": ("torch", "transformers"),
 }
 """Whose versions an artifact depends on."""
+
+TASKS_VERSION = 1
+"""Of the way a task's file becomes token ids."""
 
 REFERENCE_MAKER = "transformers"
 """The backend that scores the base for the reference: the one that computes in float32 on a CPU."""
@@ -57,13 +61,17 @@ class Made:
     evaluation: Evaluation | None
     artifacts: dict[str, list[Artifact]]
     failures: dict[str, str]
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    """Further evaluation sets by name."""
+    tasks: dict[str, Task] = field(default_factory=dict)
 
 
 def work(
     function: str, payload: Any, show: Show, text: str, *, python: str = sys.executable, limit_s: float,
     environment: dict[str, str] | None = None,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-    """Run one worker alone on this machine; its value, and what it cost (`seconds`, `peak_rss_bytes`, `memory`).
+    """Run one worker alone on this machine; its value, and what it cost (`seconds`, `peak_rss_bytes`, `memory`,
+    `conditions`).
 
     Raises `UserError` for what the user can mend and `WorkFailed` for the rest.
     """
@@ -86,13 +94,15 @@ def work(
     shutil.rmtree(folder, ignore_errors=True)
     memory = monitor.memory()
     cost = {"seconds": round(reply.duration_s, 3), "peak_rss_bytes": memory.get("peak_rss")}
-    return reply.value, cost | {"memory": memory}
+    return reply.value, cost | {"memory": memory, "conditions": monitor.conditions()}
 
 
 def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     """Base, tokens and the named variants (default: all) of a recipe, made or found in the cache."""
     base = prepare(recipe, show)
+    check_context(recipe.workload.longest, int(base.get("context_length") or 0), f"{recipe.path}: workload")
     tokens = tokenize(recipe, base, show)
+    asked = tasks(recipe, base, show)
     wanted = [v for v in recipe.variants if v.method != "base" and (names is None or v.name in names)]
     artifacts: dict[str, list[Artifact]] = {"base": [_base_artifact(base)]}
     failures: dict[str, str] = {}
@@ -118,7 +128,7 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
         except (WorkFailed, UserError) as problem:
             failures[variant.name] = str(problem)
             show.say(f"{variant.name} failed: {problem}")
-    return Made(base, tokens.get("evaluation"), artifacts, failures)
+    return Made(base, tokens.get("evaluation"), artifacts, failures, tokens.get("evaluations", {}), asked)
 
 
 def prepare(recipe: Recipe, show: Show) -> dict[str, Any]:
@@ -156,11 +166,12 @@ def prepare(recipe: Recipe, show: Show) -> dict[str, Any]:
 
 
 def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Any]:
-    """`evaluation` (an `Evaluation`) and `calibration` (`path`, `digest`, ...) of a recipe, as far as it has them."""
+    """`evaluation` (an `Evaluation`), `evaluations` (further ones by name) and `calibration` (`path`, `digest`, ...) of
+    a recipe, as far as it has them."""
     folder = recipe.path.parent
     sets: list[dict[str, Any]] = []
-    if recipe.evaluation:
-        test = recipe.evaluation
+    tests = [recipe.evaluation, *recipe.evaluations] if recipe.evaluation else []
+    for test in tests:
         sets.append(
             {
                 "role": "evaluation", "name": test.name or "evaluation", "source": test.source.resolved(folder),
@@ -182,48 +193,83 @@ def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Any]
     overlap = bool(recipe.calibration and recipe.calibration.allow_overlap)
     stamps = [_stamp(entry["source"]) for entry in sets]
     key = digest([base["digest"], sets, overlap, stamps])
+    # The first set is "evaluation", whatever it is called.
+    further = [f"evaluation-{i}" for i in range(2, len(tests) + 1)]
+    places = (["evaluation", *further] if tests else []) + (["calibration"] if recipe.calibration else [])
 
     def build(partial: Path) -> dict[str, Any]:
         payload = {
             "base": base["path"], "allow_overlap": overlap,
             "allow_remote_code": recipe.base.trust_remote_code,
-            "sets": [{**entry, "out": str(partial / f"{entry['role']}.json")} for entry in sets],
+            "sets": [
+                {**entry, "out": str(partial / f"{where}.json")} for entry, where in zip(sets, places, strict=True)
+            ],
         }  # fmt: skip
         made, cost = work("workbench.worker.corpus:build", payload, show, "tokens", limit_s=recipe.limits.quantize_s)
-        return {"sets": {entry["role"]: answer for entry, answer in zip(sets, made["sets"], strict=True)}, "cost": cost}
+        return {"sets": dict(zip(places, made["sets"], strict=True)), "cost": cost}
 
     place, record = entry("tokens", key, build)
     found: dict[str, Any] = {}
     for role, answer in record["sets"].items():
         answer = {**answer, "path": str(place / f"{role}.json")}
         found[role] = answer
-    if "evaluation" in found:
-        assert recipe.evaluation is not None
-        name = recipe.evaluation.name or "evaluation"
-        found["evaluation"] = from_json(Evaluation, {**found["evaluation"], "name": name})
+    found["evaluations"] = {}
+    for where, test in zip(places, tests, strict=False):
+        # Two recipes may name the same tokens differently.
+        made = from_json(Evaluation, {**found.pop(where), "name": test.name or "evaluation"})
+        if where == "evaluation":
+            found[where] = made
+        else:
+            found["evaluations"][made.name] = made
     return found
 
 
-def reference_key(recipe: Recipe, made: Made) -> str | None:
-    """The digest of all that determines the reference of a recipe's base; None if there is nothing to score, or
-    no transformers to score it with. Knowing it makes nothing."""
+def tasks(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Task]:
+    """The recipe's tasks by name, tokenized."""
+    if not recipe.tasks:
+        return {}
+    if base.get("tokenizer") is False:
+        raise UserError(
+            f"{recipe.path}: tasks: the base has no tokenizer to spell them with. Give it one, or remove them"
+        )
+    given = {name: task.resolved(recipe.path.parent) for name, task in recipe.tasks.items()}
+    stamps = [_stamp(task) for task in given.values()]
+    key = digest([base["digest"], given, stamps, TASKS_VERSION, recipe.base.trust_remote_code])
+
+    def build(partial: Path) -> dict[str, Any]:
+        payload = {
+            "base": base["path"], "tasks": given, "out": str(partial),
+            "allow_remote_code": recipe.base.trust_remote_code,
+        }  # fmt: skip
+        made, cost = work("workbench.worker.tasks:build", payload, show, "tasks", limit_s=recipe.limits.quantize_s)
+        return {**made, "cost": cost}
+
+    place, record = entry("tasks", key, build)
+    made = {name: {**task, "path": str(place / task["path"])} for name, task in record["tasks"].items()}
+    return {name: from_json(Task, task) for name, task in made.items()}
+
+
+def reference_key(recipe: Recipe, made: Made, evaluation: Evaluation | None) -> str | None:
+    """The digest of all that determines the reference of a recipe's base for an evaluation set; None if there is
+    nothing to score, or no transformers to score it with. Knowing it makes nothing."""
     module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
     found = versions(module.PACKAGES, interpreter(REFERENCE_MAKER, sys.executable))
-    if made.evaluation is None or REFERENCE_MAKER not in found:
+    if evaluation is None or REFERENCE_MAKER not in found:
         return None
     options = _reference_options(recipe)
     how = [options["device"], options["attention"], has_cuda()]
-    return digest([made.base["digest"], made.evaluation.digest, REFERENCE_VERSION, found, how])
+    return digest([made.base["digest"], evaluation.digest, REFERENCE_VERSION, found, how])
 
 
-def reference(recipe: Recipe, made: Made, key: str | None, show: Show) -> dict[str, Any] | None:
+def reference(
+    recipe: Recipe, made: Made, evaluation: Evaluation | None, key: str | None, show: Show
+) -> dict[str, Any] | None:
     """What the base says of every scored token, for the divergence of all others: `path` and `digest`.
 
-    The base is scored once a recipe by transformers: in float32 on a CPU, in its own dtype on a GPU. Where that
+    The base is scored once a set by transformers: in float32 on a CPU, in its own dtype on a GPU. Where that
     cannot be done, the reason is told, the answer is None, and jobs measure perplexity without divergence.
     """
     module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
-    evaluation = made.evaluation
     if key is None or evaluation is None:
         if evaluation is not None:
             show.say(
@@ -244,7 +290,8 @@ def reference(recipe: Recipe, made: Made, key: str | None, show: Show) -> dict[s
             leftover.unlink()
         value, cost = work(
             "workbench.worker.profile:refer", {"job": to_json(job), "out": str(folder / name)}, show,
-            "reference: base's distributions", python=interpreter(REFERENCE_MAKER, sys.executable),
+            "reference: base's distributions" + (f" on {evaluation.name}" if made.evaluations else ""),
+            python=interpreter(REFERENCE_MAKER, sys.executable),
             limit_s=recipe.limits.profile_s,
             environment={**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
@@ -378,8 +425,9 @@ def _calibrated(
         reason = "it needs calibration tokens, and this recipe makes none"
         failures |= {v.name: reason for v in variants + weighted + foreign}
         return None, {}
-    keys = {v.name: _key(base, v, v.method, [tokens["digest"]]) for v in variants}
-    imatrix_key = digest([base["digest"], tokens["digest"], "imatrix", 1])
+    precision = _precision(recipe)
+    keys = {v.name: _key(base, v, v.method, [tokens["digest"], precision]) for v in variants}
+    imatrix_key = digest([base["digest"], tokens["digest"], "imatrix", precision, 1])
     root = home() / "artifacts"
     missing = [v for v in variants if not (root / keys[v.name] / "artifact.json").exists()]
     imatrix_file = home() / "imatrix" / imatrix_key / f"{recipe.model}.imatrix.gguf"
@@ -388,7 +436,8 @@ def _calibrated(
     try:
         if missing or need_imatrix:
             with lock(home() / "locks" / f"pass-{base['digest']}-{tokens['digest']}"):
-                _pass(recipe, base, tokens, missing, keys, imatrix_key if need_imatrix else None, pass_key, show)
+                key = imatrix_key if need_imatrix else None
+                failures |= _pass(recipe, base, tokens, missing, keys, key, pass_key, show)
     except (WorkFailed, UserError) as problem:
         failed = missing + (weighted if need_imatrix else [])
         failures |= {v.name: str(problem) for v in failed}
@@ -409,18 +458,25 @@ def _calibrated(
     return imatrix, found
 
 
+def _precision(recipe: Recipe) -> str:
+    """Of the calibration pass: exact where llama.cpp's quantizer is to get an importance matrix, as its own tool is."""
+    chosen = recipe.calibration.precision if recipe.calibration else "auto"
+    weighted = any(v.method == "gguf" and v.options.get("imatrix") for v in recipe.variants)
+    return "float32" if chosen == "auto" and weighted else chosen
+
+
 def _pass(
     recipe: Recipe, base: dict[str, Any], tokens: dict[str, Any], missing: list[Variant], keys: dict[str, str],
     imatrix_key: str | None, pass_key: str, show: Show,
-) -> None:  # fmt: skip
-    """Run the one pass for what is missing and put each result into the cache."""
+) -> dict[str, str]:  # fmt: skip
+    """Run the one pass for what is missing and put each result into the cache; the reasons of what it refused."""
     root = home() / "artifacts"
     # Another run may have made some of it while this one waited for the lock.
     missing = [v for v in missing if not (root / keys[v.name] / "artifact.json").exists()]
     if imatrix_key and (home() / "imatrix" / imatrix_key / "imatrix.json").exists():
         imatrix_key = None
     if not missing and not imatrix_key:
-        return
+        return {}
     outs = {}
     for variant in missing:
         outs[variant.name] = root / f"{keys[variant.name]}.partial" / f"{recipe.model}-{variant.name}"
@@ -435,14 +491,20 @@ def _pass(
             {"name": v.name, "method": v.method, "options": v.options, "out": str(outs[v.name])} for v in missing
         ],
         "imatrix_out": str(imatrix_out) if imatrix_out else None,
-        "state": str(state), "device": "auto", "threads": None, "seed": 0,
+        "state": str(state), "device": "auto", "threads": None, "seed": 0, "precision": _precision(recipe),
     }  # fmt: skip
     names = ", ".join([v.name for v in missing] + (["importance matrix"] if imatrix_key else []))
     made, cost = work(
         "workbench.worker.calibrate:run", payload, show, f"calibration pass: {names}",
         limit_s=recipe.limits.quantize_s,
     )  # fmt: skip
+    refused: dict[str, str] = made["refused"]
+    for name, reason in refused.items():
+        show.say(f"{name} failed: {reason}")
+        shutil.rmtree(outs[name].parent, ignore_errors=True)
     for variant in missing:
+        if variant.name in refused:
+            continue
         record = _checkpoint(recipe, base, variant, outs[variant.name], keys[variant.name], tokens, made, cost)
         entry("artifacts", keys[variant.name], lambda folder, record=record: record)  # type: ignore[misc]
     if imatrix_key and imatrix_out:
@@ -453,6 +515,7 @@ def _pass(
 
         entry("imatrix", imatrix_key, keep)
     shutil.rmtree(state, ignore_errors=True)
+    return refused
 
 
 def _checkpoint(

@@ -6,13 +6,17 @@ Nothing heavy is imported here at top level, so that `--help` answers at once.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from workbench import __version__
 from workbench.errors import UserError, WorkFailed, unknown
+
+if TYPE_CHECKING:
+    from workbench.records import Row
 
 app = typer.Typer(
     name="workbench",
@@ -29,7 +33,7 @@ SomeRecipe = Annotated[
     Path | None,
     typer.Argument(help="A recipe; without one, that last quantized on this machine.", show_default=False),
 ]
-Results = Annotated[Path, typer.Option("--results", help="The folder that rows are stored in.")]
+Results = Annotated[str, typer.Option("--results", help="The folder, or URL of one, that rows are stored in.")]
 Backends = Annotated[
     list[str] | None,
     typer.Option("--backend", "-b", help="Only this engine; may be given several times.", show_default=False),
@@ -41,10 +45,17 @@ Variants = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
+SomeRows = Annotated[
+    list[str] | None,
+    typer.Argument(help="Files, folders or URLs of rows; default: the results folder.", show_default=False),
+]
 Again = Annotated[bool, typer.Option("--again", help="Measure again what is already measured.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write to this file instead of printing.", show_default=False)
+]
 Format = Annotated[str, typer.Option("--format", "-f", help="terminal, markdown, csv or json.")]
-RESULTS = Path("results")
+RESULTS = "results"
 
 
 @app.callback(invoke_without_command=True)
@@ -107,24 +118,251 @@ def profile(
 
 @app.command()
 def table(
-    rows: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Files or folders of rows; default: the results folder.", show_default=False),
-    ] = None,
+    rows: SomeRows = None,
     results: Results = RESULTS,
     recipe: Annotated[str | None, typer.Option(help="Only rows of the recipe of this name.")] = None,
     machine: Annotated[str | None, typer.Option(help="Only rows of the machine of this name.")] = None,
-    format: Format = "terminal",
+    format: Annotated[str, typer.Option("--format", "-f", help="As for run, or parquet.")] = "terminal",
+    output: Output = None,
 ) -> None:
-    """Print the comparison table of stored rows."""
-    from workbench.report import store
+    """Print the comparison table of stored rows; as Parquet, the rows of all machines and evaluations."""
     from workbench.report.table import build
 
-    render = _renderer(format)
-    found, warnings = store.read(*(rows or [results]))
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    render(build(found, machine=machine, recipe=recipe))
+    if format == "parquet":
+        from workbench.report.parquet import parquet
+
+        if output is None and sys.stdout.isatty():
+            raise UserError("Parquet is not for a terminal: name a file with --output rows.parquet")
+        found = [row for row in _stored(rows or [results]) if recipe in (None, row.recipe)]
+        _write(output, parquet([row for row in found if machine in (None, row.machine.get("name"))]))
+        return
+    render = _renderer(format, output)
+    render(build(_stored(rows or [results]), machine=machine, recipe=recipe))
+
+
+@app.command()
+def compare(
+    old: Annotated[str, typer.Argument(metavar="A", help="A file, folder or URL of rows, a date or a commit.")],
+    new: Annotated[str, typer.Argument(metavar="B", help="The same, for the later ones.")],
+    results: Results = RESULTS,
+    fail: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit with 1 if this metric is worse by this much, as decode_tok_s:5%.", show_default=False),
+    ] = None,
+    machine: Annotated[str | None, typer.Option(help="Only rows of the machine of this name.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Only rows of the recipe of this name.")] = None,
+    evaluation: Annotated[str | None, typer.Option(help="Only rows scored on the tokens of this digest.")] = None,
+    measurement_version: Annotated[int | None, typer.Option(help="Only rows measured in this way.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also what is the same or undecided.")] = False,
+    format: Annotated[str, typer.Option("--format", "-f", help="terminal or json.")] = "terminal",
+) -> None:
+    """Compare two sets of rows, metric by metric: better, worse, same or undecided."""
+    from workbench.report import compare as wing
+
+    if format not in ("terminal", "json"):
+        raise unknown("format", format, ["terminal", "json"])
+    limits = dict(wing.parse_limit(each) for each in fail or [])
+    places = [spec if "://" in spec or Path(spec).exists() else None for spec in (old, new)]
+    known = [] if all(places) else _stored([results], everything=True)
+    if not all(places) and not known:
+        raise UserError(f"{results}: nothing measured yet, so no date or commit to choose")
+    sets = [
+        _stored([place], everything=True) if place else wing.select(known, spec)
+        for place, spec in zip(places, (old, new), strict=True)
+    ]
+    found = wing.compare(
+        sets[0], sets[1], thresholds=limits, machine=machine, evaluation=evaluation,
+        measurement_version=measurement_version, recipe=recipe,
+    )  # fmt: skip
+    sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found, everything))
+    for line in wing.doubts(found, limits):
+        print(f"undecided, measure more: {line}", file=sys.stderr)
+    broken = wing.failures(found, limits)
+    for line in broken:
+        print(f"fail: {line}", file=sys.stderr)
+    raise typer.Exit(1 if broken else 0)
+
+
+@app.command()
+def recommend(
+    rows: SomeRows = None,
+    results: Results = RESULTS,
+    memory: Annotated[str | None, typer.Option(help="At most this much, as 8GiB.", show_default=False)] = None,
+    max_size: Annotated[str | None, typer.Option(help="At most this much on disk.", show_default=False)] = None,
+    max_perplexity: Annotated[
+        str | None, typer.Option(help="1% (more than the base's) or the value itself.", show_default=False)
+    ] = None,
+    max_kld: Annotated[float | None, typer.Option(help="Mean divergence, nats a token.", show_default=False)] = None,
+    min_decode: Annotated[float | None, typer.Option(help="New tokens a second.", show_default=False)] = None,
+    min_prefill: Annotated[float | None, typer.Option(help="Prompt tokens a second.", show_default=False)] = None,
+    backend: Annotated[str | None, typer.Option("--backend", "-b", help="Only this engine.")] = None,
+    sort: Annotated[str, typer.Option(help="speed, quality, memory or size.")] = "speed",
+    recipe: Annotated[str | None, typer.Option(help="Only rows of the recipe of this name.")] = None,
+    machine: Annotated[str | None, typer.Option(help="Only rows of the machine of this name.")] = None,
+    format: Annotated[str, typer.Option("--format", "-f", help="terminal or json.")] = "terminal",
+) -> None:
+    """Choose a variant and an engine under limits; exit with 1 if nothing fits."""
+    from workbench.home import home
+    from workbench.report import recommend as wing
+    from workbench.report.table import build
+
+    if format not in ("terminal", "json"):
+        raise unknown("format", format, ["terminal", "json"])
+    relative, value = wing.parse_share(max_perplexity, "--max-perplexity") if max_perplexity else (None, None)
+    wishes = wing.Wishes(
+        memory_bytes=wing.parse_size(memory, "--memory") if memory else None,
+        size_bytes=wing.parse_size(max_size, "--max-size") if max_size else None,
+        max_perplexity=relative, max_perplexity_value=value, max_kld=max_kld, min_decode_tok_s=min_decode,
+        min_prefill_tok_s=min_prefill, backend=backend, sort=sort,
+    )  # fmt: skip
+    found = wing.recommend(build(_stored(rows or [results]), machine=machine, recipe=recipe), wishes, str(home()))
+    sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
+    raise typer.Exit(0 if found.choice else 1)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    memory: Annotated[str | None, typer.Option(help="Fit into this much, as 24GiB; default: this machine's.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a sequence, prompt and new ones.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences at once.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is here.", show_default=False)] = None,
+    format: Annotated[str, typer.Option("--format", "-f", help="terminal or json.")] = "terminal",
+) -> None:
+    """What each variant will need in each engine, and what fits, before anything is made; exit 1 if nothing fits."""
+    from workbench import plan as wing
+    from workbench.recipe import load
+    from workbench.report.recommend import parse_size
+
+    if format not in wing.FORMATS:
+        raise unknown("format", format, wing.FORMATS)
+    if device not in (None, "cpu", "cuda"):
+        raise unknown("device", device, ["cpu", "cuda"])
+    made = wing.make(
+        load(recipe), memory_bytes=int(parse_size(memory, "--memory")) if memory else None, context=context,
+        batch=batch, cuda=None if device is None else device == "cuda",
+    )  # fmt: skip
+    sys.stdout.write(wing.FORMATS[format](made))
+    raise typer.Exit(0 if any(need.fits for need in made.needs) else 1)
+
+
+@app.command()
+def report(
+    rows: SomeRows = None,
+    results: Results = RESULTS,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    plots: Annotated[
+        Path | None, typer.Option(help="A folder for each plot as SVG (and PNG, with resvg-py).", show_default=False)
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Only rows of the recipe of this name.")] = None,
+    machine: Annotated[str | None, typer.Option(help="Only rows of the machine of this name.")] = None,
+) -> None:
+    """Write one self-contained HTML page with the table, the plots and where the numbers come from."""
+    from workbench.report import charts
+    from workbench.report import page as wing
+    from workbench.report.history import series_like, series_of, steps_of
+    from workbench.report.table import build
+
+    places = rows or [results]
+    table = build(_stored(places), machine=machine, recipe=recipe)
+    series = series_like(table, series_of(_stored(places, everything=True, quiet=True)))
+    steps = [step for one in series for step in steps_of(one)]
+    _write(output, wing.page(table, series, steps))
+    print(output)
+    for plot in wing.plots(table, series, steps) if plots else []:
+        svg = charts.standalone(plot.wide)
+        _write(plots / f"{plot.name}.svg", svg)
+        png = charts.png(svg)
+        if png is not None:
+            _write(plots / f"{plot.name}.png", png)
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the site.")],
+    results: Results = RESULTS,
+    url: Annotated[str, typer.Option(help="Where it will be served, for the feed.", show_default=False)] = "",
+) -> None:
+    """Write a static site: latest tables, history, regressions, a feed and a badge."""
+    from workbench.report import publish as wing
+    from workbench.report.publish import path_of
+
+    still = wing.publish(_stored([results], everything=True), folder, url)
+    print(folder / "index.html")
+    for step in still:
+        where = path_of(step.series.machine, step.series.recipe)
+        print(f"{step.series.label}: {step.metric} {step.relative:+.1%} since {step.first.at[:10]} ({where})")
+
+
+@app.command()
+def nightly(
+    recipes: Annotated[list[Path], typer.Argument(help="The recipes of the night.", show_default=False)],
+    results: Results = RESULTS,
+    site: Annotated[Path | None, typer.Option(help="Publish the site there.", show_default=False)] = None,
+    url: Annotated[str, typer.Option(help="Where the site is served, for its feed.", show_default=False)] = "",
+    issue: Annotated[bool, typer.Option("--issue", help="Open an issue (with gh) if something got worse.")] = False,
+    accept: Annotated[bool, typer.Option("--accept", help="Only take the last night's numbers as normal.")] = False,
+    backend: Backends = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure recipes anew and compare with the good nights before; exit with 1 if something got worse."""
+    from workbench import nightly as wing
+    from workbench.console import Console
+    from workbench.recipe import load
+
+    loaded = [load(recipe) for recipe in recipes]
+    if accept:
+        for recipe in loaded:
+            print(f"{recipe.name}: the night of {wing.accept(recipe, results)} is the new normal")
+        return
+    nights = wing.run(loaded, results, Console(quiet), site=site, url=url, issue=issue, backends=backend)
+    for night in nights:
+        sys.stdout.write(night.text)
+    raise typer.Exit(1 if any(night.verdict.alarms or night.failures for night in nights) else 0)
+
+
+Author = Annotated[str, typer.Option(help="Whom the card names as `quantized_by`.", show_default=False)]
+Licence = Annotated[
+    str | None, typer.Option("--licence", "--license", help="The base's, as llama3.1.", show_default=False)
+]
+
+
+@app.command()
+def card(
+    variant: Annotated[str, typer.Argument(help="A variant that was made, as gguf-Q4_K_M.", show_default=False)],
+    results: Results = RESULTS,
+    recipe: Annotated[str | None, typer.Option(help="Only rows of the recipe of this name.")] = None,
+    licence: Licence = None,
+    author: Author = "",
+    output: Output = None,
+) -> None:
+    """Write a variant's model card: front matter for the hub, the measured table, provenance, licence."""
+    from workbench import push as wing
+    from workbench.report import card as cards
+
+    rows = _stored([results])
+    row = cards.find(rows, variant, recipe)
+    _write(output, cards.card(rows, row, licence or wing.licence_of(row, rows), author))
+
+
+@app.command()
+def push(
+    variant: Annotated[str, typer.Argument(help="A variant that was made, as gguf-Q4_K_M.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")],
+    results: Results = RESULTS,
+    recipe: Annotated[str | None, typer.Option(help="Only rows of the recipe of this name.")] = None,
+    licence: Licence = None,
+    author: Author = "",
+    private: Annotated[bool, typer.Option("--private", help="A repository made now is private.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Though the licence forbids it or is not known.")] = False,
+) -> None:
+    """Upload a variant with its card to the hub, if the base's licence permits it."""
+    from workbench import push as wing
+    from workbench.report import card as cards
+
+    rows = _stored([results])
+    row = cards.find(rows, variant, recipe)
+    print(wing.push(rows, row, repository, licence=licence, author=author, private=private, anyway=anyway))
 
 
 @app.command()
@@ -176,7 +414,30 @@ def _named(recipe: object, names: list[str] | None) -> set[str] | None:
     return {recipe.variant(name).name for name in names} if names else None
 
 
-def _renderer(format: str):  # type: ignore[no-untyped-def]
+def _stored(places: Sequence[str], everything: bool = False, quiet: bool = False) -> list[Row]:
+    """Stored rows (`everything`: with the measurements that later ones superseded), the bad lines told."""
+    from workbench.report import store
+
+    found, warnings = (store.history if everything else store.read)(*places)
+    for warning in [] if quiet else warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return found
+
+
+def _write(output: Path | None, content: str | bytes) -> None:
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if output is None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(data)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}). Name another --output") from None
+
+
+def _renderer(format: str, output: Path | None = None):  # type: ignore[no-untyped-def]
     """A function that prints a table, or the table of rows; an unknown format is refused before any work."""
     from workbench.report.formats import FORMATS
     from workbench.report.table import Table, build
@@ -186,7 +447,10 @@ def _renderer(format: str):  # type: ignore[no-untyped-def]
 
     def render(what: object) -> None:
         built = what if isinstance(what, Table) else build(what)  # type: ignore[arg-type]
-        sys.stdout.write(FORMATS[format](built))
+        if output is None:
+            sys.stdout.write(FORMATS[format](built))
+        else:
+            _write(output, FORMATS[format](built))
 
     return render
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
+import re
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -20,17 +22,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from workbench.artifacts import Made, Show, make, reference, reference_key, work
+from workbench.artifacts import REFERENCE_MAKER, Made, Show, make, reference, reference_key, work
 from workbench.errors import UserError, WorkFailed
-from workbench.home import home, interpreter, lock, portable, remember
+from workbench.home import entry, home, interpreter, lock, portable, remember
+from workbench.machine import monitor
 from workbench.machine.identity import has_cuda, machine, program, versions
+from workbench.plan import advice
 from workbench.recipe import BackendChoice, Recipe, limits_of
 from workbench.records import MEASUREMENT_VERSION, Artifact, Job, Measurement, Row, digest, from_json, to_json
 from workbench.report import store
 from workbench.worker.backends import BACKENDS
 
+HARNESS = ("lm-eval",)
+"""The package of lm-evaluation-harness."""
 
-def run(recipe: Recipe, show: Show, results: Path, **choice: Any) -> tuple[Made, list[Row]]:
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|memoryerror|cannot allocate|could not make a context|n_seq_max|enough memory|no available memory",
+    re.IGNORECASE,
+)
+"""Engines' words for a workload that does not fit."""
+
+
+def run(recipe: Recipe, show: Show, results: Path | str, **choice: Any) -> tuple[Made, list[Row]]:
     """Quantize and profile; the rows of every pair of the recipe, old and new."""
     made = quantize(recipe, show)
     return made, profile(recipe, made, show, results, **choice)
@@ -45,50 +58,93 @@ def quantize(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
 
 
 def profile(
-    recipe: Recipe, made: Made, show: Show, results: Path, *,
+    recipe: Recipe, made: Made, show: Show, results: Path | str, *,
     backends: list[str] | None = None, variants: list[str] | None = None, again: bool = False,
+    since: str = "", only: Collection[tuple[str, str]] | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Measure every pair of artifact and backend that the recipe asks for; returns their rows in order."""
+    """Measure every pair of artifact and backend that the recipe asks for; returns their rows in order.
+
+    What was measured at `since` (RFC 3339, UTC) or later is not measured again, nor anything ever measured if it
+    is empty; with `again`, everything is. `only`: these (backend, variant) and no others, not even the base.
+    """
     here = machine()
-    folder = results / here["name"]
-    measured = {} if again else _measured(folder)
-    pairs, key = list(_pairs(recipe, backends, variants)), reference_key(recipe, made)
+    folder = store.under(results, here["name"])
+    measured = {} if again else _measured(folder, since=since)
+    pairs, keys = list(_pairs(recipe, backends, variants)), _reference_keys(recipe, made)
+    key = digest([*keys.values()]) if len(keys) > 1 else keys.get("")
+    for name, reason in _left_out(made, {choice.name for choice, _ in pairs}).items():
+        show.say(f"note: {reason} ({name})")
     plans = [_plan(recipe, made, choice, name, key) for choice, name in pairs]
     base: dict[str, Any] | None = None
     if any(_scores(row) and row.key not in measured for row in plans):
-        base = reference(recipe, made, key, show)
+        base = _references(recipe, made, keys, show)
         if base is None:
             # Their rows will be without divergence and must not pass for rows with it.
             bare = [_plan(recipe, made, choice, name, None) for choice, name in pairs]
             plans = [row if row.key in measured else other for row, other in zip(plans, bare, strict=True)]
         measured = _of_reference(measured, base)
-    rows = []
-    for row in plans:
+    rows: dict[int, Row] = {}
+    order = list(range(len(plans)))
+    # A machine that drifts (heat, other work) must not make the later variants look slower; the same order each time.
+    random.Random(f"{recipe.name} {recipe.workload.seed}").shuffle(order)
+    for place in order:
+        row = replace(plans[place], place=place)
         if row.key in measured:
-            rows.append(measured[row.key])
+            rows[place] = measured[row.key]
             continue
         waited: list[str] = []
         with lock(home() / "locks" / f"row-{row.key}", partial(waited.append, row.key)):
             # Another run may have stored it in the meantime; if it was waited for, its failure counts too.
-            if not again:
-                measured |= _of_reference(_measured(folder, set(waited)), base)
+            # To read a bucket again for each row would take longer than the rows: there only if it was waited for.
+            if not again and (waited or isinstance(folder, Path)):
+                measured |= _of_reference(_measured(folder, set(waited), since), base)
             if row.key in measured:
-                rows.append(measured[row.key])
+                rows[place] = measured[row.key]
                 continue
             if row.error is None and row.unsupported is None:
                 row = _measure(recipe, made, row, base, show)
             store.append(results, here["name"], _portable(row))
-        rows.append(row)
+        rows[place] = row
         if row.error:
             show.say(f"{row.artifact.variant} on {row.backend} failed: {row.error}")
-    return rows
+    return [rows[place] for place in sorted(rows)]
+
+
+def _reference_keys(recipe: Recipe, made: Made) -> dict[str, str]:
+    """The key of each evaluation set's reference, that of the first set under an empty name; empty without any."""
+    sets = {"": made.evaluation, **made.evaluations}
+    keys = {name: reference_key(recipe, made, each) for name, each in sets.items()}
+    return {name: key for name, key in keys.items() if key is not None}
+
+
+def _references(recipe: Recipe, made: Made, keys: dict[str, str], show: Show) -> dict[str, Any] | None:
+    """The first set's reference, and the others under `further`; None if one of them could not be made."""
+    first = reference(recipe, made, made.evaluation, keys.get(""), show)
+    further = {}
+    for name, each in made.evaluations.items():
+        found = reference(recipe, made, each, keys.get(name), show) if first else None
+        if found is None:
+            return None
+        further[name] = found
+    return first and {**first, "further": further}
+
+
+def _left_out(made: Made, backends: Collection[str]) -> dict[str, str]:
+    """Backend -> why it cannot run tasks of lm-evaluation-harness, which has to be installed beside it."""
+    if not any(task.harness for task in made.tasks.values()):
+        return {}
+    names = sorted(name for name in backends if not versions(HARNESS, interpreter(name, sys.executable)))
+    reason = (
+        "tasks of lm-evaluation-harness are left out, it is not installed here. Install it with: pip install lm-eval"
+    )
+    return dict.fromkeys(names, reason)
 
 
 def _pairs(
     recipe: Recipe, backends: list[str] | None, variants: list[str] | None
 ) -> Iterator[tuple[BackendChoice, str]]:
     """Backend by backend, the base first: every delta is against the base on the same backend."""
-    choices = [recipe.backend(name) for name in backends] if backends else list(recipe.backends)
+    choices = [choice for name in backends for choice in recipe.choices(name)] if backends else list(recipe.backends)
     wanted = {"base"} | {recipe.variant(name).name for name in variants} if variants else None
     for choice in choices:
         for variant in recipe.variants:
@@ -97,22 +153,24 @@ def _pairs(
                 yield choice, variant.name
 
 
-def _measured(folder: Path, failed: Collection[str] = ()) -> dict[str, Row]:
+def _measured(folder: store.Place, failed: Collection[str] = (), since: str = "") -> dict[str, Row]:
     """Rows that need not be measured again; failures are tried again but for the keys in `failed`."""
-    if not folder.exists():
-        return {}
     rows, _ = store.read(folder)
-    return {row.key: row for row in rows if row.error is None or row.key in failed}
+    # That a pair cannot run needs no saying every night.
+    recent = [row for row in rows if row.started_at >= since or row.unsupported]
+    return {row.key: row for row in recent if row.error is None or row.key in failed}
 
 
 def _of_reference(rows: dict[str, Row], base: dict[str, Any] | None) -> dict[str, Row]:
     """Without those compared with another reference than `base`: it was lost, and made anew not bit by bit."""
     if base is None:
         return rows
+    digests = {"": base["digest"]} | {name: each["digest"] for name, each in base.get("further", {}).items()}
     kept = {}
     for key, row in rows.items():
-        quality = row.measurement.quality if row.measurement else None
-        if not quality or quality.get("reference_digest") in (None, base["digest"]):
+        found = {"": row.measurement.quality, **row.measurement.qualities} if row.measurement else {}
+        own = {name: quality.get("reference_digest") for name, quality in found.items() if quality}
+        if all(each in (None, digests.get(name)) for name, each in own.items()):
             kept[key] = row
     return kept
 
@@ -135,6 +193,8 @@ def _plan(recipe: Recipe, made: Made, choice: BackendChoice, name: str, referenc
         best = reasons.index(None) if None in reasons else 0
         artifact = artifacts[best]
         unsupported = reasons[best] or limits_of(recipe.variant(name)).get(choice.name)
+        if unsupported is None and hasattr(module, "refuses"):
+            unsupported = module.refuses(choice.options, has_cuda())
         if unsupported and name in made.failures:
             # The form that this engine reads could have been made, and was not.
             error, unsupported = made.failures[name], None
@@ -153,11 +213,19 @@ def _plan(recipe: Recipe, made: Made, choice: BackendChoice, name: str, referenc
         recipe.model, name, artifact.digest, choice.name, found, options, recipe.workload,
         evaluation.digest if evaluation else None, MEASUREMENT_VERSION, unsupported,
     ]  # fmt: skip
+    missing = _left_out(made, [choice.name]).get(choice.name)
+    tasks = {name: task for name, task in made.tasks.items() if not (task.harness and missing)}
+    if made.evaluations or tasks:
+        causes.append([{name: each.digest for name, each in (made.evaluations | tasks).items()}])
+    if any(task.harness for task in tasks.values()):
+        found = found | versions(HARNESS, interpreter(choice.name, sys.executable))
+        causes.append(found)
     row = Row(
         key="", base=recipe.model, recipe=recipe.name, recipe_digest=recipe.digest,
         artifact=artifact, backend=choice.name, workload=recipe.workload, evaluation=evaluation,
         measurement=None, machine=machine(), versions=found | program(), started_at=_now(), duration_s=0.0,
         options=options, error=error, unsupported=unsupported,
+        evaluations=made.evaluations, tasks=tasks, warnings=[missing] if missing else [],
     )  # fmt: skip
     return replace(row, key=digest([*causes, reference] if reference and _scores(row) else causes))
 
@@ -168,13 +236,15 @@ def _measure(recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, 
     job = Job(
         base=recipe.model, artifact=row.artifact, backend=row.backend, options=row.options,
         workload=row.workload, evaluation=row.evaluation, reference=base["path"] if base else None,
-        base_digest=made.base["digest"],
+        base_digest=made.base["digest"], evaluations=row.evaluations, tasks=row.tasks,
+        references={name: each["path"] for name, each in base["further"].items()} if base else {},
     )  # fmt: skip
     threads = str(row.options.get("threads") or len(os.sched_getaffinity(0)))
     environment = {**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     started_at, started = _now(), time.monotonic()
     duration_s: float | None = None
-    measurement, error = None, None
+    measurement, error, doubts = None, None, list[str]()
+    here = row.machine | {"copy_bytes_per_s": _copy_bandwidth(show)}
     try:
         value, cost = work(
             "workbench.worker.profile:measure", {"job": to_json(job)}, show, f"{row.backend}: {row.artifact.variant}",
@@ -183,11 +253,16 @@ def _measure(recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, 
         )  # fmt: skip
         duration_s = cost["seconds"]  # Without the wait for another run to end.
         measurement = from_json(Measurement, value)
-        measurement = replace(measurement, memory=measurement.memory | cost["memory"])
+        conditions = measurement.conditions | cost["conditions"]
+        doubts = monitor.warnings(conditions)
+        measurement = replace(measurement, memory=measurement.memory | cost["memory"], conditions=conditions)
     except (WorkFailed, UserError) as problem:
         error = str(problem)
+        if OUT_OF_MEMORY.search(error):
+            error += advice(recipe, BackendChoice(row.backend, row.options), row.artifact.variant)
     return replace(
-        row, measurement=measurement, error=error, started_at=started_at,
+        row, measurement=measurement, error=error, started_at=started_at, machine=here,
+        warnings=[*row.warnings, *doubts],
         duration_s=round(time.monotonic() - started, 3) if duration_s is None else duration_s,
     )  # fmt: skip
 
@@ -196,6 +271,26 @@ def _portable(row: Row) -> Row:
     """The row as others may read it: rows are published, and the folders of this machine are nobody's business."""
     plain: Row = from_json(Row, json.loads(portable(json.dumps(to_json(row)))))
     return plain
+
+
+def _copy_bandwidth(show: Show) -> float | None:
+    """Bytes a second that this machine copies, measured once; None where it cannot be."""
+    here, device = machine(), "cuda" if has_cuda() else "cpu"
+    facts = [here["cpu"], here["threads"], here["memory_bytes"], here["gpus"], here["driver"], device]
+
+    def build(folder: Path) -> dict[str, Any]:
+        python = interpreter(REFERENCE_MAKER, sys.executable) if device == "cuda" else sys.executable
+        value, _ = work(
+            "workbench.worker.timing:copy_bandwidth", {"threads": here["threads"], "device": device}, show,
+            "copy bandwidth", python=python, limit_s=300,
+        )  # fmt: skip
+        return dict(value)
+
+    try:
+        return float(entry("bandwidth", digest(facts), build)[1]["bytes_per_s"])
+    except (WorkFailed, UserError) as problem:
+        show.say(f"no fraction of the memory's bandwidth: copying could not be measured: {problem}")
+        return None
 
 
 def _now() -> str:

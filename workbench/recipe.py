@@ -11,12 +11,22 @@ import fnmatch
 import importlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from workbench.errors import UserError, did_you_mean, unknown
 from workbench.records import Variant, Workload, digest, to_json
@@ -33,6 +43,8 @@ UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 Word = Annotated[str, Field(min_length=1)]
+NAME = r"^[A-Za-z0-9][\w.-]*$"
+"""What a person may call a recipe, a model, an evaluation set or a task."""
 
 
 class Strict(BaseModel):
@@ -82,6 +94,17 @@ class Base(Strict):
     seed: int = 0
     equivalent: Equivalent | None = None
     trust_remote_code: bool = False
+
+    @field_validator("config", mode="after")
+    @classmethod
+    def _numbers(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
+        """A `config.json` pasted into YAML says 1e-05, which YAML 1.1 takes for a word."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: float(item) if isinstance(item, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", item) else item
+            for key, item in value.items()
+        }
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -174,6 +197,44 @@ class Calibration(Strict):
     windows: int = Field(default=32, ge=1)
     seed: int = 0
     allow_overlap: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the pass's matrix products. `auto`: float32 where the recipe makes an importance matrix, whose smallest
+    entries bfloat16 would move by a tenth; else bfloat16 where the processor has it, in two thirds of the time."""
+
+
+class TaskModel(Strict):
+    """Prompts with expected answers: a file of one's own, or a task of lm-evaluation-harness."""
+
+    model_config = ConfigDict(json_schema_extra=_one_of("file", "lm_eval"))
+
+    file: Word | None = None
+    """YAML or JSONL, relative to the recipe; `recipes/tasks/everyday.yaml` shows every form."""
+    lm_eval: Word | None = None
+    """The name of a task that the harness knows."""
+    include: Word | None = None
+    """A folder of the harness's own YAML files, relative to the recipe."""
+    shots: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first so many items."""
+    new_tokens: int | None = Field(default=None, ge=1)
+    """The longest answer that is let grow, where an item says nothing else (default 32)."""
+    chat: bool = False
+    """Put each prompt into the model's chat template, as a user's message."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        _exactly_one(self, ("file", "lm_eval"))
+        theirs = [name for name in ("include", "shots") if getattr(self, name) is not None]
+        if self.file and theirs:
+            raise ValueError(f"`{theirs[0]}` belongs to `lm_eval`")
+        if self.lm_eval and (self.new_tokens or self.chat):
+            raise ValueError(f"`{'chat' if self.chat else 'new_tokens'}` belongs to `file`")
+        return self
+
+    def resolved(self, folder: Path) -> dict[str, Any]:
+        """As `worker/tasks.py` wants it, with paths made absolute against the recipe's folder."""
+        given = {name: value for name, value in self.model_dump().items() if value not in (None, False)}
+        return given | {name: str(_absolute(given[name], folder)) for name in ("file", "include") if name in given}
 
 
 class Limits(Strict):
@@ -183,25 +244,57 @@ class Limits(Strict):
     profile_s: float = Field(default=3600, gt=0)
 
 
-class WorkloadModel(Strict):
-    """What is run for speed."""
+Count = Annotated[int, Field(ge=1)]
+OneOrSeveral = Annotated[
+    Annotated[Count, Tag("one")] | Annotated[list[Count], Field(min_length=1, max_length=16), Tag("several")],
+    # Told apart before they are checked, so that a wrong number in a list is not answered with "not a number".
+    Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+]
+"""A number, or a list of numbers."""
 
-    prompt_tokens: int = Field(default=512, ge=1)
+
+def _several(value: int | list[int]) -> list[int]:
+    return [value] if isinstance(value, int) else value
+
+
+class WorkloadModel(Strict):
+    """What is run for speed. Of a list the first entry is what tables show; the others are measured beside it."""
+
+    prompt_tokens: OneOrSeveral = 512
     new_tokens: int = Field(default=64, ge=2)
-    batch: int = Field(default=1, ge=1)
+    batch: OneOrSeveral = 1
     repeats: int = Field(default=3, ge=1)
     warmup: int = Field(default=1, ge=0)
     seed: int = 0
+    requests: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        for name in ("prompt_tokens", "batch"):
+            values = _several(getattr(self, name))
+            if len(set(values)) < len(values):
+                raise ValueError(f"`{name}` names a value twice")
+        return self
+
+    def workload(self) -> Workload:
+        """As the rest of the program has it."""
+        prompts, batches = _several(self.prompt_tokens), _several(self.batch)
+        return Workload(
+            prompt_tokens=prompts[0], new_tokens=self.new_tokens, batch=batches[0], repeats=self.repeats,
+            warmup=self.warmup, seed=self.seed, more_prompt_tokens=prompts[1:], more_batch=batches[1:],
+            requests=self.requests,
+        )  # fmt: skip
 
 
 class Document(Strict):
     """The fixed part of a recipe; variants and backends are checked against their own modules."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] | None = None
-    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] | None = None
+    name: Annotated[str, Field(pattern=NAME)] | None = None
+    model: Annotated[str, Field(pattern=NAME)] | None = None
     base: Base
     calibration: Calibration | None = None
     evaluation: Evaluation | None = None
+    tasks: dict[Annotated[str, Field(pattern=NAME)], TaskModel] = Field(default_factory=dict)
     workload: WorkloadModel = WorkloadModel()
     limits: Limits = Limits()
 
@@ -235,6 +328,9 @@ class Recipe:
     limits: Limits
     digest: str
     warnings: tuple[str, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+    """Further sets, each with a name; `evaluation` is the first."""
+    tasks: dict[str, TaskModel] = field(default_factory=dict)
 
     def variant(self, name: str) -> Variant:
         """The variant of that name, or a `UserError` with the nearest one."""
@@ -247,10 +343,13 @@ class Recipe:
         """The backend of that name, with its defaults if the recipe does not list it."""
         if name not in BACKENDS:
             raise unknown("backend", name, BACKENDS)
-        for choice in self.backends:
-            if choice.name == name:
-                return choice
-        return BackendChoice(name, {})
+        return self.choices(name)[0]
+
+    def choices(self, name: str) -> list[BackendChoice]:
+        """The same for each value of an option that is an axis (`kv_cache: [f16, q8_0]`)."""
+        if name not in BACKENDS:
+            raise unknown("backend", name, BACKENDS)
+        return [choice for choice in self.backends if choice.name == name] or [BackendChoice(name, {})]
 
 
 def load(path: str | Path) -> Recipe:
@@ -283,6 +382,7 @@ def parse(data: Any, path: Path) -> Recipe:
         if key not in Document.model_fields and key not in extra:
             known = set(Document.model_fields) | extra
             raise UserError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")
+    data["evaluation"], further = _evaluations(data.get("evaluation"), where)
     raw_variants, raw_backends = data.pop("variants", None), data.pop("backends", None)
     document = _validate(TypeAdapter(Document), data, where, "")
     variants = _variants(raw_variants, where)
@@ -311,11 +411,45 @@ def parse(data: Any, path: Path) -> Recipe:
         backends=backends,
         calibration=document.calibration,
         evaluation=document.evaluation,
-        workload=Workload(**document.workload.model_dump()),
+        evaluations=further,
+        tasks=document.tasks,
+        workload=document.workload.workload(),
         limits=document.limits,
-        digest=digest([document.model_dump(mode="json"), to_json(variants), to_json(backends)]),
+        digest=digest(
+            [
+                document.model_dump(mode="json"),
+                to_json(variants),
+                to_json(backends),
+                *(each.model_dump(mode="json") for each in further),
+            ]
+        ),  # fmt: skip
         warnings=tuple(warnings),
     )
+
+
+def _evaluations(raw: Any, where: str) -> tuple[Any, tuple[Evaluation, ...]]:
+    """The first evaluation set as it stands in the recipe, still to be checked, and the further ones of a mapping
+    from names to sets."""
+    keys = set(Evaluation.model_fields)
+    several = (
+        isinstance(raw, dict)
+        and raw
+        and not keys & set(raw)
+        and all(isinstance(value, dict) for value in raw.values())
+        and any(keys & set(value) for value in raw.values())
+    )
+    if not several:
+        return raw, ()
+    checked = []
+    for name, value in raw.items():
+        place = f"evaluation.{name}"
+        if not re.fullmatch(NAME, str(name)):
+            raise UserError(f"{where}: {place}: a name has letters, digits, '.', '_' and '-' only, not {name!r}")
+        if "name" in value:
+            raise UserError(f"{where}: {place}: '{name}' is its name; leave the `name` inside out")
+        checked.append(_validate(TypeAdapter(Evaluation), {**value, "name": str(name)}, where, place))
+    first = next(iter(raw.items()))
+    return {**first[1], "name": str(first[0])}, tuple(checked[1:])
 
 
 def limits_of(variant: Variant) -> dict[str, str]:
@@ -363,7 +497,15 @@ def schema() -> dict[str, Any]:
     for word, module in BACKENDS.items():
         options = options_of(_module(module).Options, f"{word} options")
         options["properties"]["variants"] = {"type": "array", "items": {"type": "string"}}
+        if "kv_cache" in options["properties"]:
+            single = options["properties"]["kv_cache"]
+            several = {"type": "array", "items": single, "minItems": 1, "uniqueItems": True}
+            options["properties"]["kv_cache"] = {"anyOf": [single, several]}
         backends[word] = {"anyOf": [options, {"type": "null"}]}
+    one_set = {"$ref": "#/$defs/Evaluation"}
+    several = {"type": "object", "additionalProperties": one_set, "minProperties": 1}
+    several |= {"propertyNames": {"pattern": NAME, "not": {"enum": list(Evaluation.model_fields)}}}
+    top["properties"]["evaluation"] = {"anyOf": [one_set, several, {"type": "null"}], "default": None}
     top["properties"]["variants"] = {"type": "array", "items": {"anyOf": forms}, "minItems": 1}
     top["properties"]["backends"] = {
         "anyOf": [
@@ -456,8 +598,14 @@ def _backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple[Back
             if not fnmatch.filter(names, pattern):
                 raise unknown("variant", pattern, names, f"{where}: {place}.variants")
         kind = _module(BACKENDS[name]).Options
-        checked = _validate(TypeAdapter(kind), options, where, place, also={"variants"})
-        found.append(BackendChoice(name, to_json(checked), tuple(patterns)))
+        axis = options.get("kv_cache")
+        values = axis if isinstance(axis, list) and axis else [axis]
+        if len({json.dumps(value) for value in values}) < len(values):
+            raise UserError(f"{where}: {place}.kv_cache: names a value twice")
+        for value in values:
+            one = options if value is None else {**options, "kv_cache": value}
+            checked = _validate(TypeAdapter(kind), one, where, place, also={"variants"})
+            found.append(BackendChoice(name, to_json(checked), tuple(patterns)))
     return tuple(found)
 
 
@@ -493,7 +641,7 @@ def _place(prefix: str, location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             place += f"[{part}]"
-        elif part not in ("str", "dict[str,any]"):
+        elif part not in ("str", "dict[str,any]", "one", "several"):
             place += f".{part}" if place else str(part)
     return place
 
@@ -503,7 +651,9 @@ def _keys(adapter: TypeAdapter[Any], location: tuple[int | str, ...]) -> set[str
     whole = adapter.json_schema()
     node = whole
     for part in location[:-1]:
-        node = node.get("properties", {}).get(part, {})
+        held = [node.get("additionalProperties"), *node.get("patternProperties", {}).values()]
+        any_name = next((kind for kind in held if isinstance(kind, dict)), {})
+        node = node.get("properties", {}).get(part, any_name)
         for option in [node, *node.get("anyOf", [])]:
             if "$ref" in option:
                 node = whole["$defs"][option["$ref"].rsplit("/", 1)[1]]

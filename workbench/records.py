@@ -9,20 +9,22 @@ installed wherever an engine is; recipes, where people mistype, are checked in `
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 1
 """Of a stored row. Raise it when a field changes its meaning, and teach `report/store.py` to migrate."""
 
-MEASUREMENT_VERSION = 1
+MEASUREMENT_VERSION = 2
 """Of the way things are measured. Rows of different versions are never put side by side."""
 
-REFERENCE_VERSION = 1
+REFERENCE_VERSION = 2
 """Of the file that keeps the base's distributions (`worker/quality.py`); another version is refused."""
 
 
@@ -65,7 +67,8 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is run for speed."""
+    """What is run for speed: prompts of each length in batches of the first size, and the first length in batches
+    of each further size."""
 
     prompt_tokens: int = 512
     new_tokens: int = 64
@@ -73,6 +76,43 @@ class Workload:
     repeats: int = 3
     warmup: int = 1
     seed: int = 0
+    more_prompt_tokens: list[int] = field(default_factory=list)
+    """Further prompt lengths: prefill at that length, decode at that depth."""
+    more_batch: list[int] = field(default_factory=list)
+    requests: int = 0
+    """Requests a sequence slot that are also served with continuous batching, at every batch size; 0: none."""
+
+    @property
+    def prompts(self) -> list[int]:
+        """All prompt lengths, the one that tables show first."""
+        return [self.prompt_tokens, *self.more_prompt_tokens]
+
+    @property
+    def batches(self) -> list[int]:
+        """All batch sizes, the one that tables show first."""
+        return [self.batch, *self.more_batch]
+
+    @property
+    def longest_answer(self) -> int:
+        """New tokens of the longest request that is served (`worker/timing.py`), or timed alone."""
+        return max(1, self.new_tokens * 3 // 2) if self.requests else self.new_tokens
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, prompt and answer."""
+        return max(max(self.prompts) + self.new_tokens, self.prompt_tokens + self.longest_answer)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of all sequences that are in memory at once, at the largest point."""
+        alone = [prompt_tokens + self.new_tokens for prompt_tokens in self.prompts]
+        together = [many * (self.prompt_tokens + self.longest_answer) for many in self.batches]
+        return max(*(self.batch * tokens for tokens in alone), *together)
+
+    @property
+    def points(self) -> list[tuple[int, int]]:
+        """(prompt tokens, batch) of everything that is timed, in order."""
+        return [(p, self.batch) for p in self.prompts] + [(self.prompt_tokens, b) for b in self.more_batch]
 
 
 @dataclass(frozen=True)
@@ -93,6 +133,22 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Task:
+    """Prompts with expected answers, tokenized once a recipe and the same for every engine."""
+
+    name: str
+    path: str
+    """A JSON file of token ids as `worker/tasks.py` writes it."""
+    digest: str
+    items: int | None
+    """How many; None where only the harness knows."""
+    longest: int
+    """Tokens of the longest prompt with its answer."""
+    harness: bool = False
+    """Whether it is one of lm-evaluation-harness's own tasks."""
+
+
+@dataclass(frozen=True)
 class Job:
     """One artifact in one engine: what a worker is asked to measure."""
 
@@ -106,6 +162,20 @@ class Job:
     """Path of the compact record of the base's distributions (`worker/quality.py`), for the divergence."""
     base_digest: str = ""
     """Of the base that the reference must be of."""
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    """Further sets by name, where a recipe has several."""
+    references: dict[str, str] = field(default_factory=dict)
+    """The further sets' references, as far as there are any."""
+    tasks: dict[str, Task] = field(default_factory=dict)
+
+    @property
+    def longest_window(self) -> int:
+        """The most tokens that an engine has to take at once for what is scored."""
+        sets = [self.evaluation] if self.evaluation else []
+        return max(
+            (*(each.window for each in (*sets, *self.evaluations.values())), *(t.longest for t in self.tasks.values())),
+            default=0,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,6 +191,23 @@ class Speed:
     """Seconds of each decoding step after the first token, a list a repeat."""
     step_tokens: list[list[int]]
     """Tokens gained in each of those steps over the whole batch, a list a repeat."""
+    energy_j: list[float | None] = field(default_factory=list)
+    """Joules of the whole machine in each repeat, prompt and answer; None where nothing counts them."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """Raw samples of requests served together: one entry of `seconds` a repeat."""
+
+    slots: int
+    """Sequences at once."""
+    prompt_tokens: int
+    new_tokens: list[int]
+    """Of each request."""
+    seconds: list[float]
+    """From the first request to the last one's end."""
+    continuous: bool
+    """Whether a free slot takes the next request at once; else a group ends before the next begins."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +225,14 @@ class Measurement:
     settings: dict[str, Any] = field(default_factory=dict)
     """Dtype, threads, kernel: what the engine really ran with."""
     warnings: list[str] = field(default_factory=list)
+    served: list[Served] = field(default_factory=list)
+    conditions: dict[str, Any] = field(default_factory=dict)
+    """What the machine did meanwhile: load of others, clocks, throttling (`machine/monitor.py`), `probe_s`, how much of
+    the files was in the page cache."""
+    qualities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What `quality` is, for further evaluation sets by name."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What `worker/tasks.py` says of each task: right or wrong for every item, in the order of its file."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +254,17 @@ class Row:
     """RFC 3339, UTC."""
     duration_s: float
     options: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    """Further sets by name."""
+    tasks: dict[str, Task] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
     unsupported: str | None = None
     """The reason why this pair cannot run at all; not a failure."""
     schema_version: int = SCHEMA_VERSION
     measurement_version: int = MEASUREMENT_VERSION
+    place: int = 0
+    """Where the pair stands in its recipe; jobs run in another order."""
 
 
 def digest(value: Any) -> str:
@@ -190,17 +290,33 @@ def from_json(kind: Any, value: Any) -> Any:
     Unknown keys are dropped, so that a row with fields added later can still be read; a missing field
     without a default raises `TypeError`.
     """
+    reader = _reader(kind)
+    return value if reader is None else reader(value)
+
+
+@functools.cache
+def _reader(kind: Any) -> Callable[[Any], Any] | None:
+    """How a type is read; None where its JSON is it already. Made once a type: a history has 10,000 rows."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
-        names = {f.name for f in dataclasses.fields(kind)}
-        return kind(**{k: from_json(hints[k], v) for k, v in value.items() if k in names})
+        fields = {f.name: _reader(hints[f.name]) for f in dataclasses.fields(kind)}
+
+        def record(value: Any) -> Any:
+            known = {name: item for name, item in value.items() if name in fields}
+            for name, item in known.items():
+                reader = fields[name]
+                if reader is not None:
+                    known[name] = reader(item)
+            return kind(**known)
+
+        return record
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return from_json(next(a for a in arguments if a is not type(None)), value)
+        inner = _reader(next(a for a in arguments if a is not type(None)))
+        return None if inner is None else lambda value: None if value is None else inner(value)
+    if origin not in (list, dict):
+        return None
+    item_of = _reader(arguments[-1])
     if origin is list:
-        return [from_json(arguments[0], item) for item in value]
-    if origin is dict:
-        return {key: from_json(arguments[1], item) for key, item in value.items()}
-    return value
+        return list if item_of is None else lambda value: [item_of(item) for item in value]
+    return dict if item_of is None else lambda value: {key: item_of(item) for key, item in value.items()}

@@ -29,7 +29,13 @@ def with_quality(row: Row, windows: list[dict[str, Any]]) -> Row:
 def test_every_metric_by_hand() -> None:
     row = a_row(
         first_token_s=[0.5, 0.4, 0.8], step_s=[[0.1, 0.3], [0.25, 0.25], [0.5, 0.5]], batch=2,
-        windows=[(4, 8.0), (6, 13.0)], memory={"peak_rss": 1000, "peak_vram": 2000},
+        windows=[(4, 8.0), (6, 13.0)],
+        memory={"peak_rss": 1000, "peak_vram": 2000, "weights": 700, "kv_cache": 108, "workspace": 50},
+    )  # fmt: skip
+    speed = row.measurement.speeds[0]
+    row = replace(
+        row, machine={**row.machine, "copy_bytes_per_s": 16_000.0},
+        measurement=replace(row.measurement, speeds=[replace(speed, energy_j=[12.0, None, 20.0])]),
     )  # fmt: skip
     assert values(row) == {
         "bits_per_weight": 16.0,
@@ -39,6 +45,18 @@ def test_every_metric_by_hand() -> None:
         "peak_vram_bytes": 2000,
         "prefill_tok_s": pytest.approx(100 * 2 / 0.5),
         "decode_tok_s": pytest.approx(4 / 0.5),
+        "weights_bytes": 700,
+        "kv_cache_bytes": 108,
+        "workspace_bytes": 50,
+        "ttft_s": 0.5,
+        "itl_p50_s": pytest.approx(0.275),
+        "itl_p95_s": pytest.approx(0.5),
+        "itl_p99_s": pytest.approx(0.5),
+        "energy_j_per_token": pytest.approx(16 / (speed.new_tokens * 2)),
+        # 4 steps a second; of the cache the prompt's part and half of the answer's.
+        "bandwidth_fraction": pytest.approx(
+            (700 + 108 * (100 + speed.new_tokens / 2) / (100 + speed.new_tokens)) * 4 / 16_000
+        ),
         "perplexity": pytest.approx(math.exp(2.1)),
         **dict.fromkeys((*metrics.OF_THE_REFERENCE, "bits_per_byte")),
     }
@@ -59,12 +77,13 @@ def test_the_delta_by_hand() -> None:
 
 def test_directions_and_order() -> None:
     assert list(METRICS) == [
-        "bits_per_weight", "disk_bytes", "load_s", "peak_rss_bytes", "peak_vram_bytes", "prefill_tok_s",
-        "decode_tok_s", "perplexity", "kld_mean", "kld_p50", "kld_p90", "kld_p99", "kld_p999", "kld_max",
-        "top1_agreement", "rms_dp", "bits_per_byte",
+        "bits_per_weight", "disk_bytes", "load_s", "peak_rss_bytes", "peak_vram_bytes", "weights_bytes",
+        "kv_cache_bytes", "workspace_bytes", "prefill_tok_s", "decode_tok_s", "ttft_s", "itl_p50_s", "itl_p95_s",
+        "itl_p99_s", "energy_j_per_token", "bandwidth_fraction", "perplexity", "kld_mean", "kld_p50",
+        "kld_p90", "kld_p99", "kld_p999", "kld_max", "top1_agreement", "rms_dp", "bits_per_byte",
     ]  # fmt: skip
     higher = {name for name, metric in METRICS.items() if metric.better == "higher"}
-    assert higher == {"prefill_tok_s", "decode_tok_s", "top1_agreement"}
+    assert higher == {"prefill_tok_s", "decode_tok_s", "top1_agreement", "bandwidth_fraction"}
     assert all(name == metric.name for name, metric in METRICS.items())
 
 

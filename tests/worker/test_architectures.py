@@ -1,11 +1,26 @@
-"""The table of architectures: what it refuses, and that each entry's folds leave the model's function alone."""
+"""The table of architectures: what it refuses, and each entry from a random model to the logits of three engines.
+
+What is held against what: an engine's logits of a checkpoint against transformers' float32 logits of the same
+checkpoint de-quantized by our own unpacking (by the `gguf` package where the checkpoint is a GGUF file), so that what
+is left is the engine's arithmetic. How near that must be is `NEAR`; that the same logits are several times farther
+from the base's shows that the bound could fail.
+"""
 
 from __future__ import annotations
 
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
+from small_models import MODELS, OTHERS, dequantized, relative, write_model, write_sentencepiece, write_tokens
 
 from workbench.errors import UserError
-from workbench.worker.architectures import ARCHITECTURES, describe
+from workbench.machine import isolate
+from workbench.worker import calibrate
+from workbench.worker.architectures import ARCHITECTURES, EXPERTS, describe
+from workbench.worker.backends import BACKENDS
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
@@ -18,13 +33,21 @@ def test_unknown_architecture_names_the_way_out() -> None:
         describe(LLAMA | {"model_type": "lama"})
 
 
-def test_experts_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match="experts are not supported yet.*engine: gptqmodel"):
-        describe(LLAMA | {"model_type": "mixtral"})
+@pytest.mark.parametrize("kind", sorted(EXPERTS))
+def test_experts_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(UserError, match=f"'{kind}': AWQ and GPTQ of experts are not supported yet.*engine: gptqmodel"):
+        describe(LLAMA | {"model_type": kind})
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])
+def test_experts_are_known_by_their_number_too(key: str) -> None:
+    with pytest.raises(UserError, match="'unheard_of': AWQ and GPTQ of experts are not supported yet.*gptqmodel"):
+        describe(LLAMA | {"model_type": "unheard_of", key: 8})
+    assert describe(LLAMA | {key: 0}).model_type == "llama"
 
 
 def test_multimodal_configuration_is_refused() -> None:
-    with pytest.raises(UserError, match="only text models"):
+    with pytest.raises(UserError, match="only text models.*engine: gptqmodel"):
         describe({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
 
 
@@ -46,3 +69,279 @@ def test_phi3_values_and_up_rows_are_the_last_ones() -> None:
     assert by_linear["self_attn.o_proj"].rows == (64 + 32, 64 + 32 + 32)
     assert by_linear["self_attn.o_proj"].repeats == 2
     assert by_linear["mlp.down_proj"].rows == (128, 256)
+
+
+@pytest.mark.parametrize("kind", sorted(OTHERS))
+def test_the_pass_refuses_a_real_directory_of_them(kind: str, tmp_path: Path) -> None:
+    """Not only a configuration made by hand: a model that transformers builds and saves."""
+    pytest.importorskip("transformers")
+    base = write_model(tmp_path / "base", kind)
+    tokens = write_tokens(tmp_path / "tokens.json", [40] * 24)
+    request = {
+        "base": str(base), "tokens": str(tokens), "tokens_digest": "t", "variants": [], "imatrix_out": None,
+        "state": str(tmp_path / "state"), "device": "cpu", "threads": 1, "seed": 0,
+    }  # fmt: skip
+    reason = "is not in the calibration pass's table" if kind == "gpt_neox" else "experts are not supported yet"
+    with pytest.raises(UserError, match=f"'{kind}'.*{reason}.*engine: gptqmodel") as caught:
+        calibrate.run(request, lambda *_: None)
+    assert "\n" not in str(caught.value)
+
+
+# --- engines ------------------------------------------------------------------------------------
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 384}
+"""Multiples of 32, as vLLM's kernels on a CPU want them; its attention there begins with heads of 32."""
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    # llama.cpp's converter makes Llamas of Mistrals, and those have no sliding window.
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    # The sixth layer is the first that sees everything, with a rope of its own.
+    "gemma3_text": {"query_pre_attn_scalar": 32, "num_hidden_layers": 6},
+    "phi3": {},
+    # vLLM's rotary kernel on a CPU takes eight pairs at a time and writes past the end of what is no multiple of it.
+    "phi4-mini": {"hidden_size": 256, "head_dim": 64},
+}
+WINDOW = 48
+METHODS = ("awq", "gptq")
+TYPES = ("Q8_0", "Q4_0")
+NEAR, NEAR_EXACT = 0.06, 0.005
+"""Relative root mean square difference of the logits, for quantized and for exact weights. These random models enlarge
+a rounding several times on the way to the logits. llama.cpp keeps keys and values in float16 (0.0005 a number; 0.0016
+seen at most). transformers' and vLLM's kernels on a CPU multiply in bfloat16 (0.004 a number; 0.025 seen); llama.cpp
+rounds what meets quantized weights to 8 bits with one scale for 32 numbers, and vLLM may where the processor has tiles
+for it (0.005 to 0.01 a number; 0.033 seen). Four bits are 0.25 to 0.43 from the base."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, its calibrated variants and its importance matrix for every kind."""
+    pytest.importorskip("transformers")
+    made = tmp_path_factory.mktemp("architectures")
+    for seed, (kind, sizes) in enumerate(KINDS.items()):
+        base = write_sentencepiece(write_model(made / kind / "base", kind, seed, **(WIDE | sizes)))
+        variants = [
+            {"name": method, "method": method, "options": {"group_size": 32}, "out": str(made / kind / method)}
+            for method in METHODS
+        ]
+        if kind == "llama":
+            options = {"group_size": 32, "bits": 8}
+            out = str(made / kind / "gptq-8bit")
+            variants.append({"name": "gptq-8bit", "method": "gptq", "options": options, "out": out})
+        request = {
+            "base": str(base), "tokens": str(write_tokens(made / kind / "tokens.json", [40] * 24)),
+            "tokens_digest": "t", "variants": variants, "imatrix_out": str(made / kind / "imatrix.gguf"),
+            "state": str(made / kind / "state"), "device": "cpu", "threads": 1, "seed": 0, "precision": "float32",
+        }  # fmt: skip
+        calibrate.run(request, lambda *_: None)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[int]:
+    import torch
+
+    return list(torch.randint(3, 300, (WINDOW,), generator=torch.Generator().manual_seed(9)).tolist())
+
+
+@pytest.fixture(scope="module")
+def logits_of(folder: Path, ids: list[int]) -> Any:
+    """(backend, models) -> name -> logits, and name -> why there are none, from one child process."""
+    from safetensors.torch import load_file
+
+    def run(backend: str, models: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+        out = folder / f"{backend}.safetensors"
+        payload = {"backend": backend, "models": models, "ids": ids, "out": str(out)}
+        environment = importlib.import_module(BACKENDS[backend]).ENVIRONMENT
+        reply = isolate.call(
+            "tests.worker.engine_logits:collect", payload, workdir=folder / f"{backend}-log", time_limit_s=400,
+            environment={**environment, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert reply.error is None, reply.log
+        return dict(load_file(out)), dict(reply.value)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        f"{kind}/{method}": {"path": str(folder / kind / method), "format": method}
+        for kind in KINDS
+        for method in METHODS
+    }
+
+
+@pytest.fixture(scope="module")
+def in_transformers(logits_of: Any, checkpoints: dict[str, Any]) -> dict[str, Any]:
+    pytest.importorskip("gptqmodel")
+    found, failures = logits_of("transformers", checkpoints)
+    assert failures == {}
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def from_vllm(logits_of: Any, checkpoints: dict[str, Any], folder: Path) -> Any:
+    pytest.importorskip("vllm")
+    last = {"llama/gptq-8bit": {"path": str(folder / "llama/gptq-8bit"), "format": "gptq"}}
+    models = {name: {**model, "options": {"enforce_eager": True}} for name, model in (checkpoints | last).items()}
+    return logits_of("vllm", models)
+
+
+@pytest.fixture(scope="module")
+def in_vllm(from_vllm: Any) -> dict[str, Any]:
+    found, failures = from_vllm
+    assert set(failures) <= {"llama/gptq-8bit"}, failures
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def files(folder: Path) -> dict[str, dict[str, str]]:
+    """GGUF files by kind and type, as the program makes them: converted once, quantized with the matrix."""
+    pytest.importorskip("llama_cpp")
+    models = {
+        kind: {"base": str(folder / kind / "base"), "imatrix": str(folder / kind / "imatrix.gguf")} for kind in KINDS
+    }
+    reply = isolate.call(
+        "tests.worker.engine_logits:convert_and_quantize", {"models": models, "types": TYPES, "folder": str(folder)},
+        workdir=folder / "convert-log", time_limit_s=200,
+    )  # fmt: skip
+    assert reply.error is None, reply.log
+    return dict(reply.value)
+
+
+@pytest.fixture(scope="module")
+def in_llamacpp(logits_of: Any, files: dict[str, dict[str, str]]) -> dict[str, Any]:
+    models = {
+        f"{kind}/{name}": {"path": path, "format": "gguf"}
+        for kind, made in files.items()
+        for name, path in made.items()
+    }
+    found, failures = logits_of("llamacpp", models)
+    assert failures == {}
+    return dict(found)
+
+
+def exact(model: Any, ids: list[int]) -> Any:
+    """A model's own logits in float32, [tokens - 1, vocabulary]."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, :-1]
+
+
+def load_base(folder: Path) -> Any:
+    import torch
+    import transformers
+
+    # Gemma 2's capped scores are left out by the fast kernel.
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def from_gguf(base: Path, path: str) -> Any:
+    """The base's model with a GGUF file's matrices in place, de-quantized by the `gguf` package."""
+    import gguf
+    import torch
+
+    config = json.loads((base / "config.json").read_text())
+    architecture = describe(config)
+    names = {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
+    for layer in range(config["num_hidden_layers"]):
+        for linear, short in architecture.gguf.items():
+            names[f"blk.{layer}.{short}.weight"] = f"model.layers.{layer}.{linear}.weight"
+    model = load_base(base)
+    state = model.state_dict()
+    seen = set()
+    for tensor in gguf.GGUFReader(path).tensors:
+        if tensor.name in names:
+            weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            weight = weight.reshape(state[names[tensor.name]].shape)
+            if architecture.model_type in ("llama", "mistral") and ".attn_q." in tensor.name:
+                weight = unpermuted(weight, config["num_attention_heads"])
+            if architecture.model_type in ("llama", "mistral") and ".attn_k." in tensor.name:
+                weight = unpermuted(weight, config["num_key_value_heads"])
+            state[names[tensor.name]] = weight
+            seen.add(tensor.name)
+    assert set(names) - seen <= {"output.weight"}
+    model.load_state_dict(state)
+    return model
+
+
+def unpermuted(weight: Any, heads: int) -> Any:
+    """llama.cpp's Llama keeps a head's rotary pairs side by side; the checkpoint keeps them half a head apart."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_awq_and_gptq_from_the_pass_to_an_engines_logits(
+    kind: str, engine: str, folder: Path, ids: list[int], request: pytest.FixtureRequest
+) -> None:
+    found = request.getfixturevalue(f"in_{engine}")
+    base = exact(load_base(folder / kind / "base"), ids)
+    for method in METHODS:
+        logits = found[f"{kind}/{method}"][:, : base.shape[1]]
+        wanted = exact(dequantized(folder / kind / "base", folder / kind / method, method, 4), ids)
+        near, far = relative(logits, wanted), relative(logits, base)
+        print(f"{kind} {method} {engine}: {near:.4f} from its own weights, {far:.4f} from the base")
+        assert near < NEAR, method
+        assert far > 3 * NEAR, "or the bound above says nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_gguf_with_the_matrix_from_the_pass_to_llamacpps_logits(
+    kind: str, folder: Path, files: dict[str, dict[str, str]], in_llamacpp: dict[str, Any], ids: list[int]
+) -> None:
+    base = exact(load_base(folder / kind / "base"), ids)
+    assert relative(in_llamacpp[f"{kind}/F32"], base) < NEAR_EXACT
+    print(f"{kind} F32: {relative(in_llamacpp[f'{kind}/F32'], base):.4f} from the base")
+    for name in TYPES:
+        wanted = exact(from_gguf(folder / kind / "base", files[kind][name]), ids)
+        near, far = (relative(in_llamacpp[f"{kind}/{name}"], other) for other in (wanted, base))
+        print(f"{kind} {name}: {near:.4f} from its own weights, {far:.4f} from the base")
+        assert near < NEAR, name
+        assert far > 3 * NEAR or name == "Q8_0", "or the bound above says nothing"
+
+
+@pytest.mark.slow
+def test_the_program_says_what_vllm_on_a_cpu_refuses(from_vllm: Any, folder: Path, ids: list[int]) -> None:
+    """Eight bits: loaded on a GPU; on a CPU the engine fails, so the pair is shown as one that cannot run."""
+    import torch
+
+    from workbench.records import Artifact
+    from workbench.worker.backends import vllm
+
+    def said(bits: int, cuda: bool) -> str | None:
+        return vllm.unsupported(
+            Artifact("x", "gptq", "gptq", "", "", 0, 0, provenance={"options": {"bits": bits}}), cuda
+        )
+
+    found, failures = from_vllm
+    if torch.cuda.is_available():
+        base = folder / "llama/base"
+        wanted = exact(dequantized(base, folder / "llama/gptq-8bit", "gptq", 8), ids)
+        assert relative(found["llama/gptq-8bit"][:, : wanted.shape[1]], wanted) < NEAR
+    else:
+        assert "does not support weight_bits" in failures["llama/gptq-8bit"]
+    assert said(8, cuda=False) == "vLLM reads GPTQ of 8 bits on GPUs only; its kernels on a CPU take 4"
+    assert said(4, cuda=False) is said(8, cuda=True) is None
+
+
+@pytest.mark.slow
+def test_checkpoints_name_the_dtype_that_a_gpus_kernels_run_in(folder: Path) -> None:
+    """vLLM refuses Gemma in float16, and its activations leave that range."""
+    from workbench.worker.backends import vllm
+
+    found = {kind: {vllm._kernel_dtype(str(folder / kind / method)) for method in METHODS} for kind in KINDS}
+    assert found == {kind: {"bfloat16" if kind.startswith("gemma") else "float16"} for kind in KINDS}
+
+
+def test_kinds_are_all_of_the_table() -> None:
+    """And hold what the issue names: tied and untied heads, grouped queries, fused projections, softcaps."""
+    assert {MODELS[kind].get("model_type", kind) for kind in KINDS} == set(ARCHITECTURES)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from workbench.errors import UserError
+from workbench.recipe import parse
 from workbench.worker.architectures import Feeder, Layer, describe
 from workbench.worker.methods import awq, gptq
 
@@ -132,3 +135,16 @@ def test_names_and_limits() -> None:
     assert "vllm" in awq.limits(awq.Options(zero_point=False))
     with pytest.raises(UserError, match="compensated"):
         awq.check(awq.Options(rounding="compensated", engine="gptqmodel"))
+
+
+@pytest.mark.parametrize("options", [{"zero_point": False}])
+def test_what_an_engine_cannot_load_is_said_when_the_recipe_is_read(options: dict[str, object]) -> None:
+    """Of the engines that the recipe asks for; the variant is made for the others."""
+    source = {"text": "x"}
+    recipe = {
+        "base": {"path": "models/base"}, "variants": [{"awq": options}], "calibration": {"source": source},
+        "backends": ["vllm", "transformers"],
+    }  # fmt: skip
+    (warning,) = parse(recipe, Path("r.yaml")).warnings
+    assert " will not run on vllm: vLLM " in warning
+    assert parse(recipe | {"backends": ["transformers"]}, Path("r.yaml")).warnings == ()

@@ -3,58 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import string
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_models import MODELS, dequantized, relative, write_model, write_tokens
 
 from workbench.errors import UserError
 from workbench.worker import calibrate, imatrix
+from workbench.worker.calibration import layout
+from workbench.worker.calibration.weights import open_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-SIZES = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 354, "max_position_embeddings": 256,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
-    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
-    "mistral": {"sliding_window": 16},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 16},
-    "phi3": {"original_max_position_embeddings": 256},
-}
-TOKENS = 24 * 40
-
-
-def write_model(folder: Path, kind: str, seed: int = 0) -> Path:
-    """A random model with weights large enough for its layers to matter, and biases and norms that are not trivial."""
-    more = dict(MODELS[kind])
-    config = transformers.AutoConfig.for_model(more.pop("model_type", kind), **SIZES | more)
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight") or name.endswith(".bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            elif parameter.dim() == 2 and "embed" not in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    return folder
-
-
-def write_tokens(path: Path, lengths: list[int], vocabulary: int = 354, seed: int = 1) -> Path:
-    chance = torch.Generator().manual_seed(seed)
-    windows = [torch.randint(3, vocabulary, (n,), generator=chance).tolist() for n in lengths]
-    path.write_text(json.dumps({"windows": windows}))
-    return path
 
 
 def payload(base: Path, folder: Path, variants: dict[str, tuple[str, dict[str, Any]]], **more: Any) -> dict[str, Any]:
@@ -79,41 +45,13 @@ def run(*args: Any, **more: Any) -> dict[str, Any]:
     return calibrate.run(payload(*args, **more), quiet)
 
 
+ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
     "awq": ("awq", {"group_size": 32}),
     "awq-compensated": ("awq", {"group_size": 32, "rounding": "compensated"}),
     "gptq": ("gptq", {"group_size": 32}),
     "gptq-8": ("gptq", {"group_size": -1, "bits": 8}),
 }
-
-
-def dequantized(base: Path, out: Path, method: str, bits: int) -> Any:
-    """The base's model with a written checkpoint's weights in place, float32."""
-    from safetensors.torch import load_file
-
-    from workbench.worker.methods import awq, gptq
-
-    tensors = load_file(out / "model.safetensors")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    state = {}
-    for name, tensor in tensors.items():
-        stem, _, suffix = name.rpartition(".")
-        if suffix == "qweight":
-            parts = {
-                s: tensors[f"{stem}.{s}"] for s in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{s}" in tensors
-            }
-            state[f"{stem}.weight"] = awq.dequantize(parts) if method == "awq" else gptq.dequantize(parts, bits)
-        elif suffix not in ("qzeros", "scales", "g_idx"):
-            state[name] = tensor.float()
-    missing, extra = model.load_state_dict(state, strict=False)
-    assert not extra and set(missing) <= {"lm_head.weight"}
-    return model.eval()
-
-
-def relative(found: Any, expected: Any) -> float:
-    expected = expected - expected.mean(-1, keepdim=True)
-    found = found - found.mean(-1, keepdim=True)
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
@@ -135,7 +73,7 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(windows).logits
     importance = imatrix.load(tmp_path / "work/i.gguf")
-    described = calibrate._Base.open(base).architecture
+    described = open_weights(base).architecture
     assert len(importance) == 2 * len(described.linears)
     for layer in range(2):
         for linear, short in described.gguf.items():
@@ -162,7 +100,7 @@ def test_bytes_repeat_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run(base, tmp_path / "one", VARIANTS)
     run(base, tmp_path / "two", VARIANTS)
 
-    real, calls = calibrate._forward, []
+    real, calls = calibrate.forward, []
 
     def dies_in_second_layer(*args: Any) -> Any:
         calls.append(args[2])
@@ -170,7 +108,7 @@ def test_bytes_repeat_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(calibrate, "_forward", dies_in_second_layer)
+    monkeypatch.setattr(calibrate, "forward", dies_in_second_layer)
     request = payload(base, tmp_path / "three", VARIANTS)
     with pytest.raises(KeyboardInterrupt):
         calibrate.run(request, quiet)
@@ -212,8 +150,8 @@ def test_what_is_written_beside_the_weights(tmp_path: Path, tiny_llama: Path) ->
 def test_shards_and_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_model(tmp_path / "base", "llama")
     run(base, tmp_path / "whole", {"gptq": VARIANTS["gptq"]})
-    monkeypatch.setattr(calibrate, "SHARD_BYTES", 40_000)
-    monkeypatch.setattr(calibrate, "COPY_BYTES", 1_000)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(layout, "COPY_BYTES", 1_000)
     run(base, tmp_path / "split", {"gptq": VARIANTS["gptq"]})
     from safetensors.torch import load_file
 
@@ -254,11 +192,24 @@ def test_bfloat16_pass_is_near_the_float32_pass(tmp_path: Path) -> None:
 
 
 def test_group_size_that_does_not_divide(tmp_path: Path) -> None:
+    """Said of the variant that has it; the others are made."""
     base = write_model(tmp_path / "base", "llama")
-    with pytest.raises(
-        UserError, match=r"q_proj \(64 x 64\): group_size 128 does not divide its 64 inputs; take 16, 32, 64 or -1"
-    ):
-        run(base, tmp_path / "work", {"awq": ("awq", {})})
+    line = (
+        "awq: model.layers.0.self_attn.q_proj (64 x 64): group_size 128 does not divide its 64 inputs; "
+        "take 16, 32, 64 or -1"
+    )
+    with pytest.raises(UserError) as caught:
+        run(base, tmp_path / "alone", {"awq": ("awq", {})}, imatrix_out=None)
+    assert str(caught.value) == line
+    made = run(base, tmp_path / "work", {"awq": ("awq", {}), "gptq": VARIANTS["gptq"]})
+    assert made["refused"] == {"awq": line} and set(made["variants"]) == {"gptq"}
+    assert (tmp_path / "work/gptq/config.json").exists() and not list((tmp_path / "work/awq").iterdir())
+
+
+def test_sizes_that_whole_words_do_not_hold(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", "llama", intermediate_size=144)
+    made = run(base, tmp_path / "work", {"gptq": ("gptq", {"group_size": 16, "bits": 3})})
+    assert "mlp.gate_proj (144 x 64): 3 bits are stored 32 at a time" in made["refused"]["gptq"]
 
 
 def test_token_outside_the_vocabulary(tmp_path: Path) -> None:
@@ -274,6 +225,20 @@ def test_too_few_tokens(tmp_path: Path) -> None:
         run(base, tmp_path / "work", {}, tokens=write_tokens(tmp_path / "tokens.json", [25, 25]))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "line"),
+    [
+        ([], "the calibration has 0 tokens; at least 128 are needed.*raise `calibration.windows`"),
+        ([100, 0, 100], "calibration window 1 is empty"),
+        ([100, 300], "a calibration window has 300 tokens and the model's context 256: lower `calibration.window`"),
+    ],
+)
+def test_windows_that_cannot_be_run(lengths: list[int], line: str, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", "llama")
+    with pytest.raises(UserError, match=line):
+        run(base, tmp_path / "work", {}, tokens=write_tokens(tmp_path / "tokens.json", lengths))
+
+
 def test_fewer_tokens_than_inputs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a singular Gram matrix raises the damping, which is said too."""
     monkeypatch.setitem(MODELS, "wide", {"model_type": "llama", "intermediate_size": 192})
@@ -287,19 +252,32 @@ def test_fewer_tokens_than_inputs_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     assert any("down_proj: the Gram matrix is singular; damping raised" in line for line in warnings)
 
 
-def test_activations_that_are_not_finite(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lengths", [[40] * 24, [40, 30, 20, 50, 40, 60]])
+def test_activations_that_are_not_finite(lengths: list[int], tmp_path: Path) -> None:
+    """The sample is counted as in the file, whatever order the windows are run in."""
     from safetensors.torch import load_file, save_file
 
     base = write_model(tmp_path / "base", "llama")
     tensors = load_file(base / "model.safetensors")
-    tokens = write_tokens(tmp_path / "tokens.json", [40] * 24)
+    tokens = write_tokens(tmp_path / "tokens.json", lengths)
     windows = json.loads(tokens.read_text())["windows"]
     # A token of the fourth window alone has a damaged embedding.
     rare = next(t for t in windows[3] if not any(t in w for i, w in enumerate(windows) if i != 3))
     tensors["model.embed_tokens.weight"][rare] = float("inf")
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"layer 0: the input of self_attn.q_proj is not finite.*sample 3"):
+    with pytest.raises(UserError, match=r"layer 0: the input of self_attn.q_proj is not finite.*sample 3: "):
         run(base, tmp_path / "work", {}, tokens=tokens)
+
+
+def test_activations_that_overflow_further_in_name_their_layer(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = write_model(tmp_path / "base", "llama")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5] = 3e38
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layer 1: the input of mlp.down_proj is not finite, first in .* sample 0: "):
+        run(base, tmp_path / "work", {})
 
 
 def test_dead_channels_give_finite_checkpoints(tmp_path: Path) -> None:
@@ -339,40 +317,134 @@ def test_missing_tensor_names_it(tmp_path: Path) -> None:
 
 def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_model(tmp_path / "base", "llama")
-    real = calibrate.os.posix_fallocate
+    real = layout.os.posix_fallocate
 
     def small_disk(descriptor: int, start: int, size: int) -> None:
         if size > 100_000:
             raise OSError(28, "No space left on device")
         real(descriptor, start, size)
 
-    monkeypatch.setattr(calibrate.os, "posix_fallocate", small_disk)
+    monkeypatch.setattr(layout.os, "posix_fallocate", small_disk)
     with pytest.raises(UserError, match="no space left"):
         run(base, tmp_path / "work", {"gptq": VARIANTS["gptq"]})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
+def test_a_disk_that_fills_half_way_keeps_the_finished_layers(tmp_path: Path) -> None:
+    """A real ENOSPC in the second layer; with room again, the run ends with the bytes of one that had room."""
+    base = write_model(tmp_path / "base", "llama")
+    variants = {"gptq": VARIANTS["gptq"]}
+    run(base, tmp_path / "roomy", variants)
+    request = payload(base, tmp_path / "tight", variants)
+    file = tmp_path / "tight/gptq/model.safetensors"
+    aside = file.with_name("aside")
+
+    def fills(done: float, total: float, text: str) -> None:
+        if text.startswith("layer 2") and not file.is_symlink():
+            file.rename(aside)
+            file.symlink_to("/dev/full")
+
+    with pytest.raises(UserError, match=r"no space left on the disk of .*The finished layers are kept\.$") as caught:
+        calibrate.run(request, fills)
+    assert "\n" not in str(caught.value)
+    file.unlink()
+    aside.rename(file)
+    words = set()
+    calibrate.run(request, lambda done, total, text: words.add(text))
+    assert not any(text.startswith("layer 1 ") for text in words), "the first layer was there"
+    assert file.read_bytes() == (tmp_path / "roomy/gptq/model.safetensors").read_bytes()
+
+
+def test_a_layer_that_the_device_does_not_hold_is_quantized_in_host_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes on a CPU, where both memories are one, and a warning that names the layer."""
+    from workbench.worker.methods import gptq
+
+    base = write_model(tmp_path / "base", "llama")
+    variants = {"gptq": VARIANTS["gptq"]}
+    plain = run(base, tmp_path / "plain", variants)
+    real, calls = gptq.quantize, []
+
+    def full(layer: Any, options: Any) -> Any:
+        calls.append(layer.index)
+        if calls == [0, 1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(layer, options)
+
+    monkeypatch.setattr(gptq, "quantize", full)
+    moved = run(base, tmp_path / "moved", variants)
+    assert calls == [0, 1, 1] and plain["variants"]["gptq"]["warnings"] == []
+    (warning,) = moved["variants"]["gptq"]["warnings"]
+    assert warning.startswith("layer 1 was quantized in host memory")
+    name = "gptq/model.safetensors"
+    assert (tmp_path / "moved" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_a_forward_pass_that_the_device_does_not_hold_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_model(tmp_path / "base", "llama")
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(calibrate, "forward", full)
+    with pytest.raises(UserError, match="layer 0 and its Gram matrices do not fit .*CUDA_VISIBLE_DEVICES"):
+        run(base, tmp_path / "work", {})
 
 
 def test_unknown_device_and_method(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "llama")
     with pytest.raises(UserError, match="unknown device 'cdua'. Did you mean 'cuda'"):
         run(base, tmp_path / "work", {}, device="cdua")
+    with pytest.raises(UserError, match="unknown device 'mps'. Known: auto, cpu, cuda"):
+        run(base, tmp_path / "work", {}, device="mps")
+    with pytest.raises(UserError, match="unknown precision 'float16'. Did you mean 'bfloat16'"):
+        run(base, tmp_path / "work", {}, precision="float16")
+    external = ("gptq", {"engine": "gptqmodel", "group_size": 32})
+    with pytest.raises(UserError, match="`engine: gptqmodel` does not take part"):
+        run(base, tmp_path / "work", {"x": external}, imatrix_out=None)
     with pytest.raises(UserError, match="unknown method"):
-        run(base, tmp_path / "work", {"x": ("gguf", {})})
+        run(base, tmp_path / "work", {"x": ("gguf", {})}, imatrix_out=None)
+
+
+@pytest.mark.slow
+def test_one_variant_that_does_not_fit_leaves_the_others_of_a_recipe(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = {
+        "base": {"path": str(tiny_llama)},
+        "variants": [{"gptq": {"group_size": 32}}, {"awq": {"group_size": 48}}],
+        "calibration": {"source": {"text": string.printable * 40}, "window": 64, "windows": 4},
+        "backends": ["transformers"],
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    answer = subprocess.run(
+        [sys.executable, "-m", "workbench.cli", "quantize", "r.yaml"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "WORKBENCH_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert answer.returncode == 1, answer.stderr
+    assert "group_size 48 does not divide its 64 inputs; take 16, 32, 64 or -1" in " ".join(answer.stderr.split())
+    made = [json.loads(path.read_text()) for path in (tmp_path / "home" / "artifacts").glob("*/artifact.json")]
+    assert {record["variant"] for record in made} == {"gptq-4bit-g32"}
+    assert not list((tmp_path / "home" / "artifacts").glob("*.partial"))
 
 
 # --- real readers -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(MODELS))
-def test_transformers_loads_what_is_written(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_loads_what_other_options_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the defaults write, of every architecture and in every engine: `test_architectures.py`."""
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "4")
     pytest.importorskip("gptqmodel")
-    base = write_model(tmp_path / "base", kind)
-    variants = {"awq": VARIANTS["awq"], "gptq": VARIANTS["gptq"]}
-    if kind == "llama":
-        variants["gptq-asymmetric"] = ("gptq", {"group_size": 32, "sym": False})
-        variants["awq-symmetric"] = ("awq", {"group_size": 32, "zero_point": False})
-        variants["gptq-act-order"] = ("gptq", {"group_size": 32, "desc_act": True})
+    base = write_model(tmp_path / "base", "llama-biases")
+    variants: dict[str, tuple[str, dict[str, Any]]] = {
+        "awq": VARIANTS["awq"],
+        "gptq-asymmetric": ("gptq", {"group_size": 32, "sym": False}),
+        "awq-symmetric": ("awq", {"group_size": 32, "zero_point": False}),
+        "gptq-act-order": ("gptq", {"group_size": 32, "desc_act": True}),
+    }
     run(base, tmp_path / "work", variants)
     windows = torch.tensor(json.loads((tmp_path / "work/tokens.json").read_text())["windows"][:3])
     for name, (method, _) in variants.items():
@@ -385,13 +457,46 @@ def test_transformers_loads_what_is_written(kind: str, tmp_path: Path, monkeypat
 
 @pytest.mark.gpu
 def test_cuda_pass_is_near_the_cpu_pass(tmp_path: Path) -> None:
+    """Float32 on both, also where something has asked torch for TF32, which would show as 1e-3."""
     base = write_model(tmp_path / "base", "llama")
     run(base, tmp_path / "cpu", VARIANTS)
+    torch.set_float32_matmul_precision("high")
     run(base, tmp_path / "cuda", VARIANTS, device="cuda")
+    assert torch.get_float32_matmul_precision() == "highest"
     full, half = imatrix.load(tmp_path / "cpu/i.gguf"), imatrix.load(tmp_path / "cuda/i.gguf")
     for name, values in full.items():
-        assert abs(half[name] / values - 1).max() < 0.01
-    shutil.rmtree(tmp_path / "cuda")
+        assert abs(half[name] / values - 1).max() < 1e-4
+    windows = torch.tensor(json.loads((tmp_path / "cpu/tokens.json").read_text())["windows"])
+    for name, (method, options) in VARIANTS.items():
+        models = [
+            dequantized(base, tmp_path / where / name, method, options.get("bits", 4)) for where in ("cpu", "cuda")
+        ]
+        with torch.no_grad():
+            # A weight on the boundary between two codes may fall to either side.
+            assert relative(models[1](windows).logits, models[0](windows).logits) < 0.1
+
+
+@pytest.mark.gpu
+def test_cuda_pass_gives_the_same_bytes_twice_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_model(tmp_path / "base", "gemma2")
+    made = run(base, tmp_path / "one", VARIANTS, device="cuda", precision="auto")
+    assert made["peak_device_bytes"] > 0 and made["device"].startswith("cuda")
+    request = payload(base, tmp_path / "two", VARIANTS, device="cuda", precision="auto")
+    real = calibrate.forward
+
+    def stops(*args: Any) -> Any:
+        if args[2] == 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(calibrate, "forward", stops)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.run(request, quiet)
+    monkeypatch.setattr(calibrate, "forward", real)
+    calibrate.run(request, quiet)
+    for name in VARIANTS:
+        content = (tmp_path / "one" / name / "model.safetensors").read_bytes()
+        assert content == (tmp_path / "two" / name / "model.safetensors").read_bytes(), name
 
 
 @pytest.mark.slow

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from workbench.errors import UserError
+from workbench.recipe import parse
 from workbench.worker.methods import gptq
 
 torch = pytest.importorskip("torch")
@@ -120,6 +123,18 @@ def test_singular_gram_raises_its_damping() -> None:
     assert torch.isfinite(made.error).all()
 
 
+def test_what_no_damping_mends_names_the_layer() -> None:
+    """Opposite infinities of two channels, say: no Gram matrix of finite inputs looks so."""
+    weight, _ = problem(inputs=64)
+    gram = torch.eye(64)
+    gram[3, 5] = gram[5, 3] = 1e4
+    grid = gptq.search_grid(weight, gram, 32, 4, symmetric=True)
+    with pytest.raises(
+        UserError, match="layer 7 mlp.down_proj: the Gram matrix cannot be factored even with damping 1"
+    ):
+        gptq.compensate(weight, gram, grid, torch.arange(64) // 32, torch.arange(64), 0.01, "layer 7 mlp.down_proj")
+
+
 def test_dead_inputs_leave_finite_scales() -> None:
     weight, gram = problem()
     weight[64:] = 0
@@ -163,3 +178,16 @@ def test_names_and_limits() -> None:
 def test_impossible_group_sizes_are_refused(size: int) -> None:
     with pytest.raises(UserError, match="group_size"):
         gptq.check(gptq.Options(group_size=size))
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, {"sym": False}, {"desc_act": True}])
+def test_what_an_engine_cannot_load_is_said_when_the_recipe_is_read(options: dict[str, object]) -> None:
+    """Of the engines that the recipe asks for; the variant is made for the others."""
+    source = {"text": "x"}
+    recipe = {
+        "base": {"path": "models/base"}, "variants": [{"gptq": options}], "calibration": {"source": source},
+        "backends": ["vllm", "transformers"],
+    }  # fmt: skip
+    (warning,) = parse(recipe, Path("r.yaml")).warnings
+    assert " will not run on vllm: vLLM " in warning
+    assert parse(recipe | {"backends": ["transformers"]}, Path("r.yaml")).warnings == ()

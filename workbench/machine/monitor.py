@@ -1,25 +1,55 @@
-"""Memory of a process tree, sampled from outside: the same instrument for every backend.
+"""What a job's processes take and what the machine does meanwhile, sampled from outside: one instrument for all.
 
 Resident memory is split as the kernel splits it: anonymous (what the engine allocated) and file-backed
 (memory-mapped weights and libraries, which the kernel may drop). A single figure would make a memory-mapped
 engine look small before its pages are touched, and large because of pages that cost nothing.
 Device memory is asked of NVML, process by process; without an NVIDIA driver it stays `None`.
+
+Once a second it also looks at what would make a speed untrue: the load of other processes, time that a hypervisor
+gave to others, clocks while the job was busy, throttling, another's processes on the GPU. What cannot be read is None
+and warns of nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 FIELDS = {"VmRSS": "rss", "RssAnon": "rss_anon", "RssFile": "rss_file", "RssShmem": "rss_shared"}
+CONDITIONS = (
+    "others_cores", "stolen_fraction", "clock_hz", "throttled", "gpu_clock_hz", "gpu_throttled", "gpu_strangers",
+)  # fmt: skip
+CONDITIONS_S = 1.0
+"""Seconds between two looks at clocks and load; they cost more than one at memory."""
+BUSY_CORES = 0.25
+"""Others' work, in cores on average, from which a row is warned of it."""
+STOLEN = 0.02
+"""Part of the processors' time that a hypervisor gave to others, likewise."""
+CLOCK_SPREAD = 0.1
+"""How far clocks of a busy job may be apart, as a fraction of the highest; likewise of the probe's times."""
+THERMAL = 0x20 | 0x40
+POWER_BRAKE = 0x80
+"""Bits of NVML's reasons for lower clocks (nvmlClocksThrottleReason: SW and HW thermal slowdown, HW power brake)."""
 
 
 class Monitor:
     """Peaks of one process tree; call the instance with the root's pid as often as you like."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path = Path("/")) -> None:
         self.peak: dict[str, int] = {}
         self._devices = _device_handles()
+        self._root = root
+        self._looked_s = 0.0
+        self._first: dict[str, float] | None = None
+        self._last: dict[str, float] = {}
+        self._clocks: list[float] = []
+        self._gpu_clocks: list[float] = []
+        self._gpu_reasons = 0
+        self._strangers = 0
 
     def __call__(self, pid: int) -> None:
         pids = _tree(pid)
@@ -31,10 +61,135 @@ class Monitor:
             total["vram"] = _device_bytes(self._devices, set(pids))
         for name, size_bytes in total.items():
             self.peak[name] = max(self.peak.get(name, 0), size_bytes)
+        moment = time.monotonic()
+        if moment - self._looked_s >= CONDITIONS_S:
+            self._looked_s = moment
+            self._look(pids, moment)
 
     def memory(self) -> dict[str, int]:
         """Bytes, as `peak_rss`, `peak_rss_anon`, `peak_rss_file`, `peak_vram`..."""
         return {f"peak_{name}": size_bytes for name, size_bytes in self.peak.items()}
+
+    def conditions(self) -> dict[str, Any]:
+        """`others_cores`, `stolen_fraction`, `clock_hz` and `gpu_clock_hz` (lowest, median, highest while the job was
+        busy), `throttled`, `gpu_throttled`, `gpu_strangers`; None where it cannot be read or nothing was seen."""
+        first, last = self._first, self._last
+        found: dict[str, Any] = dict.fromkeys(CONDITIONS)
+        if first and last["moment"] > first["moment"]:
+            span = last["moment"] - first["moment"]
+            change = {name: last[name] - first[name] for name in first.keys() & last.keys()}
+            if "busy" in change:
+                others = (change["busy"] - change["own"]) / span
+                found["others_cores"] = round(max(0.0, others), 3)
+                found["stolen_fraction"] = round(change["stolen"] / max(change["all"], 1e-9), 4)
+            if "throttles" in change:
+                found["throttled"] = change["throttles"] > 0
+        found["clock_hz"] = _spread(self._clocks)
+        if self._devices:
+            found["gpu_clock_hz"] = _spread(self._gpu_clocks)
+            found["gpu_throttled"] = bool(self._gpu_reasons & (THERMAL | POWER_BRAKE))
+            found["gpu_strangers"] = self._strangers
+        return found
+
+    def _look(self, pids: list[int], moment: float) -> None:
+        now = {"moment": moment, **_processor_seconds(self._root), **_throttles(self._root)}
+        if "busy" in now:
+            now["own"] = sum(_own_seconds(pid, self._root) for pid in (*pids, os.getpid()))
+        before = self._last
+        self._last = now
+        if self._first is None:
+            self._first = now
+        elif "own" in now and "own" in before and now["own"] - before["own"] > 0.5 * (moment - before["moment"]):
+            # An idle core's clock says nothing.
+            clock = _clock_hz(self._root)
+            if clock:
+                self._clocks.append(clock)
+        for device in self._devices:
+            with contextlib.suppress(Exception):  # whatever a driver lacks is not measured
+                self._look_at(device, set(pids))
+
+    def _look_at(self, device: Any, pids: set[int]) -> None:
+        import pynvml
+
+        strangers = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(device) if p.pid not in pids]
+        self._strangers = max(self._strangers, len(strangers))
+        if pynvml.nvmlDeviceGetUtilizationRates(device).gpu > 50:
+            clock = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
+            self._gpu_clocks.append(clock * 1e6)
+        self._gpu_reasons |= pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(device)
+
+
+def warnings(conditions: dict[str, Any]) -> list[str]:
+    """What in a job's conditions (`Monitor.conditions`, and the worker's `probe_s`) makes its speeds doubtful."""
+    found = []
+    others, stolen = conditions.get("others_cores"), conditions.get("stolen_fraction")
+    if others is not None and others > BUSY_CORES:
+        found.append(f"the machine was busy: other processes took {others:.1f} cores on average")
+    if stolen is not None and stolen > STOLEN:
+        found.append(f"the machine was shared: its hypervisor gave {stolen:.0%} of the time to others")
+    for name, what in (("throttled", "the processor"), ("gpu_throttled", "the GPU")):
+        if conditions.get(name):
+            found.append(f"{what} throttled during the run")
+    for name, what in (("clock_hz", "the processor's clock"), ("gpu_clock_hz", "the GPU's clock")):
+        clock = conditions.get(name)
+        if clock and clock[2] and 1 - clock[0] / clock[2] > CLOCK_SPREAD:
+            found.append(f"{what} changed during the run: {clock[0] / 1e9:.2f} to {clock[2] / 1e9:.2f} GHz")
+    probes = [seconds for seconds in conditions.get("probe_s") or () if seconds > 0]
+    if len(probes) > 1 and max(probes) / min(probes) > 1 + CLOCK_SPREAD:
+        found.append(
+            f"the processor's speed changed during the run: a fixed piece of work took {min(probes) * 1e3:.1f} to "
+            f"{max(probes) * 1e3:.1f} ms"
+        )
+    if conditions.get("gpu_strangers"):
+        found.append(f"the GPU was in use by others: {conditions['gpu_strangers']} processes not of this job")
+    return found
+
+
+def _spread(samples: Sequence[float]) -> list[float] | None:
+    if not samples:
+        return None
+    ordered = sorted(samples)
+    return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+
+
+def _processor_seconds(root: Path) -> dict[str, float]:
+    """Seconds of all processors since the start: `busy`, `stolen`, `all`; nothing where it cannot be read."""
+    try:
+        words = (root / "proc/stat").read_text().splitlines()[0].split()
+        ticks = [int(word) for word in words[1:9]]
+        user, nice, system, idle, waiting, hard, soft, stolen = ticks
+    except (OSError, ValueError, IndexError):
+        return {}
+    second = os.sysconf("SC_CLK_TCK")
+    busy = user + nice + system + hard + soft
+    return {"busy": busy / second, "stolen": stolen / second, "all": (busy + idle + waiting + stolen) / second}
+
+
+def _own_seconds(pid: int, root: Path) -> float:
+    """Processor time of a process and of its children that ended."""
+    try:
+        fields = (root / f"proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(int(word) for word in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def _clock_hz(root: Path) -> float | None:
+    """The highest clock of any core now; None where it cannot be read (most virtual machines)."""
+    highest = 0.0
+    for file in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"):
+        with contextlib.suppress(OSError, ValueError):
+            highest = max(highest, int(file.read_text()) * 1e3)
+    return highest or None
+
+
+def _throttles(root: Path) -> dict[str, float]:
+    """How often any core or package was too hot since the start."""
+    total, seen = 0, False
+    for file in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count"):
+        with contextlib.suppress(OSError, ValueError):
+            total, seen = total + int(file.read_text()), True
+    return {"throttles": float(total)} if seen else {}
 
 
 def _tree(root: int) -> list[int]:

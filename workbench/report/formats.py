@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.records import Evaluation, Row
-from workbench.report.metrics import METRICS
-from workbench.report.table import BASE, Line, Table, objects, workload
+from workbench.report.metrics import METRICS, points
+from workbench.report.table import BASE, Line, Score, Table, objects, quality_missing, workload
 
 MISSING = "–"
 WIDEST_TEXT = 120
@@ -172,11 +172,16 @@ def _columns(table: Table, detail: int) -> list[_Column]:
             spreads = [_spread(line, name) for line in lines]
             cells = tuple(f"{cell} {spread}".strip() for cell, spread in zip(cells, _padded(spreads), strict=True))
         columns.append(_Column((*heading, "t/s"), cells))
-    columns.append(_Column(("ppl",), tuple(_perplexity(line, detail > 0) for line in lines)))
-    columns.append(_Column(("Δ ppl",), _marked(lines)))
-    if detail > 1 and any(line.values["kld_mean"] is not None for line in lines):
-        columns.append(_Column(("KLD",), tuple(_divergence(line, detail > 2) for line in lines)))
-        columns.append(_Column(("same top", "%"), tuple(_agreement(line, detail > 2) for line in lines)))
+    own = (_plain(table.evaluation.name),) if table.evaluation and table.further else ()
+    columns += _quality(lines, detail, own)
+    for name, further in table.further.items():
+        columns += _quality(further.lines, detail, (_plain(name),))
+    for name in table.tasks:
+        scores = [line.tasks.get(name) for line in lines]
+        columns.append(_Column((_plain(name), "acc %"), tuple(_accuracy(score, detail > 1) for score in scores)))
+        if detail > 0:
+            cells = tuple(_accuracy_delta(line, score) for line, score in zip(lines, scores, strict=True))
+            columns.append(_Column((_plain(name), "Δ acc"), cells))
     # A line that has no numbers says why in the last place for one.
     reasons = ["cannot run" if line.row.unsupported else "failed" if line.row.error else None for line in lines]
     last = columns[-1]
@@ -184,6 +189,18 @@ def _columns(table: Table, detail: int) -> list[_Column]:
     if table.footnotes:
         marks = tuple(",".join(map(str, line.footnotes)) for line in lines)
         columns.append(_Column(("note",), marks, number=False))
+    return columns
+
+
+def _quality(lines: Sequence[Line], detail: int, name: tuple[str, ...]) -> list[_Column]:
+    """The columns of one evaluation set, headed by its name where there are several."""
+    columns = [
+        _Column((*name, "ppl"), tuple(_perplexity(line, detail > 0) for line in lines)),
+        _Column((*name, "Δ ppl"), _marked(lines)),
+    ]
+    if detail > 1 and any(line.values["kld_mean"] is not None for line in lines):
+        columns.append(_Column((*name, "KLD"), tuple(_divergence(line, detail > 2) for line in lines)))
+        columns.append(_Column((*name, "same top", "%"), tuple(_agreement(line, detail > 2) for line in lines)))
     return columns
 
 
@@ -262,6 +279,22 @@ def _agreement(line: Line, with_error: bool) -> str:
     return f"{100 * value:.2f}{error}"
 
 
+def _accuracy(score: Score | None, with_error: bool) -> str:
+    if score is None:
+        return MISSING
+    error = f" ±{100 * score.accuracy.se:.1f}" if with_error and score.accuracy.se is not None else ""
+    return f"{100 * score.accuracy.value:.1f}{error}"
+
+
+def _accuracy_delta(line: Line, score: Score | None) -> str:
+    if score is None or score.delta is None:
+        return MISSING
+    if line.row.artifact.method == BASE:
+        return "0"
+    error = f" ±{100 * score.delta.se:.1f}" if score.delta.se is not None else ""
+    return f"{'~' if score.below_noise_floor else ''}{100 * score.delta.value:+.1f}{error}"
+
+
 def _spec(value: float) -> str:
     size = abs(value)
     return ".3f" if size < 100 else ".1f" if size < 1e5 else ".2e"
@@ -282,14 +315,24 @@ def _subtitle(table: Table) -> list[str]:
         prompt_tokens, new_tokens, batch = points.pop()
         count = f", {repeats.pop()} repeats" if len(repeats) == 1 else ""
         texts.append(f"speed: {prompt_tokens} prompt tokens, then {new_tokens} new ones, batch {batch}{count}")
-    if table.evaluation:
-        e = table.evaluation
-        windows = f"{e.windows} windows of {e.window} tokens"
-        texts.append(f"perplexity: {e.name}, {windows}, {_convention(e)}, {e.scored_tokens} tokens")
+    for e in [table.evaluation, *(further.evaluation for further in table.further.values())]:
+        if e:
+            windows = f"{e.windows} windows of {e.window} tokens"
+            texts.append(f"perplexity: {e.name}, {windows}, {_convention(e)}, {e.scored_tokens} tokens")
+    if table.tasks:
+        asked = {
+            name: max((line.tasks[name].accuracy.windows for line in table.lines if name in line.tasks), default=0)
+            for name in table.tasks
+        }
+        counts = ", ".join(f"{name}, {count} items" for name, count in asked.items())
+        texts.append(f"accuracy: {counts}; Δ acc: to the base, paired by item")
     texts.append("± after a speed: 95 % interval of the median; elsewhere: one standard error, by windows")
     if any(line.values["kld_mean"] is not None for line in table.lines):
         texts.append("KLD: mean divergence from the base, nats a token; same top: its likeliest token is the base's")
-    if any(_in_the_noise(line) for line in table.lines):
+    sets = [table.lines, *(further.lines for further in table.further.values())]
+    doubtful = any(_in_the_noise(line) for lines in sets for line in lines)
+    rest = [line for line in table.lines if line.row.artifact.method != BASE]
+    if doubtful or any(score.below_noise_floor for line in rest for score in line.tasks.values()):
         texts.append("~: below the noise floor, within the base's spread over the engines or not distinct from 0")
     return [_plain(text) for text in texts]
 
@@ -306,15 +349,35 @@ def _convention(e: Evaluation) -> str:
 
 def _remarks(table: Table) -> list[str]:
     texts = []
-    for floor in table.noise_floors:
+    floors = [("", floor) for floor in table.noise_floors]
+    floors += [(f" on {name}", floor) for name, further in table.further.items() for floor in further.noise_floors]
+    for where, floor in floors:
         texts.append(
-            f"noise floor: {floor.base} has perplexity {floor.low:.4f} to {floor.high:.4f} on "
+            f"noise floor{where}: {floor.base} has perplexity {floor.low:.4f} to {floor.high:.4f} on "
             f"{', '.join(floor.backends)}: {100 * floor.relative:.3f} % apart"
         )
         if floor.divergences:
             each = [f"{backend} {format(value, '.1e') if value else 0}" for backend, value in floor.divergences]
-            texts.append(f"noise floor: divergence of {floor.base} from its own reference: {', '.join(each)}")
-    return [_plain(text) for text in (*texts, *_settings(table), *table.notes)]
+            texts.append(f"noise floor{where}: divergence of {floor.base} from its own reference: {', '.join(each)}")
+    missing = dict.fromkeys(why for line in table.lines if (why := quality_missing(line.row)))
+    return [_plain(text) for text in (*texts, *missing, *_points(table), *_settings(table), *table.notes)]
+
+
+def _share(part: float | None) -> str:
+    return "" if part is None else f" ±{part:.1%}" if part < 1 else " ±100%+"
+
+
+def _points(table: Table) -> list[str]:
+    """A line for each row that was timed at further points (llama-bench's shorthand)."""
+    texts = []
+    for line in table.lines:
+        found = []
+        for point in points(line.row):
+            half = max(point.interval[1] - point.median, point.median - point.interval[0]) if point.interval else None
+            found.append(f"{point.name} {point.median:.1f}" + _share(half / point.median if half else None))
+        if found:
+            texts.append(f"{line.row.artifact.variant} on {line.row.backend}, t/s: {', '.join(found)}")
+    return texts
 
 
 def _settings(table: Table) -> list[str]:
@@ -370,10 +433,15 @@ def _escaped(text: str) -> str:
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in record.items():
-        if key.endswith("_ci"):
+        if key == "points":
+            spoken = (f"{name} {point['median']:.1f}" for name, point in value.items())
+            flat[key] = "; ".join(spoken)
+        elif key.endswith("_ci"):
             flat[f"{key}_low"], flat[f"{key}_high"] = value or (None, None)
         elif isinstance(value, list):
             flat[key] = "; ".join(value)
+        elif isinstance(value, dict):
+            flat |= {f"{key}.{name}.{inner}": item for name, held in value.items() for inner, item in held.items()}
         else:
             flat[key] = value
     return {key: _encodable(value) if isinstance(value, str) else value for key, value in flat.items()}

@@ -81,16 +81,99 @@ def headline(row: Row) -> Speed | None:
 
 def prefill_samples(row: Row) -> list[float]:
     """Prompt tokens a second of each repeat, over the whole batch, up to the first new token."""
+    return _prefill(headline(row))
+
+
+def decode_samples(row: Row) -> list[float]:
+    """New tokens a second of each repeat, over the whole batch, after the first token."""
+    return _decode(headline(row))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One speed beside the headline's: `pp2048`, `tg128 @ d2048`, `tg128 @ d512 b8`, `served b8`; tokens a second."""
+
+    name: str
+    median: float
+    interval: tuple[float, float] | None
+
+
+def points(row: Row) -> list[Point]:
+    """Every further workload point: prefill by prompt length, decode by depth and batch, and what was served."""
+    found: list[tuple[str, list[float]]] = []
+    if row.measurement is None:
+        return []
+    for speed in row.measurement.speeds[1:]:
+        many = f" b{speed.batch}" if speed.batch > 1 else ""
+        found.append((f"pp{speed.prompt_tokens}{many}", _prefill(speed)))
+        found.append((f"tg{speed.new_tokens} @ d{speed.prompt_tokens}{many}", _decode(speed)))
+    for served in row.measurement.served:
+        tokens = sum(served.new_tokens)
+        how = "" if served.continuous else " by groups"
+        rates = [rate for each in served.seconds if (rate := _rate(tokens, _number(each)))]
+        found.append((f"served b{served.slots}{how}", rates))
+    return [Point(name, statistics.median(rates), interval(rates)) for name, rates in found if rates]
+
+
+def itl(row: Row, share: float) -> float | None:
+    """The quantile of the inter-token latency, seconds, over every decoding step of every repeat that gained tokens."""
     speed = headline(row)
+    if speed is None:
+        return None
+    steps = sorted(
+        seconds
+        for step_s, step_tokens in zip(speed.step_s, speed.step_tokens, strict=False)
+        for each, gained in zip(step_s, step_tokens, strict=False)
+        if gained and (seconds := _number(each)) is not None
+    )
+    return quality_of.quantile(steps, share) if steps else None
+
+
+def ttft_samples(row: Row) -> list[float]:
+    """Seconds from submitting the prompts to the first new token of all sequences, of each repeat."""
+    speed = headline(row)
+    return [seconds for each in speed.first_token_s if (seconds := _number(each))] if speed else []
+
+
+def energy_j_per_token(row: Row) -> float | None:
+    """Joules of the whole machine a new token, prompt included: the median over repeats; None where nothing counts."""
+    speed = headline(row)
+    joules = [value for each in (speed.energy_j if speed else []) if (value := _number(each)) is not None]
+    return statistics.median(joules) / (speed.new_tokens * speed.batch) if speed and joules else None
+
+
+def bandwidth_fraction(row: Row) -> float | None:
+    """Bytes a second that decoding reads at the least, over what this machine copies (read and written both).
+
+    A step reads all weights and, of each sequence, the keys and values so far: half the answer's are there on
+    average. Weights that are a table to look rows up in are counted too, so an untied embedding makes it a little high.
+    The roofline of S. Williams et al., Communications of the ACM 52 (2009), for a memory-bound step.
+    """
+    speed = headline(row)
+    copied = _number(row.machine.get("copy_bytes_per_s"))
+    if speed is None or row.measurement is None or not copied:
+        return None
+    weights = _number(row.measurement.memory.get("weights"))
+    cache = _number(row.measurement.memory.get("kv_cache"))
+    rates = [
+        rate
+        for step_s, gained in zip(speed.step_s, speed.step_tokens, strict=False)
+        if (rate := _rate(len(gained), math.fsum(step_s)))
+    ]
+    if not weights or cache is None or not rates:
+        return None
+    depth = (speed.prompt_tokens + speed.new_tokens / 2) / (speed.prompt_tokens + speed.new_tokens)
+    return (weights + cache * depth) * statistics.median(rates) / copied
+
+
+def _prefill(speed: Speed | None) -> list[float]:
     if speed is None:
         return []
     tokens = speed.prompt_tokens * speed.batch
     return [rate for seconds in speed.first_token_s if (rate := _rate(tokens, _number(seconds)))]
 
 
-def decode_samples(row: Row) -> list[float]:
-    """New tokens a second of each repeat, over the whole batch, after the first token."""
-    speed = headline(row)
+def _decode(speed: Speed | None) -> list[float]:
     if speed is None:
         return []
     samples = []
@@ -126,6 +209,25 @@ def perplexity_delta(row: Row, base: Row) -> quality_of.Estimate | None:
         return quality_of.perplexity_delta(quality, base_quality)
     except ValueError:  # no token that is finite in both
         return None
+
+
+def task_accuracy(row: Row, name: str) -> quality_of.Estimate | None:
+    """Share of a task's items that were right; None if the row was not asked."""
+    return quality_of.accuracy(_correct(row, name))
+
+
+def task_delta(row: Row, base: Row, name: str) -> quality_of.Estimate | None:
+    """The row's accuracy less the base's, paired by item; None if not both were asked the same."""
+    own, other = _correct(row, name), _correct(base, name)
+    task, base_task = row.tasks.get(name), base.tasks.get(name)
+    if task is None or base_task is None or task.digest != base_task.digest or len(own) != len(other):
+        return None
+    return quality_of.accuracy_delta(own, other)
+
+
+def _correct(row: Row, name: str) -> list[float]:
+    found = row.measurement.tasks.get(name) if row.measurement else None
+    return list(found["correct"]) if found else []
 
 
 def same_tokens(row: Row, base: Row) -> bool:
@@ -236,8 +338,17 @@ METRICS: dict[str, Metric] = {
         Metric("load_s", "s", "lower", _load_s, ".1f", "load"),
         Metric("peak_rss_bytes", "B", "lower", _memory("peak_rss"), ".1f", "peak memory"),
         Metric("peak_vram_bytes", "B", "lower", _memory("peak_vram"), ".1f", "peak VRAM"),
+        Metric("weights_bytes", "B", "lower", _memory("weights"), ".1f", "weights"),
+        Metric("kv_cache_bytes", "B", "lower", _memory("kv_cache"), ".1f", "KV cache"),
+        Metric("workspace_bytes", "B", "lower", _memory("workspace"), ".1f", "workspace"),
         Metric("prefill_tok_s", "tok/s", "higher", lambda row: median(prefill_samples(row)), ".1f", "prefill"),
         Metric("decode_tok_s", "tok/s", "higher", lambda row: median(decode_samples(row)), ".1f", "decode"),
+        Metric("ttft_s", "s", "lower", lambda row: median(ttft_samples(row)), ".3f", "first token"),
+        Metric("itl_p50_s", "s", "lower", lambda row: itl(row, 0.5), ".4f", "between tokens, median"),
+        Metric("itl_p95_s", "s", "lower", lambda row: itl(row, 0.95), ".4f", "between tokens, 95 %"),
+        Metric("itl_p99_s", "s", "lower", lambda row: itl(row, 0.99), ".4f", "between tokens, 99 %"),
+        Metric("energy_j_per_token", "J", "lower", energy_j_per_token, ".3f", "energy a token"),
+        Metric("bandwidth_fraction", "", "higher", bandwidth_fraction, ".3f", "of the copy bandwidth"),
         Metric("perplexity", "", "lower", perplexity, ".3f", "perplexity", perplexity_se),
         _estimated("kld_mean", "nat", "lower", _kld_mean, ".4f", "KLD"),
         Metric("kld_p50", "nat", "lower", _divergence("p50"), ".4f", "KLD, median"),

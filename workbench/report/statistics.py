@@ -102,6 +102,17 @@ def rms_dp(q: Quality) -> Estimate | None:
     return Estimate(root, se, mean.windows)
 
 
+def accuracy(correct: Sequence[float]) -> Estimate | None:
+    """Share of a task's items that were right, with the error of a mean of independent items (which for ones and
+    zeros is sqrt(p (1 - p) / (n - 1))); None of nothing. `windows` is the number of items."""
+    return _mean([(score, 1) for score in correct]) if correct else None
+
+
+def accuracy_delta(correct: Sequence[float], base: Sequence[float]) -> Estimate | None:
+    """The same of the differences item by item: what both get wrong cancels. Raises `ValueError` for other items."""
+    return accuracy([own - other for own, other in zip(correct, base, strict=True)])
+
+
 def bits_per_byte(q: Quality, scored_bytes: int) -> Estimate:
     """Bits the model needs for a byte of the scored text, comparable between vocabularies.
 

@@ -7,6 +7,11 @@ line after it, and `read` skips it with a warning. Nothing is rewritten, so hist
 results folder merges in git like text. Rejected: SQLite (no diff, no merge, one writer on a network
 file system), one file a row (thousands of files a year), rewrite-and-rename (loses a concurrent writer's
 row).
+
+A place may also be a URL of anything fsspec reaches (`s3://bucket/results`). Object storage cannot append, so
+there each writing process has a file of its own, `rows-<time>-<random>.jsonl`: a longer one is uploaded under a
+new name before the shorter one is removed, so that no two writers share a file and at every moment all rows
+are there whole, some perhaps twice. Copied to a local folder, these files are read like any other.
 """
 
 from __future__ import annotations
@@ -18,14 +23,29 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
-from workbench.errors import UserError
+from workbench.errors import UserError, install_with
 from workbench.records import SCHEMA_VERSION, Row, digest, from_json, to_json
 
 FILE_NAME = "rows.jsonl"
+SEGMENTS = "rows-*.jsonl"
+"""Files of single writers, as they are in object storage."""
+SEGMENT_BYTES = 4 * 2**20
+"""A writer begins another file beyond this: each row uploads the whole file again."""
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+"""Who brings object storage to fsspec. It has no folders to be made: `makedirs` would make a misspelt bucket."""
+
+_written: dict[tuple[str, int], tuple[str, bytes]] = {}
+"""By (folder's URL, process): the file that this process writes there, and what it holds."""
+
+Place = Path | str
+"""A folder of results, one of its files, or a URL of either."""
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """From a stored row of the schema version that is the key to one of the next version."""
@@ -37,16 +57,41 @@ def machine_of(row: Row) -> str:
     return name if isinstance(name, str) and name else digest(row.machine)
 
 
-def append(results: Path, machine: str, row: Row) -> None:
+def append(results: Place, machine: str, row: Row) -> None:
     """Store one row durably under `results/machine`, creating the file if need be.
 
     Numbers that are not finite become null, because JSON has no NaN and every reader must get through.
     Raises `UserError` if the file cannot be written; it then is as it was before.
     """
+    _append(results, machine, FILE_NAME, to_json(row), row.started_at)
+
+
+def append_note(results: Place, machine: str, name: str, note: dict[str, Any], stamp: str) -> None:
+    """Store one JSON object durably as a line of `results/machine/<name>.jsonl`; `stamp` is its time."""
+    _append(results, machine, f"{name}.jsonl", note, stamp)
+
+
+def read_notes(results: Place, machine: str, name: str) -> list[dict[str, Any]]:
+    """The lines of `append_note`, oldest first; a half or foreign line is left out."""
+    notes = []
+    folder = f"{str(results).rstrip('/')}/{machine}"
+    for _, content in _contents(folder if _is_url(results) else Path(folder), f"{name}.jsonl", f"{name}-*.jsonl"):
+        for line in content.splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                note = json.loads(line)
+                if isinstance(note, dict) and note not in notes:
+                    notes.append(note)
+    return notes
+
+
+def _append(results: Place, machine: str, name: str, record: Any, stamp: str) -> None:
     if not machine or machine in (".", "..") or any(mark in machine for mark in "/\\\0\n"):
         raise UserError(f"machine name {machine!r} cannot name a folder: use letters, digits, '-', '_' and '.'")
-    line = json.dumps(_finite(to_json(row)), separators=(",", ":"), allow_nan=False).encode() + b"\n"
-    path = results / machine / FILE_NAME
+    line = json.dumps(_finite(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    if _is_url(results):
+        _append_remote(f"{str(results).rstrip('/')}/{machine}", name, line, stamp)
+        return
+    path = _local(results) / machine / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -70,7 +115,7 @@ def append(results: Path, machine: str, row: Row) -> None:
         ) from error
 
 
-def read(*paths: Path) -> tuple[list[Row], list[str]]:
+def read(*places: Place) -> tuple[list[Row], list[str]]:
     """All rows of the given files and folders, and a warning for each line that had to be skipped.
 
     A folder stands for its `rows.jsonl` and for those one level below; one that does not exist holds no
@@ -79,19 +124,49 @@ def read(*paths: Path) -> tuple[list[Row], list[str]]:
     """
     rows: dict[tuple[str, str], Row] = {}
     warnings: list[str] = []
-    for path in paths:
-        for file in _files(path):
-            for number, line in enumerate(_content(file).split(b"\n"), start=1):
+    for row in _rows(places, warnings):
+        rows[machine_of(row), row.key] = row
+    return list(rows.values()), warnings
+
+
+def history(*places: Place) -> tuple[list[Row], list[str]]:
+    """Every measurement ever stored, oldest first, and the warnings of `read`.
+
+    A job measured on many nights has a row for each. All but the newest of each are lean: without the names of
+    tensors, and without per-token lists where none is needed, since ten thousand rows are held at once.
+    """
+    rows: dict[tuple[str, str, str], Row] = {}
+    newest: dict[tuple[str, str], Row] = {}
+    warnings: list[str] = []
+    for row in _rows(places, warnings):
+        job = (machine_of(row), row.key)
+        last = newest.get(job)
+        if last is None or row.started_at >= last.started_at:
+            newest[job] = row
+            if last is not None:
+                _slim(last)
+        else:
+            _slim(row)
+        rows[*job, row.started_at] = row
+    return sorted(rows.values(), key=lambda row: row.started_at), warnings
+
+
+def under(results: Place, machine: str) -> Place:
+    """The folder of one machine's rows."""
+    return f"{str(results).rstrip('/')}/{machine}" if _is_url(results) else Path(results) / machine
+
+
+def _rows(places: tuple[Place, ...], warnings: list[str]) -> Iterator[Row]:
+    for place in places:
+        for file, content in _contents(place, FILE_NAME, SEGMENTS):
+            for number, line in enumerate(content.split(b"\n"), start=1):
                 if not line.strip():
                     continue
                 where = f"{file}:{number}"
                 try:
-                    row = _parse(line, where)
+                    yield _parse(line, where)
                 except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
                     warnings.append(f"{where}: not a whole row, skipped ({_brief(error)})")
-                    continue
-                rows[machine_of(row), row.key] = row
-    return list(rows.values()), warnings
 
 
 def migrate(
@@ -111,13 +186,37 @@ def migrate(
     return record
 
 
-def _files(path: Path) -> list[Path]:
+def _is_url(place: Place) -> bool:
+    return isinstance(place, str) and "://" in place and not place.startswith("file://")
+
+
+def _local(place: Place) -> Path:
+    if isinstance(place, str) and place.startswith("file://"):
+        return Path(unquote(urlparse(place).path))
+    return Path(place)
+
+
+def _contents(place: Place, name: str, segments: str) -> Iterator[tuple[str, bytes]]:
+    """(where, bytes) of every file that a place stands for."""
+    if _is_url(place):
+        yield from _remote_contents(str(place), name, segments)
+        return
+    try:
+        files = _files(_local(place), name, segments)
+    except OSError as error:
+        raise UserError(f"{place}: cannot read rows ({error.strerror}). Check the path and its permissions") from error
+    for path in files:
+        yield str(path), _content(path)
+
+
+def _files(path: Path, name: str, segments: str) -> list[Path]:
     if path.is_dir():
-        return [*sorted(path.glob(FILE_NAME)), *sorted(path.glob(f"*/{FILE_NAME}"))]
+        patterns = (name, segments, f"*/{name}", f"*/{segments}")
+        return [file for pattern in patterns for file in sorted(path.glob(pattern))]
     if path.exists():
         return [path]
     if path.suffix == ".jsonl":
-        raise UserError(f"{path}: no such file. Name a results folder or one of its {FILE_NAME} files")
+        raise UserError(f"{path}: no such file. Name a results folder or one of its {name} files")
     return []
 
 
@@ -128,6 +227,77 @@ def _content(path: Path) -> bytes:
             return file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read rows ({error.strerror}). Check the path and its permissions") from error
+
+
+def _append_remote(folder: str, name: str, line: bytes, stamp: str) -> None:
+    stem = name.removesuffix(".jsonl")
+    slot = (f"{folder}/{stem}", os.getpid())
+    before, content = _written.get(slot, ("", b""))
+    if len(content) > SEGMENT_BYTES:
+        before, content = "", b""
+    content += line
+    with _reaching(folder, "write"):
+        files, path = _file_system(folder)
+        new = f"{path}/{stem}-{re.sub(r'[^0-9]', '', stamp)[:14]}-{uuid.uuid4().hex[:12]}.jsonl"
+        if not PACKAGES.get(folder.partition("://")[0]):
+            files.makedirs(path, exist_ok=True)
+        files.pipe_file(new, content)
+        _written[slot] = new, content
+        if before:
+            files.rm_file(before)
+
+
+def _remote_contents(url: str, name: str, segments: str) -> list[tuple[str, bytes]]:
+    with _reaching(url, "read"):
+        files, path = _file_system(url)
+        path = path.rstrip("/")
+        # A writer may replace its file between the listing and the reading of it.
+        for attempt in range(5):
+            files.invalidate_cache()
+            if path.endswith(".jsonl"):
+                found = [path]
+            else:
+                patterns = (name, segments, f"*/{name}", f"*/{segments}")
+                found = [file for pattern in patterns for file in sorted(files.glob(f"{path}/{pattern}"))]
+            try:
+                return [(files.unstrip_protocol(file), files.cat_file(file)) for file in found]
+            except FileNotFoundError:
+                if path.endswith(".jsonl") or attempt == 4:
+                    raise
+    return []
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    try:
+        import fsspec
+    except ImportError:
+        raise install_with(f"what reads {url}", "pip install fsspec") from None
+    files, path = fsspec.core.url_to_fs(url)
+    return files, str(path)
+
+
+@contextlib.contextmanager
+def _reaching(url: str, what: str) -> Iterator[None]:
+    """Every file system raises errors of its own; what they have in common is the place, and who must act."""
+    scheme = url.partition("://")[0]
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        package = PACKAGES.get(scheme)
+        if package is None:
+            raise UserError(f"{url}: cannot {what} rows there: {_brief(error)}") from error
+        raise install_with(f"what reaches {scheme}://", f"pip install {package}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{url}: cannot {what} rows there: no such file or bucket. Check the URL") from error
+    except Exception as error:
+        if isinstance(error, ValueError) and "rotocol" in str(error):
+            raise UserError(f"{url}: unknown kind of URL '{scheme}'. Use a folder or s3://bucket/folder") from error
+        raise UserError(
+            f"{url}: cannot {what} rows there ({type(error).__name__}: {_brief(error)}). Check the URL, your "
+            "credentials and what they permit, or name another --results"
+        ) from error
 
 
 def _parse(line: bytes, where: str) -> Row:
@@ -150,6 +320,18 @@ def _parse(line: bytes, where: str) -> Row:
             if kind and not isinstance(getattr(part, field.name), kind):
                 raise ValueError(f"{field.name} is not {kind.__name__}")
     return row
+
+
+def _slim(row: Row) -> None:
+    """Free what only the newest measurement of a job is asked for; nothing else holds the row yet."""
+    row.artifact.tensor_types.clear()
+    row.artifact.provenance.pop("tensor_errors", None)
+    measurement = row.measurement
+    for quality in [measurement.quality, *measurement.qualities.values()] if measurement else []:
+        for window in (quality or {}).get("windows", ()):
+            window.pop("kld", None)
+            if not window.get("nonfinite"):  # else a paired difference needs to know which tokens
+                window.pop("nll", None)
 
 
 def _finite(value: Any) -> Any:

@@ -21,19 +21,33 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 from workbench.errors import UserError, unknown
-from workbench.records import Evaluation, Row, digest, to_json
+from workbench.records import Evaluation, Row, Task, digest, to_json
 from workbench.report import metrics, statistics
 from workbench.report.statistics import Estimate
 from workbench.report.store import machine_of
 
+OF_QUALITY = ("perplexity", *metrics.OF_THE_REFERENCE, "bits_per_byte")
+"""The metrics that an evaluation set gives."""
+
 BASE = "base"
 """The method of the unquantized model."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a row did at a task."""
+
+    accuracy: Estimate
+    delta: Estimate | None
+    """To the base on the same backend, paired by item; of the base itself zero."""
+    below_noise_floor: bool | None
+    """Whether zero lies in the delta's 95 % interval: other items might turn it round."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,8 @@ class Line:
     warnings: tuple[str, ...]
     footnotes: tuple[int, ...]
     """Numbers, from 1, into the table's `footnotes`."""
+    tasks: dict[str, Score] = field(default_factory=dict)
+    """By name, of those the row was asked."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +105,16 @@ class NoiseFloor:
 
 
 @dataclass(frozen=True)
+class Further:
+    """What the same rows say on another evaluation set of the recipe."""
+
+    evaluation: Evaluation
+    lines: tuple[Line, ...]
+    """One for each line of the table, in its order; those not scored on these tokens have no numbers of quality."""
+    noise_floors: tuple[NoiseFloor, ...]
+
+
+@dataclass(frozen=True)
 class Table:
     """Comparable rows of one machine, ready to be rendered."""
 
@@ -101,6 +127,10 @@ class Table:
     """One a base that was scored on two or more backends."""
     notes: tuple[str, ...]
     """What was left out, and what the numbers rest on."""
+    further: dict[str, Further] = field(default_factory=dict)
+    """Other evaluation sets by name, where the recipe has several; as in its newest row."""
+    tasks: dict[str, Task] = field(default_factory=dict)
+    """Tasks by name; as in the newest row."""
 
 
 def build(
@@ -130,14 +160,12 @@ def build(
     rows = _latest_of_each_pair(rows, notes)
     rows = _ordered(rows)
 
-    references = _references(rows)
-    values = [_values(row, references.get(row.base)) for row in rows]
-    floors = _noise_floors(rows, values)
     footnotes: dict[str, int] = {}
-    lines = tuple(
-        _line(row, own, rows, references.get(row.base), floors, footnotes)
-        for row, own in zip(rows, values, strict=True)
-    )
+    lines, floors = _lines(rows, footnotes)
+    lines = tuple(replace(line, tasks=_scores(line.row, lead, rows)) for line in lines)
+    further = {}
+    for name, test in lead.evaluations.items():
+        further[name] = Further(test, *_lines([_on(row, name, test) for row in rows], {}))
     for base in dict.fromkeys(line.row.base for line in lines if line.values["perplexity"] is not None):
         if base not in {floor.base for floor in floors}:
             notes.append(f"noise floor unknown: {base} itself was not scored on two backends")
@@ -149,15 +177,54 @@ def build(
         footnotes=tuple(footnotes),
         noise_floors=floors,
         notes=tuple(notes),
+        further=further,
+        tasks=lead.tasks,
     )
 
 
 def objects(table: Table) -> list[dict[str, Any]]:
     """One flat object a line: SI units, None where not measured, never NaN.
 
-    `*_ci` are pairs (95 %, of the median), `*_se` one standard error.
+    `*_ci` are pairs (95 %, of the median), `*_se` one standard error. `evaluations` has the quality on further sets by
+    name, under the keys of the first; `tasks` accuracies by name, None for what a row was not asked.
     """
-    return [_object(line) for line in table.lines]
+    found = []
+    for place, line in enumerate(table.lines):
+        record = _object(line)
+        record["evaluations"] = {name: _quality(each.lines[place]) for name, each in table.further.items()}
+        record["tasks"] = {name: _score(line.tasks.get(name), task) for name, task in table.tasks.items()}
+        found.append(record)
+    return found
+
+
+def _quality(line: Line) -> dict[str, Any]:
+    """What `_object` says of quality."""
+    test = line.row.evaluation
+    return {
+        **{name: line.values[name] for name in OF_QUALITY},
+        **{f"{name}_se": error for name, error in line.errors.items()},
+        "perplexity_delta": line.delta.value if line.delta else None,
+        "perplexity_delta_se": line.delta.se if line.delta else None,
+        "below_noise_floor": line.below_noise_floor,
+        "nonfinite_tokens": metrics.nonfinite(line.row),
+        "evaluation_digest": test.digest if test else None,
+        "window": test.window if test else None,
+        "score": test.score if test else None,
+        "scored_tokens": test.scored_tokens if test else None,
+    }
+
+
+def _score(score: Score | None, task: Task) -> dict[str, Any]:
+    delta = score.delta if score else None
+    return {
+        "accuracy": score.accuracy.value if score else None,
+        "accuracy_se": score.accuracy.se if score else None,
+        "accuracy_delta": delta.value if delta else None,
+        "accuracy_delta_se": delta.se if delta else None,
+        "below_noise_floor": score.below_noise_floor if score else None,
+        "items": score.accuracy.windows if score else None,
+        "task_digest": task.digest,
+    }
 
 
 def workload(row: Row) -> tuple[int, int, int]:
@@ -170,6 +237,16 @@ def device(row: Row) -> str | None:
     """Where it ran; of a job that never got so far, where it was to run, if its options say."""
     wanted = row.options.get("device")
     return row.measurement.device if row.measurement else wanted if isinstance(wanted, str) else None
+
+
+def quality_missing(row: Row) -> str | None:
+    """Why a measured row has no quality, where that is meant: weights that were drawn at random say nothing."""
+    if row.measurement is None or row.measurement.quality is not None:
+        return None
+    source = row.artifact.provenance.get("source")
+    if isinstance(source, dict) and source.get("config"):
+        return "no quality: the base has random weights of a given shape, so only speed and memory mean anything"
+    return "no quality: the recipe has no evaluation" if row.evaluation is None else None
 
 
 def _object(line: Line) -> dict[str, Any]:
@@ -193,6 +270,11 @@ def _object(line: Line) -> dict[str, Any]:
         "perplexity_delta_se": line.delta.se if line.delta else None,
         "below_noise_floor": line.below_noise_floor,
         "nonfinite_tokens": metrics.nonfinite(row),
+        "points": {
+            point.name: {"median": point.median, "ci": list(point.interval) if point.interval else None}
+            for point in metrics.points(row)
+        },
+        "quality_missing": quality_missing(row),
         "prefill_tok_s_ci": list(line.prefill_interval) if line.prefill_interval else None,
         "decode_tok_s_ci": list(line.decode_interval) if line.decode_interval else None,
         "warnings": list(line.warnings),
@@ -203,6 +285,42 @@ def _object(line: Line) -> dict[str, Any]:
         "started_at": row.started_at,
         "key": row.key,
     }
+
+
+def _lines(rows: Sequence[Row], footnotes: dict[str, int]) -> tuple[tuple[Line, ...], tuple[NoiseFloor, ...]]:
+    """The rows with what follows from each other, and what their bases say of the noise."""
+    references = _references(rows)
+    values = [_values(row, references.get(row.base)) for row in rows]
+    floors = _noise_floors(rows, values)
+    lines = tuple(
+        _line(row, own, rows, references.get(row.base), floors, footnotes)
+        for row, own in zip(rows, values, strict=True)
+    )
+    return lines, floors
+
+
+def _on(row: Row, name: str, test: Evaluation) -> Row:
+    """The row as if a further evaluation set were its only one; without quality if that had other tokens."""
+    own = row.evaluations.get(name)
+    same = own is not None and own.digest == test.digest
+    found = row.measurement
+    quality = found.qualities.get(name) if found and same else None
+    return replace(row, evaluation=own if same else None, measurement=found and replace(found, quality=quality))
+
+
+def _scores(row: Row, lead: Row, rows: Sequence[Row]) -> dict[str, Score]:
+    """The row's tasks by name, of those that `lead` has, with the same items."""
+    found = {}
+    for name, task in lead.tasks.items():
+        accuracy = metrics.task_accuracy(row, name)
+        if accuracy is None or row.tasks[name].digest != task.digest:
+            continue
+        base = _base_of(row, rows, partial(_was_asked, name=name))
+        delta = metrics.task_delta(row, base, name) if base else None
+        interval = statistics.interval(delta) if delta else None
+        below = interval[0] <= 0 <= interval[1] if interval else None
+        found[name] = Score(accuracy, delta, below)
+    return found
 
 
 def _values(row: Row, reference: str | None) -> dict[str, float | None]:
@@ -275,17 +393,22 @@ def _warnings(row: Row, own: float | None, base: Row | None, delta: Estimate | N
     return tuple(dict.fromkeys(text for text in found if text))
 
 
-def _base_of(row: Row, rows: Sequence[Row]) -> Row | None:
+def _was_scored(row: Row) -> bool:
+    return metrics.perplexity(row) is not None
+
+
+def _was_asked(row: Row, *, name: str) -> bool:
+    return metrics.task_accuracy(row, name) is not None
+
+
+def _base_of(row: Row, rows: Sequence[Row], measured: Callable[[Row], bool] = _was_scored) -> Row | None:
     """The base's row on the same backend that was scored, with the same options if there is one."""
     if row.artifact.method == BASE:
-        return row if metrics.perplexity(row) is not None else None
+        return row if measured(row) else None
     candidates = [
         other
         for other in rows
-        if other.artifact.method == BASE
-        and other.base == row.base
-        and other.backend == row.backend
-        and metrics.perplexity(other) is not None
+        if other.artifact.method == BASE and other.base == row.base and other.backend == row.backend and measured(other)
     ]
     return min(
         candidates, key=lambda other: (other.options != row.options, other.workload != row.workload), default=None
@@ -356,7 +479,9 @@ def _evaluation_digest(row: Row) -> str:
 def _latest_of_each_pair(rows: list[Row], notes: list[str]) -> list[Row]:
     pairs: dict[str, Row] = {}
     for row in rows:
-        name = digest([row.base, row.artifact.variant, row.backend, row.options, to_json(row.workload)])
+        # An option at its engine's default is null, and absent from rows that are older than the option.
+        chosen = {key: value for key, value in row.options.items() if value is not None}
+        name = digest([row.base, row.artifact.variant, row.backend, chosen, to_json(row.workload)])
         if name not in pairs or _age(row) >= _age(pairs[name]):
             pairs[name] = row
     if len(pairs) < len(rows):
@@ -369,6 +494,9 @@ def _left_out(count: int, why: str) -> str:
 
 
 def _ordered(rows: list[Row]) -> list[Row]:
+    """Bases first, then variants and backends as their recipe has them, whatever order they were measured in."""
+    recipes = _places(row.recipe for row in rows)
+    rows = sorted(rows, key=lambda row: (recipes[row.recipe], row.place))
     bases, variants, backends = (
         _places(row.base for row in rows),
         _places(row.artifact.variant for row in rows),

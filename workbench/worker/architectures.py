@@ -27,6 +27,8 @@ EXPERTS = frozenset(
     {"mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3", "llama4"}
 )
 """Known to have experts: each would need its own Gram matrix, over the tokens routed to it."""
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Where configurations say how many they have."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,20 @@ class Layer:
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
+def away(layer: Layer) -> Layer:
+    """The layer in host memory; what variants shared stays behind."""
+    return Layer(
+        layer.index,
+        {name: tensor.cpu() for name, tensor in layer.tensors.items()},
+        {name: gram.cpu() for name, gram in layer.grams.items()},
+        layer.architecture,
+    )
+
+
 def describe(config: dict[str, Any]) -> Architecture:
     """The table's entry for a model's `config.json`. Raises `UserError` for an architecture it does not have."""
     kind = str(config.get("model_type", "?"))
-    if kind in EXPERTS:
+    if kind in EXPERTS or any(config.get(key) for key in EXPERT_COUNTS):
         raise UserError(f"model_type '{kind}': AWQ and GPTQ of experts are not supported yet. {WAY_OUT}.")
     if kind not in ARCHITECTURES:
         text = config.get("text_config")

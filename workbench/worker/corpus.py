@@ -29,12 +29,16 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, did_you_mean, install_with, unknown
+from workbench.worker import Progress
 
 CORPUS_VERSION = 1
 """Of the way text becomes windows. Raise it when the same recipe would give other ids."""
 
 OVERLAP_TOKENS = 32
 """A run of equal ids this long in both sets is shared text, not chance."""
+
+OTHERWISE = 20
+"""One token in so many may be spelt otherwise by a variant's tokenizer before it counts as another one."""
 
 SOURCES = ("module", "package", "file", "dataset", "text")
 SCORES = ("second-half", "all", "strided")
@@ -44,8 +48,6 @@ SEPARATOR = "\n\n"
 
 DRAW_FROM = 8
 """A streamed dataset is read until it holds this many times the tokens that calibration draws."""
-
-Progress = Callable[[float, float, str], Any]
 
 
 @dataclass(frozen=True)
@@ -469,7 +471,11 @@ def _write(
     facts = [CORPUS_VERSION, windows, score_from, score, bos]
     digest = hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
     out = Path(entry["out"])
-    content = {"windows": windows, "score_from": score_from, "vocab_size": vocab_size, "bos": bos, "digest": digest}
+    used = sorted({token for ids in windows for token in ids})
+    content = {
+        "windows": windows, "score_from": score_from, "vocab_size": vocab_size, "bos": bos, "digest": digest,
+        "spelling": dict(zip(map(str, used), tokenizer.convert_ids_to_tokens(used), strict=True)),
+    }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when whole, so that a killed run leaves no half of it.
     whole = out.with_name(f"{out.name}.{os.getpid()}.tmp")
@@ -486,6 +492,45 @@ def _write(
         "scored_tokens": sum(end - begin for begin, end in scored),
         "scored_bytes": sum(_bytes_of(source, begin, end, tokenizer) for begin, end in scored),
     }
+
+
+# --- whose tokens -------------------------------------------------------------------------------
+
+
+def check_spelling(path: str, spell: Callable[[list[int]], list[str | None] | None], variant: str) -> None:
+    """Refuse a variant whose own tokenizer gives the ids of an evaluation other meanings than the base's.
+
+    `spell(ids)` says what the ids are in the variant's vocabulary (None for one, or for all, where it cannot be told).
+    Formats write a few tokens in ways of their own (bytes, added ones), so only more than one in `OTHERWISE` counts.
+    """
+    with open(path, encoding="utf-8") as file:
+        ours = json.load(file).get("spelling")
+    theirs = spell([int(token) for token in ours]) if ours else None
+    if not ours or theirs is None:
+        return
+    pairs = [(token, a, b) for (token, a), b in zip(ours.items(), theirs, strict=True) if b is not None]
+    other = [pair for pair in pairs if pair[1] != pair[2]]
+    if len(other) * OTHERWISE > len(pairs):
+        token, a, b = other[0]
+        raise UserError(
+            f"{variant} has another tokenizer than the base: {len(other)} of {len(pairs)} ids of the evaluation mean "
+            f"something else (id {token}: {a!r} in the base, {b!r} here), so its perplexity is not comparable. "
+            "Make the variant from this base"
+        )
+
+
+def checkpoint_spelling(folder: str, ids: list[int]) -> list[str | None] | None:
+    """What ids are in the vocabulary of a Hugging Face directory's `tokenizer.json`; None if it has none to read."""
+    try:
+        stored = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = stored["model"]["vocab"]
+        # Unigram models have pairs of piece and score in the order of their ids.
+        names = dict(enumerate(p for p, _ in vocabulary)) if isinstance(vocabulary, list) else {}
+        names |= {token: name for name, token in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+        names |= {entry["id"]: entry["content"] for entry in stored.get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [names.get(token) for token in ids]
 
 
 def _bytes_of(source: Tokens, begin: int, end: int, tokenizer: Any) -> int:

@@ -129,16 +129,16 @@ def _parsed_once(path: Path, reader: Any) -> Iterator[None]:
     """
     import gguf
 
-    parse, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    before = {name: vars(gguf)[name] for name in ("GGUFReader", "get_tensor_name_map")}
 
     def parsed(asked: Any, *rest: Any) -> Any:
-        return reader if Path(asked).resolve() == path.resolve() else parse(asked, *rest)
+        return reader if Path(asked).resolve() == path.resolve() else before["GGUFReader"](asked, *rest)
 
-    gguf.GGUFReader, gguf.get_tensor_name_map = parsed, cache(names)
+    vars(gguf).update(GGUFReader=parsed, get_tensor_name_map=cache(before["get_tensor_name_map"]))
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = parse, names
+        vars(gguf).update(before)
 
 
 def _field(reader: Any, key: str, default: Any = None) -> Any:

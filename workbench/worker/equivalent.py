@@ -64,7 +64,7 @@ def write_equivalent(
     import torch
     from safetensors import safe_open
 
-    old, new = _equivalent_sizes(config, int(equivalent["hidden"]))
+    old, new = equivalent_sizes(config, int(equivalent["hidden"]))
     seed, shrink = int(equivalent["seed"]), old["hidden"] / new["hidden"]
     group = old["heads"] // old["kv_heads"]
     head_dim = old["head_dim"]
@@ -152,7 +152,7 @@ def _layer_order(name: str) -> tuple[int, str]:
     return (int(match[1]) if match else -1, name)
 
 
-def _equivalent_sizes(config: dict[str, Any], hidden: int) -> tuple[dict[str, int], dict[str, int]]:
+def equivalent_sizes(config: dict[str, Any], hidden: int) -> tuple[dict[str, int], dict[str, int]]:
     """The model's sizes and those of its equivalent of a given hidden size."""
     architecture = config["architectures"][0]
     if architecture != "LlamaForCausalLM":

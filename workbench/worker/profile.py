@@ -1,24 +1,22 @@
-"""One job, measured. The only file of the program with a clock.
+"""One job, measured: what is done in which order; the clocks are in `timing.py`.
 
-Order: load, score, warm up, time. Scoring first makes the engine run every kernel it has before anything is
-timed. Prompts are fresh in every repeat, so that no prefix cache can answer from memory; all engines get the
-same ids. Raw samples are returned, one a repeat.
+Load, score, warm up, time. Scoring first makes the engine run every kernel it has before anything is timed. All
+engines get the same ids. Raw samples are returned, one a repeat, and beside them what the machine did meanwhile.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import random
-import time
 from typing import Any
 
-from workbench.errors import UserError, install_with
-from workbench.records import Job, Measurement, Speed, Workload, from_json, to_json
+from workbench.errors import install_with
+from workbench.records import Evaluation, Job, Measurement, from_json, to_json
+from workbench.worker import resident, tasks, timing
 from workbench.worker.backends import BACKENDS
+from workbench.worker.corpus import check_spelling
+from workbench.worker.energy import Meter
 from workbench.worker.quality import compact
-
-WARMUP_NEW_TOKENS = 8
 
 
 def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
@@ -26,64 +24,74 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     job: Job = from_json(Job, payload["job"])
     windows = _windows(job)
     workload = job.workload
-    steps = len(windows) + (workload.repeats + workload.warmup) * workload.new_tokens + 1
+    rounds = len(workload.points) + (len(workload.batches) if workload.requests else 0)
+    steps = len(windows) + rounds * workload.repeats + 1
     progress(0, steps, "loading")
-    start = time.perf_counter()
+    start = timing.now()
     module = _engine(job)
-    import_s = time.perf_counter() - start
+    import_s = timing.now() - start
+    memory = {"runtime": resident.resident_bytes()}
+    conditions: dict[str, Any] = {"page_cache_before": resident.cached_fraction(job.artifact.path)}
 
-    start = time.perf_counter()
+    start = timing.now()
     engine = module.Backend(job)
-    load_s = time.perf_counter() - start
+    load_s = timing.now() - start
+    memory["peak_load"] = resident.peak_bytes()
 
     quality, score_s = None, None
     if job.evaluation is not None:
+        check_spelling(job.evaluation.path, engine.spell, job.artifact.variant)
         spec = {"windows": job.evaluation.path, "reference": job.reference, "base": job.base_digest}
         progress(1, steps, "scoring")
-        start = time.perf_counter()
+        start = timing.now()
         found = engine.score(_watched(windows, progress, steps), spec)
-        score_s = time.perf_counter() - start
+        score_s = timing.now() - start
         quality = compact(found, job.artifact.method == "base")
-    speed = None
-    if workload.repeats:
-        done = len(windows)
+    qualities = {}
+    for name, further in job.evaluations.items():
+        progress(1, steps, f"scoring {name}")
+        spec = {"windows": further.path, "reference": job.references.get(name), "base": job.base_digest}
+        qualities[name] = compact(engine.score(_windows_of(further), spec), job.artifact.method == "base")
+    answered = {}
+    for name, task in job.tasks.items():
+        progress(1, steps, f"task {name}")
+        answered[name] = tasks.answer(engine, task)
+    done = len(windows)
 
-        def stepped(text: str) -> None:
-            nonlocal done
-            done += 1
-            progress(done, steps, text)
+    def stepped() -> None:
+        nonlocal done
+        done += 1
+        progress(done, steps, "timing")
 
-        prompts = _prompts(workload, windows)
-        for repeat in range(workload.warmup):
-            _run(engine, prompts[repeat], min(workload.new_tokens, WARMUP_NEW_TOKENS))
-        samples = []
-        for repeat in range(workload.repeats):
-            samples.append(_run(engine, prompts[workload.warmup + repeat], workload.new_tokens))
-            stepped("timing")
-        speed = Speed(
-            prompt_tokens=workload.prompt_tokens,
-            new_tokens=workload.new_tokens,
-            batch=workload.batch,
-            first_token_s=[sample[0] for sample in samples],
-            step_s=[sample[1] for sample in samples],
-            step_tokens=[sample[2] for sample in samples],
-        )
+    text = [token for _, ids, _ in windows for token in ids]
+    before = resident.resident_bytes()
+    exact = resident.forget_peak()
+    speeds, probes = timing.speeds(engine, workload, text, stepped, meter=Meter(), probe=timing.work_probe)
+    served = timing.served(engine, workload, text, stepped)
+    memory["peak_timing"] = resident.peak_bytes() if exact else None
+    conditions["probe_s"] = probes
     settings = engine.settings()
     warnings = settings.pop("warnings", [])
-    if quality is not None:
-        bad = sum(window["nonfinite"] for window in quality["windows"])
-        total = bad + sum(window["count"] for window in quality["windows"])
+    for name, each in (({"": quality} if quality else {}) | qualities).items():
+        bad = sum(window["nonfinite"] for window in each["windows"])
+        total = bad + sum(window["count"] for window in each["windows"])
+        where = f" of {name}" if name else ""
         if bad == total:
-            raise ValueError(f"all {total} scored positions have NaN or infinite logits")
+            raise ValueError(f"all {total} scored positions{where} have NaN or infinite logits")
         if bad:
-            warnings.append(f"{bad} of {total} scored positions have NaN or infinite logits; left out")
+            warnings.append(f"{bad} of {total} scored positions{where} have NaN or infinite logits; left out")
+    warnings += [f"task {name}: {text}" for name, each in answered.items() for text in each.pop("warnings", [])]
     settings |= {"import_s": import_s, "score_s": score_s}
     measurement = Measurement(
         device=settings.pop("device_name", settings.pop("device", "cpu")),
         load_s=load_s,
-        speeds=[speed] if speed else [],
+        speeds=speeds,
+        served=served,
         quality=quality,
-        memory=engine.memory(),
+        qualities=qualities,
+        tasks=answered,
+        memory=_memory(engine.memory(), memory, before),
+        conditions=conditions,
         settings=settings,
         warnings=warnings,
     )
@@ -123,9 +131,11 @@ def _engine(job: Job) -> Any:
 
 def _windows(job: Job) -> list[tuple[int, list[int], int]]:
     """(index, ids, first scored position) of every evaluation window."""
-    if job.evaluation is None:
-        return []
-    with open(job.evaluation.path) as file:
+    return _windows_of(job.evaluation) if job.evaluation else []
+
+
+def _windows_of(evaluation: Evaluation) -> list[tuple[int, list[int], int]]:
+    with open(evaluation.path) as file:
         stored = json.load(file)
     return [(i, ids, first) for i, (ids, first) in enumerate(zip(stored["windows"], stored["score_from"], strict=True))]
 
@@ -143,41 +153,11 @@ class _watched(list):  # type: ignore[type-arg]
             yield window
 
 
-def _prompts(workload: Workload, windows: list[tuple[int, list[int], int]]) -> list[list[list[int]]]:
-    """Fresh prompts for every repeat: [repeat][sequence][id], cut from the evaluation text by the seed."""
-    chance = random.Random(workload.seed)
-    text = [token for _, ids, _ in windows for token in ids]
-    if len(text) < 2:
-        # No evaluation (a base without weights, say): any ids will do, small ones exist in every vocabulary.
-        text = [chance.randrange(10, 250) for _ in range(4 * workload.prompt_tokens)]
-    while len(text) < 2 * workload.prompt_tokens:
-        text = text + text
-    rounds = workload.warmup + workload.repeats
-    starts = [
-        [chance.randrange(len(text) - workload.prompt_tokens) for _ in range(workload.batch)] for _ in range(rounds)
-    ]
-    return [[text[s : s + workload.prompt_tokens] for s in row] for row in starts]
-
-
-def _run(engine: Any, prompts: list[list[int]], new_tokens: int) -> tuple[float, list[float], list[int]]:
-    """Seconds to the first token of all sequences, then seconds and tokens of each later step."""
-    started = time.perf_counter()
-    waiting = len(prompts)
-    seen = [0] * len(prompts)
-    first_s = 0.0
-    step_s: list[float] = []
-    step_tokens: list[int] = []
-    last = started
-    for gained in engine.generate(prompts, new_tokens):
-        now = time.perf_counter()
-        if waiting:
-            seen = [a + b for a, b in zip(seen, gained, strict=True)]
-            waiting = seen.count(0)
-            first_s = now - started
-        else:
-            step_s.append(now - last)
-            step_tokens.append(sum(gained))
-        last = now
-    if waiting:
-        raise UserError("the engine stopped before every sequence had its first token")
-    return first_s, step_s, step_tokens
+def _memory(said: dict[str, int], seen: dict[str, int | None], before: int | None) -> dict[str, int]:
+    """What the engine says, the phases' peaks, and the workspace: what timing took beyond what was there before and
+    the KV cache. An engine that reserves its cache had it before."""
+    peak = seen["peak_timing"]
+    if "workspace" not in said and peak is not None and before is not None:
+        grown = 0 if "kv_cache_reserved" in said else said.get("kv_cache", 0)
+        said = {**said, "workspace": max(0, peak - before - grown)}
+    return said | {name: value for name, value in seen.items() if value is not None}

@@ -71,7 +71,8 @@ class Reducer:
     - `base`: digest of the base that a reference is or must be of; required to be equal to the file's;
     - `top_k`: ids a made reference keeps exactly (default 256), lowered to fit 2,000 bytes a token and a 40th
       of llama.cpp's logits file, but for vocabularies under 20,000 ids, where 1,024 bytes are always allowed;
-    - `per_token`: also return per-token lists (default true), which quantiles need.
+    - `per_token`: also return per-token lists (default true), which quantiles need;
+    - `greedy`: without a reference, also count how often the likeliest id was the text's own (default false).
 
     Raises `UserError` if the reference is of other tokens, another base, another vocabulary or format.
     """
@@ -96,6 +97,7 @@ class Reducer:
         counts = [max(0, len(w) - 1 - s) for w, s in zip(self._windows, self._score_from, strict=True)]
         self._starts = list(itertools.accumulate(counts, initial=0))
         self._per_token = bool(spec.get("per_token", True))
+        self._greedy = bool(spec.get("greedy")) and not spec.get("reference")
         self._seen = bytearray(self._starts[-1])
         self._pending: list[tuple[int, Any]] = []
         self._work: Any = None
@@ -162,7 +164,7 @@ class Reducer:
         # The minimum finds what the maximum hides: a lone -inf. NaN shows in both.
         finite = torch.isfinite(highest) & torch.isfinite(source.amin(-1, keepdim=True))
         # argmax promises the first of equal maxima, on every device.
-        top = source.argmax(-1) if self._reference or self._made else None
+        top = source.argmax(-1) if self._reference or self._made or self._greedy else None
         torch.sub(source, highest, out=work)
         log_total = work.exp_().sum(-1, keepdim=True).log_()
 
@@ -180,6 +182,8 @@ class Reducer:
             columns[:, 3] = top == stored["top"]
             columns[:, 4] = correct[:, 0].exp() - stored["correct"].exp()
             columns[:, 1:].masked_fill_(~torch.isfinite(stored["correct"])[:, None], math.nan)
+        elif self._greedy:
+            columns[:, 3] = top == targets
         columns.masked_fill_(~finite, math.nan)
         if self._made is not None:
             correct = correct.masked_fill(~finite, math.nan)
@@ -193,7 +197,8 @@ class Reducer:
         "made_reference_digest"}`; the first three of the others are null without a reference. A window holds
         `count` (tokens with finite logits), `nonfinite` (the others, excluded from everything else) and
         `nll_sum` in nats; with a reference also `kld_count` (tokens that the base too had finite logits for),
-        `kld_sum` and its lower bound `kld_low_sum` in nats, `same_top_sum`, `dp_square_sum`. With `per_token`
+        `kld_sum` and its lower bound `kld_low_sum` in nats, `same_top_sum`, `dp_square_sum`; with `greedy`
+        `greedy_sum`. With `per_token`
         lists over the scored positions, `nll`, `kld`, `same_top` and `dp` (the correct token's probability
         less the base's), to six digits, have null in the place of an excluded token, so that lists of two
         passes stay aligned and no average can swallow one.
@@ -216,7 +221,7 @@ class Reducer:
         reference = self._reference
         result: dict[str, Any] = {
             "windows": [
-                _window(table[a:b].double(), reference is not None, self._per_token)
+                _window(table[a:b].double(), reference is not None, self._per_token, self._greedy)
                 for a, b in zip(self._starts, self._starts[1:], strict=False)
             ],
             "top_k": reference.top_k if reference else None,
@@ -324,7 +329,7 @@ def _likeliest(work: Any, k: int) -> Any:
     return ids.gather(-1, work.gather(-1, ids).topk(k, dim=-1).indices)
 
 
-def _window(table: Any, compared: bool, per_token: bool) -> dict[str, Any]:
+def _window(table: Any, compared: bool, per_token: bool, greedy: bool = False) -> dict[str, Any]:
     """One window's [n, 5] float64 table as JSON."""
     import torch
 
@@ -338,6 +343,8 @@ def _window(table: Any, compared: bool, per_token: bool) -> dict[str, Any]:
     window: dict[str, Any] = {"count": len(table) - excluded, "nonfinite": excluded, "nll_sum": total(0)}
     if per_token:
         window["nll"] = listed(0)
+    if greedy:
+        window["greedy_sum"] = int(total(3))
     if compared:
         window["kld_count"] = int((~torch.isnan(table[:, 1])).sum())
         window["kld_sum"], window["kld_low_sum"] = total(1), total(2)

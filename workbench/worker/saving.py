@@ -9,6 +9,7 @@ Rejected: saving with transformers' own config writer (readers built on transfor
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -24,22 +25,23 @@ SHARD_BYTES = 2_000_000_000
 
 
 @contextmanager
-def disk_faults(out: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a line about it."""
+def disk_faults(out: Path, kept: str = "") -> Iterator[None]:
+    """Turn a full disk, or a quota reached, into a line about it; `kept` says what the work so far is good for."""
+    kept = f" {kept}" if kept else ""
     try:
         yield
     except OSError as error:
-        if error.errno == 28:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free_gb = shutil.disk_usage(out).free / 1e9
             raise UserError(
                 f"no space left on the disk of {out} ({free_gb:.1f} GB free): free some, or set "
-                "WORKBENCH_HOME to a larger disk."
+                f"WORKBENCH_HOME to a larger disk.{kept}"
             ) from None
         raise
     except Exception as error:  # safetensors raises its own type and keeps the system's words
         if "No space left" in str(error):
             raise UserError(
-                f"no space left on the disk of {out}: free some, or set WORKBENCH_HOME to a larger disk."
+                f"no space left on the disk of {out}: free some, or set WORKBENCH_HOME to a larger disk.{kept}"
             ) from None
         raise
 

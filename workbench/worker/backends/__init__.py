@@ -8,8 +8,15 @@ keys), `PACKAGES` (distributions whose versions identify it), `INSTALL` (the com
     class Backend:
         def __init__(self, job)     loads the model
         def score(self, windows, spec)      what `quality.Reducer(spec).result()` says of all windows
+        def prepare(self, batch, tokens)    optional: make room for so many sequences of so many tokens
         def generate(self, prompts, new_tokens)   yields the tokens gained by each sequence, step by step
-        def memory(self)            bytes, as the engine itself states them
+        def serve(self, prompts, new_tokens, slots)   yields the tokens gained by all in each step; so many for each
+                                    prompt, so many prompts at once. `continuous`: a free slot is filled at once
+        def complete(self, prompts, new_tokens, stop)   the likeliest continuation of each prompt (as ids), of at most
+                                    so many tokens, without the first of `stop` and what follows it
+        def spell(self, ids)        each id as the artifact's own vocabulary has it; None where it cannot be told
+        def memory(self)            bytes, as the engine itself states them: `weights`, `kv_cache` at the workload's
+                                    length, `workspace` where it knows; `kv_cache_reserved` if it reserves more
         def settings(self)          dtype, threads, kernels: what it really runs with
         def close(self)
 

@@ -47,6 +47,8 @@ class Backend:
 
     def __init__(self, job: Job) -> None:
         only = job.options.get("only") or job.artifact.variant
+        if os.environ.get("WORKBENCH_FAKE_BROKEN"):
+            raise RuntimeError("fake engine: broken since tonight")
         self._do = job.options.get("do", "nothing") if job.artifact.variant == only else "nothing"
         if self._do == "hang":
             time.sleep(3600)
@@ -86,8 +88,27 @@ class Backend:
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
         """A token a step for every prompt."""
         for _ in range(new_tokens):
-            time.sleep(0.001)
+            # Slower without a word in the recipe, as an engine's new version may be.
+            time.sleep(0.001 * float(os.environ.get("WORKBENCH_FAKE_SLOWER", "1")))
             yield [1] * len(prompts)
+
+    def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:
+        """What was asked, said again."""
+        return [ids[:most] for ids, most in zip(prompts, new_tokens, strict=True)]
+
+    continuous = True
+
+    def serve(self, prompts: list[list[int]], new_tokens: list[int], slots: int) -> Iterator[int]:
+        """A token a step for every request that has a slot; a free one is filled at once."""
+        waiting, running = list(new_tokens), []
+        while waiting or running:
+            while waiting and len(running) < slots:
+                running.append(waiting.pop(0))
+            yield len(running)
+            running = [left - 1 for left in running if left > 1]
+
+    def spell(self, ids: list[int]) -> None:
+        """It has no words."""
 
     def memory(self) -> dict[str, int]:
         """One byte."""

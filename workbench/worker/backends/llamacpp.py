@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from workbench.records import Artifact, Job
 
@@ -20,11 +22,13 @@ INSTALL = "pip install llama-cpp-python"
 FORMATS = ("gguf",)
 ENVIRONMENT: dict[str, str] = {}
 UBATCH_TOKENS = 512
+LOG_WARNING = 3
 
 
 @dataclass(frozen=True)
 class Options:
-    """`threads`: default all this process may use; `gpu_layers`: -1 for all, where the build has a GPU."""
+    """`threads`: default all this process may use; `gpu_layers`: -1 for all, where the build has a GPU; `kv_cache`:
+    what keys and values are stored as, default f16."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -32,6 +36,7 @@ class Options:
     gpu_layers: int = -1
     flash_attention: bool | None = None
     mmap: bool = True
+    kv_cache: Literal["f16", "q8_0"] | None = None
 
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:
@@ -49,37 +54,88 @@ def load_engine() -> Any:
     return llama_cpp
 
 
+def _listen(api: Any, heard: list[str]) -> Any:
+    """Let llama.cpp's log pass on to the worker's, and keep its lines on buffers and errors."""
+
+    @api.llama_log_callback  # type: ignore[untyped-decorator]
+    def listen(level: int, text: bytes, user: object) -> None:
+        line = text.decode(errors="replace")
+        if "buffer size" in line or level >= LOG_WARNING:
+            heard.append(line.strip())
+            sys.stderr.write(line)
+
+    api.llama_log_set(listen, ctypes.c_void_p(0))
+    return listen
+
+
 class Backend:
     """One model and one context; see `backends/__init__.py` for the contract."""
 
+    continuous = True
+
     def __init__(self, job: Job) -> None:
         self._api = api = load_engine()
-        options, load, test = job.options, job.workload, job.evaluation
+        options, load = job.options, job.workload
         self._threads = options.get("threads") or len(os.sched_getaffinity(0))
-        generated = load.prompt_tokens + load.new_tokens
-        context_tokens = max(load.batch * generated, test.window if test else 0)
-        prompt_tokens = max(load.batch * load.prompt_tokens, test.window if test else 0)
+        self._heard: list[str] = []
+        self._listener = _listen(api, self._heard)
 
         params = api.llama_model_default_params()
         params.n_gpu_layers = options.get("gpu_layers", -1)
         params.load_mode = api.LLAMA_LOAD_MODE_MMAP if options.get("mmap", True) else api.LLAMA_LOAD_MODE_NONE
         self._model = api.llama_model_load_from_file(job.artifact.path.encode(), params)
         if not self._model:
-            raise RuntimeError(f"llama.cpp could not load {job.artifact.path}")
+            raise RuntimeError(f"llama.cpp could not load {job.artifact.path}{self._last_words()}")
+        self._vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
+        self._kv_cache = options.get("kv_cache") or "f16"
+        self._flash_attention = options.get("flash_attention")
+        self._context: Any = None
+        self._batch: Any = None
+        self._slots = self._room = 0
+        generated = load.prompt_tokens + load.new_tokens
+        self._first_point, self._point_lines = (load.batch, generated), list[str]()
+        if job.longest_window:
+            # Scored before anything is timed; with single sequences one context does for both.
+            self.prepare(1, max(job.longest_window, generated if load.batch == 1 else 0))
+        else:
+            self.prepare(load.batch, generated)
 
+    def prepare(self, batch: int, tokens: int) -> None:
+        """A context for so many sequences of so many tokens, unless there is one."""
+        if self._context and self._slots == batch and self._room >= tokens:
+            return
+        api = self._api
+        self._drop_context()
+        began = len(self._heard)
         context = api.llama_context_default_params()
-        context.n_ctx = context_tokens
-        context.n_batch = max(prompt_tokens, UBATCH_TOKENS)
+        # Each sequence's share is rounded up by llama.cpp itself.
+        context.n_ctx = batch * tokens
+        context.n_batch = max(batch * tokens, UBATCH_TOKENS)
         context.n_ubatch = UBATCH_TOKENS
-        context.n_seq_max = load.batch
+        context.n_seq_max = batch
         context.n_threads = context.n_threads_batch = self._threads
-        if options.get("flash_attention") is not None:
-            context.flash_attn_type = int(options["flash_attention"])
+        if self._kv_cache == "q8_0":
+            context.type_k = context.type_v = api.GGML_TYPE_Q8_0
+        if self._flash_attention is not None:
+            context.flash_attn_type = int(self._flash_attention)
         self._context = api.llama_init_from_model(self._model, context)
         if not self._context:
-            raise RuntimeError(f"llama.cpp could not make a context of {context_tokens} tokens")
-        self._vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
-        self._batch = api.llama_batch_init(context.n_batch, 0, load.batch)
+            raise RuntimeError(f"llama.cpp could not make a context for {batch} x {tokens} tokens{self._last_words()}")
+        self._slots, self._room = batch, tokens
+        if (batch, tokens) == self._first_point or not self._point_lines:
+            self._point_lines = self._heard[began:]
+        self._batch = api.llama_batch_init(context.n_batch, 0, batch)
+
+    def _drop_context(self) -> None:
+        if self._context:
+            self._api.llama_batch_free(self._batch)
+            self._api.llama_free(self._context)
+            self._context = None
+
+    def _last_words(self) -> str:
+        """What llama.cpp said of the failure."""
+        words = [line for line in self._heard if "error" in line.lower() or "fail" in line.lower()]
+        return f": {words[0]}" if words else ""
 
     def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> None:
         """Run (id, position, sequence, wants logits) through the model."""
@@ -98,14 +154,26 @@ class Backend:
     def _forget(self) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), False)
 
-    def _logits(self, rows: int) -> Any:
-        """The last decode's wanted logits, [rows, vocabulary] float32, a view of the engine's buffer."""
+    def _rows(self, rows: int) -> Any:
+        """The last decode's wanted logits, [rows, vocabulary] float32, a numpy view of the engine's buffer."""
         import numpy as np
-        import torch
 
         size = rows * self._vocab_size
         buffer = ctypes.cast(self._api.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float * size)).contents
-        return torch.from_numpy(np.frombuffer(buffer, dtype=np.float32)).view(rows, self._vocab_size)
+        return np.frombuffer(buffer, dtype=np.float32).reshape(rows, self._vocab_size)
+
+    def _logits(self, rows: int) -> Any:
+        """The same as a tensor."""
+        import torch
+
+        return torch.from_numpy(self._rows(rows))
+
+    def _likeliest(self, rows: int) -> list[int]:
+        """The id that each wanted row gives the highest logit.
+
+        By numpy, in one thread: torch would wake threads of its own beside llama.cpp's, which still spin.
+        """
+        return [int(each) for each in self._rows(rows).argmax(axis=1)]
 
     def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
         """Reduce each window's logits from its first scored position on."""
@@ -113,6 +181,7 @@ class Backend:
 
         reducer = Reducer(spec)
         for index, ids, first in windows:
+            self.prepare(1, len(ids))
             self._forget()
             last = len(ids) - 1
             self._decode([(token, i, 0, first <= i < last) for i, token in enumerate(ids)])
@@ -130,16 +199,81 @@ class Backend:
                 for i, token in enumerate(ids)
             ]
         )
-        chosen = self._logits(count).argmax(dim=1).tolist()
+        chosen = self._likeliest(count)
         yield [1] * count
         for step in range(new_tokens - 1):
             self._decode([(chosen[s], len(prompts[s]) + step, s, True) for s in range(count)])
-            chosen = self._logits(count).argmax(dim=1).tolist()
+            chosen = self._likeliest(count)
             yield [1] * count
 
+    def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:
+        """The likeliest continuation of each prompt, one prompt after the other."""
+        answers = []
+        for ids, most in zip(prompts, new_tokens, strict=True):
+            self.prepare(1, len(ids) + most)
+            self._forget()
+            self._decode([(token, i, 0, i == len(ids) - 1) for i, token in enumerate(ids)])
+            answer: list[int] = []
+            while (token := self._likeliest(1)[0]) not in stop:
+                answer.append(token)
+                if len(answer) == most:
+                    break
+                self._decode([(token, len(ids) + len(answer) - 1, 0, True)])
+            answers.append(answer)
+        return answers
+
+    def serve(self, prompts: list[list[int]], new_tokens: list[int], slots: int) -> Iterator[int]:
+        """Continuous batching: a step decodes one token of every sequence and the prompts that found a free slot."""
+        self._forget()
+        memory = self._api.llama_get_memory(self._context)
+        free, waiting = list(range(slots)), list(range(len(prompts)))
+        left: dict[int, int] = {}
+        position: dict[int, int] = {}
+        last: dict[int, int] = {}
+        while waiting or left:
+            batch = [(last[slot], position[slot], slot, True) for slot in left]
+            while waiting and free:
+                slot, request = free.pop(), waiting.pop(0)
+                ids = prompts[request]
+                batch += [(token, i, slot, i == len(ids) - 1) for i, token in enumerate(ids)]
+                left[slot], position[slot] = new_tokens[request], len(ids) - 1
+            order = list(left)
+            self._decode(batch)
+            chosen = self._likeliest(len(order))
+            for slot, token in zip(order, chosen, strict=True):
+                last[slot], position[slot], left[slot] = token, position[slot] + 1, left[slot] - 1
+                if not left[slot]:
+                    del left[slot]
+                    free.append(slot)
+                    self._api.llama_memory_seq_rm(memory, slot, -1, -1)
+            yield len(order)
+
+    def spell(self, ids: list[int]) -> list[str | None]:
+        """The tokens of a GGUF file's own vocabulary."""
+        vocabulary = self._api.llama_model_get_vocab(self._model)
+        texts = [
+            self._api.llama_vocab_get_text(vocabulary, token) if token < self._vocab_size else None for token in ids
+        ]
+        return [None if text is None else text.decode(errors="replace") for text in texts]
+
     def memory(self) -> dict[str, int]:
-        """Bytes of the weights as llama.cpp counts them."""
-        return {"weights": int(self._api.llama_model_size(self._model))}
+        """Bytes of the weights as llama.cpp counts them, and of the buffers that it said it made for the first point.
+
+        `weights_copied`: weights in another layout beside the mapped file; `workspace`: the graph's buffers.
+        """
+        sizes = {"weights": int(self._api.llama_model_size(self._model))}
+        kinds = {"KV": "kv_cache", "compute": "workspace", "output": "workspace"}
+        loaded = [line for line in self._heard if " model buffer" in line]
+        for line in (*loaded, *self._point_lines):
+            found = re.search(r"(\S+)\s+(model|KV|compute|output)\s+buffer size\s+=\s+([\d.]+) MiB", line)
+            if not found:
+                continue
+            place, what, size_bytes = found[1], found[2], float(found[3]) * 2**20
+            if what == "model" and "REPACK" in place:
+                sizes["weights_copied"] = sizes.get("weights_copied", 0) + int(size_bytes)
+            elif what != "model":
+                sizes[kinds[what]] = sizes.get(kinds[what], 0) + int(size_bytes)
+        return sizes
 
     def settings(self) -> dict[str, Any]:
         """Threads, and what the build can use."""
@@ -148,10 +282,12 @@ class Backend:
             name for name, sign, on in zip(words, words[1:], words[2:], strict=False) if sign == "=" and on == "1"
         ]
         cuda = bool(self._api.llama_supports_gpu_offload())
-        return {"threads": self._threads, "device": "cuda" if cuda else "cpu", "features": features}
+        return {
+            "threads": self._threads, "device": "cuda" if cuda else "cpu", "kv_cache": self._kv_cache,
+            "features": features,
+        }  # fmt: skip
 
     def close(self) -> None:
         """Free the context and the model."""
-        self._api.llama_batch_free(self._batch)
-        self._api.llama_free(self._context)
+        self._drop_context()
         self._api.llama_model_free(self._model)

@@ -24,21 +24,26 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "INFO",
     # Loopback only: nothing of a measurement may listen to the outside.
     "VLLM_HOST_IP": "127.0.0.1",
+    # With AMX, vLLM rounds what goes into 4-bit weights to 8 bits: another variant than the file's.
+    "VLLM_CPU_INT4_W4A8": "0",
 }
 EXTENSION = "workbench.worker.backends.vllm.Extension"
+KV_BLOCK_TOKENS = 16
 KV_BLOCK_MARGIN = 1.25
 """Head room over the tokens a workload needs, for block rounding and one extra sequence."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """`dtype: auto` is bfloat16 on a CPU (float16 for AWQ and GPTQ on a GPU, where their kernels want it)."""
+    """`dtype: auto` is bfloat16 on a CPU (for AWQ and GPTQ on a GPU float16, or their checkpoint's bfloat16);
+    `kv_cache` is that dtype unless it is fp8."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     enforce_eager: bool = False
     tensor_parallel: int = 1
+    kv_cache: Literal["auto", "fp8"] | None = None
     threads: int | None = None
     trust_remote_code: bool = False
 
@@ -51,6 +56,16 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
         return "GGUF is no longer part of vLLM (since 0.24), and its plugin exists for GPUs only"
     if artifact.format not in FORMATS:
         return f"vLLM does not read {artifact.format}"
+    bits = (artifact.provenance.get("options") or {}).get("bits", 4)
+    if artifact.format == "gptq" and bits != 4 and not cuda:
+        return f"vLLM reads GPTQ of {bits} bits on GPUs only; its kernels on a CPU take 4"
+    return None
+
+
+def refuses(options: dict[str, Any], cuda: bool) -> str | None:
+    """Why these options cannot be had on this device, or None."""
+    if options.get("kv_cache") == "fp8" and not cuda:
+        return "vLLM keeps keys and values in 8 bits (fp8) on GPUs only; llama.cpp does on a CPU (kv_cache: q8_0)"
     return None
 
 
@@ -58,23 +73,31 @@ class Extension:
     """Methods that vLLM adds to its worker; called by name with `collective_rpc`."""
 
     def workbench_begin(self, spec: dict[str, Any]) -> None:
-        """Wrap the model's `compute_logits` so that a `Reducer` sees what it returns."""
+        """Wrap the model's `compute_logits` so that a `Reducer` sees the logits of all scored rows, in float32."""
         from workbench.worker.quality import Reducer
 
         model = self.model_runner.model  # type: ignore[attr-defined]
-        self._reducer = Reducer(spec)
+        self._reducer, self._scored_in = Reducer(spec), ""
         self._window: tuple[int, int, int] | None = None
         self._compute = model.compute_logits
+        self._processors = [module for module in model.modules() if hasattr(module, "_apply_head")]
+        for processor in self._processors:
+            processor._apply_head = _wide(processor._apply_head)
 
         def compute_logits(hidden_states: Any, *rest: Any, **named: Any) -> Any:
-            logits = self._compute(hidden_states, *rest, **named)
-            if self._window is not None and logits is not None and logits.shape[0] > 1:
-                index, first, position = self._window
-                skip = max(first - position, 0)
-                if skip < logits.shape[0]:
-                    self._reducer(index, position + skip, logits[skip:])
-                self._window = (index, first, position + logits.shape[0])
-            return logits
+            rows = hidden_states.shape[0]
+            if self._window is None or rows < 2:
+                return self._compute(hidden_states, *rest, **named)
+            index, first, position = self._window
+            self._window = (index, first, position + rows)
+            skip = min(max(first - position, 0), rows - 1)
+            logits = self._compute(hidden_states[skip:], *rest, **named)
+            if logits is None:
+                return None
+            self._reducer(index, position + skip, logits)
+            self._scored_in = str(logits.dtype).removeprefix("torch.")
+            # vLLM wants as many rows as it gave, for numbers that nobody will read.
+            return logits[:1].expand(rows, -1)
 
         model.compute_logits = compute_logits
 
@@ -83,9 +106,11 @@ class Extension:
         self._window = (index, first, 0)
 
     def workbench_end(self) -> dict[str, Any]:
-        """Unwrap, and return the reduction."""
+        """Unwrap; the reduction as `quality`, and the logits' dtype as `scored_in`."""
         self.model_runner.model.compute_logits = self._compute  # type: ignore[attr-defined]
-        return self._reducer.result()
+        for processor in self._processors:
+            del processor._apply_head
+        return {"quality": self._reducer.result(), "scored_in": self._scored_in}
 
     def workbench_memory(self) -> dict[str, int]:
         """Bytes of weights in this worker and of its key-value cache, as far as it knows."""
@@ -95,6 +120,23 @@ class Extension:
         caches = {t.data_ptr(): t.numel() * t.element_size() for t in _tensors(runner.kv_caches)}
         known = {"weights": weights} if weights else {}
         return known | {"kv_cache_reserved": sum(caches.values())}
+
+
+def _wide(apply_head: Any) -> Any:
+    """vLLM's product with the head, but in float32 where that is a plain matrix (`worker/head.py`).
+
+    Its own switch for it, `head_dtype`, is for the engine's whole life and holds the head twice on a CPU.
+    """
+    from workbench.worker import head
+
+    def apply(lm_head: Any, hidden_states: Any, embedding_bias: Any) -> Any:
+        plain = type(lm_head.quant_method).__name__ in ("UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
+        # Of 16 bits and not packed away, as vLLM on a CPU does with some.
+        if plain and head.fits(lm_head.weight):
+            return head.product(hidden_states, lm_head.weight, embedding_bias)
+        return apply_head(lm_head, hidden_states, embedding_bias)
+
+    return apply
 
 
 def _tensors(nest: Any) -> Iterator[Any]:
@@ -115,22 +157,24 @@ def load_engine() -> Any:
 class Backend:
     """One engine; see `backends/__init__.py` for the contract."""
 
+    continuous = True
+
     def __init__(self, job: Job) -> None:
         vllm = load_engine()
         from vllm.platforms import current_platform
 
-        options, load, test = job.options, job.workload, job.evaluation
+        options, load = job.options, job.workload
         self._cpu = current_platform.is_cpu()
         self._threads = options.get("threads") or len(os.sched_getaffinity(0))
         dtype = options.get("dtype", "auto")
         if dtype == "auto" and self._cpu:
             dtype = "bfloat16"
         elif dtype == "auto" and job.artifact.format != "safetensors":
-            dtype = "float16"
+            dtype = _kernel_dtype(job.artifact.path)
         self._dtype = dtype
         self._eager = options.get("enforce_eager", False)
-        tokens = load.prompt_tokens + load.new_tokens
-        longest = max(tokens, (test.window if test else 0) + 1)
+        longest = max(load.longest, job.longest_window + 1)
+        self._job = job
         parallel = options.get("tensor_parallel", 1)
         if parallel > 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
@@ -144,18 +188,21 @@ class Backend:
             dtype=dtype,
             skip_tokenizer_init=True,
             max_model_len=longest,
-            max_num_seqs=max(load.batch, 1),
-            max_num_batched_tokens=max(load.batch * load.prompt_tokens, longest),
+            max_num_seqs=max(load.batches),
+            max_num_batched_tokens=max(*(batch * prompt_tokens for prompt_tokens, batch in load.points), longest),
             enable_prefix_caching=False,
             enforce_eager=self._eager,
             tensor_parallel_size=parallel,
+            kv_cache_dtype=options.get("kv_cache") or "auto",
             trust_remote_code=options.get("trust_remote_code", False),
             disable_log_stats=True,
             seed=load.seed,
             worker_extension_cls=EXTENSION,
-            kv_cache_memory_bytes=_kv_cache_bytes(job, max(load.batch * tokens, longest)),
+            kv_cache_memory_bytes=_reserved_bytes(job, max(load.most_tokens, longest)),
         )
+        self._path = job.artifact.path
         self._requests = 0
+        self._scored_in = ""
 
     def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
         """One prompt a window; the reduction happens where the logits are."""
@@ -166,7 +213,9 @@ class Backend:
         for index, ids, first in windows:
             self._llm.collective_rpc("workbench_window", args=(index, first))
             self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
-        return dict(self._llm.collective_rpc("workbench_end")[0])
+        answer = self._llm.collective_rpc("workbench_end")[0]
+        self._scored_in = str(answer["scored_in"])
+        return dict(answer["quality"])
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
         """Continuous batching by the engine's own steps; yields the tokens each sequence gained."""
@@ -191,30 +240,97 @@ class Backend:
             if any(gained.values()):
                 yield list(gained.values())
 
+    def serve(self, prompts: list[list[int]], new_tokens: list[int], slots: int) -> Iterator[int]:
+        """Continuous batching by the engine's own steps; a request is handed over as soon as a slot is free."""
+        from vllm import SamplingParams
+
+        engine = self._llm.llm_engine
+        waiting = list(zip(prompts, new_tokens, strict=True))
+        have: dict[str, int] = {}
+        while waiting or have:
+            while waiting and len(have) < slots:
+                ids, most = waiting.pop(0)
+                self._requests += 1
+                name = f"workbench-{self._requests}"
+                have[name] = 0
+                sampling = SamplingParams(
+                    max_tokens=most, min_tokens=most, temperature=0.0, ignore_eos=True, detokenize=False
+                )
+                engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+            gained = 0
+            for output in engine.step():
+                count = len(output.outputs[0].token_ids)
+                gained += count - have[output.request_id]
+                have[output.request_id] = count
+                if output.finished:
+                    del have[output.request_id]
+            yield gained
+
+    def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:
+        """The likeliest continuation of each prompt, by the engine's own batching."""
+        from vllm import SamplingParams
+
+        sampling = [
+            SamplingParams(max_tokens=most, temperature=0.0, stop_token_ids=stop, ignore_eos=True, detokenize=False)
+            for most in new_tokens
+        ]
+        found = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        answers = [list(each.outputs[0].token_ids) for each in found]
+        return [ids[:-1] if ids and ids[-1] in stop else ids for ids in answers]
+
+    def spell(self, ids: list[int]) -> list[str | None] | None:
+        """The tokens of the checkpoint's own tokenizer."""
+        from workbench.worker.corpus import checkpoint_spelling
+
+        return checkpoint_spelling(self._path, ids)
+
     def memory(self) -> dict[str, int]:
-        """Bytes of weights and of the reserved key-value cache, over all workers."""
+        """Bytes of weights and of the reserved key-value cache, over all workers; and what the first point needs."""
         parts = self._llm.collective_rpc("workbench_memory")
-        return {name: sum(part[name] for part in parts) for name in parts[0]}
+        sizes = {name: sum(part[name] for part in parts) for name in parts[0]}
+        artifact, load = self._job.artifact, self._job.workload
+        if "weights" not in sizes:
+            # Repacked where no parameter shows it: what the checkpoint holds, in the dtype it is computed in.
+            width = 4 if self._dtype == "float32" else 2
+            sizes["weights"] = artifact.parameters * width if artifact.format == "safetensors" else artifact.disk_bytes
+        width = 1 if self._job.options.get("kv_cache") == "fp8" else 4 if self._dtype == "float32" else 2
+        blocks = -(-(load.prompt_tokens + load.new_tokens) // KV_BLOCK_TOKENS)
+        return sizes | {"kv_cache": load.batch * blocks * KV_BLOCK_TOKENS * _kv_values(artifact.path) * width}
 
     def settings(self) -> dict[str, Any]:
         """Device, dtype, threads."""
         device = "cpu" if self._cpu else "cuda"
-        return {"device": device, "dtype": self._dtype, "threads": self._threads, "eager": self._eager}
+        settings = {"device": device, "dtype": self._dtype, "threads": self._threads, "eager": self._eager}
+        return settings | ({"scored_logits": self._scored_in} if self._scored_in else {})
 
     def close(self) -> None:
         """Nothing: the worker leaves by `os._exit`, since vLLM may abort while it shuts down."""
 
 
-def _kv_cache_bytes(job: Job, tokens: int) -> int:
-    """Bytes of keys and values for so many tokens, by the shape in the checkpoint's config.json."""
+def _kv_values(path: str) -> int:
+    """Keys and values of one token over all layers, by the shape in the checkpoint's config.json."""
     import json
     from pathlib import Path
 
-    config = json.loads((Path(job.artifact.path) / "config.json").read_text())
+    config = json.loads((Path(path) / "config.json").read_text())
     config = config.get("text_config", config)
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    each = 2 * config["num_hidden_layers"] * kv_heads * head_dim * 4
-    blocks = -(-tokens // 128) + 2 * job.workload.batch
-    return int(blocks * 128 * each * KV_BLOCK_MARGIN)
+    return int(2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_dim)
+
+
+def _kernel_dtype(path: str) -> str:
+    """What AWQ's and GPTQ's kernels on a GPU compute in: float16, which all of them take, unless the checkpoint
+    itself is of bfloat16 (Gemma, whose activations leave float16's range; vLLM refuses it there)."""
+    import json
+    from pathlib import Path
+
+    config = json.loads((Path(path) / "config.json").read_text())
+    found = config.get("dtype") or config.get("torch_dtype")
+    return "bfloat16" if found == "bfloat16" else "float16"
+
+
+def _reserved_bytes(job: Job, tokens: int) -> int:
+    """Bytes of keys and values to reserve for so many tokens: in 32 bits, by blocks of 128, and some more."""
+    blocks = -(-tokens // 128) + 2 * max(job.workload.batches)
+    return int(blocks * 128 * _kv_values(job.artifact.path) * 4 * KV_BLOCK_MARGIN)

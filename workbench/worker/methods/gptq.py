@@ -169,12 +169,10 @@ def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, 
             group_of = torch.empty_like(group_of).scatter_(0, order, group_of)
         else:
             grid = search_grid(weight, gram, size, options.bits, symmetric=options.sym)
-        rounded = compensate(weight, gram, grid, group_of, order, options.damping)
+        where = f"layer {layer.index} {group.linears[0]}"
+        rounded = compensate(weight, gram, grid, group_of, order, options.damping, where)
         if rounded.damping > options.damping:
-            warnings.append(
-                f"layer {layer.index} {group.linears[0]}: the Gram matrix is singular; "
-                f"damping raised to {rounded.damping:g}"
-            )
+            warnings.append(singular(where, rounded.damping))
         power = output_power(layer, group)
         for linear, rows in row_slices(layer, group):
             del tensors[f"{linear}.weight"]
@@ -393,18 +391,25 @@ def nearest(weight: Any, grid: Grid) -> tuple[Any, Any]:
     return codes, error
 
 
-def compensate(weight: Any, gram: Any, grid: Grid, group_of: Any, order: Any, damping: float) -> Rounded:
+def singular(where: str, damping: float) -> str:
+    """The warning that a factorisation needed more damping than was asked for."""
+    return f"{where}: the Gram matrix is singular; damping raised to {damping:g}"
+
+
+def compensate(
+    weight: Any, gram: Any, grid: Grid, group_of: Any, order: Any, damping: float, where: str = "a layer"
+) -> Rounded:
     """Round columns in `order`, each taking up the error of those before it (module docstring).
 
     `weight` [in, out], `gram` [in, in], `group_of` [in]: the grid's row for each input, `order` a permutation.
     Inputs that never fire have no say and get a unit diagonal. If the factorisation fails, the damping is raised
-    tenfold until it works; raises `UserError` past 1.
+    tenfold until it works; past 1 that is a `UserError`, which begins with `where`.
     """
     import torch
 
     inputs, outputs = weight.shape
     top = float(2**grid.bits - 1)
-    upper, spread, damping = _factor(gram[order][:, order], damping)
+    upper, spread, damping = _factor(gram[order][:, order], damping, where)
     sorted_weight = weight[order]
     error = torch.empty_like(sorted_weight)
     residual = torch.empty_like(sorted_weight)
@@ -449,7 +454,7 @@ def compensate(weight: Any, gram: Any, grid: Grid, group_of: Any, order: Any, da
     return Rounded(back, channel_error, damping)
 
 
-def _factor(gram: Any, damping: float) -> tuple[Any, Any, float]:
+def _factor(gram: Any, damping: float, where: str) -> tuple[Any, Any, float]:
     """U (unit upper triangular), D (vector) with G + damping = U D U^T, and the damping it took."""
     import torch
 
@@ -468,8 +473,8 @@ def _factor(gram: Any, damping: float) -> tuple[Any, Any, float]:
         tried = max(tried * 10, 1e-4)
         if tried > 1:
             raise UserError(
-                "a Gram matrix cannot be factored even with damping 1: the calibration activations are not usable; "
-                "take more or other calibration text"
+                f"{where}: the Gram matrix cannot be factored even with damping 1: the calibration activations are "
+                "not usable; take more or other calibration text"
             )
     del damped
     upper = factor.flip(0, 1)

@@ -1,0 +1,81 @@
+"""Is a worker that was slowed down by a tenth found, and are equal ones not? On a real engine: llama.cpp.
+
+    python benchmarks/slowed_worker.py FILE.gguf [--threads 2] [--rounds 4] [--repeats 6]
+
+In each round three workers are timed, their repeats interleaved: two that are equal, and one that spends a tenth of
+every step's own time waiting. Two are told apart if their 95 % intervals of decoding speed do not meet. The claim:
+every slowed one is found, and of the equal pairs 5 % at most. On a machine that does nothing else. Exit code 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from workbench.records import Artifact, Job, Workload
+from workbench.report import metrics
+from workbench.worker import timing
+from workbench.worker.backends import llamacpp
+
+SLOWER = 0.10
+
+
+class Slowed:
+    """An engine whose every step takes a tenth longer."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
+        """Its steps, each followed by a wait."""
+        began = timing.now()
+        for gained in self._engine.generate(prompts, new_tokens):
+            until = timing.now() + SLOWER * (timing.now() - began)
+            while timing.now() < until:
+                pass
+            yield gained
+            began = timing.now()
+
+
+def main() -> int:
+    """Print each round's intervals; 1 if a slowed worker was missed or more than 5 % of the equal pairs differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=6)
+    given = parser.parse_args()
+    load = Workload(prompt_tokens=32, new_tokens=33)
+    artifact = Artifact("v", "gguf", "gguf", given.file, "", 0, 0)
+    engine = llamacpp.Backend(Job("m", artifact, "llamacpp", {"threads": given.threads}, load))
+    workers = {"one": engine, "other": engine, "slowed": Slowed(engine)}
+    chance = random.Random(0)
+    timing.run(engine, [[1] * 32], 8)
+    missed = alarms = 0
+    for _ in range(given.rounds):
+        rates: dict[str, list[float]] = {name: [] for name in workers}
+        for _ in range(given.repeats):
+            for name in chance.sample(list(workers), len(workers)):
+                prompt = [chance.randrange(10, 250) for _ in range(32)]
+                _, step_s, _ = timing.run(workers[name], [prompt], load.new_tokens)
+                rates[name].append(len(step_s) / sum(step_s))
+        spans = {name: metrics.interval(each) or (0.0, float("inf")) for name, each in rates.items()}
+
+        def meet(a: str, b: str, spans: dict[str, tuple[float, float]] = spans) -> bool:
+            return spans[a][0] <= spans[b][1] and spans[b][0] <= spans[a][1]
+
+        alarms += not meet("one", "other")
+        missed += meet("one", "slowed") or meet("other", "slowed")
+        print(
+            "   ".join(f"{name} {low:.1f}..{high:.1f}" for name, (low, high) in spans.items()) + "  tok/s", flush=True
+        )
+    print(f"\n{missed} of {given.rounds} slowed workers missed, {alarms} of {given.rounds} equal pairs told apart")
+    return 1 if missed or alarms > 0.05 * given.rounds else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""How fast the operations are on this machine's GPU, and how near to what its memory can do.
+
+    python kernels/bench.py                                     everything; a table, and JSON rows to standard output
+    python kernels/bench.py --operations Q4_K awq --rows 1 16 --out results/<machine>/kernels.jsonl
+
+For every operation, shape and number of rows: first the result is checked against the plain reference (a wrong one
+is reported and not timed, and the exit code is 1), then it is timed and, in the same run, torch's fp16 matmul of
+the same shape. Times are of the device: a CUDA graph of many calls between two events, so that launching from Python
+does not count; the calls rotate over as many copies of the weight as do not fit into the second-level cache, so
+that every call reads from memory. The bandwidth that a fraction is of is measured too, by copying 1 GiB.
+
+Needs a CUDA GPU and Triton, and nothing else of this repository.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent))
+
+import torch  # noqa: E402
+
+SHAPES = {
+    "Llama-3.1-8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "Qwen3-0.6B": ((2048, 1024), (1024, 1024), (1024, 2048), (3072, 1024), (1024, 3072)),
+}
+"""(out, in) of a model's linear layers: q and k/v, o, gate/up, down; equal ones once."""
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+GROUP = 128
+COPY_BYTES = 2**30
+REPLAYS = 15
+TOLERANCE = 5e-3
+"""Largest error over largest output, against the reference in float32; fp16 x and y, and a tile of W in fp16."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A packed weight and how to multiply with it."""
+
+    make: Callable[[int, int], tuple[torch.Tensor, ...]]
+    """(out, in) -> its tensors, random, on the GPU."""
+    matmul: Callable[..., torch.Tensor]
+    """(x, *tensors, path=...)"""
+
+
+def operations() -> dict[str, Operation]:
+    """All, by name."""
+    from workbench_kernels import awq, blocks, gptq
+    from workbench_kernels.types import BLOCK_TYPES
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
+
+    def scales(groups: int, outputs: int) -> torch.Tensor:
+        return (torch.rand(groups, outputs, device="cuda") * 0.01 + 0.001).half()
+
+    def make_awq(n: int, k: int) -> tuple[torch.Tensor, ...]:
+        return words(k, n // 8), words(k // GROUP, n // 8), scales(k // GROUP, n)
+
+    def make_gptq(bits: int) -> Callable[[int, int], tuple[torch.Tensor, ...]]:
+        def make(n: int, k: int) -> tuple[torch.Tensor, ...]:
+            order = torch.arange(k, dtype=torch.int32, device="cuda") // GROUP
+            return words(k * bits // 32, n), words(k // GROUP, n * bits // 32), scales(k // GROUP, n), order
+
+        return make
+
+    def with_bits(bits: int) -> Callable[..., torch.Tensor]:
+        return lambda x, *weight, path: gptq.matmul(x, *weight, bits, plain=True, path=path)
+
+    def make_blocks(kind: Any) -> Callable[[int, int], tuple[torch.Tensor, ...]]:
+        def make(n: int, k: int) -> tuple[torch.Tensor, ...]:
+            # Bytes below 32: any float16 among them is below 0.01, and products stay inside float16's range.
+            return (torch.randint(0, 32, (n, kind.row_bytes(k)), dtype=torch.uint8, device="cuda"),)
+
+        return make
+
+    def of_kind(kind: Any) -> Callable[..., torch.Tensor]:
+        return lambda x, data, path: blocks.matmul(kind, x, data, path=path)
+
+    found = {"awq-4": Operation(make_awq, awq.matmul)}
+    found |= {f"gptq-{bits}": Operation(make_gptq(bits), with_bits(bits)) for bits in (4, 8)}
+    return found | {name: Operation(make_blocks(kind), of_kind(kind)) for name, kind in BLOCK_TYPES.items()}
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of copying 1 GiB on the device; the best of twenty."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(20):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        target.copy_(source)
+        last.record()
+        last.synchronize()
+        seconds.append(first.elapsed_time(last) / 1e3)
+    return 2 * COPY_BYTES / min(seconds)
+
+
+def device_seconds(calls: list[Callable[[], Any]]) -> list[float]:
+    """Seconds a call, one sample a replay of a CUDA graph of all of them."""
+    for call in calls[:3]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    samples = []
+    for _ in range(REPLAYS + 2):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        samples.append(first.elapsed_time(last) / 1e3 / len(calls))
+    return samples[2:]
+
+
+def rotations(weight_bytes: int) -> int:
+    """Copies of a weight that together are four times the second-level cache, or what a third of memory holds."""
+    cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    free_bytes, _ = torch.cuda.mem_get_info()
+    return max(1, min(-(-4 * cache_bytes // weight_bytes) + 1, free_bytes // 3 // weight_bytes, 1024))
+
+
+def measure(
+    operation: Operation, n: int, k: int, rows: list[int], path: str, torch_s: dict[tuple[int, int, int], float]
+) -> Iterator[dict[str, Any]]:
+    """A row for each number of rows of x; `torch_s` keeps what torch took, by shape."""
+    weight = operation.make(n, k)
+    weight_bytes = sum(tensor.nbytes for tensor in weight)
+    copies = [weight] + [tuple(t.clone() for t in weight) for _ in range(rotations(weight_bytes) - 1)]
+    for m in rows:
+        x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+        found = operation.matmul(x, *weight, path=path)
+        expected = operation.matmul(x.float(), *weight, path="reference")
+        error = float((found.float() - expected).abs().max() / expected.abs().max())
+        row: dict[str, Any] = {"out": n, "in": k, "rows": m, "weight_bytes": weight_bytes, "error": error}
+        if not error < TOLERANCE:
+            yield row | {"wrong": True}
+            continue
+        times = max(len(copies), 24 if m <= 64 else 8)
+        calls = [lambda i=i, x=x: operation.matmul(x, *copies[i % len(copies)], path=path) for i in range(times)]
+        samples = device_seconds(calls)
+        if (n, k, m) not in torch_s:
+            torch_s[n, k, m] = statistics.median(torch_seconds(x, n, k))
+        seconds = statistics.median(samples)
+        moved_bytes = weight_bytes + x.nbytes + found.nbytes
+        yield row | {
+            "seconds": seconds, "samples_s": samples, "bytes_s": moved_bytes / seconds,
+            "flop_s": 2 * m * n * k / seconds, "torch_fp16_s": torch_s[n, k, m],
+            "torch_ratio": torch_s[n, k, m] / seconds,
+        }  # fmt: skip
+
+
+def torch_seconds(x: torch.Tensor, n: int, k: int) -> list[float]:
+    """The same product with an fp16 weight by torch."""
+    weight = torch.randn(n, k, device="cuda", dtype=torch.float16)
+    copies = [weight] + [weight.clone() for _ in range(rotations(weight.nbytes) - 1)]
+    times = max(len(copies), 24 if x.shape[0] <= 64 else 8)
+    return device_seconds([lambda i=i: x @ copies[i % len(copies)].t() for i in range(times)])
+
+
+def machine() -> dict[str, Any]:
+    """What a row must say of where it was measured."""
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "cuda": torch.version.cuda, "python": platform.python_version(),
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--operations", nargs="*", help="by default all")
+    parser.add_argument("--models", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS))
+    parser.add_argument("--path", default="auto", choices=("auto", "decode", "prefill", "dense"))
+    parser.add_argument("--out", type=Path, help="a file that JSON rows are appended to")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(
+            "bench.py measures a GPU, and torch sees none here (torch.cuda.is_available() is false).", file=sys.stderr
+        )
+        return 2
+    try:
+        where = machine()
+    except ModuleNotFoundError:
+        print("bench.py measures Triton kernels, and Triton is not installed: pip install triton", file=sys.stderr)
+        return 2
+    known = operations()
+    unknown = sorted(set(arguments.operations or ()) - set(known))
+    if unknown:
+        print(f"unknown operation {unknown[0]!r}. Known: {', '.join(known)}", file=sys.stderr)
+        return 2
+    copy_bytes_s = copy_bandwidth()
+    print(f"{where['gpu']}: copies {copy_bytes_s / 1e9:.0f} GB/s (read and written)")
+    print(
+        f"{'':10} {'out x in':>13} {'rows':>5} {'us':>9} {'GB/s':>7} {'of copy':>8} {'TFLOP/s':>8} {'x torch fp16':>12}"
+    )
+    wrong = 0
+    torch_s: dict[tuple[int, int, int], float] = {}
+    for name in arguments.operations or known:
+        for model in arguments.models:
+            for n, k in SHAPES[model]:
+                for row in measure(known[name], n, k, arguments.rows, arguments.path, torch_s):
+                    row = {"operation": name, "model": model, "path": arguments.path, **row}
+                    row |= {"copy_bytes_s": copy_bytes_s, **where}
+                    label = f"{name:10} {f'{n} x {k}':>13} {row['rows']:>5}"
+                    if row.get("wrong"):
+                        wrong += 1
+                        print(f"{label} WRONG by {row['error']:.1e}, not timed", flush=True)
+                    else:
+                        row["bandwidth_fraction"] = row["bytes_s"] / copy_bytes_s
+                        print(
+                            f"{label} {row['seconds'] * 1e6:>9.1f} {row['bytes_s'] / 1e9:>7.0f} "
+                            f"{row['bandwidth_fraction']:>8.2f} {row['flop_s'] / 1e12:>8.1f} "
+                            f"{row['torch_ratio']:>12.2f}",
+                            flush=True,
+                        )  # fmt: skip
+                    if arguments.out:
+                        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                        with arguments.out.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(row) + "\n")
+                torch.cuda.empty_cache()
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""AWQ, AutoAWQ's "gemm" layout: 4 bits with zero points, w[k, n] = (q[k, n] - zero[k // g, n]) x scale[k // g, n].
+
+    qweight   int32 [in, out / 8]       eight columns a word
+    qzeros    int32 [in / g, out / 8]   the same, as they are (nothing subtracted)
+    scales    float16 [in / g, out]
+
+Bits 4i ... 4i + 3 of word c hold column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]; so column 8c + e is at bit 4 (e // 2) for
+even e and 16 + 4 (e // 2) for odd e. Source: AutoAWQ, `awq/modules/linear/gemm.py` and `awq/utils/packing_utils.py`.
+
+W is stored transposed: words of one input channel lie side by side. A tile is BK input channels by BC words; a word
+becomes eight columns in the registers of the thread that loaded it. Inside a run of input channels that share their
+scales the sums are of bare codes, sum (q - z) s x = s (sum q x - z sum x), so scales and zeros are read and
+applied once a run.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+from workbench_kernels.backend import (
+    ACTIVATIONS,
+    bucket,
+    choose_path,
+    jit,
+    joined,
+    run_length,
+    splits,
+    tl,
+    triton,
+    tuned,
+)  # fmt: skip
+from workbench_kernels.checks import check_activations, check_aligned, check_packed, check_same_device, short
+
+NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
+LONGEST_RUN = 128
+SMALLEST_RUN = 16
+"""What the matrix units take; so group sizes are multiples of it, or whole columns."""
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """int32 [n, words] -> uint8 [n, words x 8], columns in order."""
+    codes = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=packed.device)
+    for nibble, column in enumerate(NIBBLES):
+        codes[:, :, column] = ((packed >> (4 * nibble)) & 15).to(torch.uint8)
+    return codes.view(packed.shape[0], -1)
+
+
+def reference(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The weight, float32 [out, in]."""
+    codes, zeros = unpack(qweight).float(), unpack(qzeros).float()
+    groups, outputs = scales.shape
+    table = codes.view(groups, -1, outputs)
+    return ((table - zeros[:, None]) * scales.float()[:, None]).view(-1, outputs).t()
+
+
+# --- Triton -------------------------------------------------------------------------------------
+
+
+@jit
+def _codes(words):
+    """[a, b] packed words -> [a, b, 8] codes as float32, columns in order."""
+    e = tl.arange(0, 8)
+    return ((words[:, :, None] >> (16 * (e % 2) + 4 * (e // 2))[None, None, :]) & 15).to(tl.float32)
+
+
+@jit
+def _decode(
+    x, qweight, qzeros, scales, out, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
+    SPLIT: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    words: tl.constexpr = N // 8
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    part = tl.program_id(1)
+    n = c[:, None] * 8 + tl.arange(0, 8)[None, :]
+    acc = tl.zeros((BK, BC, 8), tl.float32)
+    runs: tl.constexpr = (K + RUN - 1) // RUN
+    each: tl.constexpr = (runs + SPLIT - 1) // SPLIT
+    for run in range(part * each, tl.minimum(part * each + each, runs)):
+        products = tl.zeros((BK, BC, 8), tl.float32)
+        total = tl.zeros((BK,), tl.float32)
+        for step in tl.static_range(RUN // BK):
+            k = run * RUN + step * BK + tl.arange(0, BK)
+            values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+            inside = (k[:, None] < K) & (c[None, :] < words)
+            packed = tl.load(qweight + k[:, None].to(tl.int64) * words + c[None, :], mask=inside, other=0)
+            products += _codes(packed) * values[:, None, None]
+            total += values
+        group = (run * RUN) // GROUP
+        scale = tl.load(scales + group * N + n, mask=n < N, other=0.0).to(tl.float32)
+        zero = _codes(tl.load(qzeros + group * words + c, mask=c < words, other=0)[None, :])
+        acc += scale[None, :, :] * (products - zero * total[:, None, None])
+    tl.store(out + part * N + n, tl.sum(acc, 0), mask=n < N)
+
+
+@jit
+def _prefill(
+    x, qweight, qzeros, scales, out, M, BUCKET: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    RUN: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    words: tl.constexpr = N // 8
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    part = tl.program_id(2)
+    n = c[:, None] * 8 + tl.arange(0, 8)[None, :]
+    acc = tl.zeros((BM, BC * 8), tl.float32)
+    runs: tl.constexpr = (K + RUN - 1) // RUN
+    each: tl.constexpr = (runs + SPLIT - 1) // SPLIT
+    for run in range(part * each, tl.minimum(part * each + each, runs)):
+        k = run * RUN + tl.arange(0, RUN)
+        group = (run * RUN) // GROUP
+        scale = tl.load(scales + group * N + n, mask=n < N, other=0.0).to(tl.float32)
+        zero = _codes(tl.load(qzeros + group * words + c, mask=c < words, other=0)[None, :])
+        inside = (k[:, None] < K) & (c[None, :] < words)
+        packed = tl.load(qweight + k[:, None].to(tl.int64) * words + c[None, :], mask=inside, other=0)
+        weights = tl.reshape((_codes(packed) - zero) * scale[None, :, :], (RUN, BC * 8))
+        known = (m[:, None] < M) & (k[None, :] < K)
+        values = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=known, other=0.0)
+        acc = tl.dot(values, weights.to(values.dtype), acc, input_precision="ieee")
+    columns = tl.program_id(1) * BC * 8 + tl.arange(0, BC * 8)
+    place = part * M * N + m[:, None].to(tl.int64) * N + columns[None, :]
+    tl.store(out + place, acc, mask=(m[:, None] < M) & (columns[None, :] < N))
+
+
+@jit
+def _dequantize(
+    qweight, qzeros, scales, out, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    words: tl.constexpr = N // 8
+    run = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    n = c[:, None] * 8 + tl.arange(0, 8)[None, :]
+    k = run * RUN + tl.arange(0, RUN)
+    group = (run * RUN) // GROUP
+    scale = tl.load(scales + group * N + n, mask=n < N, other=0.0).to(tl.float32)
+    zero = _codes(tl.load(qzeros + group * words + c, mask=c < words, other=0)[None, :])
+    inside = (k[:, None] < K) & (c[None, :] < words)
+    packed = tl.load(qweight + k[:, None].to(tl.int64) * words + c[None, :], mask=inside, other=0)
+    weights = (_codes(packed) - zero) * scale[None, :, :]
+    tl.store(out + k[:, None, None].to(tl.int64) * N + n[None, :, :], weights, mask=inside[:, :, None])
+
+
+DECODE = [
+    {"BK": rows, "BC": words, "num_warps": warps, "num_stages": stages}
+    for rows, words, warps, stages in ((16, 16, 4, 2), (8, 32, 4, 2), (16, 8, 2, 3), (16, 32, 8, 2), (8, 16, 4, 3))
+]
+PREFILL = [
+    {"BM": rows, "BC": words, "num_warps": warps, "num_stages": 3}
+    for rows, words, warps in ((16, 8, 4), (16, 16, 4), (32, 8, 4), (64, 16, 4), (64, 16, 8), (128, 16, 8))
+]
+
+
+@functools.cache
+def _kernels() -> tuple[Any, Any]:
+    key = ["N", "K", "RUN", "SPLIT"]
+    return tuned(_decode, DECODE, key), tuned(_prefill, PREFILL, ["BUCKET", *key])
+
+
+# --- public -------------------------------------------------------------------------------------
+
+
+def check(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> tuple[int, int, int]:
+    """(in, out, group size) of a weight; `ValueError` that names the tensor unless it is one of this layout."""
+    check_packed(qweight, torch.int32, (None, None), "qweight")
+    columns, outputs = qweight.shape[0], qweight.shape[1] * 8
+    check_packed(scales, torch.float16, (None, outputs), "scales")
+    groups = scales.shape[0]
+    check_packed(qzeros, torch.int32, (groups, outputs // 8), "qzeros")
+    check_same_device({"qweight": qweight, "qzeros": qzeros, "scales": scales})
+    if not groups or columns % groups:
+        raise ValueError(f"scales has {groups} groups for {columns} input channels; supported: groups of one size")
+    group = columns // groups
+    if group < columns and group % SMALLEST_RUN:
+        raise ValueError(
+            f"scales has groups of {group}; supported: multiples of {SMALLEST_RUN}, or one group for all {columns}"
+        )
+    return columns, outputs, group
+
+
+def dequantize(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32, *,
+    path: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """The weight as `dtype` [out, in] (its transpose is contiguous). `path`: `auto`, `reference` or `kernel`."""
+    columns, outputs, group = check(qweight, qzeros, scales)
+    if dtype not in ACTIVATIONS:
+        raise ValueError(f"qweight to {short(dtype)}; supported: {', '.join(map(short, ACTIVATIONS))}")
+    if path == "reference" or (path == "auto" and qweight.device.type != "cuda"):
+        return reference(qweight, qzeros, scales).to(dtype)
+    choose_path("dense", qweight, columns)
+    check_aligned({"qweight": qweight, "qzeros": qzeros, "scales": scales})
+    out = torch.empty(columns, outputs, dtype=dtype, device=qweight.device)
+    run = run_length(group, columns, 32)
+    grid = (triton.cdiv(columns, run), triton.cdiv(outputs, 128))
+    _dequantize[grid](qweight, qzeros, scales, out, outputs, columns, group, run, BC=16)
+    return out.t()
+
+
+def matmul(
+    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, *, path: str = "auto"
+) -> torch.Tensor:
+    """x [..., in] @ W^T -> [..., out], of x's type, accumulated in float32.
+
+    `path`: see `backend.choose_path`. `ValueError` for a shape, type, stride or device that is not covered.
+    """
+    columns, outputs, group = check(qweight, qzeros, scales)
+    check_activations(x, columns, qweight.device)
+    flat = x.view(-1, columns)
+    rows = flat.shape[0]
+    way = choose_path(path, x, rows)
+    if rows == 0:
+        return x.new_zeros(*x.shape[:-1], outputs)
+    if way == "reference":
+        y = (flat.float() @ reference(qweight, qzeros, scales).t()).to(x.dtype)
+    elif way == "dense":
+        y = flat @ dequantize(qweight, qzeros, scales, x.dtype, path="kernel").t()
+    else:
+        check_aligned({"qweight": qweight, "qzeros": qzeros, "scales": scales})
+        y = _launch(way, flat, qweight, qzeros, scales, outputs, group)
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _launch(
+    way: str, x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, outputs: int,
+    group: int,
+) -> torch.Tensor:  # fmt: skip
+    rows, columns = x.shape
+    decode, prefill = _kernels()
+    run = run_length(group, columns, LONGEST_RUN if way == "decode" else 32)
+    programs = triton.cdiv(outputs, 128) * (1 if way == "decode" else triton.cdiv(rows, 32))
+    parts = splits(programs, triton.cdiv(columns, run), x.device, 2)
+    out = x.new_empty(parts, rows, outputs, dtype=x.dtype if parts == 1 else torch.float32)
+    if way == "decode":
+        decode[lambda meta: (triton.cdiv(outputs, 8 * meta["BC"]), parts)](
+            x, qweight, qzeros, scales, out, outputs, columns, group, run, parts
+        )
+    else:
+        prefill[lambda meta: (triton.cdiv(rows, meta["BM"]), triton.cdiv(outputs, 8 * meta["BC"]), parts)](
+            x, qweight, qzeros, scales, out, rows, bucket(rows), outputs, columns, group, run, parts
+        )
+    return out[0] if parts == 1 else joined(out, x.dtype)

@@ -1,0 +1,122 @@
+"""Triton where there is one; and what a launch must know of the machine.
+
+Triton is optional: the plain torch references work without it, on any device. Without it `jit` leaves a function as
+it is (nothing calls it) and asking for a kernel is a `ValueError` that says so.
+
+`TRITON_INTERPRET=1`, set before this is imported, runs every kernel on the CPU, slowly and exactly; that is how
+the tests run them without a GPU.
+"""
+
+import functools
+import os
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ModuleNotFoundError:
+    triton = None
+
+    class tl:  # type: ignore[no-redef]
+        """Stands in for `triton.language` in signatures."""
+
+        constexpr = None
+
+    def jit(function: Any) -> Any:  # type: ignore[no-redef]
+        return function
+
+
+INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+"""Whether kernels run in Triton's interpreter, on CPU tensors."""
+
+HALVES = (torch.float16, torch.bfloat16)
+ACTIVATIONS = (*HALVES, torch.float32)
+
+DENSE_ROWS = 256
+"""From so many rows on, a matrix is de-quantized piece by piece and multiplied by the vendor's library: the work of
+unpacking is then small beside the product, which that library does best."""
+DENSE_BYTES = 32 * 2**20
+"""Of one such piece, so that it is still in a large GPU's second-level cache when it is multiplied."""
+WAVES = 2
+"""Programs a multiprocessor should have before K is no longer split."""
+
+
+def tuned(kernel: Any, configs: list[dict[str, Any]], key: list[str]) -> Any:
+    """The kernel behind Triton's autotuner, each of `configs` (constants, `num_warps`, `num_stages`) tried once for
+    each value of the arguments named in `key`; in the interpreter, where nothing is timed, the first of them."""
+    if INTERPRET:
+        first = {name: value for name, value in configs[0].items() if not name.startswith("num_")}
+
+        class First:
+            def __getitem__(self, grid: Any) -> Any:
+                return functools.partial(kernel[grid], **first)
+
+        return First()
+    choices = [
+        triton.Config(
+            {name: value for name, value in config.items() if not name.startswith("num_")},
+            **{name: value for name, value in config.items() if name.startswith("num_")},
+        )
+        for config in configs
+    ]
+    return triton.autotune(configs=choices, key=key, cache_results=True)(kernel)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def splits(programs: int, steps: int, device: torch.device, least_steps: int = 4) -> int:
+    """Into how many parts K is cut (a power of two up to 16) so that `programs` fill the GPU, none of them with fewer
+    than `least_steps`."""
+    parts = 1
+    while parts < 16 and programs * parts < WAVES * multiprocessors(device) and steps // (2 * parts) >= least_steps:
+        parts *= 2
+    return parts
+
+
+def run_length(group: int, columns: int, longest: int) -> int:
+    """The longest power of two, up to `longest`, of columns that share a scale in every run of as many."""
+    run = longest
+    while group < columns and group % run:
+        run //= 2
+    return run
+
+
+def bucket(rows: int) -> int:
+    """Row counts that share a tuned configuration: up to 16, then by powers of two."""
+    return max(16, 1 << (rows - 1).bit_length())
+
+
+def choose_path(path: str, x: torch.Tensor, rows: int) -> str:
+    """Which way a product is computed: `reference`, `decode` (one row), `prefill` (few to many) or `dense`.
+
+    `auto` is the reference on the CPU. Raises `ValueError` for a kernel that cannot run here.
+    """
+    ways = ("auto", "reference", "decode", "prefill", "dense")
+    if path not in ways:
+        raise ValueError(f"path {path!r}: supported are {', '.join(ways)}")
+    if path == "auto":
+        if x.device.type != "cuda":
+            return "reference"
+        path = "decode" if rows == 1 else "prefill" if rows < DENSE_ROWS else "dense"
+    if path == "reference":
+        return path
+    if triton is None:
+        raise ValueError(f"path {path!r} needs Triton, which is not installed here; supported without it: reference")
+    if x.device.type != "cuda" and not INTERPRET:
+        raise ValueError(f"x is on {x.device}: kernels run on CUDA devices; supported there: reference")
+    if path == "decode" and rows != 1:
+        raise ValueError(f"path 'decode' is for one row, x has {rows}; supported for more: prefill, dense")
+    return path
+
+
+def joined(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[split, rows, out] partial sums in float32 -> their sum, always in the same order."""
+    return parts.sum(0).to(dtype) if parts.shape[0] > 1 else parts[0].to(dtype)

@@ -1,0 +1,309 @@
+"""x @ W^T for W in GGUF blocks: the kernels that all block types share, and what a type must say of itself.
+
+A row of W [out, in] is a run of blocks; a block is a few scales and the codes of 32 or 256 weights, and a weight is
+`scale x code + shift` with scale and shift from its block. A type's file gives four small Triton functions in these
+words, and here they are compiled into the kernels:
+
+- a **segment** is a run of J words (16 or 32 bits, as the block's size allows them to be aligned) whose scales are
+  found together. `LOAD` reads the words [n, S, J] of some rows and segments, and their packed scales [n, S].
+- word j of a segment holds one code each of GROUPS x PLANES weights: `CODES` cuts them out of the registers, so every
+  byte is loaded once; `COLUMNS` says which columns of W they are.
+- weights of one **group** g share `SCALES` = (scale, shift), each [n, S].
+
+`decode` (one row of x) is bound by reading W. Its sum over a segment's codes is multiplied by the scale once, since
+sum (scale c + shift) x = scale sum c x + shift sum x: three instructions a weight, not four. `prefill` makes fp16
+tiles of W in registers, a plane at a time, and multiplies them on the matrix units; the columns of x are gathered in
+the order of the codes, which costs less than putting codes in the order of x. Both accumulate in float32, and cut K
+into parts where there are too few rows of W to fill the GPU; the parts are summed in a fixed order, not by atomics, so
+a result does not change from run to run. `dense` de-quantizes a piece of W at a time for the vendor's matmul.
+
+Rejected: repacking at load into one layout for all types. Its loads would be wider for the 2-byte-aligned types,
+but memory would hold something that is in no file, and every type would need a packer besides an unpacker.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from workbench_kernels.backend import (
+    ACTIVATIONS,
+    DENSE_BYTES,
+    bucket,
+    choose_path,
+    jit,
+    joined,
+    splits,
+    tl,
+    triton,
+    tuned,
+)  # fmt: skip
+from workbench_kernels.checks import check_activations, check_aligned, check_packed, short
+
+REFERENCE_WEIGHTS = 2**23
+"""Weights that the reference de-quantizes at a time (32 MiB in float32)."""
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """One of llama.cpp's block types; the docstring of its file has the layout."""
+
+    name: str
+    weights: int
+    """In a block."""
+    bytes: int
+    """Of a block."""
+    word: torch.dtype
+    """int16 or int32: what a block is read in."""
+    segments: int
+    """In a block."""
+    segment_words: int
+    groups: int
+    planes: int
+    load: Any
+    scales: Any
+    codes: Any
+    columns: Any
+    reference: Callable[[torch.Tensor], torch.Tensor]
+    """uint8 [blocks, bytes] -> float32 [blocks, weights], in plain torch."""
+
+    def row_bytes(self, columns: int) -> int:
+        """Of a row of so many weights; `ValueError` if they do not fill whole blocks."""
+        if columns % self.weights:
+            raise ValueError(f"{columns} columns; supported by {self.name}: multiples of {self.weights}")
+        return columns // self.weights * self.bytes
+
+
+# --- Triton -------------------------------------------------------------------------------------
+
+
+@jit
+def _decode(
+    x, w, out, N: tl.constexpr, ROW_WORDS: tl.constexpr, SEGMENTS: tl.constexpr, SPLIT: tl.constexpr,
+    J: tl.constexpr, GROUPS: tl.constexpr, PLANES: tl.constexpr,
+    LOAD: tl.constexpr, SCALES: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr,
+    BN: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    part = tl.program_id(1)
+    j = tl.arange(0, J)
+    acc = tl.zeros((BN, S, J), tl.float32)
+    steps: tl.constexpr = (SEGMENTS + S - 1) // S
+    each: tl.constexpr = (steps + SPLIT - 1) // SPLIT
+    for step in range(part * each, tl.minimum(part * each + each, steps)):
+        s = step * S + tl.arange(0, S)
+        rows, inside = n[:, None], (n[:, None] < N) & (s[None, :] < SEGMENTS)
+        parts = LOAD(w + rows.to(tl.int64) * ROW_WORDS, s[None, :], j[None, None, :], inside)
+        for g in tl.static_range(GROUPS):
+            products = tl.zeros((BN, S, J), tl.float32)
+            total = tl.zeros((S, J), tl.float32)
+            for r in tl.static_range(PLANES):
+                k = COLUMNS(s[:, None], j[None, :], g, r)
+                values = tl.load(x + k, mask=s[:, None] < SEGMENTS, other=0.0).to(tl.float32)
+                products += CODES(parts, s[None, :, None], g, r) * values[None, :, :]
+                total += values
+            scale, shift = SCALES(parts, s[None, :], g)
+            acc += scale[:, :, None] * products + shift[:, :, None] * total[None, :, :]
+    y = tl.sum(tl.sum(acc, 2), 1)
+    tl.store(out + part * N + n, y, mask=n < N)
+
+
+@jit
+def _prefill(
+    x, w, out, M, BUCKET: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROW_WORDS: tl.constexpr,
+    SEGMENTS: tl.constexpr, SPLIT: tl.constexpr, J: tl.constexpr, GROUPS: tl.constexpr, PLANES: tl.constexpr,
+    LOAD: tl.constexpr, SCALES: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    part = tl.program_id(2)
+    j = tl.arange(0, J)
+    flat = tl.arange(0, S * J)
+    acc = tl.zeros((BM, BN), tl.float32)
+    steps: tl.constexpr = (SEGMENTS + S - 1) // S
+    each: tl.constexpr = (steps + SPLIT - 1) // SPLIT
+    for step in range(part * each, tl.minimum(part * each + each, steps)):
+        s = step * S + tl.arange(0, S)
+        rows, inside = n[:, None], (n[:, None] < N) & (s[None, :] < SEGMENTS)
+        parts = LOAD(w + rows.to(tl.int64) * ROW_WORDS, s[None, :], j[None, None, :], inside)
+        for g in tl.static_range(GROUPS):
+            scale, shift = SCALES(parts, s[None, :], g)
+            for r in tl.static_range(PLANES):
+                codes = CODES(parts, s[None, :, None], g, r)
+                weights = tl.reshape(scale[:, :, None] * codes + shift[:, :, None], (BN, S * J))
+                k = COLUMNS(step * S + flat // J, flat % J, g, r)
+                known = (m[:, None] < M) & (k[None, :] < K)
+                values = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=known, other=0.0)
+                acc = tl.dot(values, tl.trans(weights.to(values.dtype)), acc, input_precision="ieee")
+    place = part * M * N + m[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(out + place, acc, mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@jit
+def _dequantize(
+    w, out, N, K: tl.constexpr, ROW_WORDS: tl.constexpr, SEGMENTS: tl.constexpr, J: tl.constexpr,
+    GROUPS: tl.constexpr, PLANES: tl.constexpr,
+    LOAD: tl.constexpr, SCALES: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr,
+    BN: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    s = tl.program_id(1) * S + tl.arange(0, S)
+    j = tl.arange(0, J)
+    rows, inside = n[:, None], (n[:, None] < N) & (s[None, :] < SEGMENTS)
+    parts = LOAD(w + rows.to(tl.int64) * ROW_WORDS, s[None, :], j[None, None, :], inside)
+    for g in tl.static_range(GROUPS):
+        scale, shift = SCALES(parts, s[None, :], g)
+        for r in tl.static_range(PLANES):
+            codes = CODES(parts, s[None, :, None], g, r)
+            k = COLUMNS(s[None, :, None], j[None, None, :], g, r)
+            place = out + n[:, None, None].to(tl.int64) * K + k
+            tl.store(place, scale[:, :, None] * codes + shift[:, :, None], mask=inside[:, :, None])
+
+
+@jit
+def half_of(bits):
+    """The low 16 bits of an integer as a float16's value."""
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@jit
+def byte_of(word, index):
+    """Byte `index` (0: lowest) of an int32."""
+    return (word >> (8 * index)) & 255
+
+
+DECODE = [
+    {"BN": rows, "S": segments, "num_warps": warps, "num_stages": stages}
+    for rows, segments, warps, stages in (
+        (8, 8, 4, 2), (16, 8, 4, 2), (32, 8, 4, 2), (16, 4, 4, 2), (16, 8, 8, 2), (8, 16, 8, 2), (8, 16, 4, 2),
+        (4, 32, 4, 3),
+    )
+]  # fmt: skip
+"""Where a step reads fewer values of x than there are threads, Triton 3.9 loads them in the layout of the codes,
+without a detour through shared memory and its barriers; so such steps come first."""
+
+PREFILL = [
+    {"BM": 16, "BN": 64, "S": 8, "num_warps": 4, "num_stages": 3},
+    {"BM": 16, "BN": 32, "S": 8, "num_warps": 4, "num_stages": 3},
+    {"BM": 32, "BN": 64, "S": 8, "num_warps": 4, "num_stages": 3},
+    {"BM": 64, "BN": 64, "S": 4, "num_warps": 4, "num_stages": 3},
+    {"BM": 64, "BN": 128, "S": 4, "num_warps": 8, "num_stages": 3},
+]
+TILE = {"BN": 8, "S": 16}
+"""Of de-quantizing, which is bound by writing; not tuned."""
+
+
+@functools.cache
+def _kernels(kind: BlockType) -> tuple[Any, Any]:
+    """A type's decode and prefill kernels, each with a tuner of its own."""
+    return tuned(_decode, DECODE, ["N", "ROW_WORDS", "SPLIT"]), tuned(_prefill, PREFILL, ["BUCKET", "N", "K", "SPLIT"])
+
+
+def _common(kind: BlockType, columns: int) -> dict[str, Any]:
+    row_bytes = kind.row_bytes(columns)
+    return {
+        "ROW_WORDS": row_bytes // kind.word.itemsize,
+        "SEGMENTS": columns // kind.weights * kind.segments,
+        "J": kind.segment_words, "GROUPS": kind.groups, "PLANES": kind.planes,
+        "LOAD": kind.load, "SCALES": kind.scales, "CODES": kind.codes, "COLUMNS": kind.columns,
+    }  # fmt: skip
+
+
+# --- what a type's file calls -------------------------------------------------------------------
+
+
+def check_blocks(kind: BlockType, blocks: torch.Tensor, name: str) -> int:
+    """Columns of a weight [out, row bytes]; `ValueError` that names it unless it is whole blocks of this type."""
+    check_packed(blocks, torch.uint8, (None, None), name)
+    if blocks.shape[1] == 0 or blocks.shape[1] % kind.bytes:
+        raise ValueError(
+            f"{name} has rows of {blocks.shape[1]} bytes; supported for {kind.name}: multiples of {kind.bytes} "
+            f"({kind.weights} weights each)"
+        )
+    return blocks.shape[1] // kind.bytes * kind.weights
+
+
+def dequantize(
+    kind: BlockType, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, *,
+    path: str = "auto", name: str = "blocks",
+) -> torch.Tensor:  # fmt: skip
+    """uint8 [out, row bytes] -> `dtype` [out, in]. `path`: `auto`, `reference` or `kernel`."""
+    columns = check_blocks(kind, blocks, name)
+    if dtype not in ACTIVATIONS:
+        raise ValueError(f"{name} to {short(dtype)}; supported: {', '.join(map(short, ACTIVATIONS))}")
+    rows = blocks.shape[0]
+    if path == "reference" or (path == "auto" and blocks.device.type != "cuda"):
+        return kind.reference(blocks.reshape(-1, kind.bytes)).view(rows, columns).to(dtype)
+    choose_path("dense", blocks, rows)
+    check_aligned({name: blocks})
+    out = torch.empty(rows, columns, dtype=dtype, device=blocks.device)
+    if rows:
+        common = _common(kind, columns)
+        grid = (triton.cdiv(rows, TILE["BN"]), triton.cdiv(common["SEGMENTS"], TILE["S"]))
+        _dequantize[grid](blocks.view(kind.word), out, rows, columns, **common, **TILE)
+    return out
+
+
+def matmul(
+    kind: BlockType, x: torch.Tensor, blocks: torch.Tensor, *, path: str = "auto", name: str = "blocks"
+) -> torch.Tensor:
+    """x [..., in] times the transpose of blocks [out, in as bytes] -> [..., out], of x's type.
+
+    `path`: see `backend.choose_path`. `ValueError` for a shape, type, stride or device that is not covered.
+    """
+    columns = check_blocks(kind, blocks, name)
+    check_activations(x, columns, blocks.device)
+    flat = x.view(-1, columns)
+    rows, outputs = flat.shape[0], blocks.shape[0]
+    way = choose_path(path, x, rows)
+    if rows == 0 or outputs == 0:
+        return x.new_zeros(*x.shape[:-1], outputs)
+    if way == "reference":
+        y = _reference(kind, flat, blocks)
+    elif way == "dense":
+        y = _dense(kind, flat, blocks, name)
+    else:
+        check_aligned({name: blocks})
+        y = _launch(kind, way, flat, blocks, columns)
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _reference(kind: BlockType, x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """By definition: de-quantized rows times x in float32, some rows at a time."""
+    y = x.new_empty(x.shape[0], blocks.shape[0])
+    wide, step = x.float(), max(1, REFERENCE_WEIGHTS // x.shape[1])
+    for start in range(0, blocks.shape[0], step):
+        some = blocks[start : start + step]
+        weights = kind.reference(some.reshape(-1, kind.bytes)).view(some.shape[0], -1)
+        y[:, start : start + step] = wide @ weights.t()
+    return y
+
+
+def _dense(kind: BlockType, x: torch.Tensor, blocks: torch.Tensor, name: str) -> torch.Tensor:
+    y = x.new_empty(x.shape[0], blocks.shape[0])
+    # Multiples of 16 rows, so that every piece begins where wide loads may.
+    step = max(16, DENSE_BYTES // (x.shape[1] * x.element_size()) // 16 * 16)
+    for start in range(0, blocks.shape[0], step):
+        weights = dequantize(kind, blocks[start : start + step], x.dtype, path="kernel", name=name)
+        torch.mm(x, weights.t(), out=y[:, start : start + step])
+    return y
+
+
+def _launch(kind: BlockType, way: str, x: torch.Tensor, blocks: torch.Tensor, columns: int) -> torch.Tensor:
+    (rows, outputs), words = (x.shape[0], blocks.shape[0]), blocks.view(kind.word)
+    common = _common(kind, columns)
+    decode, prefill = _kernels(kind)
+    programs = triton.cdiv(outputs, 8) if way == "decode" else triton.cdiv(rows, 32) * triton.cdiv(outputs, 64)
+    parts = splits(programs, common["SEGMENTS"] // 16, x.device)
+    direct = parts == 1
+    out = x.new_empty(parts, rows, outputs, dtype=x.dtype if direct else torch.float32)
+    if way == "decode":
+        decode[lambda meta: (triton.cdiv(outputs, meta["BN"]), parts)](x, words, out, outputs, SPLIT=parts, **common)
+    else:
+        prefill[lambda meta: (triton.cdiv(rows, meta["BM"]), triton.cdiv(outputs, meta["BN"]), parts)](
+            x, words, out, rows, bucket(rows), outputs, columns, SPLIT=parts, **common
+        )
+    return out[0] if direct else joined(out, x.dtype)

@@ -1,0 +1,292 @@
+"""GPTQ, version 1 of the layout: w[k, n] = (q[k, n] - zero[g, n]) x scale[g, n] with g = g_idx[k]; 2, 4 or 8 bits.
+
+    qweight   int32 [in x bits / 32, out]       32 / bits input channels a word, the first in the lowest bits
+    qzeros    int32 [groups, out x bits / 32]   the same along out; stored less one: zero = (stored + 1) mod 2^bits
+    scales    float16 [groups, out]
+    g_idx     int32 [in]                        the group of each input channel; k // group size unless act-order
+
+Symmetric checkpoints are a special case: every zero is 2^(bits - 1). Source: GPTQModel, `utils/model.py`; version 2
+(`gptq_v2`) stores zeros as they are and is refused by what loads it, not here, since the tensors do not say.
+
+A tile is BR rows of words by BN columns; a word becomes 32 / bits input channels in the registers of the thread that
+loaded it. Where g_idx is plain (the module finds out once, at load) scales and zeros are read once a run of input
+channels that share them; with act-order they are gathered for every weight, which is slower and as right.
+Rejected: sorting the input channels at load to undo act-order. It repacks the weight and permutes every input.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+from workbench_kernels.backend import (
+    ACTIVATIONS,
+    bucket,
+    choose_path,
+    jit,
+    joined,
+    run_length,
+    splits,
+    tl,
+    triton,
+    tuned,
+)  # fmt: skip
+from workbench_kernels.checks import check_activations, check_aligned, check_packed, check_same_device, short
+
+BITS = (2, 4, 8)
+LONGEST_RUN = 128
+SMALLEST_RUN = 16
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [words, n] -> uint8 [words x 32 / bits, n]."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
+    codes = (packed[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
+    return codes.to(torch.uint8).reshape(-1, packed.shape[1])
+
+
+def reference(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """The weight, float32 [out, in]."""
+    codes = unpack(qweight, bits).float()
+    zeros = ((unpack(qzeros.t().contiguous(), bits).t().int() + 1) & (2**bits - 1)).float()
+    group = g_idx.long()
+    return ((codes - zeros[group]) * scales.float()[group]).t()
+
+
+def plain_order(g_idx: torch.Tensor, groups: int) -> bool:
+    """Whether groups are runs of equal length in order, so that kernels need not look at `g_idx`. Reads the device."""
+    columns = g_idx.shape[0]
+    if groups == 0 or columns % groups:
+        return False
+    size = columns // groups
+    if groups > 1 and size % SMALLEST_RUN:
+        return False
+    return bool((g_idx.cpu() == torch.arange(columns, dtype=torch.int32) // size).all())
+
+
+# --- Triton -------------------------------------------------------------------------------------
+
+
+@jit
+def _codes(words, BITS: tl.constexpr):
+    """[a, b] packed words -> [a, 32 / bits, b] codes as float32."""
+    e = tl.arange(0, 32 // BITS)
+    return ((words[:, None, :] >> (BITS * e)[None, :, None]) & (2**BITS - 1)).to(tl.float32)
+
+
+@jit
+def _zeros(words, n, BITS: tl.constexpr):
+    """The zero of columns `n` from the words that hold them, float32."""
+    stored = words >> (BITS * (n % (32 // BITS)))
+    return ((stored + 1) & (2**BITS - 1)).to(tl.float32)
+
+
+@jit
+def _scales_and_zeros(
+    qzeros, scales, g_idx, k, n, K: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, PLAIN: tl.constexpr,
+    BITS: tl.constexpr, first,
+):  # fmt: skip
+    """Of input channels `k` [a, e] and columns `n` [b]: [1, 1, b] where they share them, else [a, e, b]."""
+    if PLAIN:
+        group = tl.zeros_like(n)[None, None, :] + first // GROUP
+    else:
+        group = tl.load(g_idx + k, mask=k < K, other=0)[:, :, None]
+    inside = (n < N)[None, None, :]
+    scale = tl.load(scales + group * N + n[None, None, :], mask=inside, other=0.0).to(tl.float32)
+    place = group * (N // (32 // BITS)) + (n // (32 // BITS))[None, None, :]
+    return scale, _zeros(tl.load(qzeros + place, mask=inside, other=0), n[None, None, :], BITS)
+
+
+@jit
+def _decode(
+    x, qweight, qzeros, scales, g_idx, out, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
+    PLAIN: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    E: tl.constexpr = 32 // BITS
+    ROWS: tl.constexpr = BR if BR * E <= RUN else RUN // E
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    part = tl.program_id(1)
+    acc = tl.zeros((ROWS, E, BN), tl.float32)
+    runs: tl.constexpr = (K + RUN - 1) // RUN
+    each: tl.constexpr = (runs + SPLIT - 1) // SPLIT
+    for run in range(part * each, tl.minimum(part * each + each, runs)):
+        products = tl.zeros((ROWS, E, BN), tl.float32)
+        total = tl.zeros((ROWS, E), tl.float32)
+        for step in tl.static_range(RUN // (ROWS * E)):
+            first = run * RUN + step * ROWS * E
+            row = first // E + tl.arange(0, ROWS)
+            k = row[:, None] * E + tl.arange(0, E)[None, :]
+            values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+            inside = (row[:, None] < K // E) & (n[None, :] < N)
+            codes = _codes(tl.load(qweight + row[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0), BITS)
+            if PLAIN:
+                products += codes * values[:, :, None]
+                total += values
+            else:
+                scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, first)
+                acc += (codes - zero) * scale * values[:, :, None]
+        if PLAIN:
+            k = run * RUN + tl.zeros((1, 1), tl.int32)
+            scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, run * RUN)
+            acc += scale * (products - zero * total[:, :, None])
+    tl.store(out + part * N + n, tl.sum(tl.sum(acc, 1), 0), mask=n < N)
+
+
+@jit
+def _prefill(
+    x, qweight, qzeros, scales, g_idx, out, M, BUCKET: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    GROUP: tl.constexpr, RUN: tl.constexpr, PLAIN: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    E: tl.constexpr = 32 // BITS
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    part = tl.program_id(2)
+    acc = tl.zeros((BM, BN), tl.float32)
+    runs: tl.constexpr = (K + RUN - 1) // RUN
+    each: tl.constexpr = (runs + SPLIT - 1) // SPLIT
+    for run in range(part * each, tl.minimum(part * each + each, runs)):
+        row = run * (RUN // E) + tl.arange(0, RUN // E)
+        k = row[:, None] * E + tl.arange(0, E)[None, :]
+        scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, run * RUN)
+        inside = (row[:, None] < K // E) & (n[None, :] < N)
+        codes = _codes(tl.load(qweight + row[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0), BITS)
+        weights = tl.reshape((codes - zero) * scale, (RUN, BN))
+        flat = run * RUN + tl.arange(0, RUN)
+        known = (m[:, None] < M) & (flat[None, :] < K)
+        values = tl.load(x + m[:, None].to(tl.int64) * K + flat[None, :], mask=known, other=0.0)
+        acc = tl.dot(values, weights.to(values.dtype), acc, input_precision="ieee")
+    place = part * M * N + m[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(out + place, acc, mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@jit
+def _dequantize(
+    qweight, qzeros, scales, g_idx, out, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
+    PLAIN: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    E: tl.constexpr = 32 // BITS
+    run = tl.program_id(0)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    row = run * (RUN // E) + tl.arange(0, RUN // E)
+    k = row[:, None] * E + tl.arange(0, E)[None, :]
+    scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, run * RUN)
+    inside = (row[:, None] < K // E) & (n[None, :] < N)
+    codes = _codes(tl.load(qweight + row[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0), BITS)
+    place = out + k[:, :, None].to(tl.int64) * N + n[None, None, :]
+    tl.store(place, (codes - zero) * scale, mask=inside[:, None, :])
+
+
+DECODE = [
+    {"BR": rows, "BN": columns, "num_warps": warps, "num_stages": stages}
+    for rows, columns, warps, stages in ((8, 64, 4, 2), (4, 128, 4, 2), (8, 32, 2, 3), (16, 64, 8, 2), (4, 64, 4, 3))
+]
+PREFILL = [
+    {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": 3}
+    for rows, columns, warps in ((16, 64, 4), (16, 128, 4), (32, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8))
+]
+
+
+@functools.cache
+def _kernels() -> tuple[Any, Any]:
+    key = ["N", "K", "RUN", "PLAIN", "BITS", "SPLIT"]
+    return tuned(_decode, DECODE, key), tuned(_prefill, PREFILL, ["BUCKET", *key])
+
+
+# --- public -------------------------------------------------------------------------------------
+
+
+def check(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int
+) -> tuple[int, int]:
+    """(in, out) of a weight; `ValueError` that names the tensor unless it is one of this layout."""
+    if bits not in BITS:
+        raise ValueError(f"qweight has {bits} bits; supported: {', '.join(map(str, BITS))}")
+    check_packed(qweight, torch.int32, (None, None), "qweight")
+    columns, outputs = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    if outputs * bits % 32:
+        raise ValueError(f"qweight has {outputs} columns; supported with {bits} bits: multiples of {32 // bits}")
+    check_packed(scales, torch.float16, (None, outputs), "scales")
+    groups = scales.shape[0]
+    if not groups:
+        raise ValueError("scales has no groups; supported: at least one")
+    check_packed(qzeros, torch.int32, (groups, outputs * bits // 32), "qzeros")
+    check_packed(g_idx, torch.int32, (columns,), "g_idx")
+    check_same_device({"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx})
+    return columns, outputs
+
+
+def check_g_idx(g_idx: torch.Tensor, groups: int) -> None:
+    """`ValueError` if an entry names no group: kernels would read beyond the scales. Reads the device; at load."""
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= groups:
+        raise ValueError(f"g_idx names groups {low} to {high}; supported: 0 to {groups - 1}, the rows of scales")
+
+
+def dequantize(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int,
+    dtype: torch.dtype = torch.float32, *, plain: bool = False, path: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """The weight as `dtype` [out, in] (its transpose is contiguous). `plain`: what `plain_order` says of `g_idx`."""
+    columns, outputs = check(qweight, qzeros, scales, g_idx, bits)
+    if dtype not in ACTIVATIONS:
+        raise ValueError(f"qweight to {short(dtype)}; supported: {', '.join(map(short, ACTIVATIONS))}")
+    if path == "reference" or (path == "auto" and qweight.device.type != "cuda"):
+        return reference(qweight, qzeros, scales, g_idx, bits).to(dtype)
+    choose_path("dense", qweight, columns)
+    check_aligned({"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx})
+    out = torch.empty(columns, outputs, dtype=dtype, device=qweight.device)
+    group = columns // scales.shape[0]
+    run = run_length(group, columns, 32) if plain else 32
+    grid = (triton.cdiv(columns, run), triton.cdiv(outputs, 64))
+    _dequantize[grid](qweight, qzeros, scales, g_idx, out, outputs, columns, group, run, plain, bits, BN=64)
+    return out.t()
+
+
+def matmul(
+    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int,
+    *, plain: bool = False, path: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """x [..., in] @ W^T -> [..., out], of x's type, accumulated in float32.
+
+    `plain`: whether groups are runs in order, `plain_order(g_idx, groups)`; it is not asked here because the answer
+    lies on the device. `path`: see `backend.choose_path`. `ValueError` for what is not covered.
+    """
+    columns, outputs = check(qweight, qzeros, scales, g_idx, bits)
+    check_activations(x, columns, qweight.device)
+    flat = x.view(-1, columns)
+    rows = flat.shape[0]
+    way = choose_path(path, x, rows)
+    if rows == 0:
+        return x.new_zeros(*x.shape[:-1], outputs)
+    weight = (qweight, qzeros, scales, g_idx)
+    if way == "reference":
+        y = (flat.float() @ reference(*weight, bits).t()).to(x.dtype)
+    elif way == "dense":
+        y = flat @ dequantize(*weight, bits, x.dtype, plain=plain, path="kernel").t()
+    else:
+        check_aligned({"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx})
+        y = _launch(way, flat, weight, bits, plain)
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...], bits: int, plain: bool) -> torch.Tensor:
+    (rows, columns), (groups, outputs) = x.shape, weight[2].shape
+    decode, prefill = _kernels()
+    group = columns // groups
+    longest = LONGEST_RUN if way == "decode" else 32
+    run = run_length(group, columns, longest) if plain else longest
+    programs = triton.cdiv(outputs, 64) * (1 if way == "decode" else triton.cdiv(rows, 32))
+    parts = splits(programs, triton.cdiv(columns, run), x.device, 2)
+    out = x.new_empty(parts, rows, outputs, dtype=x.dtype if parts == 1 else torch.float32)
+    if way == "decode":
+        decode[lambda meta: (triton.cdiv(outputs, meta["BN"]), parts)](
+            x, *weight, out, outputs, columns, group, run, plain, bits, parts
+        )
+    else:
+        prefill[lambda meta: (triton.cdiv(rows, meta["BM"]), triton.cdiv(outputs, meta["BN"]), parts)](
+            x, *weight, out, rows, bucket(rows), outputs, columns, group, run, plain, bits, parts
+        )
+    return out[0] if parts == 1 else joined(out, x.dtype)

@@ -1,0 +1,78 @@
+"""IQ4_NL: 32 weights in 18 bytes (4.5 bits a weight), w = d x LEVELS[q]: sixteen levels, denser near zero.
+
+    bytes 0-1    d    float16
+    bytes 2-17   q    4 bits each: byte b holds weight b in its low half and weight b + 16 in its high half
+
+Read in 16-bit words, as Q4_0. A level is found by selecting one of four words of four levels each and shifting: a
+table in memory would cost a load a weight.
+Source of the layout and the levels: llama.cpp, ggml-common.h, `block_iq4_nl` and `kvalues_iq4nl`.
+"""
+
+import torch
+
+from workbench_kernels import blocks
+from workbench_kernels.backend import jit, tl
+from workbench_kernels.blocks import half_of
+
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def levels_of(codes: torch.Tensor) -> torch.Tensor:
+    """Codes 0-15 -> levels, float32."""
+    return torch.tensor(LEVELS, dtype=torch.float32, device=codes.device)[codes.long()]
+
+
+def reference(data: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 18] -> float32 [n, 32]."""
+    scale = data[:, :2].contiguous().view(torch.float16).float()
+    return scale * levels_of(torch.cat([data[:, 2:] & 15, data[:, 2:] >> 4], dim=1))
+
+
+@jit
+def level_of(q):
+    """Codes 0-15 -> levels; four levels to a word, the lowest code in the lowest byte."""
+    low = tl.where(q < 4, -1079142271, -152379953)  # 0xBFAD9881, 0xF6EADDCF
+    high = tl.where(q < 12, 639175937, 1901675829)  # 0x26190D01, 0x71594535
+    word = tl.where(q < 8, low, high)
+    return ((word << (24 - 8 * (q % 4))) >> 24).to(tl.float32)
+
+
+@jit
+def _load(row, s, j, inside):
+    block = row + s * 9
+    return (
+        tl.load(block[:, :, None] + 1 + j, mask=inside[:, :, None], other=0).to(tl.int32),
+        tl.load(block, mask=inside, other=0),
+    )
+
+
+@jit
+def _scales(parts, s, g: tl.constexpr):
+    scale = half_of(parts[1])
+    return scale, tl.zeros_like(scale)
+
+
+@jit
+def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
+    return level_of((parts[0] >> (8 * (r % 2) + 4 * (r // 2))) & 15)
+
+
+@jit
+def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
+    return 32 * s + 2 * j + r % 2 + 16 * (r // 2)
+
+
+TYPE = blocks.BlockType(
+    name="IQ4_NL", weights=32, bytes=18, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4,
+    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
+)  # fmt: skip
+
+
+def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto") -> torch.Tensor:
+    """uint8 [out, in / 32 x 18] -> [out, in]."""
+    return blocks.dequantize(TYPE, data, dtype, path=path, name="IQ4_NL blocks")
+
+
+def matmul(x: torch.Tensor, data: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
+    """x [..., in] @ W^T -> [..., out] for W as uint8 [out, in / 32 x 18]; see `blocks.matmul`."""
+    return blocks.matmul(TYPE, x, data, path=path, name="IQ4_NL blocks")

@@ -1,0 +1,110 @@
+"""Linear layers and an embedding that hold packed weights, in place of `torch.nn.Linear` and `torch.nn.Embedding`.
+
+Weights are buffers, in the types of their files whatever the model's dtype: `module.half()` leaves packed integers
+alone, and scales stay the float16 they were stored in. Nothing is repacked, so memory holds what the file holds.
+Everything that can be wrong with a weight is found when a module is made, and said with the layer's name.
+"""
+
+import torch
+from torch import nn
+
+from workbench_kernels import awq, gptq, ops
+from workbench_kernels.blocks import check_blocks
+from workbench_kernels.types import block_type
+
+
+class _Packed(nn.Module):
+    """What the three linear layers share: sizes, the bias, and that tensors keep their types."""
+
+    in_features: int
+    out_features: int
+    bias: torch.Tensor | None
+
+    def _finish(self, in_features: int, out_features: int, bias: torch.Tensor | None) -> None:
+        self.in_features, self.out_features = in_features, out_features
+        if bias is not None and tuple(bias.shape) != (out_features,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; supported: [{out_features}]")
+        self.register_buffer("bias", bias)
+
+    def _apply(self, fn, recurse=True):
+        # `.to(dtype)` may move packed tensors but must not convert the scales among them.
+        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None and name != "bias"}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            self._buffers[name] = tensor.to(self._buffers[name].device)
+        return self
+
+    def _biased(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class AwqLinear(_Packed):
+    """`awq.matmul`; tensors as in the checkpoint."""
+
+    def __init__(
+        self, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        super().__init__()
+        in_features, out_features, _ = awq.check(qweight, qzeros, scales)
+        for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales)):
+            self.register_buffer(name, tensor)
+        self._finish(in_features, out_features, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._biased(ops.awq_matmul(x.contiguous(), self.qweight, self.qzeros, self.scales))
+
+
+class GptqLinear(_Packed):
+    """`gptq.matmul`; tensors as in the checkpoint."""
+
+    def __init__(
+        self, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int,
+        bias: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        in_features, out_features = gptq.check(qweight, qzeros, scales, g_idx, bits)
+        gptq.check_g_idx(g_idx, scales.shape[0])
+        self.bits, self.plain = bits, gptq.plain_order(g_idx, scales.shape[0])
+        for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales), ("g_idx", g_idx)):
+            self.register_buffer(name, tensor)
+        self._finish(in_features, out_features, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = (self.qweight, self.qzeros, self.scales, self.g_idx)
+        return self._biased(ops.gptq_matmul(x.contiguous(), *weight, self.bits, self.plain))
+
+
+class BlockLinear(_Packed):
+    """`blocks.matmul`; uint8 [out, row bytes] as in a GGUF file, `kind` its type's name."""
+
+    def __init__(self, data: torch.Tensor, kind: str, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        in_features = check_blocks(block_type(kind), data, "data")
+        self.kind = kind
+        self.register_buffer("data", data)
+        self._finish(in_features, data.shape[0], bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._biased(ops.block_matmul(x.contiguous(), self.data, self.kind))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kind={self.kind}"
+
+
+class BlockEmbedding(nn.Module):
+    """Rows of a packed matrix, de-quantized as they are looked up; may share `data` with a `BlockLinear`."""
+
+    def __init__(self, data: torch.Tensor, kind: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embedding_dim, self.num_embeddings = check_blocks(block_type(kind), data, "data"), data.shape[0]
+        self.kind, self.dtype = kind, dtype
+        self.register_buffer("data", data)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return ops.block_rows(ids, self.data, self.kind, self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, kind={self.kind}"

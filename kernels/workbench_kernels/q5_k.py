@@ -1,0 +1,70 @@
+"""Q5_K: 256 weights in 176 bytes (5.5 bits a weight) as 8 runs of 32, w = (d x scale) x q - (dmin x min).
+
+    bytes 0-15    d, dmin and the runs' scales and mins, as in Q4_K
+    bytes 16-47   upper bit of q: weight 32 run + b has bit `run` of byte 16 + b
+    bytes 48-175  lower 4 bits of q, as in Q4_K
+
+Read in 32-bit words, 44 a block. A segment is one c, as in Q4_K; its eight words of upper bits are the block's.
+Source of the layout: llama.cpp, ggml-common.h, `block_q5_K`.
+"""
+
+import torch
+
+from workbench_kernels import blocks
+from workbench_kernels.backend import jit, tl
+from workbench_kernels.q4_k import run_scales, run_scales_of
+
+
+def reference(data: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 176] -> float32 [n, 256]."""
+    scale, least = run_scales(data[:, :16])
+    runs = torch.arange(8, dtype=torch.uint8, device=data.device)
+    upper = (data[:, None, 16:48] >> runs[None, :, None]) & 1
+    q = data[:, 48:].reshape(-1, 4, 1, 32)
+    codes = torch.cat([q & 15, q >> 4], dim=2).view(-1, 8, 32) | (upper << 4)
+    return (scale[:, :, None] * codes.float() - least[:, :, None]).view(-1, 256)
+
+
+@jit
+def _load(row, s, j, inside):
+    block, c = row + (s // 4) * 44, s % 4
+    return (
+        tl.load((block + 12 + c * 8)[:, :, None] + j, mask=inside[:, :, None], other=0),
+        tl.load(block, mask=inside, other=0),
+        tl.load(block + 1, mask=inside, other=0),
+        tl.load(block + 2, mask=inside, other=0),
+        tl.load(block + 3, mask=inside, other=0),
+        tl.load((block + 4)[:, :, None] + j, mask=inside[:, :, None], other=0),
+    )
+
+
+@jit
+def _scales(parts, s, g: tl.constexpr):
+    return run_scales_of(parts[1], parts[2], parts[3], parts[4], 2 * (s % 4) + g)
+
+
+@jit
+def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
+    upper = (parts[5] >> (8 * r + 2 * (s % 4) + g)) & 1
+    return (((parts[0] >> (8 * r + 4 * g)) & 15) | (upper << 4)).to(tl.float32)
+
+
+@jit
+def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
+    return 64 * s + 32 * g + 4 * j + r
+
+
+TYPE = blocks.BlockType(
+    name="Q5_K", weights=256, bytes=176, word=torch.int32, segments=4, segment_words=8, groups=2, planes=4,
+    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
+)  # fmt: skip
+
+
+def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto") -> torch.Tensor:
+    """uint8 [out, in / 256 x 176] -> [out, in]."""
+    return blocks.dequantize(TYPE, data, dtype, path=path, name="Q5_K blocks")
+
+
+def matmul(x: torch.Tensor, data: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
+    """x [..., in] @ W^T -> [..., out] for W as uint8 [out, in / 256 x 176]; see `blocks.matmul`."""
+    return blocks.matmul(TYPE, x, data, path=path, name="Q5_K blocks")

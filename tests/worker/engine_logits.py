@@ -1,0 +1,100 @@
+"""What a child process runs for `test_architectures.py`: whole logits of small models, by the program's own backends.
+
+One process for all models of an engine, one after another: to start vLLM takes longer than all of them together.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+TOKENS_LIMIT = 128
+
+
+def collect(payload: dict[str, Any], progress: Any) -> dict[str, str]:
+    """Logits of every position but the last, [tokens - 1, vocabulary] float32, into one safetensors file.
+
+    Payload: `backend`, `models` (name -> `path`, `format`, `options` of the backend), `ids`, `out`. Returns the
+    traceback's last line for each model that could not be loaded or run.
+    """
+    import gc
+    import importlib
+
+    from safetensors.torch import save_file
+
+    from workbench.worker import quality
+    from workbench.worker.backends import BACKENDS
+
+    quality.Reducer = Keeper  # type: ignore[misc,assignment]
+    module = importlib.import_module(BACKENDS[payload["backend"]])
+    module.load_engine()
+    found, failures = {}, {}
+    for number, (name, model) in enumerate(payload["models"].items()):
+        progress(number, len(payload["models"]), name)
+        try:
+            engine = module.Backend(_job(payload["backend"], model))
+            engine.score([(0, payload["ids"], 0)], {})
+            found[name] = Keeper.rows(len(payload["ids"]) - 1)
+            engine.close()
+            del engine
+            # vLLM collects garbage several times a start, each time through all that was ever imported.
+            gc.freeze()
+        except Exception as error:
+            traceback.print_exc()
+            failures[name] = f"{type(error).__name__}: {error}"
+    save_file(found, payload["out"])
+    return failures
+
+
+class Keeper:
+    """In the place of `quality.Reducer`: keeps what it is given."""
+
+    pieces: dict[int, Any] = {}
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        Keeper.pieces = {}
+
+    def __call__(self, window: int, first_position: int, logits: Any) -> None:
+        Keeper.pieces[first_position] = logits.float().cpu().clone()
+
+    def result(self) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    def rows(count: int) -> Any:
+        import torch
+
+        return torch.cat([Keeper.pieces[at] for at in sorted(Keeper.pieces)])[:count].contiguous()
+
+
+def _job(backend: str, model: dict[str, Any]) -> Any:
+    from workbench.records import Artifact, Evaluation, Job, Workload
+
+    artifact = Artifact(
+        variant="x", method="x", format=model["format"], path=model["path"], digest="", disk_bytes=0, parameters=0
+    )
+    test = Evaluation("x", "", "", window=TOKENS_LIMIT, score="all", windows=1, scored_tokens=TOKENS_LIMIT)
+    load = Workload(prompt_tokens=TOKENS_LIMIT // 2, new_tokens=1, repeats=0)
+    return Job("x", artifact, backend, model.get("options", {}), load, test)
+
+
+def convert_and_quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
+    """GGUF forms of several bases by the program's own workers: an exact one, then each type from it.
+
+    Payload: `models` (name -> `base`, `imatrix` or null), `types`, `folder`. Returns name -> type -> path.
+    """
+    from workbench.worker.methods import gguf
+
+    made: dict[str, Any] = {}
+    for number, (name, model) in enumerate(payload["models"].items()):
+        # A number for a name: llama.cpp looks for the special tokens of Phi-3 in what is called so.
+        exact = Path(payload["folder"]) / f"small-{number}-F32.gguf"
+        gguf.convert({"base": model["base"], "out": str(exact), "dtype": "float32", "name": str(number)}, progress)
+        made[name] = {"F32": str(exact)}
+        for kind in payload["types"]:
+            out = exact.with_name(f"small-{number}-{kind}.gguf")
+            order = {"source": str(exact), "out": str(out), "type": kind, "imatrix": model["imatrix"], "threads": 2}
+            gguf.quantize(order, progress)
+            made[name][kind] = str(out)
+    return made

@@ -1,0 +1,113 @@
+"""Small random models of every architecture in the calibration pass's table, and what tests do with them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 354, "max_position_embeddings": 256,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 16},
+    "phi3": {"original_max_position_embeddings": 256},
+    "phi4-mini": {
+        "model_type": "phi3", "original_max_position_embeddings": 256, "tie_word_embeddings": True,
+        "partial_rotary_factor": 0.75,
+    },
+}  # fmt: skip
+"""Of the table; by a name of ours, which is the `model_type` where none is given."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4},
+    "gpt_neox": {},
+}
+"""Not in the table."""
+
+
+def write_model(folder: Path, kind: str, seed: int = 0, **sizes: Any) -> Path:
+    """A random model, float32, with weights large enough for its layers to matter, and biases and norms that are
+    not trivial. `kind` is a key of `MODELS` or `OTHERS`; `sizes` replaces entries of its configuration."""
+    import torch
+    import transformers
+
+    more = SIZES | (MODELS | OTHERS)[kind] | sizes
+    config = transformers.AutoConfig.for_model(more.pop("model_type", kind), **more)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight") or name.endswith(".bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif parameter.dim() == 2 and "embed" not in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_tokens(path: Path, lengths: list[int], vocabulary: int = 354, seed: int = 1) -> Path:
+    """Calibration windows of random tokens, as the pass reads them."""
+    import torch
+
+    chance = torch.Generator().manual_seed(seed)
+    windows = [torch.randint(3, vocabulary, (n,), generator=chance).tolist() for n in lengths]
+    path.write_text(json.dumps({"windows": windows}))
+    return path
+
+
+def write_sentencepiece(folder: Path) -> Path:
+    """`tokenizer.model`, a real one of 300 pieces: the one kind that llama.cpp's converter takes for every
+    architecture here."""
+    import sentencepiece
+
+    made = io.BytesIO()
+    words = (f"{a}{b} {b}{a}{a}" for a in "abcdefghij" for b in "klmnopqrst")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=words, model_writer=made, model_type="bpe", vocab_size=300, byte_fallback=True,
+        minloglevel=2, pad_id=-1, hard_vocab_limit=False,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(made.getvalue())
+    return folder
+
+
+def dequantized(base: Path, out: Path, method: str, bits: int) -> Any:
+    """The base's model with a written checkpoint's weights in place, float32."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    from workbench.worker.methods import awq, gptq
+
+    tensors = load_file(out / "model.safetensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    state = {}
+    for name, tensor in tensors.items():
+        stem, _, suffix = name.rpartition(".")
+        if suffix == "qweight":
+            parts = {
+                s: tensors[f"{stem}.{s}"] for s in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{s}" in tensors
+            }
+            state[f"{stem}.weight"] = awq.dequantize(parts) if method == "awq" else gptq.dequantize(parts, bits)
+        elif suffix not in ("qzeros", "scales", "g_idx"):
+            state[name] = tensor.float()
+    missing, extra = model.load_state_dict(state, strict=False)
+    assert not extra and set(missing) <= {"lm_head.weight"}
+    return model.eval()
+
+
+def relative(found: Any, expected: Any) -> float:
+    """Relative root mean square difference of logits, each position's mean taken out (softmax does not see it)."""
+    expected = expected - expected.mean(-1, keepdim=True)
+    found = found - found.mean(-1, keepdim=True)
+    return float((found - expected).norm() / expected.norm())

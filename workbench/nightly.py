@@ -1,0 +1,186 @@
+"""One night: make and measure the recipes anew, compare with the good nights before, remember, publish, tell.
+
+Everything that a scheduled job decides is decided here or in `report/night.py`, so that it can be tested without a
+scheduler; the workflow only calls it. A night that was killed is taken up where it was by the next call: what it
+had measured stays, what it had not is measured. An issue is opened, commented on or closed only where asked for, by
+GitHub's own command line with the credentials it has.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from workbench import pipeline
+from workbench.artifacts import Show
+from workbench.errors import UserError, install_with
+from workbench.home import home, lock
+from workbench.machine.identity import machine
+from workbench.recipe import Recipe
+from workbench.records import Row, digest
+from workbench.report import night, publish, store
+from workbench.report.night import NIGHTS_NOTE, Verdict
+
+STALE = timedelta(hours=20)
+"""A night begun longer ago was given up, not interrupted."""
+GH_LIMIT_S = 120
+
+
+@dataclass(frozen=True)
+class Night:
+    """How it went for one recipe."""
+
+    recipe: str
+    machine: str
+    since: str
+    verdict: Verdict
+    failures: dict[str, str]
+    """Variants that could not be made, with the reason."""
+
+    @property
+    def title(self) -> str:
+        """Of the issue: the same every night, so that there is one."""
+        return f"Nightly regression: {self.recipe} on {self.machine}"
+
+    @property
+    def text(self) -> str:
+        """For the log and the issue."""
+        words = night.text(self.verdict, self.recipe, self.machine)
+        return words + "".join(f"- {name} could not be made: {reason}\n" for name, reason in self.failures.items())
+
+
+def run(
+    recipes: Sequence[Recipe], results: store.Place, show: Show, *, site: Path | None = None, url: str = "",
+    issue: bool = False, backends: list[str] | None = None,
+) -> list[Night]:  # fmt: skip
+    """A night of all recipes, in order; each is judged and remembered before the next begins."""
+    nights = []
+    with lock(home() / "locks" / "nightly", lambda: show.say("waiting for another night to end")):
+        for recipe in recipes:
+            nights.append(_one(recipe, results, show, backends))
+        if site is not None:
+            rows, _ = store.history(results)
+            publish.publish(rows, site, url)
+        for one in nights if issue else []:
+            tell(one, show)
+    return nights
+
+
+def accept(recipe: Recipe, results: store.Place) -> str:
+    """Take the latest night's numbers for the new normal; the time it began at.
+
+    Raises `UserError` if there was none.
+    """
+    here = machine()["name"]
+    notes = _notes(results, here, recipe.name)
+    if not notes:
+        raise UserError(f"{recipe.name}: no night of this recipe on this machine yet, so nothing to accept")
+    note = {**notes[-1], "accepted": True}
+    store.append_note(results, here, NIGHTS_NOTE, note, _now())
+    return str(note["since"])
+
+
+def tell(one: Night, show: Show) -> None:
+    """Open an issue for a bad night, or comment on the open one; close it after a good night.
+
+    Raises `UserError` if GitHub's command line is missing or refuses.
+    """
+    if shutil.which("gh") is None:
+        raise install_with("gh, which opens issues,", "https://cli.github.com")
+    listed = _gh("issue", "list", "--state", "open", "--search", f'"{one.title}" in:title', "--json", "number,title")
+    try:
+        open_ones = [entry["number"] for entry in json.loads(listed) if entry["title"] == one.title]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"gh issue list: not the JSON that was asked for: {listed[:100]!r}") from None
+    if one.verdict.alarms:
+        if open_ones:
+            _gh("issue", "comment", str(open_ones[0]), "--body-file", "-", given=one.text)
+            show.say(f"commented on issue {open_ones[0]}")
+        else:
+            made = _gh("issue", "create", "--title", one.title, "--body-file", "-", given=one.text)
+            show.say(f"opened {made.strip()}")
+    elif one.verdict.word == "good":
+        for number in open_ones:
+            _gh("issue", "close", str(number), "--comment", f"A good night: {one.since}.")
+            show.say(f"closed issue {number}")
+
+
+def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] | None) -> Night:
+    here = machine()["name"]
+    state = home() / "nights" / f"{digest([recipe.name, str(results)])}.json"
+    since = _begun(state, show)
+    made = pipeline.quantize(recipe, show)
+    pipeline.profile(recipe, made, show, results, backends=backends, since=since)
+    notes = _notes(results, here, recipe.name)
+    while True:
+        rows = _rows(results, here, recipe)
+        before = [row for row in rows if row.started_at < since]
+        tonight = [row for row in rows if row.started_at >= since]
+        verdict = night.judge(before, tonight, notes)
+        if not verdict.suspects:
+            break
+        show.say(f"to be sure, again: {', '.join(pair.label for pair in verdict.suspects)}")
+        only = {(pair.backend, pair.variant) for pair in verdict.suspects}
+        again = pipeline.profile(recipe, made, show, results, backends=backends, again=True, only=only)
+        if not again or any(row.error for row in again):
+            # It measured once and fails now: what is known is judged as it is.
+            tonight = [row for row in _rows(results, here, recipe) if row.started_at >= since]
+            verdict = night.judge(before, [*tonight, *tonight, *tonight], notes)
+            break
+    note = night.note_of(recipe.name, since, _now(), verdict)
+    store.append_note(results, here, NIGHTS_NOTE, note, since)
+    state.unlink(missing_ok=True)
+    return Night(recipe.name, here, since, verdict, dict(made.failures))
+
+
+def _rows(results: store.Place, here: str, recipe: Recipe) -> list[Row]:
+    rows, _ = store.history(store.under(results, here))
+    return [row for row in rows if row.base == recipe.model and row.recipe == recipe.name]
+
+
+def _notes(results: store.Place, here: str, recipe: str) -> list[dict[str, Any]]:
+    wanted = ("since", "until", "alarmed")
+    notes = store.read_notes(results, here, NIGHTS_NOTE)
+    return [note for note in notes if note.get("recipe") == recipe and all(key in note for key in wanted)]
+
+
+def _begun(state: Path, show: Show) -> str:
+    """When this night began: now, or when the one that was interrupted did."""
+    now = _now()
+    try:
+        since = str(json.loads(state.read_text())["since"])
+        if datetime.fromisoformat(now) - datetime.fromisoformat(since) < STALE:
+            show.say(f"taking up the night that began at {since}")
+            return since
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # None was interrupted, or its note is half a file.
+    # Rows know their second, not more: none of the night before may have begun in this one's first.
+    time.sleep(1.0)
+    now = _now()
+    state.parent.mkdir(parents=True, exist_ok=True)
+    partial = state.with_suffix(".partial")
+    partial.write_text(json.dumps({"since": now}))
+    partial.replace(state)
+    return now
+
+
+def _gh(*words: str, given: str | None = None) -> str:
+    try:
+        done = subprocess.run(["gh", *words], input=given, capture_output=True, text=True, timeout=GH_LIMIT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"gh {' '.join(words[:2])}: {error}") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"gh {' '.join(words[:2])}: {last}. Check `gh auth status`")
+    return done.stdout
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,6 @@
+"""The parts of the calibration pass; `worker/calibrate.py` puts them together. Data flows one way:
+
+    windows, weights -> walk (a layer's forward pass) -> gram (its inputs' matrices) -> methods -> layout (files)
+
+`device` says where and how precisely; `resume` keeps what an interrupted run goes on from.
+"""

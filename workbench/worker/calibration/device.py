@@ -1,0 +1,86 @@
+"""Where the pass runs, and how precisely.
+
+Matrix products of the forward pass take bfloat16 inputs where the processor multiplies them natively (twice as
+fast; the residual stream, norms and Grams stay float32), else float32. Everything made of a Gram matrix is float32
+proper: TF32 keeps ten bits of each factor, and a Cholesky factor of a matrix so rounded is another matrix's.
+
+One device is enough for any base: only one layer is ever on it. What a layer's quantizing cannot fit there is done
+in host memory instead (`elsewhere`). Rejected: spreading a layer's matrices over several devices, which would only
+help where one layer with its Grams fills a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from workbench.errors import UserError, unknown
+
+
+def choose_device(name: str) -> Any:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device. Raises `UserError` for one that is not here."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:0"))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device '{name}': torch sees {torch.cuda.device_count()} CUDA devices here; take `cpu`")
+    return device
+
+
+def choose_precision(name: str, device: Any) -> str:
+    """`float32` or `bfloat16`: of the forward pass's matrix products; `auto` is what the processor does natively."""
+    import torch
+
+    if name != "auto":
+        if name not in ("float32", "bfloat16"):
+            raise unknown("precision", name, ("auto", "float32", "bfloat16"))
+        return name
+    if device.type == "cuda":
+        # torch counts emulation as support, which is slower than float32.
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip else "float32"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None) or (lambda: False)
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None) or (lambda: False)
+    return "bfloat16" if native() or amx() else "float32"
+
+
+def exact_products() -> None:
+    """Float32 products in float32, whatever a library or an environment variable has asked of torch before."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+
+
+def name_of(device: Any) -> str:
+    """What of a device decides the last bits: its model, not its number."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
+
+
+def synchronize(device: Any) -> None:
+    """Wait until the device has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def elsewhere(attempt: Callable[[], Any], again: Callable[[], Any], device: Any) -> tuple[Any, bool]:
+    """`attempt()`, or where the device's memory does not hold that, `again()`, and whether it came to that."""
+    import torch
+
+    try:
+        return attempt(), False
+    except torch.OutOfMemoryError:
+        # Not inside the handler: the exception's frames hold what filled the memory.
+        pass
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return again(), True

@@ -1,0 +1,92 @@
+"""G = mean(x x^T) of each distinct linear input of a decoder layer, in float32, while the layer runs.
+
+Only the blocks on and above the diagonal are multiplied out; the lower ones are copied at the end, so that the
+matrix is symmetric to the last bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from workbench.errors import UserError
+from workbench.worker.architectures import Architecture
+from workbench.worker.calibration.device import synchronize
+from workbench.worker.calibration.windows import Windows
+
+GRAM_BLOCK = 256
+
+
+@dataclass
+class Grams:
+    """The matrices of one layer as they grow: first linear of a group -> float32 [in, in]."""
+
+    layer: int
+    device: Any
+    windows: Windows
+    matrices: dict[str, Any] = field(default_factory=dict)
+    start: int = 0
+    """The first token of the batch that is being run."""
+    seconds: float = 0.0
+
+    def watch(self, module: Any, architecture: Architecture) -> list[Any]:
+        """Hooks on the layer's module that see each group's input; the caller removes them."""
+        firsts = [group.linears[0] for group in architecture.groups]
+        return [module.get_submodule(name).register_forward_pre_hook(self._hook(name)) for name in firsts]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def before(module: Any, inputs: tuple[Any, ...]) -> None:
+            begun = now(self.device)
+            self._add(name, inputs[0])
+            self.seconds += now(self.device) - begun
+
+        return before
+
+    def _add(self, name: str, inputs: Any) -> None:
+        import torch
+
+        x = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+        if name not in self.matrices:
+            self.matrices[name] = torch.zeros(x.shape[1], x.shape[1], device=self.device)
+        accumulate(self.matrices[name], x)
+        if not bool(torch.isfinite(self.matrices[name].diagonal()).all()):
+            bad = (~torch.isfinite(x).all(1)).nonzero()
+            sample = self.windows.number_at(self.start + (int(bad[0]) if len(bad) else 0))
+            raise UserError(
+                f"layer {self.layer}: the input of {name} is not finite, first in calibration sample {sample}: the "
+                "base's weights are damaged or overflow; fetch the base again, or take another"
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """The means, symmetric; to be called once, after the last batch."""
+        for matrix in self.matrices.values():
+            mirror(matrix)
+            matrix.div_(self.windows.tokens)
+        return self.matrices
+
+
+def now(device: Any) -> float:
+    """Seconds, once the device has done what it was given."""
+    synchronize(device)
+    return time.perf_counter()
+
+
+def accumulate(gram: Any, x: Any) -> None:
+    """Add x^T x to the blocks on and above the diagonal; `x` [tokens, in], `gram` [in, in]."""
+    size = gram.shape[0]
+    step = max(GRAM_BLOCK, size // 8)
+    for start in range(0, size, step):
+        gram[start : start + step, start:].addmm_(x[:, start : start + step].t(), x[:, start:])
+
+
+def mirror(gram: Any) -> None:
+    """Copy the upper triangle onto the lower."""
+    size = gram.shape[0]
+    step = max(GRAM_BLOCK, size // 8)
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        gram[stop:, start:stop] = gram[start:stop, stop:].t()
+        block = gram[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).t())

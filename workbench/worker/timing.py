@@ -1,0 +1,222 @@
+"""Clocks: how long an engine takes for a workload's points, and how fast the machine is meanwhile.
+
+`profile.py` decides what is measured and in what order; this is the only file that looks at a clock. Everything
+takes the clock as an argument, so that a test can turn it (`tests/worker/test_timing.py`). A point is timed after a
+warm-up of its own, with prompts that no cache has seen, and every repeat is kept.
+
+Beside each repeat stands how long a fixed piece of work took just before it (`probe`): where clocks cannot be
+read, as in most virtual machines, that is what shows a processor that throttles or is shared.
+
+Rejected: timing inside the engines (each has its own idea of what counts), and one figure a run (nobody could tell
+noise from a difference).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from workbench.errors import UserError
+from workbench.records import Served, Speed, Workload
+from workbench.worker.energy import Meter
+
+Clock = Callable[[], float]
+WARMUP_NEW_TOKENS = 8
+PROBE_BYTES = 4 << 20
+COPY_BYTES = 128 << 20
+"""A thread's buffer: several times a processor's last cache."""
+COPY_S = 0.4
+
+
+def now() -> float:
+    """Seconds of a clock that never goes back."""
+    return time.perf_counter()
+
+
+def prompts(
+    workload: Workload, text: list[int], prompt_tokens: int, batch: int, rounds: int, salt: int
+) -> list[list[list[int]]]:
+    """Fresh prompts: [round][sequence][id], cut from `text` by the workload's seed and `salt` (the point)."""
+    chance = random.Random(workload.seed * 1000003 + salt)
+    if len(text) < 2:
+        # No evaluation (a base without weights, say): any ids will do, small ones exist in every vocabulary.
+        text = [chance.randrange(10, 250) for _ in range(4 * prompt_tokens)]
+    while len(text) < 2 * prompt_tokens:
+        text = text + text
+    starts = [[chance.randrange(len(text) - prompt_tokens) for _ in range(batch)] for _ in range(rounds)]
+    return [[text[s : s + prompt_tokens] for s in row] for row in starts]
+
+
+def speeds(
+    engine: Any, workload: Workload, text: list[int], stepped: Callable[[], None] = lambda: None,
+    clock: Clock = now, meter: Meter | None = None, probe: Callable[[], float] | None = None,
+) -> tuple[list[Speed], list[float]]:  # fmt: skip
+    """Raw samples of every point, in the workload's order; and the probe's seconds before each repeat."""
+    found, probes = [], []
+    for salt, (prompt_tokens, batch) in enumerate(workload.points):
+        _ready(engine, batch, prompt_tokens + workload.new_tokens)
+        rounds = workload.warmup + workload.repeats
+        fresh = prompts(workload, text, prompt_tokens, batch, rounds, salt)
+        for each in fresh[: workload.warmup]:
+            run(engine, each, min(workload.new_tokens, WARMUP_NEW_TOKENS), clock)
+        samples, joules = [], []
+        for each in fresh[workload.warmup :]:
+            if probe is not None:
+                probes.append(probe())
+            before = meter.read() if meter else None
+            samples.append(run(engine, each, workload.new_tokens, clock))
+            joules.append(meter.since(before) if meter else None)
+            stepped()
+        found.append(
+            Speed(
+                prompt_tokens=prompt_tokens,
+                new_tokens=workload.new_tokens,
+                batch=batch,
+                first_token_s=[sample[0] for sample in samples],
+                step_s=[sample[1] for sample in samples],
+                step_tokens=[sample[2] for sample in samples],
+                energy_j=joules,
+            )
+        )
+    return found, probes
+
+
+def served(
+    engine: Any, workload: Workload, text: list[int], stepped: Callable[[], None] = lambda: None, clock: Clock = now
+) -> list[Served]:
+    """Throughput at every batch size: `requests` prompts a slot, answers of different lengths, one after the other.
+
+    Lengths are drawn from half to one and a half of `new_tokens`, so that sequences end at different times and an
+    engine that can must take the next ones in between. The same draw for every engine and repeat.
+    """
+    found: list[Served] = []
+    if not workload.requests:
+        return found
+    chance = random.Random(workload.seed + 1)
+    low, high = max(1, workload.new_tokens // 2), max(1, workload.new_tokens * 3 // 2)
+    for salt, slots in enumerate(workload.batches):
+        many = slots * workload.requests
+        lengths = [chance.randint(low, high) for _ in range(many)]
+        _ready(engine, slots, workload.prompt_tokens + high)
+        fresh = prompts(workload, text, workload.prompt_tokens, many, workload.repeats + 1, 1000 + salt)
+        for _ in engine.serve(fresh[0][:slots], [2] * slots, slots):
+            pass
+        seconds = []
+        for each in fresh[1:]:
+            started = clock()
+            gained = sum(engine.serve(each, lengths, slots))
+            seconds.append(clock() - started)
+            if gained != sum(lengths):
+                raise UserError(f"the engine made {gained} of {sum(lengths)} tokens")
+            stepped()
+        found.append(
+            Served(
+                slots=slots, prompt_tokens=workload.prompt_tokens, new_tokens=lengths, seconds=seconds,
+                continuous=bool(getattr(engine, "continuous", False)),
+            )
+        )  # fmt: skip
+    return found
+
+
+def run(
+    engine: Any, batch: list[list[int]], new_tokens: int, clock: Clock = now
+) -> tuple[float, list[float], list[int]]:
+    """Seconds to the first token of all sequences, then seconds and tokens of each later step."""
+    started = clock()
+    waiting = len(batch)
+    seen = [0] * len(batch)
+    first_s = 0.0
+    step_s: list[float] = []
+    step_tokens: list[int] = []
+    last = started
+    for gained in engine.generate(batch, new_tokens):
+        moment = clock()
+        if waiting:
+            seen = [a + b for a, b in zip(seen, gained, strict=True)]
+            waiting = seen.count(0)
+            first_s = moment - started
+        else:
+            step_s.append(moment - last)
+            step_tokens.append(sum(gained))
+        last = moment
+    if waiting:
+        raise UserError("the engine stopped before every sequence had its first token")
+    return first_s, step_s, step_tokens
+
+
+def work_probe(clock: Clock = now) -> float:
+    """Seconds of a fixed piece of work on one core, a few milliseconds that stay in the core's own cache.
+
+    The best of three: being interrupted once is not a slower clock.
+    """
+    block, took = bytes(1 << 16), []
+    for _ in range(3):
+        digest, started = hashlib.sha256(), clock()
+        for _ in range(PROBE_BYTES >> 16):
+            digest.update(block)
+        took.append(clock() - started)
+    return min(took)
+
+
+def copy_bandwidth(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
+    """Worker: bytes a second that this machine copies, read and written both counted (as STREAM's copy does).
+
+    Payload: `threads`, `device` (`cpu` or `cuda`). The best of several passes: what the memory can do, not what it did
+    beside something else.
+    """
+    progress(0, 1, "copy bandwidth")
+    if payload["device"] == "cuda":
+        return {"bytes_per_s": _cuda_bandwidth()}
+    import ctypes
+
+    threads = int(payload["threads"])
+    pairs = [(ctypes.create_string_buffer(COPY_BYTES), ctypes.create_string_buffer(COPY_BYTES)) for _ in range(threads)]
+
+    def copy(pair: tuple[Any, Any], gate: threading.Barrier) -> None:
+        gate.wait()
+        ctypes.memmove(pair[0], pair[1], COPY_BYTES)  # without the interpreter's lock
+        gate.wait()
+
+    for into, out in pairs:
+        ctypes.memset(out, 1, COPY_BYTES)
+        ctypes.memset(into, 0, COPY_BYTES)
+    best, spent = 0.0, 0.0
+    while spent < COPY_S or not best:
+        gate = threading.Barrier(threads + 1)
+        crew = [threading.Thread(target=copy, args=(pair, gate)) for pair in pairs]
+        for member in crew:
+            member.start()
+        gate.wait()
+        started = now()
+        gate.wait()
+        took = now() - started
+        for member in crew:
+            member.join()
+        spent += took
+        best = max(best, 2 * COPY_BYTES * threads / took)
+    return {"bytes_per_s": best}
+
+
+def _cuda_bandwidth() -> float:
+    import torch
+
+    out = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    into = torch.empty_like(out)
+    best = 0.0
+    for _ in range(12):
+        torch.cuda.synchronize()
+        started = now()
+        into.copy_(out)
+        torch.cuda.synchronize()
+        best = max(best, 2 * out.numel() / (now() - started))
+    return best
+
+
+def _ready(engine: Any, batch: int, tokens: int) -> None:
+    """Let an engine that sizes itself by what comes do so before the clock runs."""
+    if hasattr(engine, "prepare"):
+        engine.prepare(batch, tokens)
