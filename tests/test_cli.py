@@ -548,7 +548,7 @@ def test_a_full_disk_is_told_and_finished_rows_are_kept(fresh: Bench) -> None:
         )
         finished = [path for path in fresh.home.glob("artifacts/*") if path.suffix != ".partial"]
         assert all((path / "artifact.json").exists() for path in finished), "nothing half made under a final name"
-        assert [row["error"] is None for row in fresh.rows()] == [True, False]
+        assert sorted(row["error"] is None for row in fresh.rows()) == [False, True], "jobs run in a random order"
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
