@@ -1,10 +1,12 @@
 """Is a worker that was slowed down by a tenth found, and are equal ones not? On a real engine: llama.cpp.
 
-    python benchmarks/slowed_worker.py FILE.gguf [--threads 2] [--rounds 4] [--repeats 6]
+    python benchmarks/slowed_worker.py FILE.gguf [--threads 2] [--rounds 5] [--repeats 12]
 
 In each round three workers are timed, their repeats interleaved: two that are equal, and one that spends a tenth of
-every step's own time waiting. Two are told apart if their 95 % intervals of decoding speed do not meet. The claim:
-every slowed one is found, and of the equal pairs 5 % at most. On a machine that does nothing else. Exit code 1 if not.
+every step's own time waiting. Each repeat of one stands beside the same repeat of another, so that drift of the machine
+falls out of their ratio. Two are told apart by the rule of `workbench compare`: the 95 % interval of the ratio lies on
+one side of 1, and the median ratio is at least 3 % from it. The claim: every slowed worker is found, and of the equal
+pairs 5 % at most are told apart. On a machine that does nothing else. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import statistics
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +25,7 @@ from workbench.worker import timing
 from workbench.worker.backends import llamacpp
 
 SLOWER = 0.10
+THRESHOLD = 0.03
 
 
 class Slowed:
@@ -46,8 +50,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=12)
     given = parser.parse_args()
     load = Workload(prompt_tokens=32, new_tokens=33)
     artifact = Artifact("v", "gguf", "gguf", given.file, "", 0, 0)
@@ -63,16 +67,16 @@ def main() -> int:
                 prompt = [chance.randrange(10, 250) for _ in range(32)]
                 _, step_s, _ = timing.run(workers[name], [prompt], load.new_tokens)
                 rates[name].append(len(step_s) / sum(step_s))
-        spans = {name: metrics.interval(each) or (0.0, float("inf")) for name, each in rates.items()}
-
-        def meet(a: str, b: str, spans: dict[str, tuple[float, float]] = spans) -> bool:
-            return spans[a][0] <= spans[b][1] and spans[b][0] <= spans[a][1]
-
-        alarms += not meet("one", "other")
-        missed += meet("one", "slowed") or meet("other", "slowed")
-        print(
-            "   ".join(f"{name} {low:.1f}..{high:.1f}" for name, (low, high) in spans.items()) + "  tok/s", flush=True
-        )
+        told = {}
+        for name in ("other", "slowed"):
+            ratios = [b / a for a, b in zip(rates["one"], rates[name], strict=True)]
+            low, high = metrics.interval(ratios) or (0.0, float("inf"))
+            middle = statistics.median(ratios)
+            told[name] = (low > 1 or high < 1) and abs(middle - 1) >= THRESHOLD
+            print(f"{name:6} / one {middle:.3f} [{low:.3f}, {high:.3f}]", end="   ")
+        print(f"one at {statistics.median(rates['one']):.1f} tok/s", flush=True)
+        alarms += told["other"]
+        missed += not told["slowed"]
     print(f"\n{missed} of {given.rounds} slowed workers missed, {alarms} of {given.rounds} equal pairs told apart")
     return 1 if missed or alarms > 0.05 * given.rounds else 0
 

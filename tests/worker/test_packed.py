@@ -17,7 +17,7 @@ from workbench.machine import isolate
 from workbench.records import Artifact, Job, Workload, to_json
 from workbench.worker import calibrate, packed
 from workbench.worker.backends import transformers as backend
-from workbench.worker.dequantize import _parsed_once, open_gguf
+from workbench.worker.dequantize import open_gguf, parsed_once
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -294,7 +294,7 @@ def test_perplexity_of_the_tiny_recipes_base(
         else:
             path, format = tmp_path / f"{name}.gguf", "gguf"
             call("quantize", {"source": str(real_converted), "out": str(path), "type": name, "threads": 2})
-            stack.enter_context(_parsed_once(path, open_gguf(path)))
+            stack.enter_context(parsed_once(path, open_gguf(path)))
             plain = engine(path, "gguf")._model
         expected = perplexity(plain, ids)
         del plain

@@ -75,7 +75,7 @@ def build(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
     base, sets = Path(payload["base"]), payload["sets"]
     for entry in sets:
         _check_set(entry)
-    tokenizer, vocab_size, bos = _tokenizer(base, bool(payload.get("allow_remote_code")))
+    tokenizer, vocab_size, bos = open_tokenizer(base, bool(payload.get("allow_remote_code")))
     needs = _needed_tokens(sets)
     sources: dict[str, Tokens] = {}
     for done, (key, need) in enumerate(needs.items()):
@@ -317,7 +317,7 @@ def _one_line(error: BaseException) -> str:
 # --- tokens -------------------------------------------------------------------------------------
 
 
-def _tokenizer(base: Path, remote_code: bool) -> tuple[Any, int, int | None]:
+def open_tokenizer(base: Path, remote_code: bool) -> tuple[Any, int, int | None]:
     """The base's tokenizer, the model's vocabulary size, and the BOS id if the tokenizer adds one."""
     from transformers import AutoTokenizer
 

@@ -48,7 +48,7 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> str | No
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     progress(0, 4, f"reading {path.name}")
     try:
-        with _parsed_once(path, reader):
+        with parsed_once(path, reader):
             AutoConfig.from_pretrained(**where)
             tokenizer = AutoTokenizer.from_pretrained(**where)
     except (ValueError, KeyError) as error:
@@ -58,7 +58,7 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> str | No
             "Use the model's safetensors."
         ) from None
     progress(1, 4, f"de-quantizing {path.name}")
-    with _parsed_once(path, reader):
+    with parsed_once(path, reader):
         loaded = AutoModelForCausalLM.from_pretrained(
             **where, dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True)
         )
@@ -66,7 +66,7 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> str | No
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    scaling = _rope_scaling(path, reader, architecture, config)
+    scaling = rope_scaling(path, reader, architecture, config)
     if scaling:
         config.rope_parameters = {**(config.rope_parameters or {}), **scaling}
     # The loaded model remembers that it was a GGUF and refuses to be saved; one built from its config does not.
@@ -121,7 +121,7 @@ def open_gguf(path: Path) -> Any:
 
 
 @contextmanager
-def _parsed_once(path: Path, reader: Any) -> Iterator[None]:
+def parsed_once(path: Path, reader: Any) -> Iterator[None]:
     """Answer transformers' own calls of the `gguf` package from what is read already.
 
     It parses the whole file at each of four steps and builds the table of names for every module of the model: of a
@@ -157,7 +157,7 @@ def _fits(reader: Any, types: dict[str, int], main: str) -> bool:
     return all(torch.equal(t.to(kind).float(), t.float()) for t in wider)
 
 
-def _rope_scaling(path: Path, reader: Any, architecture: str, config: Any) -> dict[str, Any] | None:
+def rope_scaling(path: Path, reader: Any, architecture: str, config: Any) -> dict[str, Any] | None:
     """Rope scaling that the file has and transformers' GGUF reader leaves out; else None.
 
     llama.cpp stores Llama 3's scaling as a tensor of divisors, one a frequency (`rope_freqs.weight`). The

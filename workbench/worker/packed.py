@@ -23,7 +23,7 @@ from typing import Any
 
 from workbench.errors import UserError, install_with
 from workbench.worker.checkpoint import Tensor, checked_weights, read_json
-from workbench.worker.dequantize import _parsed_once, _rope_scaling, open_gguf
+from workbench.worker.dequantize import open_gguf, parsed_once, rope_scaling
 
 FORMATS = ("awq", "gptq", "gguf")
 PLAIN_TYPES = ("F32", "F16", "BF16")
@@ -172,16 +172,16 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remot
         cut = _first_cut_tensor(path)
         raise UserError(f"{error} The first tensor beyond its end is {cut}.") if cut else error from None
     architecture = str(reader.get_field("general.architecture").contents())
-    with _parsed_once(path, reader):
+    with parsed_once(path, reader):
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    scaling = _rope_scaling(path, reader, architecture, config)
+    scaling = rope_scaling(path, reader, architecture, config)
     if scaling:
         config.rope_parameters = {**(config.rope_parameters or {}), **scaling}
     model, kind = _empty(config, dtype or _safe_dtype(config), attention, remote_code)
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    with _parsed_once(path, reader):
+    with parsed_once(path, reader):
         names = get_gguf_hf_weights_map(model, processor)
 
     def dense(tensor: Any) -> Any:

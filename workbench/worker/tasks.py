@@ -48,10 +48,10 @@ def build(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
     Writes `NAME.json` for each and the tokenizer beside them. Returns `{"tasks": {name: Task}}` with paths
     relative to `out`. Raises `UserError` for what is wrong with a file, with the entry's place.
     """
-    from workbench.worker.corpus import _tokenizer
+    from workbench.worker.corpus import open_tokenizer
 
     base, out = Path(payload["base"]), Path(payload["out"])
-    tokenizer, vocab_size, bos = _tokenizer(base, bool(payload.get("allow_remote_code")))
+    tokenizer, vocab_size, bos = open_tokenizer(base, bool(payload.get("allow_remote_code")))
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{base}: tasks need a tokenizer of the `tokenizers` library, and this base has none")
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
