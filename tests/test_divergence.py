@@ -224,28 +224,3 @@ def test_the_reference_is_made_once_and_only_for_jobs(tmp_path: Path, tiny_llama
     assert "no divergence: scoring the base for it failed: the worker ended with exit code 3" in answer.stderr
     assert json.loads(answer.stdout)[0]["kld_mean"] is None
     assert rows_in(tmp_path)[-1]["measurement"]["quality"]["reference_digest"] is None
-
-
-@pytest.mark.slow
-def test_the_real_tiny_recipe(tmp_path: Path) -> None:
-    """transformers in float32 is its own reference, llama.cpp's BF16 next to it, and four bits further than eight."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("llama_cpp")
-    home = Path(os.environ.get("WORKBENCH_HOME") or tmp_path / "home")
-    engines = ("-b", "transformers", "-b", "llamacpp")
-    answer = command(home, tmp_path, "run", str(ROOT / "recipes" / "tiny.yaml"), *engines, "-f", "json")
-    assert answer.returncode == 0, answer.stderr
-    found = {(each["variant"], each["backend"]): each for each in json.loads(answer.stdout)}
-    own = found["base", "transformers"]
-    if own["device"] == "cpu":
-        assert 0 <= own["kld_mean"] < 1e-6 and own["top1_agreement"] == 1.0
-    assert 0 < found["base", "llamacpp"]["kld_mean"] < 5e-3
-    eight, four = found["gguf-Q8_0", "llamacpp"], found["gguf-Q4_0", "llamacpp"]
-    assert found["base", "llamacpp"]["kld_mean"] < eight["kld_mean"] < four["kld_mean"]
-    assert eight["top1_agreement"] > four["top1_agreement"]
-    assert eight["kld_p50"] < eight["kld_p90"] < eight["kld_p99"] <= eight["kld_p999"] <= eight["kld_max"]
-    # De-quantized it has the same weights, without llama.cpp's rounding of what is multiplied with them.
-    assert own["kld_mean"] < found["gguf-Q8_0", "transformers"]["kld_mean"] < eight["kld_mean"]
-    digests = {row["measurement"]["quality"]["reference_digest"] for row in rows_in(tmp_path) if row["measurement"]}
-    assert len(digests) == 1 and None not in digests
-    assert max(len(json.dumps(row, separators=(",", ":"))) for row in rows_in(tmp_path)) < 40_000

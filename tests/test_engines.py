@@ -86,6 +86,24 @@ def test_a_gguf_in_transformers_is_labelled_as_dequantized(lines: Any) -> None:
     assert same == pytest.approx(1, abs=0.03), "llama.cpp also rounds activations to 8 bits"
 
 
+def test_divergence_from_the_base(lines: Any, results: Path) -> None:
+    """transformers in float32 is its own reference, llama.cpp's BF16 next to it, and four bits further than eight."""
+    own = lines["base", "transformers"]
+    if own["device"] == "cpu":
+        assert 0 <= own["kld_mean"] < 1e-6 and own["top1_agreement"] == 1.0
+    eight, four = lines["gguf-Q8_0", "llamacpp"], lines["gguf-Q4_0", "llamacpp"]
+    assert 0 < lines["base", "llamacpp"]["kld_mean"] < eight["kld_mean"] < four["kld_mean"]
+    assert lines["base", "llamacpp"]["kld_mean"] < 5e-3
+    assert eight["top1_agreement"] > four["top1_agreement"]
+    assert eight["kld_p50"] < eight["kld_p90"] < eight["kld_p99"] <= eight["kld_p999"] <= eight["kld_max"]
+    # De-quantized it has the same weights, without llama.cpp's rounding of what is multiplied with them.
+    assert own["kld_mean"] < lines["gguf-Q8_0", "transformers"]["kld_mean"] < eight["kld_mean"]
+    rows = [json.loads(line) for file in results.glob("*/rows.jsonl") for line in file.read_text().splitlines()]
+    digests = {row["measurement"]["quality"]["reference_digest"] for row in rows if row["measurement"]}
+    assert len(digests) == 1 and None not in digests
+    assert max(len(json.dumps(row, separators=(",", ":"))) for row in rows) < 40_000
+
+
 def test_rows_name_no_folder_of_this_machine(first: Any, results: Path, real_home: Path) -> None:
     text = "".join(file.read_text() for file in results.glob("*/rows.jsonl"))
     assert "$WORKBENCH_HOME/" in text

