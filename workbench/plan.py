@@ -42,7 +42,7 @@ KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "fp8": 1.0}
 """Bytes a value of the KV cache."""
 REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL"})
 """Types that llama.cpp copies into another layout on an x86 processor with AVX-512 (`ggml-cpu/repack.cpp`)."""
-RUNTIME_BYTES = {"llamacpp": 285e6, "transformers": 480e6, "vllm": 1050e6, "quantized": 760e6}
+RUNTIME_BYTES = {"llamacpp": 285e6, "transformers": 480e6, "vllm": 1050e6, "quantized": 790e6}
 """Resident memory of an interpreter with an engine's libraries and no model; `quantized`: transformers with
 GPTQModel. Measured: torch 2.13 (CPU), transformers 5.19, vLLM 0.32, llama-cpp-python 0.3.36, CPython 3.11, x86-64."""
 CUDA_CONTEXT_BYTES = 600e6
