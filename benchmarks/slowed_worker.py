@@ -1,6 +1,6 @@
 """Is a worker that was slowed down by a tenth found, and are equal ones not? On a real engine: llama.cpp.
 
-    python benchmarks/slowed_worker.py FILE.gguf [--threads 2] [--rounds 5] [--repeats 12]
+    python benchmarks/slowed_worker.py FILE.gguf [--threads 2] [--rounds 5] [--repeats 20]
 
 In each round three workers are timed, their repeats interleaved: two that are equal, and one that spends a tenth of
 every step's own time waiting. Each repeat of one stands beside the same repeat of another, so that drift of the machine
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("file")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=20)
     given = parser.parse_args()
     load = Workload(prompt_tokens=32, new_tokens=33)
     artifact = Artifact("v", "gguf", "gguf", given.file, "", 0, 0)

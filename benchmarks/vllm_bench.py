@@ -48,18 +48,18 @@ def theirs(what: str, given: argparse.Namespace) -> float:
     """Seconds of a batch (latency), or tokens a second (throughput), by vLLM's own benchmark."""
     command = [
         sys.executable, "-P", "-c", CLI, "bench", what, "--model", given.model, "--enforce-eager",
-        "--dtype", "bfloat16", "--input-len", str(given.prompt), "--output-len", str(given.new),
-        "--no-enable-prefix-caching", "--max-model-len", str(2 * (given.prompt + given.new)), "--skip-tokenizer-init",
-        "--kv-cache-memory-bytes", str(1 << 29),
+        "--dtype", "bfloat16", "--no-enable-prefix-caching", "--max-model-len", str(2 * (given.prompt + given.new)),
+        "--kv-cache-memory-bytes", str(1 << 29), "--disable-detokenize",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
         command += ["--output-json", str(out)]
         if what == "latency":
+            command += ["--input-len", str(given.prompt), "--output-len", str(given.new), "--skip-tokenizer-init"]
             command += ["--batch-size", str(given.batch), "--num-iters", str(given.repeats), "--num-iters-warmup", "2"]
         else:
-            command.remove("--skip-tokenizer-init")
             command += ["--dataset-name", "random", "--num-prompts", str(given.prompts)]
+            command += ["--random-input-len", str(given.prompt), "--random-output-len", str(given.new)]
             command += ["--max-num-seqs", str(given.slots)]
         answer = subprocess.run(command, capture_output=True, text=True, env=environment())
         if not out.exists():

@@ -1,4 +1,4 @@
-"""What tensors a GGUF file holds, read by llama.cpp's own reader (`gguf.h`, in the library that llama-cpp-python brings).
+"""What tensors a GGUF file holds, by llama.cpp's own reader (`gguf.h`, in the library of llama-cpp-python).
 
 Rejected: `gguf.GGUFReader`. It makes a Python object of every piece of the vocabulary: two to four seconds for 49,152
 tokens, three times that for Llama 3's, and every file that is made is read back.

@@ -222,9 +222,7 @@ class Backend:
         from vllm import SamplingParams
 
         engine = self._llm.llm_engine
-        sampling = SamplingParams(
-            max_tokens=new_tokens, min_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False
-        )
+        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
         names = []
         for ids in prompts:
             self._requests += 1
@@ -253,9 +251,7 @@ class Backend:
                 self._requests += 1
                 name = f"workbench-{self._requests}"
                 have[name] = 0
-                sampling = SamplingParams(
-                    max_tokens=most, min_tokens=most, temperature=0.0, ignore_eos=True, detokenize=False
-                )
+                sampling = SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True, detokenize=False)
                 engine.add_request(name, {"prompt_token_ids": ids}, sampling)
             gained = 0
             for output in engine.step():
