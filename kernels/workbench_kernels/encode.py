@@ -1,113 +1,103 @@
-"""Blocks made on the device that holds the weights: Q8_0 and Q4_0, byte for byte what llama.cpp writes.
+"""Blocks made on the device that holds the weights, byte for byte what llama.cpp's quantizer writes.
 
-Plain torch, so any device: a step below is one operation over all blocks at once. What has to be the same is the
-arithmetic, to the last bit:
+Plain torch, so any device: the types with 32 weights a block are in `encode_32.py`, the K-quants in `encode_k.py`, the
+searches that both are made of, and what it takes to be equal to the last bit, in `encode_search.py`. Here: which types
+there are, what may be encoded, and the weights' way through in pieces of bounded memory.
 
-- float32 throughout, every product rounded before it is added: llama.cpp builds its quantizers for any x86-64, which
-  has no fused multiply-add. (A build for ARM fuses, and differs from this and from x86 in rare last bits.) Torch's
-  operators, one after the other, round the same way, on a GPU too;
-- sums in the order of the weights, one weight at a time (a parallel sum rounds otherwise);
-- `roundf` rounds halves away from zero, `nearest_int` to even.
-
-Q8_0 ignores importances, as llama.cpp does. With importances Q4_0 searches 19 scales for each block for the least error
-weighted by importance x sqrt(mean square of the row + w^2). Source: llama.cpp, ggml-quants.c, `quantize_row_q8_0_ref`,
-`quantize_row_q4_0_ref`, `quantize_row_q4_0_impl`, `make_qx_quants`.
+A piece holds whole rows and lies turned around, [weight of a run, run, block, row]: what is summed in order then is
+planes, and neighbours in memory are neighbouring rows, which a GPU reads together.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from workbench_kernels import encode_32, encode_k
 from workbench_kernels.checks import short
 
-EPSILON = 1e-15
-"""A block whose weights are all smaller is zero (`GROUP_MAX_EPS`); only asked where there are importances."""
+PIECE = {"cpu": 2**19, "cuda": 2**24}
+"""Weights of a piece, by the device: what stays in a processor's cache; what keeps a GPU busy for longer than it takes
+to ask for it. At the peak some 70 bytes a weight are in use."""
 
 
-def q8_0(weight: torch.Tensor) -> torch.Tensor:
-    """float32 [out, in], in a multiple of 32 -> uint8 [out, in / 32 x 34]."""
-    blocks = _blocks(weight)
-    scale = blocks.abs().amax(1, keepdim=True) / torch.tensor(127.0, device=weight.device)
-    scaled = blocks * torch.where(scale == 0, scale, 1.0 / scale)
-    # Halves away from zero; adding 0.5 first would round 0.49999997 up.
-    size = scaled.abs()
-    whole = size.floor()
-    codes = (whole + (size - whole >= 0.5)).copysign(scaled).to(torch.int8)
-    return _rows(weight, _half_bytes(scale), codes.view(torch.uint8))
+@dataclass(frozen=True)
+class Encoder:
+    """A block type: its size, and the function that makes blocks of a piece."""
+
+    weights: int
+    size_bytes: int
+    run: int
+    """Weights that share a scale."""
+    halves: tuple[int, int]
+    """Where in a block the float16 numbers lie, bytes from and to."""
+    make: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-def q4_0(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-    """float32 [out, in], in a multiple of 32, importances of the inputs float32 [in] or none -> uint8
-    [out, in / 32 x 18]."""
-    blocks = _blocks(weight)
-    # A block of zeros has the largest weight +0, whatever their signs.
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) + 0.0
-    if importance is None:
-        scale = largest / -8.0
-        inverse = torch.where(scale == 0, scale, 1.0 / scale)
-        # The cast cuts off the fraction.
-        codes = (blocks * inverse + 8.5).to(torch.int8).clamp(max=15)
-    else:
-        codes, scale = _searched(weight, blocks, largest, importance)
-    codes = codes.to(torch.uint8)
-    return _rows(weight, _half_bytes(scale), codes[:, :16] | (codes[:, 16:] << 4))
+ENCODERS = {
+    "Q8_0": Encoder(32, 34, 32, (0, 2), encode_32.q8_0),
+    "Q6_K": Encoder(256, 210, 16, (208, 210), encode_k.q6_k),
+    "Q5_K": Encoder(256, 176, 32, (0, 4), encode_k.q5_k),
+    "Q5_1": Encoder(32, 24, 32, (0, 4), encode_32.q5_1),
+    "Q5_0": Encoder(32, 22, 32, (0, 2), encode_32.q5_0),
+    "Q4_K": Encoder(256, 144, 32, (0, 4), encode_k.q4_k),
+    "Q4_1": Encoder(32, 20, 32, (0, 4), encode_32.q4_1),
+    "Q4_0": Encoder(32, 18, 32, (0, 2), encode_32.q4_0),
+    "Q3_K": Encoder(256, 110, 16, (108, 110), encode_k.q3_k),
+    "Q2_K": Encoder(256, 84, 16, (80, 84), encode_k.q2_k),
+}
+"""By llama.cpp's name of the type."""
 
 
-def _searched(
-    weight: torch.Tensor, blocks: torch.Tensor, largest: torch.Tensor, importance: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [blocks, 32] and scales [blocks, 1] by llama.cpp's search (`make_qx_quants`, 8 levels each way)."""
+def encode(kind: str, weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [out, in], importances of the inputs float32 [in] or none -> uint8 [out, bytes of a row].
+
+    Raises `ValueError` for a type that is not in `ENCODERS`, rows that its blocks do not divide, other dtypes, other
+    devices, importances of another size or below zero, and numbers that are not finite or whose scale is not in
+    float16 (llama.cpp refuses to write those).
+    """
+    if kind not in ENCODERS:
+        raise ValueError(f"type {kind}; supported: {', '.join(ENCODERS)}")
+    encoder = ENCODERS[kind]
+    _check(kind, encoder, weight, importance)
     outputs, inputs = weight.shape
+    blocks, runs = inputs // encoder.weights, encoder.weights // encoder.run
+    found = torch.empty(outputs, blocks * encoder.size_bytes, dtype=torch.uint8, device=weight.device)
+    if importance is not None:
+        importance = _turned(importance[None], blocks, runs, encoder.run)
+    rows = max(1, PIECE.get(weight.device.type, PIECE["cpu"]) // inputs)
+    for first in range(0, outputs, rows):
+        piece = weight[first : first + rows]
+        made = encoder.make(_turned(piece, blocks, runs, encoder.run), importance)
+        start, end = encoder.halves
+        if not bool(made[:, start:end].contiguous().view(torch.float16).isfinite().all()):
+            raise ValueError(
+                f"weight holds numbers too large for the float16 scales of {kind}; supported: smaller ones"
+            )
+        found[first : first + rows] = made.view(piece.shape[0], -1)
+    return found
+
+
+def _turned(rows: torch.Tensor, blocks: int, runs: int, run: int) -> torch.Tensor:
+    """[rows, in] -> [run, runs, blocks, rows], contiguous."""
+    return rows.reshape(-1, blocks, runs, run).permute(3, 2, 1, 0).contiguous()
+
+
+def _check(kind: str, encoder: Encoder, weight: torch.Tensor, importance: torch.Tensor | None) -> None:
+    if weight.dtype != torch.float32 or weight.ndim != 2:
+        raise ValueError(f"weight is {short(weight.dtype)} with {weight.ndim} dimensions; supported: float32 [out, in]")
+    inputs = weight.shape[1]
+    if inputs % encoder.weights or not inputs:
+        raise ValueError(f"weight has {inputs} columns; supported for {kind}: multiples of {encoder.weights}")
+    if not bool(weight.isfinite().all()):
+        raise ValueError("weight holds NaN or infinity; supported: finite numbers")
+    if importance is None:
+        return
     if importance.shape != (inputs,) or importance.dtype != torch.float32:
         raise ValueError(
             f"importance is {short(importance.dtype)} {tuple(importance.shape)}; supported: float32 [{inputs}]"
         )
-    squares = torch.zeros(outputs, device=weight.device)
-    for column in weight.t():
-        squares = squares + column * column
-    # Divided by a tensor: by a number, torch multiplies with its inverse on a GPU.
-    spread = (squares / torch.full_like(squares, inputs))[:, None].expand(-1, inputs // 32).reshape(-1, 1)
-    per_block = importance.view(1, -1, 32).expand(outputs, -1, -1).reshape(-1, 32)
-    # The root through float64: torch's in float32 is not the nearest number everywhere.
-    weights = per_block * (spread + blocks * blocks).double().sqrt().float()
-
-    def fit(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes for the scale of one step (0: the plain one), and the sums that say how good it is."""
-        reach = torch.tensor(0.1, device=weight.device) * step + 8.0
-        codes = (blocks * (-reach / largest)).round().clamp(-8, 7)
-        products, norms = torch.zeros_like(largest[:, 0]), torch.zeros_like(largest[:, 0])
-        for i in range(32):
-            products = products + weights[:, i] * blocks[:, i] * codes[:, i]
-            norms = norms + weights[:, i] * codes[:, i] * codes[:, i]
-        return codes, products, norms
-
-    codes, products, norms = fit(0)
-    scale = torch.where(norms == 0, norms, products / norms)
-    best = scale * products
-    for step in (*range(-9, 0), *range(1, 10)):
-        new_codes, products, norms = fit(step)
-        better = (norms > 0) & (products * products > best * norms)
-        codes = torch.where(better[:, None], new_codes, codes)
-        scale = torch.where(better, products / norms, scale)
-        best = torch.where(better, scale * products, best)
-    empty = largest.abs() < EPSILON
-    codes = torch.where(empty, torch.full_like(codes, -8.0), codes)
-    return codes + 8, torch.where(empty, torch.zeros_like(largest), scale[:, None])
-
-
-def _blocks(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in] -> [out x in / 32, 32]; `ValueError` for what cannot be blocks."""
-    if weight.dtype != torch.float32 or weight.ndim != 2:
-        raise ValueError(f"weight is {short(weight.dtype)} with {weight.ndim} dimensions; supported: float32 [out, in]")
-    if weight.shape[1] % 32:
-        raise ValueError(f"weight has {weight.shape[1]} columns; supported: multiples of 32")
-    if not bool(weight.isfinite().all()):
-        raise ValueError("weight holds NaN or infinity; supported: finite numbers")
-    return weight.reshape(-1, 32)
-
-
-def _half_bytes(scale: torch.Tensor) -> torch.Tensor:
-    """float32 [n, 1] -> its float16 as two bytes, uint8 [n, 2]."""
-    return scale.to(torch.float16).view(torch.uint8).view(-1, 2)
-
-
-def _rows(weight: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
-    return torch.cat(parts, dim=1).view(weight.shape[0], -1)
+    if importance.device != weight.device:
+        raise ValueError(f"importance is on {importance.device}, weight on {weight.device}; supported: one device")
+    if not bool((importance >= 0).all() & importance.isfinite().all()):
+        raise ValueError("importance holds numbers below zero or not finite; supported: finite numbers from 0 on")

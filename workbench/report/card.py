@@ -120,8 +120,19 @@ def _provenance(row: Row) -> list[tuple[str, str]]:
         ("calibration tokens", str(found.get("calibration") or "none")),
         ("recipe", f"{found.get('recipe', row.recipe)} ({found.get('recipe_digest', row.recipe_digest)})"),
         ("made with", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("blocks", _encoder(found.get("encoder") or {})),
         ("artifact", row.artifact.digest),
     ]
+
+
+def _encoder(by: dict[str, Any]) -> str:
+    """Who made a GGUF's blocks; nothing for other formats, and for files from before there was a choice."""
+    if not by:
+        return ""
+    compared = (
+        f", {by['rows_equal']} of {by['rows_checked']} rows compared are llama.cpp's" if "rows_checked" in by else ""
+    )
+    return f"made by {by.get('name')} on {by.get('device')}{compared}"
 
 
 def _text(words: Any) -> str:

@@ -3,7 +3,8 @@
 The base is converted once, without loss, and every type is quantized from that file, so that all of them
 start from the same numbers. llama.cpp decides the type of each tensor (a "Q4_K_M" holds Q6_K tensors too, and
 a tensor whose rows are no multiple of 256 silently gets another type), so what each tensor really became is read
-back from the written file. Rejected: the `gguf` package's quantizer, which has no K-quants.
+back from the written file. On a CUDA GPU the blocks are made by this project's encoders (`encode_gguf.py`), the same
+bytes; the artifact says by which. Rejected: the `gguf` package's quantizer, which has no K-quants.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from workbench.errors import UserError, install_with
+from workbench.worker import encode_gguf
 from workbench.worker.checkpoint import VOCABULARY_FILES
 
 FORMAT = "gguf"
@@ -27,6 +29,13 @@ TypeName = Literal[
     "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S",
     "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
 ]  # fmt: skip
+TYPE_NAMES: tuple[str, ...] = get_args(TypeName)
+ENCODED = frozenset({
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S",
+})  # fmt: skip
+"""Mixtures of types that `kernels/` has encoders for, whatever the shape."""
+
 NEEDS_IMATRIX = frozenset({"Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
 """llama.cpp gives some tensors of these a type that it refuses to make blindly (`tensor_requires_imatrix`)."""
 
@@ -40,17 +49,28 @@ FALLBACKS = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16"})
 
 @dataclass(frozen=True)
 class Options:
-    """`type` names the mixture as `llama-quantize` does; `imatrix` weights it by the calibration pass."""
+    """`type` names the mixture as `llama-quantize` does; `imatrix` weights it by the calibration pass; `encoder` makes
+    the blocks: llama.cpp's quantizer, or this project's encoders (the same bytes), by itself where a CUDA GPU is."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
     type: TypeName
     imatrix: bool = False
+    encoder: Literal["auto", "llamacpp", "workbench"] = "auto"
 
 
 def default_name(options: Options) -> str:
-    """`gguf-Q4_K_M`, or `gguf-Q4_K_M-imatrix`."""
-    return f"gguf-{options.type}" + ("-imatrix" if options.imatrix else "")
+    """`gguf-Q4_K_M`, or `gguf-Q4_K_M-imatrix`; with the encoder after it where one is asked for."""
+    parts = [f"gguf-{options.type}"]
+    parts += ["imatrix"] if options.imatrix else []
+    parts += [options.encoder] if options.encoder != "auto" else []
+    return "-".join(parts)
+
+
+def encoder_of(options: dict[str, Any], cuda: bool) -> str:
+    """The encoder to ask the worker for: `auto` only where it has a choice."""
+    chosen = str(options.get("encoder", "llamacpp"))
+    return chosen if chosen != "auto" or (cuda and options["type"] in ENCODED) else "llamacpp"
 
 
 def needs_calibration(options: Options) -> bool:
@@ -65,6 +85,11 @@ def limits(options: Options) -> dict[str, str]:
 
 def check(options: Options) -> None:
     """Refuse, when the recipe is read, what the quantizer would refuse after the conversion."""
+    if options.encoder == "workbench" and options.type not in ENCODED:
+        raise UserError(
+            f"encoder workbench does not make {options.type}, only {', '.join(t for t in TYPE_NAMES if t in ENCODED)}: "
+            "leave `encoder` out, and llama.cpp's quantizer makes it"
+        )
     if options.type in NEEDS_IMATRIX and not options.imatrix:
         raise UserError(
             f"type {options.type} cannot be made without an importance matrix: "
@@ -115,14 +140,99 @@ def _without_vocabulary(converter: Any) -> None:
 def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """Worker: one GGUF file from another.
 
-    Payload: `source`, `out` (files), `type`, `imatrix` (file or null), `threads`. Returns `describe(out, type)`.
-    Raises `UserError` in llama.cpp's own words where it refuses.
+    Payload: `source`, `out` (files), `type`, `imatrix` (file or null), `threads`, `encoder` (default `llamacpp`; `auto`
+    falls back to it). Returns `describe(out, type)` and the `encoder` that made the blocks: `name`, `device`, and of
+    `workbench` how many rows were compared with llama.cpp's (`rows_checked`, `rows_equal`), or what llama.cpp is
+    `instead_of`. Raises `UserError` in llama.cpp's own words where it refuses.
     """
     try:
         import gguf  # noqa: F401 (told before the work, not after it)
         import llama_cpp  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise install_with(f"llama.cpp's quantizer (module '{error.name}')", INSTALL) from None
+
+    llama_cpp.llama_backend_init()
+    out, encoder = Path(payload["out"]), payload.get("encoder") or "llamacpp"
+    by: dict[str, Any] = {"name": "llamacpp", "device": "cpu"}
+
+    def listen(line: str) -> None:
+        step = re.match(r"\[\s*(\d+)/\s*(\d+)\]", line)
+        if step:
+            progress(int(step[1]), int(step[2]), payload["type"])
+
+    try:
+        place = encode_gguf.place_of(encoder)
+        made = _by_workbench(payload, place, progress) if place else None
+        if isinstance(made, dict):
+            by = made
+        else:
+            if place and encoder == "workbench":
+                raise UserError(
+                    f"encoder workbench did not make {payload['type']}: {made}. Leave `encoder` out, and llama.cpp's "
+                    "quantizer makes it"
+                )
+            by |= {"instead_of": f"workbench on {place.name}: {made}"} if place else {}
+            _llamacpp(payload, listen)
+    except UserError:
+        out.unlink(missing_ok=True)
+        raise
+    return {**describe(str(out), payload["type"]), "encoder": by}
+
+
+def _by_workbench(payload: dict[str, Any], place: encode_gguf.Place, progress: Any) -> dict[str, Any] | str:
+    """Have this project's encoders write the file: the record of it, or why they do not.
+
+    Blocks that are not llama.cpp's count as made only where the encoders were asked for by name.
+    """
+    import llama_cpp
+
+    from workbench.worker.gguf_index import entries
+
+    types = _types(payload)
+    missing = encode_gguf.not_covered(types, {entry.name for entry in entries(payload["source"])})
+    if missing:
+        return f"it has no encoder for {', '.join(missing)}"
+    file_type = int(getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{payload['type']}"))
+    matrix = Path(payload["imatrix"]) if payload.get("imatrix") else None
+    source, out = Path(payload["source"]), Path(payload["out"])
+    checked = encode_gguf.write(
+        source, out, payload["type"], file_type, types, matrix, place, _threads(payload), progress
+    )  # fmt: skip
+    if checked is None:
+        return f"{place.name} has not the 2 GiB free that it needs"
+    if checked.equal < checked.rows and payload["encoder"] == "auto":
+        return f"{checked.rows - checked.equal} of {checked.rows} rows compared are not the bytes llama.cpp makes"
+    return {
+        "name": "workbench", "device": place.name, "rows_checked": checked.rows, "rows_equal": checked.equal,
+    }  # fmt: skip
+
+
+def _threads(payload: dict[str, Any]) -> int:
+    return int(payload.get("threads") or len(os.sched_getaffinity(0)))
+
+
+def _types(payload: dict[str, Any]) -> dict[str, str | None]:
+    """The type that llama.cpp's quantizer would give each tensor, in its order; None: left as it is."""
+    types: dict[str, str | None] = {}
+    name = ""
+
+    def listen(line: str) -> None:
+        nonlocal name
+        named = re.match(r"\[\s*\d+/\s*\d+\]\s+(\S+)\s", line)
+        if named:
+            name = named[1]
+        if name and "size =" in line:
+            became = re.search(r"-> .*\((\w+)\)", line)
+            types[name] = became[1].upper() if became else None
+            name = ""
+
+    _llamacpp(payload, listen, dry_run=True)
+    return types
+
+
+def _llamacpp(payload: dict[str, Any], on_line: Any, dry_run: bool = False) -> None:
+    """Run llama.cpp's quantizer; `on_line` is told what it says. A dry run writes nothing."""
+    import llama_cpp
 
     said: list[str] = []
 
@@ -132,30 +242,29 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
         sys.stdout.write(line)
         if level >= 3:
             said.append(line.strip())
-        step = re.match(r"\[\s*(\d+)/\s*(\d+)\]", line)
-        if step:
-            progress(int(step[1]), int(step[2]), payload["type"])
+        on_line(line)
 
     llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{payload['type']}")
-    params.nthread = payload.get("threads") or len(os.sched_getaffinity(0))
+    params.nthread = _threads(payload)
     # The source has the base's own precision; a base that is itself quantized was de-quantized before.
     params.allow_requantize = True
+    params.dry_run = dry_run
     keep = None
     if payload.get("imatrix"):
         from workbench.worker import imatrix
 
         keep = imatrix.as_quantize_pointer(payload["imatrix"])
         params.imatrix = keep.pointer
-    status = llama_cpp.llama_model_quantize(payload["source"].encode(), payload["out"].encode(), ctypes.byref(params))
+    out = b"" if dry_run else payload["out"].encode()
+    status = llama_cpp.llama_model_quantize(payload["source"].encode(), out, ctypes.byref(params))
     del keep
+    # What listens is about to go.
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
     if status != 0:
-        Path(payload["out"]).unlink(missing_ok=True)
         words = "; ".join(line for line in said if line and not line.startswith("="))
         raise UserError(f"llama.cpp did not make {payload['type']}: {words or f'status {status}'}")
-    return describe(payload["out"], payload["type"])
 
 
 def describe(path: str, asked: str) -> dict[str, Any]:
