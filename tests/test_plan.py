@@ -57,6 +57,17 @@ def test_sizes_are_those_that_llama_cpp_publishes() -> None:
     assert shape().parameters == 8030261248
 
 
+def test_groups_that_do_not_divide_a_layer_cannot_run() -> None:
+    odd = shape(hidden_size=2880, num_attention_heads=45, num_key_value_heads=9, head_dim=64)
+
+    def reason(**options: Any) -> str | None:
+        choice = BackendChoice("transformers", {})
+        return plan.need_of(odd, Variant("v", "awq", options), choice, 576, 1, 512, 0, False).unsupported
+
+    assert reason() == "group_size 128 does not divide the inputs of every layer; take 16 or 32 or 64 or -1"
+    assert reason(group_size=64) is reason(group_size=-1) is reason(engine="gptqmodel") is None
+
+
 def test_what_falls_back_is_named() -> None:
     odd = shape(hidden_size=2880, num_attention_heads=45, num_key_value_heads=9, head_dim=64)
     _, types, fallbacks = plan.stored_bytes(odd, Variant("v", "gguf", {"type": "Q4_K_M"}), "llamacpp")

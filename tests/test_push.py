@@ -281,6 +281,18 @@ def test_a_folder_goes_up_whole_but_no_code(hub: Hub, tmp_path: Path, monkeypatc
         wing.push([*rows, row], row, "me/toy", licence="mit")
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    hub_library = pytest.importorskip("huggingface_hub")
+    rows = rows_of(tmp_path, {"path": "/base"})
+    api = hub_library.HfApi
+    monkeypatch.setattr(hub_library, "HfApi", lambda: api(endpoint="http://127.0.0.1:9", token="secret"))
+    monkeypatch.setattr(hub_library.constants, "HF_HUB_OFFLINE", offline)
+    wanted = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached .*refused"
+    with pytest.raises(UserError, match=f"me/toy: not pushed, {wanted}"):
+        wing.push(rows, rows[1], "me/toy", licence="mit")
+
+
 def test_what_cannot_be_pushed(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, {"path": "/base"})
     with pytest.raises(UserError, match="write the repository as OWNER/NAME"):

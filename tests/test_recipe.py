@@ -241,6 +241,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "type-case": ({"variants": [{"gguf": "q4_k_m"}]}, "unknown value 'q4_k_m'. Did you mean 'Q4_K_M'?"),
     "type-number": ({"variants": [{"gguf": 4}]}, "variants[0].gguf.type: unknown value '4'."),
     "type-missing": ({"variants": ["gguf"]}, "variants[0].gguf.type: missing"),
+    "bits-value": (
+        {"variants": [{"awq": {"bits": 5}}], "calibration": {"source": {"text": "x"}}},
+        "variants[0].awq.bits: unknown value '5'. Known: 4.",
+    ),
     "second-variant": ({"variants": [{"gguf": "Q4_0"}, {"gguf": "Q9"}]}, "variants[1].gguf.type: unknown value 'Q9'."),
     "option": ({"variants": [{"gguf": {"typ": "Q4_0"}}]}, "variants[0].gguf: unknown key 'typ'. Did you mean 'type'?"),
     "option-known": (
@@ -346,7 +350,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "imatrix-without-calibration": (
         {"variants": [{"gguf": "Q4_0"}, {"gguf": {"type": "IQ2_XXS", "imatrix": True}}]},
-        "variants[2] (gguf-IQ2_XXS-imatrix) looks at calibration tokens: add a `calibration`",
+        "variants[1] (gguf-IQ2_XXS-imatrix) looks at calibration tokens: add a `calibration`",
     ),
     "awq-without-calibration": ({"variants": ["awq"]}, "looks at calibration tokens: add a `calibration`"),
 }
@@ -444,6 +448,9 @@ def test_a_missing_file_is_told_with_the_nearest_name(tmp_path: Path) -> None:
         f"no such recipe. Did you mean '{tmp_path / 'smollm2.yaml'}'?"
     )
     assert refused_file(tmp_path / "none" / "x.yaml").endswith("no such recipe.")
+    (tmp_path / "recipes").mkdir()
+    written(tmp_path, "", "recipes/llama.yaml")
+    assert refused_file(tmp_path / "lama.yaml").endswith(f"Did you mean '{tmp_path / 'recipes' / 'llama.yaml'}'?")
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:

@@ -217,6 +217,10 @@ def recommend(
     )  # fmt: skip
     found = wing.recommend(build(_stored(rows or [results]), machine=machine, recipe=recipe), wishes, str(home()))
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
+    if found.choice:
+        row = found.choice.line.row
+        if not Path(row.artifact.path.replace("$WORKBENCH_HOME", str(home()), 1)).exists():
+            print(f"its files are not here: `workbench quantize` of recipe '{row.recipe}' makes them", file=sys.stderr)
     raise typer.Exit(0 if found.choice else 1)
 
 

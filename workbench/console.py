@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-BAR_AFTER_S = 0.5
+LINE_EVERY_S = 30.0
 
 
 class Console:
@@ -27,7 +27,7 @@ class Console:
         """A step of the work; yields `progress(done, total, detail)` and tells how long it took."""
         started = time.monotonic()
         if not self._live:
-            yield lambda done, total, detail: None
+            yield self._lines(text, started)
             self.say(f"{text}: {_seconds(time.monotonic() - started)}")
             return
         from rich.console import Console as Terminal
@@ -47,6 +47,20 @@ class Console:
 
             yield progress
         self.say(f"{text}: {_seconds(time.monotonic() - started)}")
+
+    def _lines(self, text: str, started: float) -> Callable[[float, float, str], None]:
+        """In a log: how far a step is, every half minute."""
+        said = started
+
+        def progress(done: float, total: float, detail: str) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= LINE_EVERY_S and total:
+                said = now
+                left = f", about {_seconds((now - started) * (total / done - 1))} left" if done else ""
+                self.say(f"{text}: {done / total:.0%} after {_seconds(now - started)}{left} ({detail})")
+
+        return progress
 
 
 def _seconds(span_s: float) -> str:

@@ -16,6 +16,7 @@ Rejected: a safety factor over everything. It would hide an error, and tell peop
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -228,6 +229,7 @@ def need_of(
     reason = reason or limits_of(variant).get(choice.name)
     if reason is None and hasattr(module, "refuses"):
         reason = module.refuses(choice.options, cuda)
+    reason = _undivided(shape, variant) or reason
     if reason:
         return replace(need, unsupported=reason)
     if choice.name == "llamacpp":
@@ -366,6 +368,8 @@ def terminal(plan: Plan) -> str:
         )
         console.print(grid)
         console.print(f"\ndisk for all of it: {_size(plan.disk_bytes)}, {_size(plan.free_disk_bytes)} free")
+        if plan.disk_bytes > plan.free_disk_bytes:
+            console.print("  not enough: make room, or set WORKBENCH_HOME to a larger disk")
         for text, number in footnotes.items():
             console.print(f"[{number}] {text}", markup=False)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().split("\n")) + "\n"
@@ -440,8 +444,7 @@ def _packed(tensor: Tensor, variant: Variant) -> int:
     int32 [in x bits / 32, out], zeros int32 [groups, out x bits / 32], scales the same, g_idx int32 [in].
     """
     kept = variant.options.get("modules_to_not_convert") or ()
-    is_linear = tensor.layer is not None and len(tensor.shape) == 2 and tensor.name.split(".")[2] in _LINEARS
-    if not is_linear or any(_LINEARS[tensor.name.split(".")[2]].endswith(name.split(".")[-1]) for name in kept):
+    if not _linear(tensor) or any(_LINEARS[tensor.name.split(".")[2]].endswith(name.split(".")[-1]) for name in kept):
         return tensor.weights * 2
     out, row = tensor.shape
     bits = int(variant.options.get("bits", 4))
@@ -449,6 +452,23 @@ def _packed(tensor: Tensor, variant: Variant) -> int:
     groups = 1 if size == -1 else -(-row // size)
     total = row * out * bits // 8 + groups * out * bits // 8 + groups * out * 2
     return total + (row * 4 if variant.method == "gptq" else 0)
+
+
+def _undivided(shape: Shape, variant: Variant) -> str | None:
+    """Why AWQ or GPTQ cannot be made of a shape: a linear layer whose inputs its groups do not divide."""
+    size = int(variant.options.get("group_size", 128))
+    if variant.method not in ("awq", "gptq") or variant.options.get("engine", "workbench") != "workbench" or size == -1:
+        return None
+    common = math.gcd(*(tensor.shape[1] for tensor in shape.tensors if _linear(tensor)))
+    if common % size == 0:
+        return None
+    possible = [str(n) for n in (16, 32, 64, 128, 256, 512) if common % n == 0]
+    return f"group_size {size} does not divide the inputs of every layer; take {' or '.join([*possible, '-1'])}"
+
+
+def _linear(tensor: Tensor) -> bool:
+    """Whether it is a matrix of a decoder layer, which AWQ and GPTQ quantize."""
+    return tensor.layer is not None and len(tensor.shape) == 2 and tensor.name.split(".")[2] in _LINEARS
 
 
 _LINEARS = {

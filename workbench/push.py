@@ -66,7 +66,7 @@ def push(
     path = path_of(row)
     try:
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
     except ImportError:
         raise install_with("huggingface_hub", "pip install huggingface_hub") from None
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
@@ -90,8 +90,15 @@ def push(
         done = api.create_commit(
             repository, operations, commit_message=message or f"{row.artifact.variant} of {row.base}"
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+    except Exception as error:
         said = " ".join(str(error).split())[:300]
+        if isinstance(error, OfflineModeIsEnabled):
+            raise UserError(f"{repository}: not pushed, HF_HUB_OFFLINE is set: unset it for this command") from None
+        # The hub's library hands its HTTP client's errors on, and which client that is changes.
+        if type(error).__module__.split(".")[0].rstrip("2") in ("httpx", "httpcore", "requests", "urllib3"):
+            raise UserError(f"{repository}: not pushed, the hub cannot be reached ({said}): try again") from None
+        if not isinstance(error, HfHubHTTPError | LocalTokenNotFoundError | OSError | ValueError):
+            raise
         raise UserError(f"{repository}: the hub refused ({said}). Check `hf auth whoami` and the name") from error
     return str(done.commit_url)
 

@@ -360,7 +360,8 @@ def load(path: str | Path) -> Recipe:
             data = stream.read(MAX_BYTES + 1)
         text = data.decode("utf-8") if len(data) <= MAX_BYTES else ""
     except FileNotFoundError:
-        near = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        folders = (file.parent, file.parent / "recipes")
+        near = [str(p) for folder in folders for p in folder.glob("[!.]*.y*ml")]
         raise UserError(f"{path}: no such recipe. {did_you_mean(str(path), near)}".rstrip()) from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder, not a recipe") from None
@@ -389,11 +390,12 @@ def parse(data: Any, path: Path) -> Recipe:
     backends = _backends(raw_backends, where, variants)
     warnings = []
     if document.calibration is None:
+        # The base stands before what the recipe lists.
         for i, variant in enumerate(variants):
             module, options = _method(variant)
             if module.needs_calibration(options):
                 raise UserError(
-                    f"{where}: variants[{i}] ({variant.name}) looks at calibration tokens: add a `calibration`"
+                    f"{where}: variants[{i - 1}] ({variant.name}) looks at calibration tokens: add a `calibration`"
                 )
     for variant in variants:
         if variant.method == "base":
@@ -625,7 +627,7 @@ def _validate(adapter: TypeAdapter[Any], value: Any, where: str, place: str, als
         message = f"unknown key '{key}'. {did_you_mean(key, known)}"
         place = holder
     elif kind == "literal_error":
-        values = re.findall(r"'([^']*)'", context["expected"])
+        values = re.findall(r"[^\s',]+(?=[',]|$| or )", context["expected"])
         message = f"unknown value '{first['input']}'. {did_you_mean(str(first['input']), values)}"
     elif kind in ("missing", "missing_argument"):
         message = "missing"

@@ -234,6 +234,18 @@ def test_the_latest_of_a_pair_is_shown() -> None:
         assert any(note.startswith("1 row not shown: superseded") for note in table.notes)
 
 
+def test_a_later_failure_of_the_same_files_does_not_hide_what_was_measured() -> None:
+    old = a_row(key="1")
+    failed = a_row(key="2", measured=False, error="cannot start /nope", started_at="2026-11-21T11:00:00+00:00")
+    table = build([old, failed])
+    assert [line.row.key for line in table.lines] == ["1"]
+    assert "base on llamacpp was tried again and failed (cannot start /nope): what was measured before is shown" in (
+        table.notes
+    )
+    other = replace(failed, artifact=replace(failed.artifact, digest="made anew"))
+    assert [line.row.key for line in build([old, other]).lines] == ["2"], "the old figures are of other files"
+
+
 def test_columns_that_vary_are_shown() -> None:
     def names(rows: list[Row]) -> list[str]:
         return [column.name for column in build(rows).varying]

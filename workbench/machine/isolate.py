@@ -96,7 +96,8 @@ def call(
             )
         except OSError as error:
             os.close(read_end)
-            return Reply(None, f"cannot start {python}: {error}", True, "", 0.0)
+            said = f"cannot start {python}: {error}. WORKBENCH_PYTHON_<ENGINE> or config.toml names it"
+            return Reply(None, said, True, "", 0.0)
         finally:
             os.close(write_end)
     try:

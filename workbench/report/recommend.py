@@ -8,7 +8,8 @@ noise alone could make decides nothing:
     speed        if their 95 % intervals do not overlap
     memory, size if they differ by more than 1 %
 
-A limit rejects what misses it by more than noise; what misses it by less is kept, with a note. One candidate
+A limit rejects what misses it by more than engines alone make of the base (a speed: with its whole interval); what
+misses it by less is kept, with a note, and so is what too few windows leave open. One candidate
 dominates another if it is decisively better somewhere and decisively worse nowhere; the front is what nothing
 dominates. The choice is the best by what was asked for; among those not decisively worse, the best by the next
 criterion, and so on. Rejected: a single score from weights, which hides the trade it makes.
@@ -261,7 +262,7 @@ def _limits(line: Line, wishes: Wishes, spread: float) -> tuple[list[str], list[
         if line.delta is not None and perplexity is not None and perplexity > line.delta.value:
             base = perplexity - line.delta.value
             noise = spread / base
-            relative = 0.0 if line.below_noise_floor and line.row.artifact.method != BASE else line.delta.value / base
+            relative = line.delta.value / base
             interval = statistics.interval(line.delta)
             if interval and interval[0] / base < wishes.max_perplexity < interval[1] / base:
                 doubts.append(

@@ -139,7 +139,8 @@ def build(
     """The table of the newest comparable rows, or of those of the named machine, recipe and evaluation digest.
 
     Bases come first, then variants in the order first seen; each with its backends in the order first
-    seen. Of several rows of one pair (another engine version, another calibration) the latest is shown.
+    seen. Of several rows of one pair (another engine version, another calibration) the latest is shown,
+    or the latest that was measured if a later try of the same files failed.
     Raises `UserError` if there is no row, or none of what was named.
     """
     if not rows:
@@ -478,12 +479,23 @@ def _evaluation_digest(row: Row) -> str:
 
 def _latest_of_each_pair(rows: list[Row], notes: list[str]) -> list[Row]:
     pairs: dict[str, Row] = {}
+    measured: dict[str, Row] = {}
     for row in rows:
         # An option at its engine's default is null, and absent from rows that are older than the option.
         chosen = {key: value for key, value in row.options.items() if value is not None}
         name = digest([row.base, row.artifact.variant, row.backend, chosen, to_json(row.workload)])
         if name not in pairs or _age(row) >= _age(pairs[name]):
             pairs[name] = row
+        if row.measurement and (name not in measured or _age(row) >= _age(measured[name])):
+            measured[name] = row
+    for name, row in pairs.items():
+        good = measured.get(name)
+        if row.error and good and good.artifact.digest == row.artifact.digest:
+            pairs[name] = good
+            notes.append(
+                f"{row.artifact.variant} on {row.backend} was tried again and failed ({row.error}): what was measured "
+                "before is shown"
+            )
     if len(pairs) < len(rows):
         notes.append(_left_out(len(rows) - len(pairs), "superseded by a later one of the same variant and backend"))
     return list(pairs.values())

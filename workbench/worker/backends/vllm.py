@@ -219,47 +219,42 @@ class Backend:
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
         """Continuous batching by the engine's own steps; yields the tokens each sequence gained."""
-        from vllm import SamplingParams
-
         engine = self._llm.llm_engine
-        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
-        names = []
-        for ids in prompts:
-            self._requests += 1
-            names.append(f"workbench-{self._requests}")
-            engine.add_request(names[-1], {"prompt_token_ids": ids}, sampling)
-        have = dict.fromkeys(names, 0)
+        names = [self._add(ids, new_tokens) for ids in prompts]
         while engine.has_unfinished_requests():
             gained = dict.fromkeys(names, 0)
             for output in engine.step():
-                count = len(output.outputs[0].token_ids)
-                gained[output.request_id] = count - have[output.request_id]
-                have[output.request_id] = count
+                gained[output.request_id] = len(output.outputs[0].token_ids)
             if any(gained.values()):
                 yield list(gained.values())
 
+    def _add(self, ids: list[int], new_tokens: int) -> str:
+        """Hand a request over; its name. Each step answers with what is new in it, not with all of it again."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._requests += 1
+        name = f"workbench-{self._requests}"
+        sampling = SamplingParams(
+            max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
+        self._llm.llm_engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+        return name
+
     def serve(self, prompts: list[list[int]], new_tokens: list[int], slots: int) -> Iterator[int]:
         """Continuous batching by the engine's own steps; a request is handed over as soon as a slot is free."""
-        from vllm import SamplingParams
-
         engine = self._llm.llm_engine
         waiting = list(zip(prompts, new_tokens, strict=True))
-        have: dict[str, int] = {}
-        while waiting or have:
-            while waiting and len(have) < slots:
-                ids, most = waiting.pop(0)
-                self._requests += 1
-                name = f"workbench-{self._requests}"
-                have[name] = 0
-                sampling = SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True, detokenize=False)
-                engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+        running: set[str] = set()
+        while waiting or running:
+            while waiting and len(running) < slots:
+                running.add(self._add(*waiting.pop(0)))
             gained = 0
             for output in engine.step():
-                count = len(output.outputs[0].token_ids)
-                gained += count - have[output.request_id]
-                have[output.request_id] = count
+                gained += len(output.outputs[0].token_ids)
                 if output.finished:
-                    del have[output.request_id]
+                    running.discard(output.request_id)
             yield gained
 
     def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:
