@@ -43,9 +43,10 @@ KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "fp8": 1.0}
 """Bytes a value of the KV cache."""
 REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL"})
 """Types that llama.cpp copies into another layout on an x86 processor with AVX-512 (`ggml-cpu/repack.cpp`)."""
-RUNTIME_BYTES = {"llamacpp": 285e6, "transformers": 480e6, "vllm": 1050e6, "quantized": 790e6}
-"""Resident memory of an interpreter with an engine's libraries and no model; `quantized`: transformers with
-GPTQModel. Measured: torch 2.13 (CPU), transformers 5.19, vLLM 0.32, llama-cpp-python 0.3.36, CPython 3.11, x86-64."""
+RUNTIME_BYTES = {"llamacpp": 285e6, "transformers": 480e6, "vllm": 1050e6, "awq": 735e6, "gptq": 895e6}
+"""Resident memory of an interpreter with an engine's libraries and no model; `awq`, `gptq`: transformers with
+GPTQModel and its layers. Measured: torch 2.13 (CPU), transformers 5.19, vLLM 0.32, llama-cpp-python 0.3.36, CPython
+3.11, x86-64."""
 CUDA_CONTEXT_BYTES = 600e6
 """What a CUDA context and its libraries take of a GPU's memory, by common report; not measured here."""
 SCORE_CHUNK_BYTES = 4 << 20
@@ -240,7 +241,7 @@ def need_of(
         weights, workspace = _transformers(shape, variant, stored, batch, window, prompt, cuda, choice.options)
     cache = kv_cache_bytes(shape, choice, tokens, batch, cuda, variant.method in ("awq", "gptq"))
     quantized = choice.name == "transformers" and variant.method in ("awq", "gptq")
-    runtime = CUDA_CONTEXT_BYTES if cuda else RUNTIME_BYTES.get("quantized" if quantized else choice.name, 0)
+    runtime = CUDA_CONTEXT_BYTES if cuda else RUNTIME_BYTES.get(variant.method if quantized else choice.name, 0)
     notes = []
     if shape.sliding_window:
         notes.append(f"layers with a sliding window of {shape.sliding_window} may keep less than this KV cache")
