@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-from workbench.machine import isolate  # noqa: E402
+from quantize_vs_gptqmodel import call  # noqa: E402
+
 from workbench.machine.monitor import Monitor  # noqa: E402
 
 LIMIT_BYTES = 4 * 2**30
@@ -35,10 +36,8 @@ METHODS = {"awq": ("awq", {}), "awq-compensated": ("awq", {"rounding": "compensa
 def worked(function: str, payload: dict[str, Any], workdir: Path) -> tuple[dict[str, Any], int, float]:
     """A worker's answer, its tree's peak in bytes, and its seconds."""
     monitor = Monitor()
-    reply = isolate.call(function, payload, workdir=workdir, on_sample=monitor)
-    if reply.value is None:
-        sys.exit(f"{function} failed: {reply.error}\n{(workdir / 'log.txt').read_text(errors='replace')[-3000:]}")
-    return reply.value, monitor.memory()["peak_rss"], reply.duration_s
+    made, taken_s = call(function, payload, workdir, monitor)
+    return made, monitor.memory()["peak_rss"], taken_s
 
 
 def main() -> int:

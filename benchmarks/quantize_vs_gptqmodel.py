@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,13 @@ def gptqmodel_quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]
     return {"quantize_s": quantize_s}
 
 
-def call(function: str, payload: dict[str, Any], workdir: Path) -> tuple[dict[str, Any], float]:
+def call(
+    function: str, payload: dict[str, Any], workdir: Path, on_sample: Callable[[int], None] | None = None
+) -> tuple[dict[str, Any], float]:
     """A worker in a fresh interpreter: its answer and its wall-clock seconds; exits with its log if it fails."""
     here = str(Path(__file__).resolve().parent)
     environment = {"GPTQMODEL_CPU_WORKERS": "4", "PYTHONPATH": os.pathsep.join([here, str(Path(here).parent)])}
-    reply = isolate.call(function, payload, workdir=workdir, environment=environment)
+    reply = isolate.call(function, payload, workdir=workdir, environment=environment, on_sample=on_sample)
     if reply.value is None:
         sys.exit(f"{function} failed: {reply.error}\n{(workdir / 'log.txt').read_text(errors='replace')[-3000:]}")
     return reply.value, reply.duration_s

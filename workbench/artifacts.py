@@ -88,14 +88,11 @@ def work(
             )  # fmt: skip
         except OSError as error:
             raise disk_error(error, home()) or error from None
-    if reply.error is not None:
-        if reply.user_error:
-            raise UserError(reply.error)
-        raise WorkFailed(f"{reply.error} (log: {folder / 'log.txt'})")
+    value = isolate.answer(reply, folder)
     shutil.rmtree(folder, ignore_errors=True)
     memory = monitor.memory()
     cost = {"seconds": round(reply.duration_s, 3), "peak_rss_bytes": memory.get("peak_rss")}
-    return reply.value, cost | {"memory": memory, "conditions": monitor.conditions()}
+    return value, cost | {"memory": memory, "conditions": monitor.conditions()}
 
 
 def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:

@@ -202,7 +202,7 @@ def recommend(
     format: Annotated[str, typer.Option("--format", "-f", help="terminal or json.")] = "terminal",
 ) -> None:
     """Choose a variant and an engine under limits; exit with 1 if nothing fits."""
-    from workbench.home import home
+    from workbench.home import home, local
     from workbench.report import recommend as wing
     from workbench.report.table import build
 
@@ -219,7 +219,7 @@ def recommend(
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
     if found.choice:
         row = found.choice.line.row
-        if not Path(row.artifact.path.replace("$WORKBENCH_HOME", str(home()), 1)).exists():
+        if not local(row.artifact.path).exists():
             print(f"its files are not here: `workbench quantize` of recipe '{row.recipe}' makes them", file=sys.stderr)
     raise typer.Exit(0 if found.choice else 1)
 

@@ -41,6 +41,11 @@ def portable(text: str) -> str:
     return text
 
 
+def local(path: str) -> Path:
+    """Where a stored row's path, as `portable` writes it, is on this machine; there or not."""
+    return Path(path.replace("$WORKBENCH_HOME", str(home()), 1)).expanduser()
+
+
 def instance() -> str:
     """Six hex digits that tell this installation from another on the same kind of machine."""
     file = home() / "instance"

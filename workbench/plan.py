@@ -16,7 +16,6 @@ Rejected: a safety factor over everything. It would hide an error, and tell peop
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import time
@@ -31,6 +30,7 @@ from workbench.mixtures import Tensor, Traits, tensor_bytes, types_of
 from workbench.recipe import BackendChoice, Recipe, limits_of
 from workbench.records import Artifact, Variant, to_json
 from workbench.worker.backends import BACKENDS
+from workbench.worker.methods import group_sizes
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F32"}
@@ -387,12 +387,9 @@ def _read(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
     folder = home() / "logs" / f"plan-{time.time_ns()}"
     reply = isolate.call("workbench.worker.shape:read", payload, workdir=folder, time_limit_s=600)
-    if reply.error is not None:
-        if reply.user_error:
-            raise UserError(reply.error)
-        raise WorkFailed(f"{reply.error} (log: {folder / 'log.txt'})")
+    value = isolate.answer(reply, folder)
     shutil.rmtree(folder, ignore_errors=True)
-    return dict(reply.value)
+    return dict(value)
 
 
 def _fitted(
@@ -460,10 +457,10 @@ def _undivided(shape: Shape, variant: Variant) -> str | None:
     size = int(variant.options.get("group_size", 128))
     if variant.method not in ("awq", "gptq") or variant.options.get("engine", "workbench") != "workbench" or size == -1:
         return None
-    common = math.gcd(*(tensor.shape[1] for tensor in shape.tensors if _linear(tensor)))
-    if common % size == 0:
+    columns = {tensor.shape[1] for tensor in shape.tensors if _linear(tensor)}
+    if all(count % size == 0 for count in columns):
         return None
-    possible = [str(n) for n in (16, 32, 64, 128, 256, 512) if common % n == 0]
+    possible = map(str, group_sizes(columns))
     return f"group_size {size} does not divide the inputs of every layer; take {' or '.join([*possible, '-1'])}"
 
 

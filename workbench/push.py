@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workbench.errors import UserError, install_with
-from workbench.home import home
+from workbench.home import local
 from workbench.records import Row
 from workbench.report import card as cards
 from workbench.report.licences import licence as known_licence
@@ -23,7 +23,7 @@ FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 
 def path_of(row: Row) -> Path:
     """Where a row's artifact is on this machine. Raises `UserError` if it is gone."""
-    path = Path(row.artifact.path.replace("$WORKBENCH_HOME", str(home()), 1)).expanduser()
+    path = local(row.artifact.path)
     if not path.exists():
         raise UserError(
             f"{path}: the files of {row.artifact.variant} are not there (another machine's, or cleaned away). "
@@ -36,8 +36,7 @@ def licence_of(row: Row, rows: Sequence[Row]) -> str | None:
     """The licence that the base's own card states, beside the base or in the package that brought it."""
     for each in rows:
         if each.base == row.base and each.artifact.method == "base" and each.artifact.format == "safetensors":
-            folder = Path(each.artifact.path.replace("$WORKBENCH_HOME", str(home()), 1)).expanduser()
-            stated = _stated(folder / "README.md")
+            stated = _stated(local(each.artifact.path) / "README.md")
             if stated:
                 return stated
     source = row.artifact.provenance.get("source") or {}

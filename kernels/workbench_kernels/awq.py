@@ -239,4 +239,4 @@ def _launch(
         prefill[lambda meta: (triton.cdiv(rows, meta["BM"]), triton.cdiv(outputs, 8 * meta["BC"]), parts)](
             x, qweight, qzeros, scales, out, rows, bucket(rows), outputs, columns, group, run, parts
         )
-    return out[0] if parts == 1 else joined(out, x.dtype)
+    return joined(out, x.dtype)

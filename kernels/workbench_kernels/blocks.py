@@ -298,12 +298,11 @@ def _launch(kind: BlockType, way: str, x: torch.Tensor, blocks: torch.Tensor, co
     decode, prefill = _kernels(kind)
     programs = triton.cdiv(outputs, 8) if way == "decode" else triton.cdiv(rows, 32) * triton.cdiv(outputs, 64)
     parts = splits(programs, common["SEGMENTS"] // 16, x.device)
-    direct = parts == 1
-    out = x.new_empty(parts, rows, outputs, dtype=x.dtype if direct else torch.float32)
+    out = x.new_empty(parts, rows, outputs, dtype=x.dtype if parts == 1 else torch.float32)
     if way == "decode":
         decode[lambda meta: (triton.cdiv(outputs, meta["BN"]), parts)](x, words, out, outputs, SPLIT=parts, **common)
     else:
         prefill[lambda meta: (triton.cdiv(rows, meta["BM"]), triton.cdiv(outputs, meta["BN"]), parts)](
             x, words, out, rows, bucket(rows), outputs, columns, SPLIT=parts, **common
         )
-    return out[0] if direct else joined(out, x.dtype)
+    return joined(out, x.dtype)

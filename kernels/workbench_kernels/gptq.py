@@ -289,4 +289,4 @@ def _launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...], bits: i
         prefill[lambda meta: (triton.cdiv(rows, meta["BM"]), triton.cdiv(outputs, meta["BN"]), parts)](
             x, *weight, out, rows, bucket(rows), outputs, columns, group, run, plain, bits, parts
         )
-    return out[0] if parts == 1 else joined(out, x.dtype)
+    return joined(out, x.dtype)

@@ -13,6 +13,7 @@ import torch
 from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
 from workbench_kernels.blocks import half_of
+from workbench_kernels.q4_0 import columns, load
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -38,15 +39,6 @@ def level_of(q):
 
 
 @jit
-def _load(row, s, j, inside):
-    block = row + s * 9
-    return (
-        tl.load(block[:, :, None] + 1 + j, mask=inside[:, :, None], other=0).to(tl.int32),
-        tl.load(block, mask=inside, other=0),
-    )
-
-
-@jit
 def _scales(parts, s, g: tl.constexpr):
     scale = half_of(parts[1])
     return scale, tl.zeros_like(scale)
@@ -57,14 +49,9 @@ def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
     return level_of((parts[0] >> (8 * (r % 2) + 4 * (r // 2))) & 15)
 
 
-@jit
-def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
-    return 32 * s + 2 * j + r % 2 + 16 * (r // 2)
-
-
 TYPE = blocks.BlockType(
     name="IQ4_NL", weights=32, bytes=18, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4,
-    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
+    load=load, scales=_scales, codes=_codes, columns=columns, reference=reference,
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _load(row, s, j, inside):
+def load(row, s, j, inside):
     block = row + s * 9
     return (
         tl.load(block[:, :, None] + 1 + j, mask=inside[:, :, None], other=0).to(tl.int32),
@@ -42,13 +42,13 @@ def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
 
 
 @jit
-def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
+def columns(s, j, g: tl.constexpr, r: tl.constexpr):
     return 32 * s + 2 * j + r % 2 + 16 * (r // 2)
 
 
 TYPE = blocks.BlockType(
     name="Q4_0", weights=32, bytes=18, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4,
-    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
+    load=load, scales=_scales, codes=_codes, columns=columns, reference=reference,
 )  # fmt: skip
 
 

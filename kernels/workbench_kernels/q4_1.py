@@ -32,7 +32,7 @@ def _load(row, s, j, inside):
 
 
 @jit
-def _scales(parts, s, g: tl.constexpr):
+def scales(parts, s, g: tl.constexpr):
     return half_of(parts[1]), half_of(parts[1] >> 16)
 
 
@@ -42,13 +42,13 @@ def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
 
 
 @jit
-def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
+def columns(s, j, g: tl.constexpr, r: tl.constexpr):
     return 32 * s + 4 * j + r % 4 + 16 * (r // 4)
 
 
 TYPE = blocks.BlockType(
     name="Q4_1", weights=32, bytes=20, word=torch.int32, segments=1, segment_words=4, groups=1, planes=8,
-    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
+    load=_load, scales=scales, codes=_codes, columns=columns, reference=reference,
 )  # fmt: skip
 
 

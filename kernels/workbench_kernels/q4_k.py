@@ -59,7 +59,7 @@ def _load(row, s, j, inside):
 
 
 @jit
-def _scales(parts, s, g: tl.constexpr):
+def scales(parts, s, g: tl.constexpr):
     return run_scales_of(parts[1], parts[2], parts[3], parts[4], 2 * (s % 4) + g)
 
 
@@ -69,13 +69,13 @@ def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
 
 
 @jit
-def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
+def columns(s, j, g: tl.constexpr, r: tl.constexpr):
     return 64 * s + 32 * g + 4 * j + r
 
 
 TYPE = blocks.BlockType(
     name="Q4_K", weights=256, bytes=144, word=torch.int32, segments=4, segment_words=8, groups=2, planes=4,
-    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
+    load=_load, scales=scales, codes=_codes, columns=columns, reference=reference,
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
 from workbench_kernels.blocks import half_of
+from workbench_kernels.q4_0 import columns
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -48,14 +49,9 @@ def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
     return (lower | (((parts[2 + r // 2] >> (r % 2)) & 1) << 4)).to(tl.float32)
 
 
-@jit
-def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
-    return 32 * s + 2 * j + r % 2 + 16 * (r // 2)
-
-
 TYPE = blocks.BlockType(
     name="Q5_0", weights=32, bytes=22, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4,
-    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
+    load=_load, scales=_scales, codes=_codes, columns=columns, reference=reference,
 )  # fmt: skip
 
 

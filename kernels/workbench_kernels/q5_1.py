@@ -13,7 +13,7 @@ import torch
 
 from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.blocks import half_of
+from workbench_kernels.q4_1 import columns, scales
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -36,24 +36,14 @@ def _load(row, s, j, inside):
 
 
 @jit
-def _scales(parts, s, g: tl.constexpr):
-    return half_of(parts[1]), half_of(parts[1] >> 16)
-
-
-@jit
 def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
     lower = (parts[0] >> (8 * (r % 4) + 4 * (r // 4))) & 15
     return (lower | (((parts[2] >> (r % 4 + 16 * (r // 4))) & 1) << 4)).to(tl.float32)
 
 
-@jit
-def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
-    return 32 * s + 4 * j + r % 4 + 16 * (r // 4)
-
-
 TYPE = blocks.BlockType(
     name="Q5_1", weights=32, bytes=24, word=torch.int32, segments=1, segment_words=4, groups=1, planes=8,
-    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
+    load=_load, scales=scales, codes=_codes, columns=columns, reference=reference,
 )  # fmt: skip
 
 

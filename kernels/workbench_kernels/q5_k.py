@@ -12,7 +12,7 @@ import torch
 
 from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.q4_k import run_scales, run_scales_of
+from workbench_kernels.q4_k import columns, run_scales, scales
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -39,24 +39,14 @@ def _load(row, s, j, inside):
 
 
 @jit
-def _scales(parts, s, g: tl.constexpr):
-    return run_scales_of(parts[1], parts[2], parts[3], parts[4], 2 * (s % 4) + g)
-
-
-@jit
 def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
     upper = (parts[5] >> (8 * r + 2 * (s % 4) + g)) & 1
     return (((parts[0] >> (8 * r + 4 * g)) & 15) | (upper << 4)).to(tl.float32)
 
 
-@jit
-def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
-    return 64 * s + 32 * g + 4 * j + r
-
-
 TYPE = blocks.BlockType(
     name="Q5_K", weights=256, bytes=176, word=torch.int32, segments=4, segment_words=8, groups=2, planes=4,
-    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
+    load=_load, scales=scales, codes=_codes, columns=columns, reference=reference,
 )  # fmt: skip
 
 

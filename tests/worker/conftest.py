@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bases import CONFIG, run
+
+from workbench.errors import UserError
+from workbench.machine import isolate
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +48,18 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> P
 def model(base_dir: Path, tmp_path: Path) -> Path:
     """A copy of `base_dir` to break."""
     return Path(shutil.copytree(base_dir, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Run a worker for real: its answer, or what it raised."""
+    folder = tmp_path_factory.mktemp("work")
+
+    def ask(function: str, payload: dict[str, Any]) -> Any:
+        reply = isolate.call(function, payload, workdir=folder, time_limit_s=300)
+        if reply.user_error:
+            raise UserError(reply.error)
+        assert reply.error is None, f"{reply.error}\n{reply.log}"
+        return reply.value
+
+    return ask

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from workbench.errors import UserError
-from workbench.machine import isolate
 from workbench.worker.methods import gguf as method
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,20 +69,6 @@ def test_a_gpu_whose_blocks_differ_is_found_out() -> None:
 
 
 # --- the real thing -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def call(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("work")
-
-    def run(function: str, payload: dict[str, Any]) -> Any:
-        reply = isolate.call(function, payload, workdir=folder, time_limit_s=300)
-        if reply.user_error:
-            raise UserError(reply.error)
-        assert reply.error is None, f"{reply.error}\n{reply.log}"
-        return reply.value
-
-    return run
 
 
 def converted(base: Path, dtype: str, call: Any) -> Path:

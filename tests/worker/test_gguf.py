@@ -18,7 +18,6 @@ import yaml
 from small_models import write_sentencepiece
 
 from workbench.errors import UserError
-from workbench.machine import isolate
 from workbench.worker.methods import gguf as method
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,20 +65,6 @@ def test_names() -> None:
 
 
 # --- the real thing -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def call(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("work")
-
-    def run(function: str, payload: dict[str, Any]) -> Any:
-        reply = isolate.call(function, payload, workdir=folder, time_limit_s=300)
-        if reply.user_error:
-            raise UserError(reply.error)
-        assert reply.error is None, f"{reply.error}\n{reply.log}"
-        return reply.value
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError
+from workbench.errors import UserError, WorkFailed
 
 Progress = Callable[[float, float, str], None]
 """`progress(done, total, text)`; the parent draws it."""
@@ -58,6 +58,16 @@ class Reply:
     user_error: bool
     log: str
     duration_s: float
+
+
+def answer(reply: Reply, folder: Path) -> Any:
+    """A reply's value. Raises `UserError` for what the user can mend, and `WorkFailed` with the log in `folder` for
+    the rest."""
+    if reply.error is None:
+        return reply.value
+    if reply.user_error:
+        raise UserError(reply.error)
+    raise WorkFailed(f"{reply.error} (log: {folder / 'log.txt'})")
 
 
 def call(

@@ -63,12 +63,7 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> str | No
             **where, dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True)
         )
     progress(2, 4, "writing safetensors")
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    scaling = rope_scaling(path, reader, architecture, config)
-    if scaling:
-        config.rope_parameters = {**(config.rope_parameters or {}), **scaling}
+    config = mended(loaded.config, path, reader, architecture)
     # The loaded model remembers that it was a GGUF and refuses to be saved; one built from its config does not.
     with torch.device("meta"):
         model = type(loaded)(config)
@@ -157,7 +152,17 @@ def _fits(reader: Any, types: dict[str, int], main: str) -> bool:
     return all(torch.equal(t.to(kind).float(), t.float()) for t in wider)
 
 
-def rope_scaling(path: Path, reader: Any, architecture: str, config: Any) -> dict[str, Any] | None:
+def mended(config: Any, path: Path, reader: Any, architecture: str) -> Any:
+    """A configuration that transformers read from a GGUF file, of plain weights and with all that the file says."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    scaling = _rope_scaling(path, reader, architecture, config)
+    if scaling:
+        config.rope_parameters = {**(config.rope_parameters or {}), **scaling}
+    return config
+
+
+def _rope_scaling(path: Path, reader: Any, architecture: str, config: Any) -> dict[str, Any] | None:
     """Rope scaling that the file has and transformers' GGUF reader leaves out; else None.
 
     llama.cpp stores Llama 3's scaling as a tensor of divisors, one a frequency (`rope_freqs.weight`). The

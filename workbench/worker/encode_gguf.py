@@ -19,6 +19,7 @@ from typing import Any
 
 from workbench.errors import UserError, install_with
 from workbench.worker import Progress
+from workbench.worker.gguf_index import library
 
 PLAIN = ("F32", "F16", "BF16")
 """Types of a source, which are read as float32."""
@@ -149,11 +150,9 @@ def same_as_llama_cpp(kind: str, rows: Any, importance: Any, made: Any) -> int:
     """How many of `rows` (numpy float32 [n, in], importances float32 [in] or None) llama.cpp's quantizer makes the same
     bytes of as `made`, uint8 [n, bytes of a row]."""
     import gguf
-    import llama_cpp  # type: ignore[import-untyped]
     import numpy as np
 
-    folder = Path(llama_cpp.__file__).parent
-    quantize = ctypes.CDLL(str(next(folder.glob("lib*/*ggml-base.*")))).ggml_quantize_chunk
+    quantize = library().ggml_quantize_chunk
     quantize.restype = ctypes.c_size_t
     quantize.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p)
     rows, theirs = np.ascontiguousarray(rows), np.zeros_like(made)

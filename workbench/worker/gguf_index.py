@@ -26,12 +26,17 @@ class _How(ctypes.Structure):
     _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
 
 
-def entries(path: str) -> list[Entry]:
-    """The tensors of a GGUF file in its order; no weight is read. `UserError` for what is no whole header."""
+def library() -> ctypes.CDLL:
+    """ggml's own library as llama-cpp-python brings it, for what that package has no function for."""
     import llama_cpp  # type: ignore[import-untyped]
 
     folder = Path(llama_cpp.__file__).parent
-    lib = ctypes.CDLL(str(next(folder.glob("lib*/*ggml-base.*"))))
+    return ctypes.CDLL(str(next(folder.glob("lib*/*ggml-base.*"))))
+
+
+def entries(path: str) -> list[Entry]:
+    """The tensors of a GGUF file in its order; no weight is read. `UserError` for what is no whole header."""
+    lib = library()
     for name, answers, *takes in (
         ("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, _How),
         ("gguf_free", None, ctypes.c_void_p),

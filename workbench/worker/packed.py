@@ -23,7 +23,7 @@ from typing import Any
 
 from workbench.errors import UserError, install_with
 from workbench.worker.checkpoint import Tensor, checked_weights, read_json
-from workbench.worker.dequantize import open_gguf, parsed_once, rope_scaling
+from workbench.worker.dequantize import mended, open_gguf, parsed_once
 
 FORMATS = ("awq", "gptq", "gguf")
 PLAIN_TYPES = ("F32", "F16", "BF16")
@@ -174,11 +174,7 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remot
     architecture = str(reader.get_field("general.architecture").contents())
     with parsed_once(path, reader):
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    scaling = rope_scaling(path, reader, architecture, config)
-    if scaling:
-        config.rope_parameters = {**(config.rope_parameters or {}), **scaling}
+    config = mended(config, path, reader, architecture)
     model, kind = _empty(config, dtype or _safe_dtype(config), attention, remote_code)
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     with parsed_once(path, reader):

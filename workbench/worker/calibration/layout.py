@@ -19,6 +19,7 @@ from workbench.errors import UserError
 from workbench.worker.architectures import LAYERS, WAY_OUT
 from workbench.worker.calibration.weights import Weights, derived
 from workbench.worker.checkpoint import CONFIG_FILES, TOKENIZER_FILES
+from workbench.worker.methods import group_sizes
 from workbench.worker.saving import for_both_readers, write_json
 
 SHARD_BYTES = 5_000_000_000
@@ -134,8 +135,7 @@ def _layer_order(name: str) -> tuple[int, str]:
 def check_shapes(weights: Weights, name: str, module: Any, options: Any) -> None:
     """Refuse a group size and shapes that variant `name` cannot hold, naming the layer and what would work."""
     linears = {name: weights.shapes[f"{LAYERS}.0.{name}.weight"] for name in weights.architecture.linears}
-    common = math.gcd(*(columns for _, columns in linears.values()))
-    possible = [str(size) for size in (16, 32, 64, 128, 256, 512) if common % size == 0]
+    possible = [str(size) for size in group_sizes(columns for _, columns in linears.values())]
     size, bits = options.group_size, options.bits
     unit = 32 // math.gcd(bits, 32)
     for linear, (rows, columns) in linears.items():
