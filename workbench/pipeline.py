@@ -1,13 +1,14 @@
 """The program in one screen: recipe -> artifacts -> rows.
 
-`run` is quantize, then profile. Each job of `profile` is one artifact in one engine, in a process of its own; its
-row is stored the moment it ends, whether it succeeded, failed or cannot run, and what is already measured on
-this machine is not measured again. Before the first job that scores tokens the base's own distributions are
-recorded, the reference that every divergence of the recipe is measured from.
+`run` is quantize, then profile. Each job of `profile` is one artifact in one engine, in a process of its own. Jobs
+take turns (`Together`), one at work at a time. A row is stored the moment its job ends, whether it succeeded, failed
+or cannot run, and what is already measured on this machine is not measured again. Before the first job that scores
+tokens the base's own distributions are recorded, the reference that every divergence of the recipe is measured from.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -15,14 +16,15 @@ import random
 import re
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from workbench.artifacts import REFERENCE_MAKER, Made, Show, make, reference, reference_key, work
+import psutil
+
+from workbench.artifacts import REFERENCE_MAKER, Made, Show, make, reference, reference_key, turns, work
 from workbench.errors import UserError, WorkFailed
 from workbench.home import entry, home, interpreter, lock, portable, remember
 from workbench.machine import monitor
@@ -32,6 +34,12 @@ from workbench.recipe import BackendChoice, Recipe, limits_of
 from workbench.records import MEASUREMENT_VERSION, Artifact, Job, Measurement, Row, digest, from_json, to_json
 from workbench.report import store
 from workbench.worker.backends import BACKENDS
+
+TURNS = 3
+"""In how many turns a job's repeats are timed, and so how many jobs are alive at once."""
+
+ENGINE_BYTES = 2 << 30
+"""What an engine takes beside the weights, at the most, before another is loaded beside it."""
 
 HARNESS = ("lm-eval",)
 """The package of lm-evaluation-harness."""
@@ -87,27 +95,90 @@ def profile(
     order = list(range(len(plans)))
     # A machine that drifts (heat, other work) must not make the later variants look slower; the same order each time.
     random.Random(f"{recipe.name} {recipe.workload.seed}").shuffle(order)
-    for place in order:
-        row = replace(plans[place], place=place)
-        if row.key in measured:
-            rows[place] = measured[row.key]
-            continue
-        waited: list[str] = []
-        with lock(home() / "locks" / f"row-{row.key}", partial(waited.append, row.key)):
-            # Another run may have stored it in the meantime; if it was waited for, its failure counts too.
-            # To read a bucket again for each row would take longer than the rows: there only if it was waited for.
-            if not again and (waited or isinstance(folder, Path)):
-                measured |= _of_reference(_measured(folder, set(waited), since), base)
+
+    def store_row(row: Row) -> None:
+        store.append(results, here["name"], _portable(row))
+        rows[row.place] = row
+        if row.error:
+            show.say(f"{row.artifact.variant} on {row.backend} failed: {row.error}")
+
+    with Together(store_row) as jobs:
+        for place in order:
+            row = replace(plans[place], place=place)
             if row.key in measured:
                 rows[place] = measured[row.key]
                 continue
-            if row.error is None and row.unsupported is None:
-                row = _measure(recipe, made, row, base, show)
-            store.append(results, here["name"], _portable(row))
-        rows[place] = row
-        if row.error:
-            show.say(f"{row.artifact.variant} on {row.backend} failed: {row.error}")
+            waited: list[str] = []
+
+            def wait(key: str = row.key, waited: list[str] = waited) -> None:
+                waited.append(key)
+                # Whoever has it may be waiting for one of these.
+                jobs.finish()
+
+            with contextlib.ExitStack() as locks:
+                locks.enter_context(lock(home() / "locks" / f"row-{row.key}", wait))
+                # Another run may have stored it in the meantime; if it was waited for, its failure counts too.
+                # To read a bucket again for each row would take longer than the rows: there only if it was waited for.
+                if not again and (waited or isinstance(folder, Path)):
+                    measured |= _of_reference(_measured(folder, set(waited), since), base)
+                if row.key in measured:
+                    rows[place] = measured[row.key]
+                elif row.error or row.unsupported:
+                    store_row(row)
+                else:
+                    if not _room_beside(row):
+                        jobs.finish()
+                    jobs.start(_measure(recipe, made, row, base, show), locks.pop_all())
+        jobs.finish()
     return [rows[place] for place in sorted(rows)]
+
+
+class Together:
+    """Jobs measured in turns: while one waits for its next, those after it have theirs.
+
+    Of a job of three turns the second comes after the first of the next job, the third after the first of the next but
+    one; so three jobs are alive at once, one of them at work. Leaving ends whatever has not come to its end.
+    """
+
+    def __init__(self, ended: Callable[[Row], None]) -> None:
+        self._ended = ended
+        self._alive: list[tuple[Generator[None, None, Row], contextlib.ExitStack]] = []
+
+    def __enter__(self) -> Together:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for job, locks in self._alive:
+            job.close()
+            locks.close()
+
+    def start(self, job: Generator[None, None, Row], locks: contextlib.ExitStack) -> None:
+        """The first turn of a job, then the next of each that waits. `locks` are held until its row is stored."""
+        waiting = list(self._alive)
+        self._alive.append((job, locks))
+        for each in (self._alive[-1], *waiting):
+            self._turn(each)
+
+    def finish(self) -> None:
+        """The rest of every job, still in turns."""
+        while self._alive:
+            for each in list(self._alive):
+                self._turn(each)
+
+    def _turn(self, alive: tuple[Generator[None, None, Row], contextlib.ExitStack]) -> None:
+        job, locks = alive
+        try:
+            next(job)
+        except StopIteration as end:
+            self._alive.remove(alive)
+            with locks:
+                self._ended(end.value)
+
+
+def _room_beside(row: Row) -> bool:
+    """Whether a job may be loaded while others wait: not on a GPU, whose memory engines take as a whole, and only if
+    the machine has room for its weights in float32 and its engine."""
+    return not has_cuda() and psutil.virtual_memory().available > 4 * row.artifact.parameters + ENGINE_BYTES
 
 
 def _reference_keys(recipe: Recipe, made: Made) -> dict[str, str]:
@@ -230,14 +301,16 @@ def _plan(recipe: Recipe, made: Made, choice: BackendChoice, name: str, referenc
     return replace(row, key=digest([*causes, reference] if reference and _scores(row) else causes))
 
 
-def _measure(recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, show: Show) -> Row:
-    """Run the job in its engine's interpreter and fill the row in."""
+def _measure(
+    recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, show: Show
+) -> Generator[None, None, Row]:
+    """Run the job in its engine's interpreter and fill the row in; yields between its turns."""
     module = importlib.import_module(BACKENDS[row.backend])
     job = Job(
         base=recipe.model, artifact=row.artifact, backend=row.backend, options=row.options,
         workload=row.workload, evaluation=row.evaluation, reference=base["path"] if base else None,
         base_digest=made.base["digest"], evaluations=row.evaluations, tasks=row.tasks,
-        references={name: each["path"] for name, each in base["further"].items()} if base else {},
+        references={name: each["path"] for name, each in base["further"].items()} if base else {}, turns=TURNS,
     )  # fmt: skip
     threads = str(row.options.get("threads") or len(os.sched_getaffinity(0)))
     environment = {**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
@@ -246,7 +319,7 @@ def _measure(recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, 
     measurement, error, doubts = None, None, list[str]()
     here = row.machine | {"copy_bytes_per_s": _copy_bandwidth(show)}
     try:
-        value, cost = work(
+        value, cost = yield from turns(
             "workbench.worker.profile:measure", {"job": to_json(job)}, show, f"{row.backend}: {row.artifact.variant}",
             python=interpreter(row.backend, sys.executable), limit_s=recipe.limits.profile_s,
             environment=environment,

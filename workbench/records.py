@@ -167,6 +167,8 @@ class Job:
     references: dict[str, str] = field(default_factory=dict)
     """The further sets' references, as far as there are any."""
     tasks: dict[str, Task] = field(default_factory=dict)
+    turns: int = 1
+    """In how many parts the repeats are timed; between them the worker waits to be resumed."""
 
     @property
     def longest_window(self) -> int:
@@ -193,6 +195,8 @@ class Speed:
     """Tokens gained in each of those steps over the whole batch, a list a repeat."""
     energy_j: list[float | None] = field(default_factory=list)
     """Joules of the whole machine in each repeat, prompt and answer; None where nothing counts them."""
+    turns: list[int] = field(default_factory=list)
+    """How many repeats belong together: between two turns of a job, others were at work. Empty: all do."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,8 @@ class Served:
     """From the first request to the last one's end."""
     continuous: bool
     """Whether a free slot takes the next request at once; else a group ends before the next begins."""
+    turns: list[int] = field(default_factory=list)
+    """As in `Speed`."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from workbench.errors import UserError, WorkFailed
 
@@ -47,6 +47,9 @@ SILENT = {
 }
 SAMPLE_S = 0.1
 LOG_TAIL_CHARACTERS = 1500
+TURN = b"turn"
+"""What a child says when it waits, and the parent when it need not any more: `GO`."""
+GO = b"\n"
 
 
 @dataclass(frozen=True)
@@ -86,37 +89,90 @@ def call(
     `on_sample(pid)` is called every 0.1 s while the child lives. Never raises for what the child does;
     an interrupt kills the child and is passed on.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    request, reply, log = workdir / "request.json", workdir / "reply.json", workdir / "log.txt"
-    reply.unlink(missing_ok=True)
-    request.write_text(json.dumps({"function": function, "payload": payload}))
-    started = time.monotonic()
-    read_end, write_end = os.pipe()
-    with open(log, "wb") as output:
+    with Worker(function, payload, workdir=workdir, python=python, environment=environment) as worker:
+        while True:
+            reply = worker.resume(time_limit_s=time_limit_s, on_progress=on_progress, on_sample=on_sample)
+            if reply is not None:
+                return reply
+
+
+class Worker:
+    """The same in turns: where the function calls `progress.turn()` the child waits, doing nothing, to be resumed.
+
+    So two jobs can be measured side by side in time without ever running at once. A context manager that ends the
+    child, whatever it is at.
+    """
+
+    def __init__(
+        self, function: str, payload: Any, *, workdir: Path, python: str = sys.executable,
+        environment: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self._request, self._reply, self._log = (workdir / name for name in ("request.json", "reply.json", "log.txt"))
+        self._workdir, self._command = workdir, [python, "-P", "-m", "workbench.machine.isolate"]
+        self._asked, self._environment = {"function": function, "payload": payload}, environment or {}
+        self._child: subprocess.Popen[bytes] | None = None
+        self._pipes: list[int] = []
+        self._active_s = 0.0
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes:
+            os.close(pipe)
+        self._pipes = []
+        if self._child is not None:
+            _kill_session(self._child)
+
+    def resume(
+        self, *, time_limit_s: float | None = None, on_progress: Progress | None = None,
+        on_sample: Callable[[int], None] | None = None,
+    ) -> Reply | None:  # fmt: skip
+        """Let the child work until its next turn (None) or its end (its reply). The limit counts working time only."""
+        started = time.monotonic()
         try:
-            child = subprocess.Popen(
-                [python, "-P", "-m", "workbench.machine.isolate", str(request), str(reply), str(write_end)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=_environment(environment or {}),
-                cwd=workdir,
-                start_new_session=True,
-                pass_fds=(write_end,),
-            )
-        except OSError as error:
-            os.close(read_end)
-            said = f"cannot start {python}: {error}. WORKBENCH_PYTHON_<ENGINE> or config.toml names it"
-            return Reply(None, said, True, "", 0.0)
+            child = self._child or self._start()
+        except UserError as problem:
+            return Reply(None, str(problem), True, "", 0.0)
+        if self._child is not None:
+            with contextlib.suppress(BrokenPipeError):  # It died while it waited; that is found below.
+                os.write(self._pipes[1], GO)
+        self._child = child
+        left_s = None if time_limit_s is None else time_limit_s - self._active_s
+        try:
+            end = _follow(child, self._pipes[0], started, left_s, on_progress, on_sample)
         finally:
-            os.close(write_end)
-    try:
-        timed_out = _follow(child, read_end, started, time_limit_s, on_progress, on_sample)
-    finally:
-        os.close(read_end)
+            self._active_s += time.monotonic() - started
+        if end == "turn":
+            return None
+        self._child = None
         _kill_session(child)
-    duration_s = time.monotonic() - started
-    return _conclude(child.returncode, reply, log, timed_out, time_limit_s, duration_s)
+        return _conclude(child.returncode, self._reply, self._log, end == "time", time_limit_s, self._active_s)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._reply.unlink(missing_ok=True)
+        self._request.write_text(json.dumps(self._asked))
+        (from_child, said), (told, to_child) = os.pipe(), os.pipe()
+        self._pipes = [from_child, to_child]
+        try:
+            with open(self._log, "wb") as output:
+                return subprocess.Popen(
+                    [*self._command, str(self._request), str(self._reply), str(said), str(told)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(self._environment),
+                    cwd=self._workdir,
+                    start_new_session=True,
+                    pass_fds=(said, told),
+                )
+        except OSError as error:
+            said_of = f"cannot start {self._command[0]}: {error}"
+            raise UserError(f"{said_of}. WORKBENCH_PYTHON_<ENGINE> or config.toml names it") from None
+        finally:
+            os.close(said)
+            os.close(told)
 
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:
@@ -137,13 +193,13 @@ def _follow(
     time_limit_s: float | None,
     on_progress: Progress | None,
     on_sample: Callable[[int], None] | None,
-) -> bool:
-    """Read progress until the child ends; True if it had to be stopped for the time limit."""
+) -> Literal["end", "turn", "time"]:
+    """Read progress until the child ends, waits for its next turn, or has used its time up."""
     buffer = b""
     open_pipe = True
     while child.poll() is None:
         if time_limit_s is not None and time.monotonic() - started > time_limit_s:
-            return True
+            return "time"
         if on_sample is not None:
             on_sample(child.pid)
         if not open_pipe:
@@ -155,9 +211,13 @@ def _follow(
         data = os.read(pipe, 65536)
         open_pipe = bool(data)
         *lines, buffer = (buffer + data).split(b"\n")
+        waits = TURN in lines
+        lines = [line for line in lines if line != TURN]
         if lines and on_progress is not None:
             on_progress(*json.loads(lines[-1]))
-    return False
+        if waits:
+            return "turn"
+    return "end"
 
 
 def _kill_session(child: subprocess.Popen[bytes]) -> None:
@@ -190,22 +250,35 @@ def _conclude(
     return Reply(None, error + (f"; its last words: {last[:300]}" if last else ""), False, tail, duration_s)
 
 
-def serve(request: Path, reply: Path, progress_descriptor: int) -> None:
-    """The child's side: do what the request names, write the reply, leave at once."""
-    os.set_inheritable(progress_descriptor, False)
-    threading.Thread(target=_end_with_parent, args=(progress_descriptor,), daemon=True).start()
-    last_sent = 0.0
+class _Line:
+    """The child's `progress`."""
 
-    def progress(done: float, total: float, text: str = "") -> None:
-        nonlocal last_sent
+    def __init__(self, to_parent: int, from_parent: int) -> None:
+        self._to_parent, self._from_parent = to_parent, from_parent
+        self._last_sent = 0.0
+
+    def __call__(self, done: float, total: float, text: str = "") -> None:
         now = time.monotonic()
-        if now - last_sent < SAMPLE_S and done < total:
+        if now - self._last_sent < SAMPLE_S and done < total:
             return
-        last_sent = now
+        self._last_sent = now
         # The parent may be gone; the work may still be worth finishing.
         with contextlib.suppress(OSError):
-            os.write(progress_descriptor, json.dumps([done, total, text]).encode() + b"\n")
+            os.write(self._to_parent, json.dumps([done, total, text]).encode() + b"\n")
 
+    def turn(self) -> None:
+        """Wait until the parent resumes this worker."""
+        with contextlib.suppress(OSError):
+            os.write(self._to_parent, TURN + b"\n")
+            os.read(self._from_parent, 1)
+
+
+def serve(request: Path, reply: Path, to_parent: int, from_parent: int) -> None:
+    """The child's side: do what the request names, write the reply, leave at once."""
+    for pipe in (to_parent, from_parent):
+        os.set_inheritable(pipe, False)
+    threading.Thread(target=_end_with_parent, args=(to_parent,), daemon=True).start()
+    progress = _Line(to_parent, from_parent)
     asked = json.loads(request.read_text())
     module, _, name = asked["function"].partition(":")
     try:
@@ -242,4 +315,4 @@ def _end_with_parent(pipe: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    serve(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -46,6 +46,7 @@ class Monitor:
         self._looked_s = 0.0
         self._first: dict[str, float] | None = None
         self._last: dict[str, float] = {}
+        self._spent: dict[str, float] = {}
         self._clocks: list[float] = []
         self._gpu_clocks: list[float] = []
         self._gpu_reasons = 0
@@ -66,6 +67,17 @@ class Monitor:
             self._looked_s = moment
             self._look(pids, moment)
 
+    def resume(self) -> None:
+        """The job goes on after a wait, in which whatever the machine did is not its concern."""
+        self._spent = self._change()
+        self._first, self._last, self._looked_s = None, {}, 0.0
+
+    def _change(self) -> dict[str, float]:
+        """How far each count went while the job was at work."""
+        first, last = self._first or {}, self._last
+        names = self._spent.keys() | (first.keys() & last.keys())
+        return {name: self._spent.get(name, 0.0) + last.get(name, 0.0) - first.get(name, 0.0) for name in names}
+
     def memory(self) -> dict[str, int]:
         """Bytes, as `peak_rss`, `peak_rss_anon`, `peak_rss_file`, `peak_vram`..."""
         return {f"peak_{name}": size_bytes for name, size_bytes in self.peak.items()}
@@ -73,11 +85,10 @@ class Monitor:
     def conditions(self) -> dict[str, Any]:
         """`others_cores`, `stolen_fraction`, `clock_hz` and `gpu_clock_hz` (lowest, median, highest while the job was
         busy), `throttled`, `gpu_throttled`, `gpu_strangers`; None where it cannot be read or nothing was seen."""
-        first, last = self._first, self._last
+        change = self._change()
         found: dict[str, Any] = dict.fromkeys(CONDITIONS)
-        if first and last["moment"] > first["moment"]:
-            span = last["moment"] - first["moment"]
-            change = {name: last[name] - first[name] for name in first.keys() & last.keys()}
+        span = change.get("moment", 0.0)
+        if span > 0:
             if "busy" in change:
                 others = (change["busy"] - change["own"]) / span
                 found["others_cores"] = round(max(0.0, others), 3)

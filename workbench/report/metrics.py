@@ -10,6 +10,7 @@ are in `statistics.py`; here they meet rows. Errors of speeds: `interval`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -44,8 +45,11 @@ def median(samples: Sequence[float]) -> float | None:
     return statistics.median(samples) if samples else None
 
 
-def interval(samples: Sequence[float]) -> tuple[float, float] | None:
+def interval(samples: Sequence[float], turns: Sequence[int] = ()) -> tuple[float, float] | None:
     """A 95 % confidence interval of the median of positive samples; None for fewer than two.
+
+    `turns` says how many samples, one after the other, were made in one go. What belongs together drifted together: of
+    several turns each counts once, by the mean of its logarithms, as Student's interval below has it.
 
     Six or more: the order statistics x_(k), x_(n+1-k) with the largest k whose coverage
     1 - 2 * P(Binomial(n, 1/2) < k) is at least 0.95; nothing is assumed of the distribution (David and
@@ -53,6 +57,12 @@ def interval(samples: Sequence[float]) -> tuple[float, float] | None:
     93.75 %, so below six it is Student's interval of the mean of the logarithms: exact where times scatter
     log-normally, whose median is exp(that mean); it stays positive and always holds the sample median.
     """
+    if len(turns) > 1 and sum(turns) == len(samples) > len(turns):
+        ends = list(itertools.accumulate(turns))
+        each = [samples[end - many : end] for many, end in zip(turns, ends, strict=True)]
+        spread = interval([math.exp(statistics.fmean(map(math.log, part))) for part in each])
+        middle = statistics.median(samples)
+        return spread and (min(spread[0], middle), max(spread[1], middle))
     count = len(samples)
     if count < 2:
         return None
@@ -89,6 +99,18 @@ def decode_samples(row: Row) -> list[float]:
     return _decode(headline(row))
 
 
+def prefill_interval(row: Row) -> tuple[float, float] | None:
+    """The 95 % interval of the median prefill speed."""
+    speed = headline(row)
+    return interval(_prefill(speed), speed.turns) if speed else None
+
+
+def decode_interval(row: Row) -> tuple[float, float] | None:
+    """The 95 % interval of the median decoding speed."""
+    speed = headline(row)
+    return interval(_decode(speed), speed.turns) if speed else None
+
+
 @dataclass(frozen=True)
 class Point:
     """One speed beside the headline's: `pp2048`, `tg128 @ d2048`, `tg128 @ d512 b8`, `served b8`; tokens a second."""
@@ -100,19 +122,19 @@ class Point:
 
 def points(row: Row) -> list[Point]:
     """Every further workload point: prefill by prompt length, decode by depth and batch, and what was served."""
-    found: list[tuple[str, list[float]]] = []
+    found: list[tuple[str, list[float], list[int]]] = []
     if row.measurement is None:
         return []
     for speed in row.measurement.speeds[1:]:
         many = f" b{speed.batch}" if speed.batch > 1 else ""
-        found.append((f"pp{speed.prompt_tokens}{many}", _prefill(speed)))
-        found.append((f"tg{speed.new_tokens} @ d{speed.prompt_tokens}{many}", _decode(speed)))
+        found.append((f"pp{speed.prompt_tokens}{many}", _prefill(speed), speed.turns))
+        found.append((f"tg{speed.new_tokens} @ d{speed.prompt_tokens}{many}", _decode(speed), speed.turns))
     for served in row.measurement.served:
         tokens = sum(served.new_tokens)
         how = "" if served.continuous else " by groups"
         rates = [rate for each in served.seconds if (rate := _rate(tokens, _number(each)))]
-        found.append((f"served b{served.slots}{how}", rates))
-    return [Point(name, statistics.median(rates), interval(rates)) for name, rates in found if rates]
+        found.append((f"served b{served.slots}{how}", rates, served.turns))
+    return [Point(name, statistics.median(rates), interval(rates, turns)) for name, rates, turns in found if rates]
 
 
 def itl(row: Row, share: float) -> float | None:

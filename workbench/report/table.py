@@ -376,8 +376,8 @@ def _line(
         },
         delta=delta,
         below_noise_floor=_below(delta, next((floor for floor in floors if floor.base == row.base), None)),
-        prefill_interval=metrics.interval(metrics.prefill_samples(row)),
-        decode_interval=metrics.interval(metrics.decode_samples(row)),
+        prefill_interval=metrics.prefill_interval(row),
+        decode_interval=metrics.decode_interval(row),
         warnings=warnings,
         footnotes=tuple(footnotes.setdefault(text, len(footnotes) + 1) for text in reasons if text),
     )

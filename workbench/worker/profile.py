@@ -1,7 +1,9 @@
 """One job, measured: what is done in which order; the clocks are in `timing.py`.
 
-Load, score, warm up, time. Scoring first makes the engine run every kernel it has before anything is timed. All
-engines get the same ids. Raw samples are returned, one a repeat, and beside them what the machine did meanwhile.
+Load, score, warm up, time. Scoring first makes the engine run every kernel it has before anything is timed. The
+repeats come in turns, between which other jobs work: a machine drifts within seconds, and repeats made in one go
+agree with each other, not with tomorrow's. All engines get the same ids. Raw samples are returned, one a repeat,
+and beside them what the machine did meanwhile.
 """
 
 from __future__ import annotations
@@ -66,8 +68,16 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     text = [token for _, ids, _ in windows for token in ids]
     before = resident.resident_bytes()
     exact = resident.forget_peak()
-    speeds, probes = timing.speeds(engine, workload, text, stepped, meter=Meter(), probe=timing.work_probe)
-    served = timing.served(engine, workload, text, stepped)
+    meter, speeds, served, probes = Meter(), [], [], list[float]()
+    for share in timing.shares(workload.repeats, job.turns):
+        if share.start:
+            progress.turn()
+        timed, probed = timing.speeds(
+            engine, workload, text, stepped, meter=meter, probe=timing.work_probe, share=share
+        )
+        speeds.append(timed)
+        served.append(timing.served(engine, workload, text, stepped, share=share))
+        probes += probed
     memory["peak_timing"] = resident.peak_bytes() if exact else None
     conditions["probe_s"] = probes
     settings = engine.settings()
@@ -85,8 +95,8 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     measurement = Measurement(
         device=settings.pop("device_name", settings.pop("device", "cpu")),
         load_s=load_s,
-        speeds=speeds,
-        served=served,
+        speeds=timing.joined(speeds),
+        served=timing.joined(served),
         quality=quality,
         qualities=qualities,
         tasks=answered,

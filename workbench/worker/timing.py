@@ -18,6 +18,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from workbench.errors import UserError
@@ -26,6 +27,7 @@ from workbench.worker.energy import Meter
 
 Clock = Callable[[], float]
 WARMUP_NEW_TOKENS = 8
+WAKE_TOKENS = 64
 PROBE_BYTES = 4 << 20
 COPY_BYTES = 128 << 20
 """A thread's buffer: several times a processor's last cache."""
@@ -51,20 +53,36 @@ def prompts(
     return [[text[s : s + prompt_tokens] for s in row] for row in starts]
 
 
+def shares(repeats: int, turns: int) -> list[range]:
+    """The repeats of each turn, as even as can be; no turn is empty."""
+    turns = max(1, min(turns, repeats))
+    ends = [repeats * (turn + 1) // turns for turn in range(turns)]
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
 def speeds(
     engine: Any, workload: Workload, text: list[int], stepped: Callable[[], None] = lambda: None,
     clock: Clock = now, meter: Meter | None = None, probe: Callable[[], float] | None = None,
+    share: range | None = None,
 ) -> tuple[list[Speed], list[float]]:  # fmt: skip
-    """Raw samples of every point, in the workload's order; and the probe's seconds before each repeat."""
+    """Raw samples of every point, in the workload's order; and the probe's seconds before each repeat.
+
+    Of all repeats, or of those in `share`. The first share is warmed up by whole prompts, a later one only woken:
+    its kernels are chosen and its memory is there, its caches and clocks are not.
+    """
+    share = range(workload.repeats) if share is None else share
     found, probes = [], []
     for salt, (prompt_tokens, batch) in enumerate(workload.points):
         _ready(engine, batch, prompt_tokens + workload.new_tokens)
         rounds = workload.warmup + workload.repeats
         fresh = prompts(workload, text, prompt_tokens, batch, rounds, salt)
         for each in fresh[: workload.warmup]:
-            run(engine, each, min(workload.new_tokens, WARMUP_NEW_TOKENS), clock)
+            if share.start == 0:
+                run(engine, each, min(workload.new_tokens, WARMUP_NEW_TOKENS), clock)
+            else:
+                run(engine, _woken(each), min(workload.new_tokens, 2), clock)
         samples, joules = [], []
-        for each in fresh[workload.warmup :]:
+        for each in (fresh[workload.warmup + repeat] for repeat in share):
             if probe is not None:
                 probes.append(probe())
             before = meter.read() if meter else None
@@ -80,19 +98,23 @@ def speeds(
                 step_s=[sample[1] for sample in samples],
                 step_tokens=[sample[2] for sample in samples],
                 energy_j=joules,
+                turns=[len(share)],
             )
         )
     return found, probes
 
 
 def served(
-    engine: Any, workload: Workload, text: list[int], stepped: Callable[[], None] = lambda: None, clock: Clock = now
-) -> list[Served]:
+    engine: Any, workload: Workload, text: list[int], stepped: Callable[[], None] = lambda: None, clock: Clock = now,
+    share: range | None = None,
+) -> list[Served]:  # fmt: skip
     """Throughput at every batch size: `requests` prompts a slot, answers of different lengths, one after the other.
 
     Lengths are drawn from half to one and a half of `new_tokens`, so that sequences end at different times and an
-    engine that can must take the next ones in between. The same draw for every engine and repeat.
+    engine that can must take the next ones in between. The same draw for every engine and repeat. `share` as in
+    `speeds`.
     """
+    share = range(workload.repeats) if share is None else share
     found: list[Served] = []
     if not workload.requests:
         return found
@@ -103,10 +125,11 @@ def served(
         lengths = [chance.randint(low, high) for _ in range(many)]
         _ready(engine, slots, workload.prompt_tokens + high)
         fresh = prompts(workload, text, workload.prompt_tokens, many, workload.repeats + 1, 1000 + salt)
-        for _ in engine.serve(fresh[0][:slots], [2] * slots, slots):
+        first = fresh[0][:slots]
+        for _ in engine.serve(first if share.start == 0 else _woken(first), [2] * slots, slots):
             pass
         seconds = []
-        for each in fresh[1:]:
+        for each in (fresh[1 + repeat] for repeat in share):
             started = clock()
             gained = sum(engine.serve(each, lengths, slots))
             seconds.append(clock() - started)
@@ -116,10 +139,24 @@ def served(
         found.append(
             Served(
                 slots=slots, prompt_tokens=workload.prompt_tokens, new_tokens=lengths, seconds=seconds,
-                continuous=bool(getattr(engine, "continuous", False)),
+                continuous=bool(getattr(engine, "continuous", False)), turns=[len(share)],
             )
         )  # fmt: skip
     return found
+
+
+def joined(parts: list[list[Any]]) -> list[Any]:
+    """`Speed` or `Served` of every point from those of each turn: the samples one after the other."""
+    samples = ("first_token_s", "step_s", "step_tokens", "energy_j", "seconds", "turns")
+    found = []
+    for each in zip(*parts, strict=True):
+        lists = [name for name in samples if hasattr(each[0], name)]
+        found.append(replace(each[0], **{name: [s for part in each for s in getattr(part, name)] for name in lists}))
+    return found
+
+
+def _woken(batch: list[list[int]]) -> list[list[int]]:
+    return [ids[:WAKE_TOKENS] for ids in batch]
 
 
 def run(
