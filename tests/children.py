@@ -127,6 +127,17 @@ def reports_much(payload: Any, progress: Any) -> int:
     return 42
 
 
+def takes_turns(payload: Any, progress: Any) -> list[float]:
+    """Works, waits, works again; the processor time it used before each turn and after the last."""
+    used = [time.process_time()]
+    for _ in range(payload["turns"]):
+        print("still here", flush=True)
+        progress.turn()
+        used.append(time.process_time())
+        time.sleep(payload.get("work_s", 0))
+    return used
+
+
 def breeds(payload: Any, progress: Any) -> list[int]:
     """Leaves a child and a grandchild running; their pids."""
     program = (

@@ -218,6 +218,69 @@ def test_a_worker_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     assert gone(worker)
 
 
+def test_a_worker_waits_between_its_turns_and_does_nothing(tmp_path: Path) -> None:
+    with isolate.Worker("tests.children:takes_turns", {"turns": 2}, workdir=tmp_path) as worker:
+        assert worker.resume(time_limit_s=60) is None
+        time.sleep(0.5)
+        assert worker.resume(time_limit_s=60) is None
+        reply = worker.resume(time_limit_s=60)
+    assert reply is not None and reply.error is None and len(reply.value) == 3
+    assert reply.value[1] - reply.value[0] < 0.1, "it waits, it does not spin"
+
+
+def test_turns_of_a_single_call_follow_each_other(call: Any) -> None:
+    assert len(call("takes_turns", {"turns": 3}).value) == 4
+
+
+def test_two_workers_alternate(tmp_path: Path) -> None:
+    """The other is asleep while one works: neither is at its second turn before it was let."""
+    names = ("one", "two")
+    workers = [isolate.Worker("tests.children:takes_turns", {"turns": 1}, workdir=tmp_path / name) for name in names]
+    with workers[0], workers[1]:
+        assert [worker.resume(time_limit_s=60) for worker in workers] == [None, None]
+        assert not any((tmp_path / name / "reply.json").exists() for name in names)
+        assert workers[1].resume(time_limit_s=60) is not None
+        assert not (tmp_path / "one" / "reply.json").exists()
+        assert workers[0].resume(time_limit_s=60) is not None
+
+
+def test_waiting_is_not_working_time(tmp_path: Path) -> None:
+    with isolate.Worker("tests.children:takes_turns", {"turns": 2, "work_s": 0.2}, workdir=tmp_path) as worker:
+        assert worker.resume(time_limit_s=3) is None
+        time.sleep(3)
+        assert worker.resume(time_limit_s=3) is None
+        reply = worker.resume(time_limit_s=3)
+    assert reply is not None and reply.error is None
+    assert reply.duration_s < 3
+
+
+def test_the_time_limit_is_of_all_turns_together(tmp_path: Path) -> None:
+    with isolate.Worker("tests.children:takes_turns", {"turns": 9, "work_s": 0.5}, workdir=tmp_path) as worker:
+        reply = None
+        for _ in range(10):
+            reply = reply or worker.resume(time_limit_s=2)
+    assert reply is not None and "time limit of 2 s" in str(reply.error)
+
+
+def test_a_worker_that_dies_while_it_waits_is_an_error(tmp_path: Path) -> None:
+    with isolate.Worker("tests.children:takes_turns", {"turns": 1}, workdir=tmp_path) as worker:
+        pids: list[int] = []
+        assert worker.resume(time_limit_s=60, on_sample=pids.append) is None
+        os.kill(pids[0], signal.SIGKILL)
+        assert gone(pids[0])
+        reply = worker.resume(time_limit_s=60)
+    assert reply is not None
+    assert reply.error == "the worker was killed by SIGKILL (often: out of memory); its last words: still here"
+
+
+def test_leaving_ends_a_worker_that_waits(tmp_path: Path) -> None:
+    pids: list[int] = []
+    with isolate.Worker("tests.children:takes_turns", {"turns": 1}, workdir=tmp_path) as worker:
+        assert worker.resume(time_limit_s=60, on_sample=pids.append) is None
+        assert not gone(pids[0], within_s=0.2)
+    assert gone(pids[0])
+
+
 def test_another_interpreter_does_the_work(call: Any, bare_python: str) -> None:
     reply = call("whoami", python=bare_python)
     assert reply.error is None, reply.error

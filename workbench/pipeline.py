@@ -36,7 +36,13 @@ from workbench.report import store
 from workbench.worker.backends import BACKENDS
 
 TURNS = 3
-"""In how many turns a job's repeats are timed, and so how many jobs are alive at once."""
+"""In how many turns a job's repeats are timed."""
+
+APART_S = 30.0
+"""Seconds between two turns of a job: about as long as a slow spell of a shared machine lasts."""
+
+Turns = Generator[None, None, Row]
+"""A job: yields where it waits for its next turn, returns its row."""
 
 ENGINE_BYTES = 2 << 30
 """What an engine takes beside the weights, at the most, before another is loaded beside it."""
@@ -75,7 +81,7 @@ def profile(
     What was measured at `since` (RFC 3339, UTC) or later is not measured again, nor anything ever measured if it
     is empty; with `again`, everything is. `only`: these (backend, variant) and no others, not even the base.
     """
-    here = machine()
+    here, begun = machine(), _now()
     folder = store.under(results, here["name"])
     measured = {} if again else _measured(folder, since=since)
     pairs, keys = list(_pairs(recipe, backends, variants)), _reference_keys(recipe, made)
@@ -120,7 +126,7 @@ def profile(
                 # Another run may have stored it in the meantime; if it was waited for, its failure counts too.
                 # To read a bucket again for each row would take longer than the rows: there only if it was waited for.
                 if not again and (waited or isinstance(folder, Path)):
-                    measured |= _of_reference(_measured(folder, set(waited), since), base)
+                    measured |= _of_reference(_measured(folder, since, waited, begun), base)
                 if row.key in measured:
                     rows[place] = measured[row.key]
                 elif row.error or row.unsupported:
@@ -134,45 +140,49 @@ def profile(
 
 
 class Together:
-    """Jobs measured in turns: while one waits for its next, those after it have theirs.
+    """Jobs measured in turns, one at work at a time: while one waits for its next turn, the others have theirs.
 
-    Of a job of three turns the second comes after the first of the next job, the third after the first of the next but
-    one; so three jobs are alive at once, one of them at work. Leaving ends whatever has not come to its end.
+    A turn is due `APART_S` after the one before. So repeats of one job lie that far apart at the least, except at the
+    end, when nobody is left to come between. Leaving ends whatever has not come to its end.
     """
 
-    def __init__(self, ended: Callable[[Row], None]) -> None:
-        self._ended = ended
-        self._alive: list[tuple[Generator[None, None, Row], contextlib.ExitStack]] = []
+    def __init__(self, ended: Callable[[Row], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._ended, self._clock = ended, clock
+        self._waiting: list[tuple[float, Turns, contextlib.ExitStack]] = []
+        """Since when, what, and the locks it holds; the longest first."""
 
     def __enter__(self) -> Together:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for job, locks in self._alive:
+        for _since, job, locks in self._waiting:
             job.close()
             locks.close()
 
-    def start(self, job: Generator[None, None, Row], locks: contextlib.ExitStack) -> None:
-        """The first turn of a job, then the next of each that waits. `locks` are held until its row is stored."""
-        waiting = list(self._alive)
-        self._alive.append((job, locks))
-        for each in (self._alive[-1], *waiting):
-            self._turn(each)
+    def start(self, job: Turns, locks: contextlib.ExitStack) -> None:
+        """The first turn of a job, then every turn that is due. `locks` are held until its row is stored."""
+        self._turn(job, locks)
+        while self._waiting and self._clock() - self._waiting[0][0] >= APART_S:
+            self._next()
 
     def finish(self) -> None:
         """The rest of every job, still in turns."""
-        while self._alive:
-            for each in list(self._alive):
-                self._turn(each)
+        while self._waiting:
+            self._next()
 
-    def _turn(self, alive: tuple[Generator[None, None, Row], contextlib.ExitStack]) -> None:
-        job, locks = alive
-        try:
-            next(job)
-        except StopIteration as end:
-            self._alive.remove(alive)
-            with locks:
+    def _next(self) -> None:
+        _since, job, locks = self._waiting.pop(0)
+        self._turn(job, locks)
+
+    def _turn(self, job: Turns, locks: contextlib.ExitStack) -> None:
+        with contextlib.ExitStack() as held:
+            held.push(locks)
+            try:
+                next(job)
+            except StopIteration as end:
                 self._ended(end.value)
+            else:
+                self._waiting.append((self._clock(), job, held.pop_all()))
 
 
 def _room_beside(row: Row) -> bool:
@@ -224,12 +234,15 @@ def _pairs(
                 yield choice, variant.name
 
 
-def _measured(folder: store.Place, failed: Collection[str] = (), since: str = "") -> dict[str, Row]:
-    """Rows that need not be measured again; failures are tried again but for the keys in `failed`."""
+def _measured(folder: store.Place, since: str = "", failed: Collection[str] = (), begun: str = "9") -> dict[str, Row]:
+    """Rows that need not be measured again.
+
+    Failures are tried again but for the keys in `failed`, and those of another run since this one has `begun`.
+    """
     rows, _ = store.read(folder)
     # That a pair cannot run needs no saying every night.
     recent = [row for row in rows if row.started_at >= since or row.unsupported]
-    return {row.key: row for row in recent if row.error is None or row.key in failed}
+    return {row.key: row for row in recent if row.error is None or row.key in failed or row.started_at >= begun}
 
 
 def _of_reference(rows: dict[str, Row], base: dict[str, Any] | None) -> dict[str, Row]:
@@ -301,9 +314,7 @@ def _plan(recipe: Recipe, made: Made, choice: BackendChoice, name: str, referenc
     return replace(row, key=digest([*causes, reference] if reference and _scores(row) else causes))
 
 
-def _measure(
-    recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, show: Show
-) -> Generator[None, None, Row]:
+def _measure(recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, show: Show) -> Turns:
     """Run the job in its engine's interpreter and fill the row in; yields between its turns."""
     module = importlib.import_module(BACKENDS[row.backend])
     job = Job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import random
 import struct
 from dataclasses import replace
 from typing import Any
@@ -233,3 +234,38 @@ def test_too_few_samples_have_no_interval() -> None:
     low, high = metrics.interval([10.0, 11.0]) or (0, 0)
     # Two samples say next to nothing, and the interval says so: exp(mean log +- 12.706 * sd / sqrt 2).
     assert (low, high) == (pytest.approx(5.7244, abs=1e-3), pytest.approx(110 / 5.7244, abs=1e-2))
+
+
+def test_what_was_made_in_one_go_counts_once() -> None:
+    """Three turns of four repeats each: Student's interval of three, not the order statistics of twelve."""
+    samples = [10.0, 10.1, 9.9, 10.0, 11.0, 11.1, 10.9, 11.0, 9.0, 9.1, 8.9, 9.0]
+    apart = metrics.interval([10.0, 11.0, 9.0])
+    together = metrics.interval(samples, [4, 4, 4])
+    assert apart and together
+    assert together == pytest.approx(apart, rel=1e-3)
+    plain = metrics.interval(samples)
+    assert plain and together[0] < plain[0] and together[1] > plain[1]
+    assert metrics.interval([10.0, 11.0, 9.0], [1, 1, 1]) == metrics.interval([10.0, 11.0, 9.0])
+    assert metrics.interval(samples, [12]) == plain, "one turn says nothing of drift"
+    assert metrics.interval(samples, [4, 4]) == plain, "a repeat without a time leaves no turns to tell"
+
+
+def test_an_interval_over_turns_holds_the_median() -> None:
+    low, high = metrics.interval([1.0, 1.0, 5.0, 1.0, 1.0, 5.0, 1.0, 1.0, 5.0], [3, 3, 3]) or (0, 0)
+    assert low <= 1.0 <= high
+
+
+def test_an_interval_over_turns_covers_a_drifting_machine() -> None:
+    """Repeats of a turn share its drift: 95 % of the intervals hold the truth, and far fewer would without turns."""
+    chance = random.Random(3)
+    held = naive = 0
+    for _ in range(2000):
+        drifts = [chance.gauss(0, 0.05) for _ in range(3)]
+        samples = [100 * math.exp(drift + chance.gauss(0, 0.01)) for drift in drifts for _ in range(4)]
+        for turns in ([4, 4, 4], []):
+            low, high = metrics.interval(samples, turns) or (0, 0)
+            if turns:
+                held += low <= 100 <= high
+            else:
+                naive += low <= 100 <= high
+    assert held >= 0.935 * 2000 > naive

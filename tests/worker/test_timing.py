@@ -132,6 +132,38 @@ def test_prompts_are_fresh_in_every_repeat_and_the_same_for_every_engine() -> No
     assert not set(seen) & {tuple(ids) for batch in other.asked for ids in batch}
 
 
+@pytest.mark.parametrize(
+    ("repeats", "turns", "sizes"),
+    [(3, 3, [1, 1, 1]), (2, 3, [1, 1]), (1, 3, [1]), (20, 3, [6, 7, 7]), (5, 1, [5]), (4, 2, [2, 2])],
+)
+def test_a_turn_has_its_share_of_the_repeats(repeats: int, turns: int, sizes: list[int]) -> None:
+    shares = timing.shares(repeats, turns)
+    assert [len(share) for share in shares] == sizes
+    assert [repeat for share in shares for repeat in share] == list(range(repeats))
+
+
+def test_turns_time_the_same_prompts_as_one_go() -> None:
+    load = Workload(prompt_tokens=100, more_batch=[3], new_tokens=5, repeats=3, requests=2)
+    one, three = Engine(noise=0.0, warming=50.0), Engine(noise=0.0, warming=50.0)
+    whole = timing.speeds(one, load, [], clock=one.clock)[0]
+    parts = [timing.speeds(three, load, [], clock=three.clock, share=share)[0] for share in timing.shares(3, 3)]
+    joined = timing.joined(parts)
+    assert [speed.turns for speed in joined] == [[1, 1, 1]] * 2 and [speed.turns for speed in whole] == [[3]] * 2
+    for mine, theirs in zip(joined, whole, strict=True):
+        assert mine.first_token_s == pytest.approx(theirs.first_token_s)
+        assert mine.step_tokens == theirs.step_tokens and mine.energy_j == theirs.energy_j
+    # What is timed is the same; a later turn is woken by the beginning of a prompt, so that no clock sees the first.
+    long = [[ids for ids in batch if len(ids) == 100] for engine in (one, three) for batch in engine.asked]
+    timed = {tuple(ids) for batch in long for ids in batch}
+    assert len(timed) == 4 * (1 + 3)
+    assert {len(ids) for batch in three.asked for ids in batch} == {100, timing.WAKE_TOKENS}
+    served = timing.joined([timing.served(three, load, [], clock=three.clock, share=s) for s in timing.shares(3, 3)])
+    again = timing.served(one, load, [], clock=one.clock)
+    assert [each.turns for each in served] == [[1, 1, 1]] * 2
+    for mine, theirs in zip(served, again, strict=True):
+        assert mine.seconds == pytest.approx(theirs.seconds) and mine.new_tokens == theirs.new_tokens
+
+
 def test_throughput_counts_every_token_of_every_request() -> None:
     engine = Engine(noise=0.0)
     load = Workload(prompt_tokens=4, new_tokens=8, more_batch=[4], requests=3, repeats=2)
