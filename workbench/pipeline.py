@@ -38,8 +38,8 @@ from workbench.worker.backends import BACKENDS
 TURNS = 3
 """In how many turns a job's repeats are timed."""
 
-APART_S = 30.0
-"""Seconds between two turns of a job: about as long as a slow spell of a shared machine lasts."""
+APART_S = 60.0
+"""Seconds between two turns of a job: longer than a slow spell of a shared machine lasts."""
 
 Turns = Generator[None, None, Row]
 """A job: yields where it waits for its next turn, returns its row."""
