@@ -1,10 +1,11 @@
 """llama.cpp through the workbench against its own `llama-bench`: one file, threads and lengths, interleaved in one run.
 
-    python benchmarks/llama_bench.py PATH/TO/llama-bench FILE.gguf [FILE.gguf ...] [--threads 2] [--rounds 40]
+    python benchmarks/llama_bench.py PATH/TO/llama-bench FILE.gguf [FILE.gguf ...] [--threads 2] [--rounds 30]
 
 `llama-bench` builds from the source package of llama-cpp-python (`vendor/llama.cpp`, target llama-bench) with the same
-compiler and options as the package. In each round both sides run once, after a warm-up, in an order that changes from
-round to round (`paired.py`). The claim: pp512 and tg128 within 3 % of it, by the median ratio of the rounds. Exit
+compiler and options as the package. In each round both sides run once, after a warm-up, each in a process of its own
+(where a process's memory lies is good for a few percent of prefill), in an order that changes from round to round
+(`paired.py`). The claim: pp512 and tg128 within 3 % of it, by the median ratio of the rounds. Exit
 code 1 if not.
 
 llama-bench counts decoding from an empty context and no choice of token; the workbench's 128 steps follow a prompt of
@@ -34,8 +35,16 @@ def theirs(bench: str, file: str, threads: int) -> dict[str, float]:
     return {"pp512" if test["n_prompt"] else "tg128": float(test["samples_ts"][0]) for test in tests}
 
 
+def ours(file: str, threads: int) -> dict[str, float]:
+    """The same through the workbench."""
+    process = paired.Worker(__file__, {"file": file, "threads": threads}, {"OMP_NUM_THREADS": str(threads)})
+    found = process()
+    process.close()
+    return found
+
+
 def worker(asked: str) -> None:
-    """The same through the workbench's own backend and clock."""
+    """Its side: the workbench's own backend and clock."""
     from workbench.records import Artifact, Job, Workload
     from workbench.worker import timing
     from workbench.worker.backends import llamacpp
@@ -63,15 +72,16 @@ def main() -> int:
     parser.add_argument("bench")
     parser.add_argument("files", nargs="+")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=30)
     given = parser.parse_args()
     failed = 0
     print(f"{'file':44} {'test':6} {'llama-bench':>10} {'workbench':>10}   (tokens a second)")
     for file in given.files:
-        asked = {"file": file, "threads": given.threads}
-        ours = paired.Worker(__file__, asked, {"OMP_NUM_THREADS": str(given.threads)})
-        found = paired.rounds(lambda file=file: theirs(given.bench, file, given.threads), ours, given.rounds)
-        ours.close()
+        found = paired.rounds(
+            lambda file=file: theirs(given.bench, file, given.threads),
+            lambda file=file: ours(file, given.threads),
+            given.rounds,
+        )
         for test, pairs in found.items():
             line, within = paired.verdict(pairs, LIMIT)
             # Faster is no fault, but it is no agreement either.

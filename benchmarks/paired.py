@@ -34,7 +34,6 @@ class Worker:
             env={**os.environ, "PYTHONPATH": path, **environment}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
-        self()
 
     def __call__(self) -> dict[str, float]:
         assert self._child.stdin and self._child.stdout

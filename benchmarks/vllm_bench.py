@@ -126,6 +126,8 @@ def main() -> int:
     for what in tests:
         asked = vars(given) | {"what": what}
         sides = [paired.Worker(__file__, asked | {"side": side}, environment()) for side in ("theirs", "ours")]
+        for side in sides:
+            side()  # loads, and warms up
         for pairs in paired.rounds(sides[0], sides[1], given.rounds).values():
             line, within = paired.verdict(pairs, LIMIT)
             failed += not within

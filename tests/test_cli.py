@@ -177,7 +177,11 @@ def test_a_run_measures_once_and_its_table_has_what_is_promised(bench: Bench) ->
         assert row["machine"]["name"] and row["versions"]["workbench"] and row["recipe_digest"]
         assert len(row["measurement"]["speeds"][0]["first_token_s"]) == 2, "raw samples, one a repeat"
         assert all(len(steps) == 3 for steps in row["measurement"]["speeds"][0]["step_s"])
+        assert row["measurement"]["speeds"][0]["turns"] == [1, 1]
         assert len(row["measurement"]["quality"]["windows"]) == 3
+    steps = [line.rpartition(": ")[0] for line in first.stderr.splitlines() if line.startswith("fake: ")]
+    assert sorted(step for step in steps[:2]) == ["fake: base", "fake: gguf-Q8_0"], "both loaded before a second turn"
+    assert [f"{step}, turn 2" for step in steps[:2]] == steps[2:]
     (provenance,) = [row["artifact"]["provenance"] for row in stored if row["artifact"]["variant"] != "base"]
     assert provenance["base"] and provenance["versions"]["llama-cpp-python"] and provenance["cost"]["seconds"] > 0
 
@@ -223,6 +227,17 @@ def test_only_some_variants_and_the_base_beside_them(bench: Bench) -> None:
     recipe = bench.recipe(variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}])
     assert bench("run", recipe, "--variant", "gguf-Q4_0").returncode == 0
     assert bench.measured() == ["base", "gguf-Q4_0"]
+
+
+def test_a_pattern_names_variants_but_sends_none_where_the_recipe_does_not(bench: Bench) -> None:
+    recipe = bench.recipe(
+        variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}, {"gguf": "Q4_1"}],
+        backends={"fake": {"variants": ["base", "gguf-Q4_0", "gguf-Q8_0"]}},
+    )
+    assert bench("run", recipe, "--variant", "gguf-Q4_*").returncode == 0
+    assert bench.measured() == ["base", "gguf-Q4_0"]
+    assert bench("run", recipe, "--variant", "gguf-Q4_1").returncode == 0
+    assert bench.measured() == ["base", "gguf-Q4_0", "gguf-Q4_1"], "a name is a name"
 
 
 def test_again_measures_again(bench: Bench) -> None:
@@ -419,6 +434,7 @@ def test_two_runs_at_once_do_not_fail_twice(bench: Bench) -> None:
         (["--backend", "fakee"], "unknown backend 'fakee'. Did you mean 'fake'?"),
         (["--backend", "llama.cpp"], "unknown backend 'llama.cpp'. Did you mean 'llamacpp'?"),
         (["--variant", "gguf-Q8_O"], "unknown variant 'gguf-Q8_O'. Did you mean 'gguf-Q8_0'?"),
+        (["--variant", "awq-*"], "unknown variant 'awq-*'. Known: base, gguf-Q8_0."),
         (["--format", "jsn"], "unknown format 'jsn'. Did you mean 'json'?"),
     ],
 )

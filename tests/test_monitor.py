@@ -103,7 +103,9 @@ def seen(root: Path, *states: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module.os, "sysconf", lambda name: 100)
     monitor = Monitor(root)
     for state in states:
-        a_machine(root, **state)
+        if state.get("waited"):
+            monitor.resume()
+        a_machine(root, **{name: value for name, value in state.items() if name != "waited"})
         monitor(os.getpid())
     return monitor.conditions()
 
@@ -116,6 +118,18 @@ def test_a_quiet_machine_warns_of_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["others_cores"] == pytest.approx(0.02) and found["stolen_fraction"] == 0
     assert found["throttled"] is False and found["clock_hz"] == [3.000001e9, 3.000002e9, 3.000003e9]
     assert module.warnings(found) == []
+
+
+def test_what_others_do_while_a_job_waits_is_not_held_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [{"busy": 100 * i, "own": 100 * i, "hot": 0} for i in range(3)]
+    states += [{"busy": 5000 + 100 * i, "own": 200 + 100 * i, "hot": 3, "waited": i == 0} for i in range(3)]
+    found = seen(tmp_path, *states, monkeypatch=monkeypatch)
+    assert found["others_cores"] == 0 and found["throttled"] is False
+    states[-1] = states[-1] | {"busy": states[-1]["busy"] + 400}
+    found = seen(tmp_path, *states, monkeypatch=monkeypatch)
+    assert found["others_cores"] == pytest.approx(1.0), "four seconds of others in four of work"
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ Backends = Annotated[
 Variants = Annotated[
     list[str] | None,
     typer.Option(
-        "--variant", "-v", help="Only this variant, and the base to compare it with; may be repeated.",
+        "--variant", "-v", help="Only this variant (or 'gguf-*'), and the base to compare it with; may be repeated.",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -415,7 +415,7 @@ def _named(recipe: object, names: list[str] | None) -> set[str] | None:
     from workbench.recipe import Recipe
 
     assert isinstance(recipe, Recipe)
-    return {recipe.variant(name).name for name in names} if names else None
+    return recipe.matching(names) if names else None
 
 
 def _stored(places: Sequence[str], everything: bool = False, quiet: bool = False) -> list[Row]:

@@ -224,13 +224,16 @@ def _left_out(made: Made, backends: Collection[str]) -> dict[str, str]:
 def _pairs(
     recipe: Recipe, backends: list[str] | None, variants: list[str] | None
 ) -> Iterator[tuple[BackendChoice, str]]:
-    """Backend by backend, the base first: every delta is against the base on the same backend."""
+    """Backend by backend, the base first: every delta is against the base on the same backend.
+
+    A variant that is named runs also where the recipe does not send it; of those that a pattern means, none does.
+    """
     choices = [choice for name in backends for choice in recipe.choices(name)] if backends else list(recipe.backends)
-    wanted = {"base"} | {recipe.variant(name).name for name in variants} if variants else None
+    named = {"base", *variants} if variants else set()
+    wanted = recipe.matching(variants or ["*"])
     for choice in choices:
         for variant in recipe.variants:
-            named = wanted is not None and variant.name in wanted
-            if named or (wanted is None and choice.takes(variant.name)):
+            if variant.name in named or (variant.name in wanted and choice.takes(variant.name)):
                 yield choice, variant.name
 
 
@@ -321,7 +324,8 @@ def _measure(recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, 
         base=recipe.model, artifact=row.artifact, backend=row.backend, options=row.options,
         workload=row.workload, evaluation=row.evaluation, reference=base["path"] if base else None,
         base_digest=made.base["digest"], evaluations=row.evaluations, tasks=row.tasks,
-        references={name: each["path"] for name, each in base["further"].items()} if base else {}, turns=TURNS,
+        references={name: each["path"] for name, each in base["further"].items()} if base else {},
+        turns=1 if has_cuda() else TURNS,
     )  # fmt: skip
     threads = str(row.options.get("threads") or len(os.sched_getaffinity(0)))
     environment = {**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}

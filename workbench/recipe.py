@@ -339,6 +339,14 @@ class Recipe:
                 return variant
         raise unknown("variant", name, [v.name for v in self.variants], str(self.path))
 
+    def matching(self, patterns: list[str]) -> set[str]:
+        """The variants that any of the names or patterns (`gguf-*`) means; a `UserError` for one that means none."""
+        names = [variant.name for variant in self.variants]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise unknown("variant", pattern, names, str(self.path))
+        return {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+
     def backend(self, name: str) -> BackendChoice:
         """The backend of that name, with its defaults if the recipe does not list it."""
         if name not in BACKENDS:

@@ -92,6 +92,7 @@ class Backend:
         self._context: Any = None
         self._batch: Any = None
         self._slots = self._room = 0
+        self._seen, self._view = (0, 0), None
         generated = load.prompt_tokens + load.new_tokens
         self._first_point, self._point_lines = (load.batch, generated), list[str]()
         if job.longest_window:
@@ -147,7 +148,10 @@ class Backend:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = sequence
             batch.logits[i] = wanted
-        status = self._api.llama_decode(self._context, batch)
+        self._run()
+
+    def _run(self) -> None:
+        status = self._api.llama_decode(self._context, self._batch)
         if status != 0:
             raise RuntimeError(f"llama_decode failed with status {status}")
 
@@ -158,9 +162,15 @@ class Backend:
         """The last decode's wanted logits, [rows, vocabulary] float32, a numpy view of the engine's buffer."""
         import numpy as np
 
-        size = rows * self._vocab_size
-        buffer = ctypes.cast(self._api.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float * size)).contents
-        return np.frombuffer(buffer, dtype=np.float32).reshape(rows, self._vocab_size)
+        pointer = self._api.llama_get_logits(self._context)
+        seen = (ctypes.addressof(pointer.contents), rows)
+        if self._seen != seen:
+            # llama.cpp keeps its buffer from step to step, and a view takes longer to make than the choice of a token.
+            size = rows * self._vocab_size
+            buffer = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * size)).contents
+            self._view = np.frombuffer(buffer, dtype=np.float32).reshape(rows, self._vocab_size)
+            self._seen = seen
+        return self._view
 
     def _logits(self, rows: int) -> Any:
         """The same as a tensor."""
@@ -201,8 +211,16 @@ class Backend:
         )
         chosen = self._likeliest(count)
         yield [1] * count
+        batch, lengths = self._batch, [len(ids) for ids in prompts]
         for step in range(new_tokens - 1):
-            self._decode([(chosen[s], len(prompts[s]) + step, s, True) for s in range(count)])
+            if step == 0:
+                self._decode([(chosen[s], lengths[s], s, True) for s in range(count)])
+            else:
+                # All else in the batch is as it was: between two steps as little as can be.
+                for s, token in enumerate(chosen):
+                    batch.token[s] = token
+                    batch.pos[s] = lengths[s] + step
+                self._run()
             chosen = self._likeliest(count)
             yield [1] * count
 
