@@ -35,8 +35,8 @@ from workbench.records import MEASUREMENT_VERSION, Artifact, Job, Measurement, R
 from workbench.report import store
 from workbench.worker.backends import BACKENDS
 
-TURNS = 3
-"""In how many turns a job's repeats are timed."""
+TURNS = 5
+"""In how many turns a job's repeats are timed, at the most."""
 
 APART_S = 60.0
 """Seconds between two turns of a job: longer than a slow spell of a shared machine lasts."""
