@@ -8,8 +8,9 @@ compiler and options as the package. In each round both sides run once, after a 
 (`paired.py`). The claim: pp512 and tg128 within 3 % of it, by the median ratio of the rounds. Exit
 code 1 if not.
 
-llama-bench counts decoding from an empty context and no choice of token; the workbench's 128 steps follow a prompt of
-one token and choose the likeliest each time.
+llama-bench makes a context for each test, as large as the test needs, and so does this: decoding in the context of
+the prefill is a few percent slower. It counts no choice of token; the workbench's 128 steps follow a prompt of one
+token and choose the likeliest each time.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def ours(file: str, threads: int) -> dict[str, float]:
 
 def worker(asked: str) -> None:
     """Its side: the workbench's own backend and clock."""
-    from workbench.records import Artifact, Job, Workload
+    from workbench.records import Artifact, Job, Speed, Workload
     from workbench.worker import timing
     from workbench.worker.backends import llamacpp
 
@@ -53,11 +54,15 @@ def worker(asked: str) -> None:
     prefill = Workload(prompt_tokens=PROMPT_TOKENS, new_tokens=2, repeats=1)
     decode = Workload(prompt_tokens=1, new_tokens=NEW_TOKENS + 1, repeats=1)
     artifact = Artifact("v", "gguf", "gguf", given["file"], "", 0, 0)
-    engine = llamacpp.Backend(Job("m", artifact, "llamacpp", {"threads": given["threads"]}, prefill))
+
+    def timed(load: Workload) -> Speed:
+        engine = llamacpp.Backend(Job("m", artifact, "llamacpp", {"threads": given["threads"]}, load))
+        speed = timing.speeds(engine, load, [])[0][0]
+        engine.close()
+        return speed
 
     def turn() -> dict[str, float]:
-        prompt = timing.speeds(engine, prefill, [])[0][0]
-        answer = timing.speeds(engine, decode, [])[0][0]
+        prompt, answer = timed(prefill), timed(decode)
         return {
             "pp512": PROMPT_TOKENS / prompt.first_token_s[0],
             "tg128": len(answer.step_s[0]) / sum(answer.step_s[0]),
