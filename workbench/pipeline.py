@@ -81,9 +81,10 @@ def profile(
     What was measured at `since` (RFC 3339, UTC) or later is not measured again, nor anything ever measured if it
     is empty; with `again`, everything is. `only`: these (backend, variant) and no others, not even the base.
     """
-    here, begun = machine(), _now()
+    here = machine()
     folder = store.under(results, here["name"])
-    measured = {} if again else _measured(folder, since=since)
+    before = [] if again else store.read(folder)[0]
+    measured, failed = _measured(before, since), {(row.key, row.started_at) for row in before if row.error}
     pairs, keys = list(_pairs(recipe, backends, variants)), _reference_keys(recipe, made)
     key = digest([*keys.values()]) if len(keys) > 1 else keys.get("")
     for name, reason in _left_out(made, {choice.name for choice, _ in pairs}).items():
@@ -123,10 +124,10 @@ def profile(
 
             with contextlib.ExitStack() as locks:
                 locks.enter_context(lock(home() / "locks" / f"row-{row.key}", wait))
-                # Another run may have stored it in the meantime; if it was waited for, its failure counts too.
+                # Another run may have stored it in the meantime; then its failure counts too.
                 # To read a bucket again for each row would take longer than the rows: there only if it was waited for.
                 if not again and (waited or isinstance(folder, Path)):
-                    measured |= _of_reference(_measured(folder, since, waited, begun), base)
+                    measured |= _of_reference(_measured(store.read(folder)[0], since, failed), base)
                 if row.key in measured:
                     rows[place] = measured[row.key]
                 elif row.error or row.unsupported:
@@ -237,15 +238,17 @@ def _pairs(
                 yield choice, variant.name
 
 
-def _measured(folder: store.Place, since: str = "", failed: Collection[str] = (), begun: str = "9") -> dict[str, Row]:
+def _measured(rows: list[Row], since: str, failed: Collection[tuple[str, str]] | None = None) -> dict[str, Row]:
     """Rows that need not be measured again.
 
-    Failures are tried again but for the keys in `failed`, and those of another run since this one has `begun`.
+    Failures are tried again: all of them, or those in `failed` (key and start), which were there before this run.
     """
-    rows, _ = store.read(folder)
     # That a pair cannot run needs no saying every night.
     recent = [row for row in rows if row.started_at >= since or row.unsupported]
-    return {row.key: row for row in recent if row.error is None or row.key in failed or row.started_at >= begun}
+    settled = [
+        row for row in recent if not row.error or (failed is not None and (row.key, row.started_at) not in failed)
+    ]
+    return {row.key: row for row in settled}
 
 
 def _of_reference(rows: dict[str, Row], base: dict[str, Any] | None) -> dict[str, Row]:
