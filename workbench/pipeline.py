@@ -109,19 +109,21 @@ def profile(
         if row.error:
             show.say(f"{row.artifact.variant} on {row.backend} failed: {row.error}")
 
+    waited = False
     with Together(store_row) as jobs:
+
+        def wait() -> None:
+            nonlocal waited
+            waited = True
+            # Whoever has the lock may be waiting for one of these.
+            jobs.finish()
+
         for place in order:
             row = replace(plans[place], place=place)
             if row.key in measured:
                 rows[place] = measured[row.key]
                 continue
-            waited: list[str] = []
-
-            def wait(key: str = row.key, waited: list[str] = waited) -> None:
-                waited.append(key)
-                # Whoever has it may be waiting for one of these.
-                jobs.finish()
-
+            waited = False
             with contextlib.ExitStack() as locks:
                 locks.enter_context(lock(home() / "locks" / f"row-{row.key}", wait))
                 # Another run may have stored it in the meantime; then its failure counts too.

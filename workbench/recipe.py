@@ -341,11 +341,7 @@ class Recipe:
 
     def matching(self, patterns: list[str]) -> set[str]:
         """The variants that any of the names or patterns (`gguf-*`) means; a `UserError` for one that means none."""
-        names = [variant.name for variant in self.variants]
-        for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                raise unknown("variant", pattern, names, str(self.path))
-        return {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+        return _meant(patterns, self.variants, str(self.path))
 
     def backend(self, name: str) -> BackendChoice:
         """The backend of that name, with its defaults if the recipe does not list it."""
@@ -603,10 +599,7 @@ def _backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple[Back
         patterns = options.pop("variants", ["*"])
         if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
             raise UserError(f"{where}: {place}.variants: a list of variant names or patterns")
-        names = [variant.name for variant in variants]
-        for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                raise unknown("variant", pattern, names, f"{where}: {place}.variants")
+        _meant(patterns, variants, f"{where}: {place}.variants")
         kind = _module(BACKENDS[name]).Options
         axis = options.get("kv_cache")
         values = axis if isinstance(axis, list) and axis else [axis]
@@ -617,6 +610,17 @@ def _backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple[Back
             checked = _validate(TypeAdapter(kind), one, where, place, also={"variants"})
             found.append(BackendChoice(name, to_json(checked), tuple(patterns)))
     return tuple(found)
+
+
+def _meant(patterns: list[str], variants: tuple[Variant, ...], where: str) -> set[str]:
+    """Names of the variants that any of the patterns means; a `UserError` at `where` for one that means none."""
+    names, meant = [variant.name for variant in variants], set[str]()
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise unknown("variant", pattern, names, where)
+        meant.update(found)
+    return meant
 
 
 def _validate(adapter: TypeAdapter[Any], value: Any, where: str, place: str, also: set[str] = frozenset()) -> Any:  # type: ignore[assignment]
