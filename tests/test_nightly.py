@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,17 @@ def test_one_engine_broken_does_not_hide_the_other(bench: Bench) -> None:  # noq
     assert night.stdout.count("on fake: broken") == 2 and "on llamacpp: broken" not in night.stdout
     measured = [row for row in bench.rows() if row["backend"] == "llamacpp" and row["measurement"]]
     assert len(measured) >= 4
+
+
+def test_only_what_is_suspect_is_measured_again(bench: Bench) -> None:  # noqa: F811
+    recipe = bench.recipe("one-limps", variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}])
+    sixty_ms = {"WORKBENCH_FAKE_SLOWER": "60"}  # the machine's own slowness is small beside it
+    assert bench("nightly", recipe, **sixty_ms).returncode == 0
+    before = len(bench.rows())
+    night = bench("nightly", recipe, WORKBENCH_FAKE_LIMPS="gguf-Q8_0", **sixty_ms)
+    assert night.returncode == 1 and "regressed" in night.stdout
+    times = Counter(row["artifact"]["variant"] for row in bench.rows()[before:])
+    assert times == {"base": 1, "gguf-Q8_0": 3, "gguf-Q4_0": 1}
 
 
 def test_a_killed_night_is_taken_up_where_it_was(bench: Bench) -> None:  # noqa: F811

@@ -99,7 +99,7 @@ def profile(
             plans = [row if row.key in measured else other for row, other in zip(plans, bare, strict=True)]
         measured = _of_reference(measured, base)
     rows: dict[int, Row] = {}
-    order = list(range(len(plans)))
+    order = [place for place, (choice, name) in enumerate(pairs) if only is None or (choice.name, name) in only]
     # A machine that drifts (heat, other work) must not make the later variants look slower; the same order each time.
     random.Random(f"{recipe.name} {recipe.workload.seed}").shuffle(order)
 

@@ -50,6 +50,10 @@ class Backend:
         if os.environ.get("WORKBENCH_FAKE_BROKEN"):
             raise RuntimeError("fake engine: broken since tonight")
         self._do = job.options.get("do", "nothing") if job.artifact.variant == only else "nothing"
+        # Slower without a word in the recipe, as an engine's new version may be: in everything, or with one variant.
+        self._step_s = 0.001 * float(os.environ.get("WORKBENCH_FAKE_SLOWER", "1"))
+        if os.environ.get("WORKBENCH_FAKE_LIMPS") == job.artifact.variant:
+            self._step_s *= 1.5
         if self._do == "hang":
             time.sleep(3600)
         if self._do == "die":
@@ -88,8 +92,7 @@ class Backend:
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
         """A token a step for every prompt."""
         for _ in range(new_tokens):
-            # Slower without a word in the recipe, as an engine's new version may be.
-            time.sleep(0.001 * float(os.environ.get("WORKBENCH_FAKE_SLOWER", "1")))
+            time.sleep(self._step_s)
             yield [1] * len(prompts)
 
     def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:
