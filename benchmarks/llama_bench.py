@@ -1,12 +1,16 @@
 """llama.cpp through the workbench against its own `llama-bench`: one file, threads and lengths, interleaved in one run.
 
-    python benchmarks/llama_bench.py PATH/TO/llama-bench FILE.gguf [FILE.gguf ...] [--threads 2] [--rounds 30]
+    python benchmarks/llama_bench.py PATH/TO/llama-bench FILE.gguf [FILE.gguf ...] [--threads 2] [--processes 16]
 
 `llama-bench` builds from the source package of llama-cpp-python (`vendor/llama.cpp`, target llama-bench) with the same
-compiler and options as the package. In each round both sides run once, after a warm-up, each in a process of its own
-(where a process's memory lies is good for a few percent of prefill), in an order that changes from round to round
-(`paired.py`). The claim: pp512 and tg128 within 3 % of it, by the median ratio of the rounds. Exit
-code 1 if not.
+compiler and options as the package. The claim: pp512 and tg128 within 3 % of it. Exit code 1 if not.
+
+Two things are larger than what is to be seen, and both sides bear them alike here. The machine's speed changes within
+a second: both sides run in slices of 50 ms, in turn, and the time in which one is stopped is taken off its own clock
+(`paired.sliced`). And each process is lucky or not in where its memory lies, up to 8 % of prefill, always in the same
+way for the same program: both allocate in huge pages (glibc's tunables; `--pages small` leaves that out), and all is
+done again in new processes, `--processes` times. What each pair of processes took for its samples is one ratio, and
+the median of those is the figure.
 
 llama-bench makes a context for each test, as large as the test needs, and so does this: decoding in the context of
 the prefill is a few percent slower. It counts no choice of token; the workbench's 128 steps follow a prompt of one
@@ -16,59 +20,101 @@ token and choose the likeliest each time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import subprocess
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import paired
 
 LIMIT = 0.03
-PROMPT_TOKENS, NEW_TOKENS = 512, 128
+TESTS = {"pp512": 512, "tg128": 128}
+"""Tokens that a sample of each test counts."""
+SAMPLES = 3
+HUGE_PAGES = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
+    "glibc.malloc.top_pad=268435456:glibc.malloc.trim_threshold=8589934592"
+}
+"""All of malloc's memory from one heap, and the kernel asked for huge pages there."""
+STARTS_A_RUN, ENDS_THEM = rb"run \d+/", rb'"samples_ns"'
 
 
-def theirs(bench: str, file: str, threads: int) -> dict[str, float]:
-    """Tokens a second of one repeat each."""
-    command = [bench, "-m", file, "-t", str(threads), "-p", str(PROMPT_TOKENS), "-n", str(NEW_TOKENS)]
-    answer = subprocess.run([*command, "-r", "1", "-o", "json"], capture_output=True, text=True, check=True)
-    tests = json.loads(answer.stdout)
-    return {"pp512" if test["n_prompt"] else "tg128": float(test["samples_ts"][0]) for test in tests}
+def theirs(bench: str, file: str, threads: int, test: str, environment: dict[str, str]) -> paired.Stoppable:
+    """llama-bench, stopped where its first sample begins; it says when it begins one."""
+    lengths = ("512", "0") if test == "pp512" else ("0", "128")
+    command = [bench, "-m", file, "-t", str(threads), "-p", lengths[0], "-n", lengths[1], "-r", str(SAMPLES)]
+    mark = re.compile(STARTS_A_RUN + b"|" + ENDS_THEM)
+    return paired.Stoppable([*command, "-o", "jsonl", "--progress"], environment, lambda said: bool(mark.search(said)))
 
 
-def ours(file: str, threads: int) -> dict[str, float]:
+def their_seconds(side: paired.Stoppable) -> float:
+    """Of all samples, on its own clock, less what it was stopped in them."""
+    (line,) = [line for line in side.rest().splitlines() if ENDS_THEM in line]
+    measured = sum(json.loads(line[line.index(b"{") :])["samples_ns"]) / 1e9
+    return float(measured - side.stopped_s(side.marks[0], side.marks[SAMPLES]))
+
+
+def ours(file: str, threads: int, test: str, environment: dict[str, str]) -> paired.Stoppable:
     """The same through the workbench."""
-    process = paired.Worker(__file__, {"file": file, "threads": threads}, {"OMP_NUM_THREADS": str(threads)})
-    found = process()
-    process.close()
-    return found
+    asked = {"file": file, "threads": threads, "test": test}
+    more = {**paired.PATHS, "OMP_NUM_THREADS": str(threads), **environment}
+    command = [sys.executable, "-P", __file__, "--worker", json.dumps(asked)]
+    return paired.Stoppable(command, more, lambda said: b'{"sample"' in said)
+
+
+def our_seconds(side: paired.Stoppable) -> float:
+    """Of all samples, on the workbench's clock, less what it was stopped in them."""
+    lines = [json.loads(line) for line in side.said.splitlines() if line.startswith(b'{"sample"')]
+    samples = [line["sample"] for line in lines[1:]]  # the first was made before it was ever stopped
+    return float(sum(end - begin - side.stopped_s(begin, end) for begin, end in samples))
 
 
 def worker(asked: str) -> None:
-    """Its side: the workbench's own backend and clock."""
-    from workbench.records import Artifact, Job, Speed, Workload
+    """Its side: the workbench's own backend, warm-up, prompts and clock; a line after each sample."""
+    from workbench.records import Artifact, Job, Workload
     from workbench.worker import timing
     from workbench.worker.backends import llamacpp
 
     given = json.loads(asked)
-    prefill = Workload(prompt_tokens=PROMPT_TOKENS, new_tokens=2, repeats=1)
-    decode = Workload(prompt_tokens=1, new_tokens=NEW_TOKENS + 1, repeats=1)
+    prompt, new = (512, 2) if given["test"] == "pp512" else (1, 129)
+    load = Workload(prompt_tokens=prompt, new_tokens=new, repeats=1 + SAMPLES)
     artifact = Artifact("v", "gguf", "gguf", given["file"], "", 0, 0)
+    engine = llamacpp.Backend(Job("m", artifact, "llamacpp", {"threads": given["threads"]}, load))
+    ticks: list[float] = []
 
-    def timed(load: Workload) -> Speed:
-        engine = llamacpp.Backend(Job("m", artifact, "llamacpp", {"threads": given["threads"]}, load))
-        speed = timing.speeds(engine, load, [])[0][0]
-        engine.close()
-        return speed
+    def clock() -> float:
+        ticks.append(timing.now())
+        return ticks[-1]
 
-    def turn() -> dict[str, float]:
-        prompt, answer = timed(prefill), timed(decode)
-        return {
-            "pp512": PROMPT_TOKENS / prompt.first_token_s[0],
-            "tg128": len(answer.step_s[0]) / sum(answer.step_s[0]),
-        }
+    def stepped() -> None:
+        # The last answer's: its start, its first token, its last one.
+        start, first, last = ticks[-1 - new], ticks[-new], ticks[-1]
+        sample = (start, first) if given["test"] == "pp512" else (first, last)
+        print(json.dumps({"sample": sample}), flush=True)
 
-    paired.answer(turn)
+    timing.speeds(engine, load, [], stepped, clock)
+
+
+def compared(
+    bench: str, file: str, threads: int, test: str, processes: int, pages: dict[str, str]
+) -> list[tuple[float, float]]:
+    """(theirs, ours) in tokens a second, of every pair of processes."""
+    found, both = [], (partial(theirs, bench), ours)
+    for turn in range(processes):
+        with contextlib.ExitStack() as running:
+            sides = {}
+            # Who comes first has the first choice of memory.
+            for make in both if turn % 2 == 0 else both[::-1]:
+                sides[make] = make(file, threads, test, pages)
+                running.callback(sides[make].close)
+            peer, own = (sides[make] for make in both)
+            paired.sliced((peer, own), SAMPLES)
+            tokens = TESTS[test] * SAMPLES
+            found.append((tokens / their_seconds(peer), tokens / our_seconds(own)))
+    return found
 
 
 def main() -> int:
@@ -77,22 +123,20 @@ def main() -> int:
     parser.add_argument("bench")
     parser.add_argument("files", nargs="+")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=16)
+    parser.add_argument("--pages", choices=("huge", "small"), default="huge")
     given = parser.parse_args()
+    pages = HUGE_PAGES if given.pages == "huge" else {}
     failed = 0
-    print(f"{'file':44} {'test':6} {'llama-bench':>10} {'workbench':>10}   (tokens a second)")
+    print(f"{'file':44} {'test':6} {'llama-bench':>10} {'workbench':>10}   (tokens a second, {given.pages} pages)")
     for file in given.files:
-        found = paired.rounds(
-            lambda file=file: theirs(given.bench, file, given.threads),
-            lambda file=file: ours(file, given.threads),
-            given.rounds,
-        )
-        for test, pairs in found.items():
+        for test in TESTS:
+            pairs = compared(given.bench, file, given.threads, test, given.processes, pages)
             line, within = paired.verdict(pairs, LIMIT)
             # Faster is no fault, but it is no agreement either.
             failed += not within
             print(f"{Path(file).name:44} {test:6} {line}", flush=True)
-    print(f"\n{failed} of {2 * len(given.files)} further apart than {LIMIT:.0%}")
+    print(f"\n{failed} of {len(TESTS) * len(given.files)} further apart than {LIMIT:.0%}")
     return 1 if failed else 0
 
 
