@@ -5,12 +5,11 @@
 `llama-bench` builds from the source package of llama-cpp-python (`vendor/llama.cpp`, target llama-bench) with the same
 compiler and options as the package. The claim: pp512 and tg128 within 3 % of it. Exit code 1 if not.
 
-Two things are larger than what is to be seen, and both sides bear them alike here. The machine's speed changes within
-a second: both sides run in slices of 50 ms, in turn, and the time in which one is stopped is taken off its own clock
-(`paired.sliced`). And each process is lucky or not in where its memory lies, up to 8 % of prefill, always in the same
-way for the same program: both allocate in huge pages (glibc's tunables; `--pages small` leaves that out), and all is
-done again in new processes, `--processes` times. What each pair of processes took for its samples is one ratio, and
-the median of those is the figure.
+Two things are larger than what is to be seen. The machine's speed changes within a second: so both sides run in slices
+of 50 ms, in turn, and the time in which one is stopped is taken off its own clock (`paired.sliced`). And a process is
+lucky or not in where its memory lies, by some percent (huge pages alone are worth 4 to 8 % of prefill): so all is done
+again in new processes, `--processes` times. What a pair of processes took for its samples is one ratio, and the median
+of those is the figure.
 
 llama-bench makes a context for each test, as large as the test needs, and so does this: decoding in the context of
 the prefill is a few percent slower. It counts no choice of token; the workbench's 128 steps follow a prompt of one
@@ -34,20 +33,15 @@ LIMIT = 0.03
 TESTS = {"pp512": 512, "tg128": 128}
 """Tokens that a sample of each test counts."""
 SAMPLES = 3
-HUGE_PAGES = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
-    "glibc.malloc.top_pad=268435456:glibc.malloc.trim_threshold=8589934592"
-}
-"""All of malloc's memory from one heap, and the kernel asked for huge pages there."""
 STARTS_A_RUN, ENDS_THEM = rb"run \d+/", rb'"samples_ns"'
 
 
-def theirs(bench: str, file: str, threads: int, test: str, environment: dict[str, str]) -> paired.Stoppable:
+def theirs(bench: str, file: str, threads: int, test: str) -> paired.Stoppable:
     """llama-bench, stopped where its first sample begins; it says when it begins one."""
     lengths = ("512", "0") if test == "pp512" else ("0", "128")
     command = [bench, "-m", file, "-t", str(threads), "-p", lengths[0], "-n", lengths[1], "-r", str(SAMPLES)]
     mark = re.compile(STARTS_A_RUN + b"|" + ENDS_THEM)
-    return paired.Stoppable([*command, "-o", "jsonl", "--progress"], environment, lambda said: bool(mark.search(said)))
+    return paired.Stoppable([*command, "-o", "jsonl", "--progress"], {}, lambda said: bool(mark.search(said)))
 
 
 def their_seconds(side: paired.Stoppable) -> float:
@@ -57,10 +51,10 @@ def their_seconds(side: paired.Stoppable) -> float:
     return float(measured - side.stopped_s(side.marks[0], side.marks[SAMPLES]))
 
 
-def ours(file: str, threads: int, test: str, environment: dict[str, str]) -> paired.Stoppable:
+def ours(file: str, threads: int, test: str) -> paired.Stoppable:
     """The same through the workbench."""
     asked = {"file": file, "threads": threads, "test": test}
-    more = {**paired.PATHS, "OMP_NUM_THREADS": str(threads), **environment}
+    more = {**paired.PATHS, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-P", __file__, "--worker", json.dumps(asked)]
     return paired.Stoppable(command, more, lambda said: b'{"sample"' in said)
 
@@ -98,9 +92,7 @@ def worker(asked: str) -> None:
     timing.speeds(engine, load, [], stepped, clock)
 
 
-def compared(
-    bench: str, file: str, threads: int, test: str, processes: int, pages: dict[str, str]
-) -> list[tuple[float, float]]:
+def compared(bench: str, file: str, threads: int, test: str, processes: int) -> list[tuple[float, float]]:
     """(theirs, ours) in tokens a second, of every pair of processes."""
     found, both = [], (partial(theirs, bench), ours)
     for turn in range(processes):
@@ -108,7 +100,7 @@ def compared(
             sides = {}
             # Who comes first has the first choice of memory.
             for make in both if turn % 2 == 0 else both[::-1]:
-                sides[make] = make(file, threads, test, pages)
+                sides[make] = make(file, threads, test)
                 running.callback(sides[make].close)
             peer, own = (sides[make] for make in both)
             paired.sliced((peer, own), SAMPLES)
@@ -124,14 +116,12 @@ def main() -> int:
     parser.add_argument("files", nargs="+")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--processes", type=int, default=16)
-    parser.add_argument("--pages", choices=("huge", "small"), default="huge")
     given = parser.parse_args()
-    pages = HUGE_PAGES if given.pages == "huge" else {}
     failed = 0
-    print(f"{'file':44} {'test':6} {'llama-bench':>10} {'workbench':>10}   (tokens a second, {given.pages} pages)")
+    print(f"{'file':44} {'test':6} {'llama-bench':>10} {'workbench':>10}   (tokens a second)")
     for file in given.files:
         for test in TESTS:
-            pairs = compared(given.bench, file, given.threads, test, given.processes, pages)
+            pairs = compared(given.bench, file, given.threads, test, given.processes)
             line, within = paired.verdict(pairs, LIMIT)
             # Faster is no fault, but it is no agreement either.
             failed += not within

@@ -1,11 +1,10 @@
 """transformers through the workbench against its own `generate` with a streamer, interleaved in one process.
 
-    python benchmarks/transformers_generate.py MODEL_DIRECTORY [--prompt 128] [--new 32] [--repeats 12]
+    python benchmarks/transformers_generate.py MODEL_DIRECTORY [--prompt 128] [--new 32] [--rounds 12]
 
 Both sides use one loaded model, so nothing but the loop differs: `generate` decides greedily and hands every token to a
 streamer that looks at the clock, as a chat program would; the workbench's loop yields after every step. The claim:
-time to the first token and decoding speed within 3 %, by the median of the repeats' ratios. Exit code 1 if not, unless
-the workbench is the faster.
+time to the first token and decoding speed within 3 %, by the median ratio of the rounds. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import statistics
 import sys
 from typing import Any
+
+import paired
 
 from workbench.records import Artifact, Job, Workload
 from workbench.worker import timing
@@ -38,12 +38,12 @@ class Stamps:
 
 
 def main() -> int:
-    """Print both sides; 1 if the workbench is slower than the limit allows."""
+    """Print both sides; 1 if they are further apart than the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=12)
     given = parser.parse_args()
     load = Workload(prompt_tokens=given.prompt, new_tokens=given.new)
     artifact = Artifact("base", "base", "safetensors", given.model, "", 0, 0)
@@ -54,11 +54,11 @@ def main() -> int:
     def fresh() -> list[int]:
         return [chance.randrange(10, 250) for _ in range(given.prompt)]
 
-    def ours() -> tuple[float, float]:
+    def ours() -> dict[str, float]:
         first_s, step_s, _ = timing.run(engine, [fresh()], given.new)
-        return first_s, len(step_s) / sum(step_s)
+        return {"prefill": given.prompt / first_s, "decode": len(step_s) / sum(step_s)}
 
-    def theirs() -> tuple[float, float]:
+    def theirs() -> dict[str, float]:
         inputs, stamps = torch.tensor([fresh()]), Stamps()
         started = timing.now()
         with torch.inference_mode():
@@ -67,26 +67,17 @@ def main() -> int:
                 do_sample=False, streamer=stamps, pad_token_id=0,
             )  # fmt: skip
         at = stamps.at_s[1:]
-        return at[0] - started, (len(at) - 1) / (at[-1] - at[0])
+        return {"prefill": given.prompt / (at[0] - started), "decode": (len(at) - 1) / (at[-1] - at[0])}
 
-    sides = {"generate": theirs, "workbench": ours}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for measure in sides.values():
-        measure()
-    for turn in range(given.repeats):
-        for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
-            found[name].append(sides[name]())
+    for warm_up in (theirs, ours):
+        warm_up()
     failed = 0
-    for place, what in enumerate(("prefill, tok/s", "decode, tok/s")):
-        each = {
-            name: [given.prompt / one[0] if place == 0 else one[1] for one in samples]
-            for name, samples in found.items()
-        }
-        rates = {name: statistics.median(values) for name, values in each.items()}
-        ratio = statistics.median(b / a for a, b in zip(each["generate"], each["workbench"], strict=True))
-        failed += ratio < 1 - LIMIT
-        print(f"{what:16} generate {rates['generate']:9.1f}   workbench {rates['workbench']:9.1f}   ratio {ratio:.3f}")
-    print(f"\n{failed} of 2 slower by more than {LIMIT:.0%}")
+    print(f"{'':7} {'generate':>10} {'workbench':>10}   (tokens a second)")
+    for name, pairs in paired.rounds(theirs, ours, given.rounds).items():
+        line, within = paired.verdict(pairs, LIMIT)
+        failed += not within
+        print(f"{name:7} {line}")
+    print(f"\n{failed} of 2 further apart than {LIMIT:.0%}")
     return 1 if failed else 0
 
 

@@ -75,6 +75,9 @@ class Backend:
 
     def __init__(self, job: Job) -> None:
         self._api = api = load_engine()
+        # The binding's own makes a pointer object each time, which is slow in caches that a step has just emptied.
+        address = ctypes.cast(api.llama_get_logits, ctypes.c_void_p).value
+        self._get_logits = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
         options, load = job.options, job.workload
         self._threads = options.get("threads") or len(os.sched_getaffinity(0))
         self._heard: list[str] = []
@@ -162,12 +165,11 @@ class Backend:
         """The last decode's wanted logits, [rows, vocabulary] float32, a numpy view of the engine's buffer."""
         import numpy as np
 
-        pointer = self._api.llama_get_logits(self._context)
-        seen = (ctypes.addressof(pointer.contents), rows)
+        seen = (self._get_logits(self._context), rows)
         if self._seen != seen:
             # llama.cpp keeps its buffer from step to step, and a view takes longer to make than the choice of a token.
             size = rows * self._vocab_size
-            buffer = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * size)).contents
+            buffer = (ctypes.c_float * size).from_address(seen[0])
             self._view = np.frombuffer(buffer, dtype=np.float32).reshape(rows, self._vocab_size)
             self._seen = seen
         return self._view
@@ -183,7 +185,8 @@ class Backend:
 
         By numpy, in one thread: torch would wake threads of its own beside llama.cpp's, which still spin.
         """
-        return [int(each) for each in self._rows(rows).argmax(axis=1)]
+        chosen: list[int] = self._rows(rows).argmax(axis=1).tolist()
+        return chosen
 
     def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
         """Reduce each window's logits from its first scored position on."""
