@@ -2,14 +2,15 @@
 
     python benchmarks/llama_bench.py PATH/TO/llama-bench FILE.gguf [FILE.gguf ...] [--threads 2] [--processes 16]
 
-`llama-bench` builds from the source package of llama-cpp-python (`vendor/llama.cpp`, target llama-bench) with the same
-compiler and options as the package. The claim: pp512 and tg128 within 3 % of it. Exit code 1 if not.
+`llama-bench` builds from the source package of llama-cpp-python (`vendor/llama.cpp`, target llama-bench). It is run on
+the package's own libraries, so that nothing differs but who calls them. The claim: pp512 and tg128 within 3 % of it.
+Exit code 1 if not.
 
-Two things are larger than what is to be seen. The machine's speed changes within a second: so both sides run in slices
-of 50 ms, in turn, and the time in which one is stopped is taken off its own clock (`paired.sliced`). And a process is
-lucky or not in where its memory lies, by some percent (huge pages alone are worth 4 to 8 % of prefill): so all is done
-again in new processes, `--processes` times. What a pair of processes took for its samples is one ratio, and the median
-of those is the figure.
+Three things are larger than what is to be seen. The machine's speed changes within a second: so both sides run in
+slices of 50 ms, in turn, and the time in which one is stopped is taken off its own clock (`paired.sliced`). Where a
+process's memory lies is luck worth some percent (huge pages alone are 4 to 8 % of prefill): so all is done again in new
+processes, `--processes` times. What a pair of processes took for its samples is one ratio, and the median of those is
+the figure. And the same code from two library files differs by 3 %, in every process alike: so both load one file.
 
 llama-bench makes a context for each test, as large as the test needs, and so does this: decoding in the context of
 the prefill is a few percent slower. It counts no choice of token; the workbench's 128 steps follow a prompt of one
@@ -25,6 +26,7 @@ import os
 import re
 import sys
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 
 import paired
@@ -41,7 +43,8 @@ def theirs(bench: str, file: str, threads: int, test: str) -> paired.Stoppable:
     lengths = ("512", "0") if test == "pp512" else ("0", "128")
     command = [bench, "-m", file, "-t", str(threads), "-p", lengths[0], "-n", lengths[1], "-r", str(SAMPLES)]
     mark = re.compile(STARTS_A_RUN + b"|" + ENDS_THEM)
-    return paired.Stoppable([*command, "-o", "jsonl", "--progress"], {}, lambda said: bool(mark.search(said)))
+    more = {"LD_LIBRARY_PATH": str(files("llama_cpp") / "lib")}
+    return paired.Stoppable([*command, "-o", "jsonl", "--progress"], more, lambda said: bool(mark.search(said)))
 
 
 def their_seconds(side: paired.Stoppable) -> float:

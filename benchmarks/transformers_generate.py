@@ -1,6 +1,6 @@
 """transformers through the workbench against its own `generate` with a streamer, interleaved in one process.
 
-    python benchmarks/transformers_generate.py MODEL_DIRECTORY [--prompt 128] [--new 32] [--rounds 12]
+    python benchmarks/transformers_generate.py MODEL_DIRECTORY [--prompt 128] [--new 32] [--rounds 40]
 
 Both sides use one loaded model, so nothing but the loop differs: `generate` decides greedily and hands every token to a
 streamer that looks at the clock, as a chat program would; the workbench's loop yields after every step. The claim:
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=40)
     given = parser.parse_args()
     load = Workload(prompt_tokens=given.prompt, new_tokens=given.new)
     artifact = Artifact("base", "base", "safetensors", given.model, "", 0, 0)

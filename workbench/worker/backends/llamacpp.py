@@ -214,15 +214,17 @@ class Backend:
         )
         chosen = self._likeliest(count)
         yield [1] * count
-        batch, lengths = self._batch, [len(ids) for ids in prompts]
+        lengths = [len(ids) for ids in prompts]
+        # Each look at one of the batch's pointers makes a new pointer object.
+        token_at, position_at = self._batch.token, self._batch.pos
         for step in range(new_tokens - 1):
             if step == 0:
                 self._decode([(chosen[s], lengths[s], s, True) for s in range(count)])
             else:
                 # All else in the batch is as it was: between two steps as little as can be.
                 for s, token in enumerate(chosen):
-                    batch.token[s] = token
-                    batch.pos[s] = lengths[s] + step
+                    token_at[s] = token
+                    position_at[s] = lengths[s] + step
                 self._run()
             chosen = self._likeliest(count)
             yield [1] * count
