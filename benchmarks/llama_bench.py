@@ -12,9 +12,9 @@ process's memory lies is luck worth some percent (huge pages alone are 4 to 8 % 
 processes, `--processes` times. What a pair of processes took for its samples is one ratio, and the median of those is
 the figure. And the same code from two library files differs by 3 %, in every process alike: so both load one file.
 
-llama-bench makes a context for each test, as large as the test needs, and so does this: decoding in the context of
-the prefill is a few percent slower. It counts no choice of token; the workbench's 128 steps follow a prompt of one
-token and choose the likeliest each time.
+llama-bench makes a context for each test, as large as the test needs, and so does this: decoding in a context of
+another size is up to a few percent slower. Its tg128 feeds one token 128 times; so does a prompt of one token with an
+answer of 128. It counts no choice of token, the workbench chooses the likeliest each time.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def worker(asked: str) -> None:
     from workbench.worker.backends import llamacpp
 
     given = json.loads(asked)
-    prompt, new = (512, 2) if given["test"] == "pp512" else (1, 129)
+    prompt, new = (512, 1) if given["test"] == "pp512" else (1, 128)
     load = Workload(prompt_tokens=prompt, new_tokens=new, repeats=1 + SAMPLES)
     artifact = Artifact("v", "gguf", "gguf", given["file"], "", 0, 0)
     engine = llamacpp.Backend(Job("m", artifact, "llamacpp", {"threads": given["threads"]}, load))
@@ -87,10 +87,8 @@ def worker(asked: str) -> None:
         return ticks[-1]
 
     def stepped() -> None:
-        # The last answer's: its start, its first token, its last one.
-        start, first, last = ticks[-1 - new], ticks[-new], ticks[-1]
-        sample = (start, first) if given["test"] == "pp512" else (first, last)
-        print(json.dumps({"sample": sample}), flush=True)
+        # From the start of the last answer to its last token.
+        print(json.dumps({"sample": (ticks[-1 - new], ticks[-1])}), flush=True)
 
     timing.speeds(engine, load, [], stepped, clock)
 

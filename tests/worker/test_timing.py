@@ -111,7 +111,7 @@ def test_every_point_is_timed_after_a_warm_up_of_its_own() -> None:
     load = Workload(prompt_tokens=100, more_prompt_tokens=[10], more_batch=[3], new_tokens=5, repeats=2)
     found, probes = timing.speeds(engine, load, [], clock=engine.clock, probe=lambda: 0.25)
     assert [(s.prompt_tokens, s.batch) for s in found] == [(100, 1), (10, 1), (100, 3)]
-    assert engine.ready == [(1, 105), (1, 15), (3, 105)]
+    assert engine.ready == [(1, 104), (1, 14), (3, 104)]
     for speed in found:
         assert speed.first_token_s == pytest.approx([PREFILL_S * speed.prompt_tokens * speed.batch] * 2)
         assert speed.step_s == [pytest.approx([STEP_S] * 4)] * 2

@@ -73,7 +73,7 @@ def speeds(
     share = range(workload.repeats) if share is None else share
     found, probes = [], []
     for salt, (prompt_tokens, batch) in enumerate(workload.points):
-        _ready(engine, batch, prompt_tokens + workload.new_tokens)
+        _ready(engine, batch, prompt_tokens, workload.new_tokens)
         rounds = workload.warmup + workload.repeats
         fresh = prompts(workload, text, prompt_tokens, batch, rounds, salt)
         for each in fresh[: workload.warmup]:
@@ -123,7 +123,7 @@ def served(
     for salt, slots in enumerate(workload.batches):
         many = slots * workload.requests
         lengths = [chance.randint(low, high) for _ in range(many)]
-        _ready(engine, slots, workload.prompt_tokens + high)
+        _ready(engine, slots, workload.prompt_tokens, high)
         fresh = prompts(workload, text, workload.prompt_tokens, many, workload.repeats + 1, 1000 + salt)
         first = fresh[0][:slots]
         for _ in engine.serve(first if share.start == 0 else _woken(first), [2] * slots, slots):
@@ -253,7 +253,7 @@ def _cuda_bandwidth() -> float:
     return best
 
 
-def _ready(engine: Any, batch: int, tokens: int) -> None:
-    """Let an engine that sizes itself by what comes do so before the clock runs."""
+def _ready(engine: Any, batch: int, prompt_tokens: int, new_tokens: int) -> None:
+    """Let an engine that sizes itself by what comes do so before the clock runs. It is never fed its last token."""
     if hasattr(engine, "prepare"):
-        engine.prepare(batch, tokens)
+        engine.prepare(batch, prompt_tokens + new_tokens - 1)

@@ -96,7 +96,7 @@ class Backend:
         self._batch: Any = None
         self._slots = self._room = 0
         self._seen, self._view = (0, 0), None
-        generated = load.prompt_tokens + load.new_tokens
+        generated = load.prompt_tokens + load.new_tokens - 1  # the last one is chosen, never fed
         self._first_point, self._point_lines = (load.batch, generated), list[str]()
         if job.longest_window:
             # Scored before anything is timed; with single sequences one context does for both.
@@ -105,7 +105,7 @@ class Backend:
             self.prepare(load.batch, generated)
 
     def prepare(self, batch: int, tokens: int) -> None:
-        """A context for so many sequences of so many tokens, unless there is one."""
+        """A context for so many sequences of so many tokens that are fed, unless there is one."""
         if self._context and self._slots == batch and self._room >= tokens:
             return
         api = self._api
@@ -212,8 +212,8 @@ class Backend:
                 for i, token in enumerate(ids)
             ]
         )
-        chosen = self._likeliest(count)
-        yield [1] * count
+        chosen, gained = self._likeliest(count), [1] * count
+        yield gained
         lengths = [len(ids) for ids in prompts]
         # Each look at one of the batch's pointers makes a new pointer object.
         token_at, position_at = self._batch.token, self._batch.pos
@@ -227,13 +227,13 @@ class Backend:
                     position_at[s] = lengths[s] + step
                 self._run()
             chosen = self._likeliest(count)
-            yield [1] * count
+            yield gained
 
     def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:
         """The likeliest continuation of each prompt, one prompt after the other."""
         answers = []
         for ids, most in zip(prompts, new_tokens, strict=True):
-            self.prepare(1, len(ids) + most)
+            self.prepare(1, len(ids) + most - 1)
             self._forget()
             self._decode([(token, i, 0, i == len(ids) - 1) for i, token in enumerate(ids)])
             answer: list[int] = []
