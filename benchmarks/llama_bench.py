@@ -6,11 +6,13 @@
 the package's own libraries, so that nothing differs but who calls them. The claim: pp512 and tg128 within 3 % of it.
 Exit code 1 if not.
 
-Three things are larger than what is to be seen. The machine's speed changes within a second: so both sides run in
+Four things are larger than what is to be seen. The machine's speed changes within a second: so both sides run in
 slices of 50 ms, in turn, and the time in which one is stopped is taken off its own clock (`paired.sliced`). Where a
 process's memory lies is luck worth some percent (huge pages alone are 4 to 8 % of prefill): so all is done again in new
 processes, `--processes` times. What a pair of processes took for its samples is one ratio, and the median of those is
-the figure. And the same code from two library files differs by 3 %, in every process alike: so both load one file.
+the figure. The same code from two library files differs by 3 %, in every process alike: so both load one file. And
+where in a page a buffer begins is up to 4 %, which glibc decides by what a program freed before: so llama-bench gets
+the environment that the workbench gives its workers for llama.cpp.
 
 llama-bench makes a context for each test, as large as the test needs, and so does this: decoding in a context of
 another size is up to a few percent slower. Its tg128 feeds one token 128 times; so does a prompt of one token with an
@@ -31,6 +33,8 @@ from pathlib import Path
 
 import paired
 
+from workbench.worker.backends import llamacpp
+
 LIMIT = 0.03
 TESTS = {"pp512": 512, "tg128": 128}
 """Tokens that a sample of each test counts."""
@@ -43,7 +47,7 @@ def theirs(bench: str, file: str, threads: int, test: str) -> paired.Stoppable:
     lengths = ("512", "0") if test == "pp512" else ("0", "128")
     command = [bench, "-m", file, "-t", str(threads), "-p", lengths[0], "-n", lengths[1], "-r", str(SAMPLES)]
     mark = re.compile(STARTS_A_RUN + b"|" + ENDS_THEM)
-    more = {"LD_LIBRARY_PATH": str(files("llama_cpp") / "lib")}
+    more = {**llamacpp.ENVIRONMENT, "LD_LIBRARY_PATH": str(files("llama_cpp") / "lib")}
     return paired.Stoppable([*command, "-o", "jsonl", "--progress"], more, lambda said: bool(mark.search(said)))
 
 
@@ -57,7 +61,7 @@ def their_seconds(side: paired.Stoppable) -> float:
 def ours(file: str, threads: int, test: str) -> paired.Stoppable:
     """The same through the workbench."""
     asked = {"file": file, "threads": threads, "test": test}
-    more = {**paired.PATHS, "OMP_NUM_THREADS": str(threads)}
+    more = {**paired.PATHS, **llamacpp.ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-P", __file__, "--worker", json.dumps(asked)]
     return paired.Stoppable(command, more, lambda said: b'{"sample"' in said)
 
@@ -73,7 +77,6 @@ def worker(asked: str) -> None:
     """Its side: the workbench's own backend, warm-up, prompts and clock; a line after each sample."""
     from workbench.records import Artifact, Job, Workload
     from workbench.worker import timing
-    from workbench.worker.backends import llamacpp
 
     given = json.loads(asked)
     prompt, new = (512, 1) if given["test"] == "pp512" else (1, 128)
