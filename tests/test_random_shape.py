@@ -134,5 +134,5 @@ def test_a_batch_that_does_not_fit_is_a_row_with_the_engines_words_and_a_way_out
     answer = workbench(done, "run", str(done / "wide.yaml"), "--quiet", "--format", "json")
     assert answer.returncode == 1, answer.stderr
     (one,) = [each for each in json.loads(answer.stdout) if each["batch"] == 300]
-    assert "could not make a context for 300 x 10 tokens" in one["error"] and "256" in one["error"]
+    assert "could not make a context for 300 x 9 tokens" in one["error"] and "256" in one["error"]
     assert "by the plan a batch of 300 needs" in one["error"]
