@@ -27,10 +27,17 @@ def echo(payload: Any, progress: Any) -> Any:
 def whoami(payload: Any, progress: Any) -> dict[str, Any]:
     """Where and as what the child runs."""
     return {
-        "executable": sys.executable, "prefix": sys.prefix, "path": sys.path, "cwd": os.getcwd(),
-        "pid": os.getpid(), "session": os.getsid(0), "safe_path": sys.flags.safe_path,
-        "stdin": sys.stdin.read(), "environment": dict(os.environ), "modules": sorted(sys.modules),
-    }  # fmt: skip
+        "executable": sys.executable,
+        "prefix": sys.prefix,
+        "path": sys.path,
+        "cwd": os.getcwd(),
+        "pid": os.getpid(),
+        "session": os.getsid(0),
+        "safe_path": sys.flags.safe_path,
+        "stdin": sys.stdin.read(),
+        "environment": dict(os.environ),
+        "modules": sorted(sys.modules),
+    }
 
 
 def raises(payload: Any, progress: Any) -> None:

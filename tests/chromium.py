@@ -19,9 +19,17 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
 FLAGS = (
-    "--headless", "--no-sandbox", "--no-zygote", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--mute-audio",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--no-zygote",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--hide-scrollbars",
+    "--mute-audio",
+)
 WHY_NOT = "needs a Chromium: install one, or name it in WORKBENCH_CHROMIUM"
 
 
@@ -90,9 +98,13 @@ class Browser:
         text = {"Enter": "\r", " ": " "}.get(key, "")
         for kind in ("keyDown", "keyUp"):
             self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code,
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
                 **({"text": text} if text and kind == "keyDown" else {}),
-            )  # fmt: skip
+            )
 
     def picture(self, whole: bool = True) -> bytes:
         """A PNG of the page."""
@@ -137,8 +149,10 @@ def browser(folder: Path) -> Iterator[Browser]:
     with open(folder / "chromium.log", "wb") as log:
         child = subprocess.Popen(
             [*shell, *FLAGS, "--remote-debugging-pipe", profile, "about:blank"],
-            pass_fds=(asks, answers), stdout=log, stderr=log,
-        )  # fmt: skip
+            pass_fds=(asks, answers),
+            stdout=log,
+            stderr=log,
+        )
     os.close(asks)
     os.close(answers)
     try:

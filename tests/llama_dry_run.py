@@ -22,7 +22,7 @@ def main(request: Path, reply: Path) -> None:
     import llama_cpp
     import numpy as np
 
-    from workbench.worker.imatrix import as_quantize_pointer
+    from workbench.worker.ggml.imatrix import as_quantize_pointer
 
     asked = json.loads(request.read_text())
     source = request.with_suffix(".gguf")

@@ -28,10 +28,24 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 4
 PROMISED = {
-    "base", "variant", "method", "format", "backend", "device", "bits_per_weight", "disk_bytes", "load_s",
-    "peak_rss_bytes", "peak_vram_bytes", "prefill_tok_s", "decode_tok_s", "perplexity", "perplexity_delta", "warnings",
+    "base",
+    "variant",
+    "method",
+    "format",
+    "backend",
+    "device",
+    "bits_per_weight",
+    "disk_bytes",
+    "load_s",
+    "peak_rss_bytes",
+    "peak_vram_bytes",
+    "prefill_tok_s",
+    "decode_tok_s",
+    "perplexity",
+    "perplexity_delta",
+    "warnings",
     "error",
-}  # fmt: skip
+}
 """What issue 2 promises of `table --format json`."""
 EVALUATION = {"source": {"text": TEXT}, "window": 32, "windows": 3}
 
@@ -70,9 +84,13 @@ class Bench:
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         place = [] if words[0] in ("quantize", "schema", "doctor", "clean") else ["--results", str(self.results)]
         return subprocess.Popen(
-            [sys.executable, "-m", "workbench.cli", *words, *place], cwd=self.folder, env=self.environment(**more),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "workbench.cli", *words, *place],
+            cwd=self.folder,
+            env=self.environment(**more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def __call__(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         child = self.start(*words, **more)

@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import yaml
 
-from workbench import pipeline
+from workbench.profile import reference
 from workbench.records import Evaluation, Job, Workload, from_json, to_json
-from workbench.report import statistics
-from workbench.worker import corpus, profile
+from workbench.report import estimates as statistics
 from workbench.worker.backends import BACKENDS
-from workbench.worker.quality import compact
+from workbench.worker.measure import job as profile
+from workbench.worker.scoring.reducer import compact
+from workbench.worker.tokens import windows as corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "report"))
@@ -45,22 +46,35 @@ TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. 
     ],
 )
 def test_each_convention_scores_the_positions_it_says(
-    convention: dict[str, Any], first: list[int], counts: list[int], tiny_llama: Path, tmp_path: Path,
+    convention: dict[str, Any],
+    first: list[int],
+    counts: list[int],
+    tiny_llama: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """From the text through `corpus.build`, the job and the engine to the losses, which are worked out again here."""
     import torch
 
     monkeypatch.setitem(BACKENDS, "fake", "workbench.worker.backends.fake")
     entry = {
-        "role": "evaluation", "name": "e", "source": {"text": TEXT}, "window": 32, "windows": 3,
-        "out": str(tmp_path / "e.json"), **convention,
-    }  # fmt: skip
+        "role": "evaluation",
+        "name": "e",
+        "source": {"text": TEXT},
+        "window": 32,
+        "windows": 3,
+        "out": str(tmp_path / "e.json"),
+        **convention,
+    }
     (made,) = corpus.build({"base": str(tiny_llama), "sets": [entry]}, lambda *_: None)["sets"]
     job = Job(
-        base="Tiny", artifact=a_row().artifact, backend="fake", options={},
-        workload=Workload(prompt_tokens=8, new_tokens=2, repeats=1), evaluation=from_json(Evaluation, made),
-    )  # fmt: skip
+        base="Tiny",
+        artifact=a_row().artifact,
+        backend="fake",
+        options={},
+        workload=Workload(prompt_tokens=8, new_tokens=2, repeats=1),
+        evaluation=from_json(Evaluation, made),
+    )
     measured = profile.measure({"job": to_json(job)}, lambda *_: None)["quality"]
 
     stored = json.loads((tmp_path / "e.json").read_text())
@@ -97,11 +111,17 @@ def reduced(windows: int = 10, tokens: int = 255, lost: tuple[int, int] | None =
         count = len(kept["nll"])
         found.append(
             {
-                "count": count, "nonfinite": tokens - count, "nll_sum": sum(kept["nll"]), "kld_count": count,
-                "kld_sum": sum(kept["kld"]), "kld_low_sum": 0.97 * sum(kept["kld"]),
-                "same_top_sum": sum(kept["same_top"]), "dp_square_sum": sum(d * d for d in kept["dp"]), **lists,
+                "count": count,
+                "nonfinite": tokens - count,
+                "nll_sum": sum(kept["nll"]),
+                "kld_count": count,
+                "kld_sum": sum(kept["kld"]),
+                "kld_low_sum": 0.97 * sum(kept["kld"]),
+                "same_top_sum": sum(kept["same_top"]),
+                "dp_square_sum": sum(d * d for d in kept["dp"]),
+                **lists,
             }
-        )  # fmt: skip
+        )
     return {"windows": found, "reference_digest": "r", "top_k": 256, "tail_draws": 64, "vocab_size": 49152}
 
 
@@ -150,17 +170,21 @@ def test_rows_of_a_lost_reference_are_measured_again_beside_new_ones() -> None:
         return replace(found, measurement=replace(found.measurement, quality=quality))
 
     rows = {"a": row("a", "new"), "b": row("b", "old"), "c": row("c", None), "d": a_row(key="d", measured=False)}
-    assert set(pipeline._of_reference(rows, {"digest": "new"})) == {"a", "c", "d"}
-    assert set(pipeline._of_reference(rows, None)) == set(rows)  # nothing is measured: nothing to stand beside
+    assert set(reference.with_reference(rows, {"digest": "new"})) == {"a", "c", "d"}
+    assert set(reference.with_reference(rows, None)) == set(rows)  # nothing is measured: nothing to stand beside
 
 
 def command(home: Path, folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     own = {"WORKBENCH_HOME": str(home), "WORKBENCH_FAKE_BACKEND": "1", "PYTHONPATH": str(ROOT)}
     words = (*words, "--results", str(folder / "results"))
     return subprocess.run(
-        [sys.executable, "-m", "workbench.cli", *words], cwd=folder, env={**os.environ, **own, **more},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [sys.executable, "-m", "workbench.cli", *words],
+        cwd=folder,
+        env={**os.environ, **own, **more},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def rows_in(folder: Path) -> list[dict[str, Any]]:
@@ -180,7 +204,7 @@ def test_the_reference_is_made_once_and_only_for_jobs(tmp_path: Path, tiny_llama
                 "workload": {"prompt_tokens": 8, "new_tokens": 2, "repeats": 1},
                 "backends": {"fake": {}},
             }
-        )  # fmt: skip
+        )
     )
     main = ("run", str(recipe), "-v", "base", "-f", "json")
     other = {"TMPDIR": str(tmp_path)}  # its lock is not that of a run that goes on beside this test

@@ -46,10 +46,15 @@ def lines(first: subprocess.CompletedProcess[str]) -> dict[tuple[str, str], dict
 
 def test_every_pair_of_the_recipe_has_its_line(lines: Any) -> None:
     assert set(lines) == {
-        ("base", "transformers"), ("gguf-Q8_0", "transformers"),
-        ("base", "vllm"), ("gguf-Q8_0", "vllm"), ("gguf-Q4_0", "vllm"),
-        ("base", "llamacpp"), ("gguf-Q8_0", "llamacpp"), ("gguf-Q4_0", "llamacpp"),
-    }  # fmt: skip
+        ("base", "transformers"),
+        ("gguf-Q8_0", "transformers"),
+        ("base", "vllm"),
+        ("gguf-Q8_0", "vllm"),
+        ("gguf-Q4_0", "vllm"),
+        ("base", "llamacpp"),
+        ("gguf-Q8_0", "llamacpp"),
+        ("gguf-Q4_0", "llamacpp"),
+    }
     assert all(line["error"] is None for line in lines.values())
 
 

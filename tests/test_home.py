@@ -43,9 +43,12 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def python(program: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )  # fmt: skip
+    )
 
 
 def test_where_it_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

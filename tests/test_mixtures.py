@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from workbench.mixtures import BLOCKS, FALLBACK, Tensor, Traits, tensor_bytes, types_of
+from workbench.shape import NamedShape, Traits
+from workbench.worker.ggml.mixtures import BLOCKS, FALLBACK, tensor_bytes, types_of
 from workbench.worker.methods.gguf import TypeName
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,17 +23,20 @@ ROWS = sorted((ROOT / "results").glob("*/rows.jsonl"))
 
 def llama(
     *, layers: int, hidden: int, inner: int, heads: int, kv_heads: int, tied: bool = False, experts: int = 0
-) -> tuple[list[Tensor], Traits]:
+) -> tuple[list[NamedShape], Traits]:
     """A Llama's tensors, as small as they may be."""
     keys = hidden * kv_heads // heads
     found = {"token_embd.weight": (32, hidden), "output_norm.weight": (hidden,)}
     found |= {} if tied else {"output.weight": (32, hidden)}
     for i in range(layers):
         found |= {
-            f"blk.{i}.attn_norm.weight": (hidden,), f"blk.{i}.ffn_norm.weight": (hidden,),
-            f"blk.{i}.attn_q.weight": (hidden, hidden), f"blk.{i}.attn_k.weight": (keys, hidden),
-            f"blk.{i}.attn_v.weight": (keys, hidden), f"blk.{i}.attn_output.weight": (hidden, hidden),
-        }  # fmt: skip
+            f"blk.{i}.attn_norm.weight": (hidden,),
+            f"blk.{i}.ffn_norm.weight": (hidden,),
+            f"blk.{i}.attn_q.weight": (hidden, hidden),
+            f"blk.{i}.attn_k.weight": (keys, hidden),
+            f"blk.{i}.attn_v.weight": (keys, hidden),
+            f"blk.{i}.attn_output.weight": (hidden, hidden),
+        }
         if experts:
             found |= {
                 f"blk.{i}.ffn_gate_inp.weight": (experts, hidden),
@@ -42,10 +46,11 @@ def llama(
             }
         else:
             found |= {
-                f"blk.{i}.ffn_gate.weight": (inner, hidden), f"blk.{i}.ffn_up.weight": (inner, hidden),
+                f"blk.{i}.ffn_gate.weight": (inner, hidden),
+                f"blk.{i}.ffn_up.weight": (inner, hidden),
                 f"blk.{i}.ffn_down.weight": (hidden, inner),
-            }  # fmt: skip
-    return [Tensor(name, shape) for name, shape in found.items()], Traits(layers, heads, kv_heads, experts)
+            }
+    return [NamedShape(name, shape) for name, shape in found.items()], Traits(layers, heads, kv_heads, experts)
 
 
 SHAPES = {
@@ -71,17 +76,25 @@ def test_every_mixture_gets_the_types_that_the_quantizer_gives(name: str, tmp_pa
         "tensors": {tensor.name: list(tensor.shape) for tensor in tensors},
         "mixtures": MIXTURES,
         "fields": {
-            "context_length": 64, "embedding_length": sizes["hidden"], "block_count": sizes["layers"],
-            "feed_forward_length": sizes["inner"], "attention.head_count": sizes["heads"],
-            "attention.head_count_kv": sizes["kv_heads"], "attention.layer_norm_rms_epsilon": 1e-5,
+            "context_length": 64,
+            "embedding_length": sizes["hidden"],
+            "block_count": sizes["layers"],
+            "feed_forward_length": sizes["inner"],
+            "attention.head_count": sizes["heads"],
+            "attention.head_count_kv": sizes["kv_heads"],
+            "attention.layer_norm_rms_epsilon": 1e-5,
             "rope.dimension_count": sizes["hidden"] // sizes["heads"],
-        } | ({"expert_count": sizes["experts"], "expert_used_count": 2} if "experts" in sizes else {}),
-    }  # fmt: skip
+        }
+        | ({"expert_count": sizes["experts"], "expert_used_count": 2} if "experts" in sizes else {}),
+    }
     (tmp_path / "request.json").write_text(json.dumps(asked))
     answer = subprocess.run(
         [sys.executable, "-P", ROOT / "tests" / "llama_dry_run.py", tmp_path / "request.json", tmp_path / "reply.json"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
     assert answer.returncode == 0, answer.stderr[-2000:] + answer.stdout[-500:]
     found = json.loads((tmp_path / "reply.json").read_text())
     whole = all(sizes[axis] % 256 == 0 for axis in ("hidden", "inner"))
@@ -118,18 +131,22 @@ def test_the_files_of_the_published_rows_hold_what_the_rules_say() -> None:
     assert seen >= 10
 
 
-def _default_base() -> tuple[list[Tensor], Traits]:
+def _default_base() -> tuple[list[NamedShape], Traits]:
     """The default recipe's base: 768 channels, 30 layers, tied."""
     found = {"token_embd.weight": (49152, 768), "output_norm.weight": (768,)}
     for i in range(30):
         found |= {
-            f"blk.{i}.attn_norm.weight": (768,), f"blk.{i}.ffn_norm.weight": (768,),
-            f"blk.{i}.attn_q.weight": (768, 768), f"blk.{i}.attn_k.weight": (256, 768),
-            f"blk.{i}.attn_v.weight": (256, 768), f"blk.{i}.attn_output.weight": (768, 768),
-            f"blk.{i}.ffn_gate.weight": (1536, 768), f"blk.{i}.ffn_up.weight": (1536, 768),
+            f"blk.{i}.attn_norm.weight": (768,),
+            f"blk.{i}.ffn_norm.weight": (768,),
+            f"blk.{i}.attn_q.weight": (768, 768),
+            f"blk.{i}.attn_k.weight": (256, 768),
+            f"blk.{i}.attn_v.weight": (256, 768),
+            f"blk.{i}.attn_output.weight": (768, 768),
+            f"blk.{i}.ffn_gate.weight": (1536, 768),
+            f"blk.{i}.ffn_up.weight": (1536, 768),
             f"blk.{i}.ffn_down.weight": (768, 1536),
-        }  # fmt: skip
-    return [Tensor(name, shape) for name, shape in found.items()], Traits(30, 12, 4)
+        }
+    return [NamedShape(name, shape) for name, shape in found.items()], Traits(30, 12, 4)
 
 
 def test_a_tensor_that_falls_back_is_named_with_what_was_meant() -> None:

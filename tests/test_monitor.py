@@ -112,9 +112,10 @@ def seen(root: Path, *states: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_quiet_machine_warns_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = seen(
-        tmp_path, *({"busy": 100 * i, "own": 98 * i, "clock_khz": 3_000_000 + i, "hot": 4} for i in range(4)),
+        tmp_path,
+        *({"busy": 100 * i, "own": 98 * i, "clock_khz": 3_000_000 + i, "hot": 4} for i in range(4)),
         monkeypatch=monkeypatch,
-    )  # fmt: skip
+    )
     assert found["others_cores"] == pytest.approx(0.02) and found["stolen_fraction"] == 0
     assert found["throttled"] is False and found["clock_hz"] == [3.000001e9, 3.000002e9, 3.000003e9]
     assert module.warnings(found) == []
@@ -140,7 +141,7 @@ def test_what_others_do_while_a_job_waits_is_not_held_against_it(
         ({"clock_khz": -900_000}, "clock changed during the run: 1.20 to 2.10 GHz"),
         ({"hot": 1}, "the processor throttled during the run"),
     ],
-)  # fmt: skip
+)
 def test_a_machine_that_is_not_quiet_warns(
     change: dict[str, int], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,13 +179,18 @@ def test_a_strange_process_on_the_gpu_is_seen(tmp_path: Path, monkeypatch: pytes
 
     process = types.SimpleNamespace
     fake = types.SimpleNamespace(
-        nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 1, nvmlDeviceGetHandleByIndex=lambda i: i,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda i: i,
         nvmlDeviceGetComputeRunningProcesses=lambda device: [
-            process(pid=os.getpid(), usedGpuMemory=3 * MIB), process(pid=1, usedGpuMemory=9 * MIB),
+            process(pid=os.getpid(), usedGpuMemory=3 * MIB),
+            process(pid=1, usedGpuMemory=9 * MIB),
         ],
-        nvmlDeviceGetUtilizationRates=lambda device: process(gpu=90), NVML_CLOCK_SM=1,
-        nvmlDeviceGetClockInfo=lambda device, kind: 1500, nvmlDeviceGetCurrentClocksThrottleReasons=lambda device: 0x40,
-    )  # fmt: skip
+        nvmlDeviceGetUtilizationRates=lambda device: process(gpu=90),
+        NVML_CLOCK_SM=1,
+        nvmlDeviceGetClockInfo=lambda device, kind: 1500,
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda device: 0x40,
+    )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monitor = Monitor(tmp_path)
     monitor(os.getpid())

@@ -9,20 +9,37 @@ from typing import Any
 
 import pytest
 
-from workbench import plan
 from workbench.errors import UserError
-from workbench.recipe import BackendChoice, Recipe, parse
+from workbench.plan import formats, need, tensors
+from workbench.plan import make as plan
+from workbench.recipe.choices import BackendChoice
+from workbench.recipe.load import Recipe, parse
 from workbench.records import Variant
+from workbench.shape import Shape
 
 LLAMA_8B = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
-    "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+}
 PUBLISHED = {
-    "Q2_K": 2.95, "Q3_K_S": 3.41, "IQ4_XS": 4.17, "Q4_K_S": 4.36, "Q4_K_M": 4.58, "Q5_K_M": 5.33, "Q6_K": 6.14,
-    "Q8_0": 7.95, "F16": 14.96,
-}  # fmt: skip
+    "Q2_K": 2.95,
+    "Q3_K_S": 3.41,
+    "IQ4_XS": 4.17,
+    "Q4_K_S": 4.36,
+    "Q4_K_M": 4.58,
+    "Q5_K_M": 5.33,
+    "Q6_K": 6.14,
+    "Q8_0": 7.95,
+    "F16": 14.96,
+}
 """GiB of Llama-3.1-8B's files, by llama.cpp's own documentation of its quantizer."""
 
 
@@ -31,27 +48,27 @@ def recipe(**changes: Any) -> Recipe:
     return parse({**data, **changes}, Path("r.yaml"))
 
 
-def shape(**changes: Any) -> plan.Shape:
+def shape(**changes: Any) -> Shape:
     read = {"config": {**LLAMA_8B, **changes}, "dtype": "bfloat16", "tensors": None, "naming": "hf"}
-    return plan.shape_of(read, "here")
+    return tensors.shape_of(read, "here")
 
 
 def test_the_kv_cache_of_llama_at_its_full_context() -> None:
     """17.2 GB in float16, as everybody computes it; q8_0 holds 34 bytes for 32 values."""
-    whole = plan.kv_cache_bytes(shape(), BackendChoice("llamacpp", {}), 131072, 1, cuda=True)
+    whole = need.kv_cache_bytes(shape(), BackendChoice("llamacpp", {}), 131072, 1, cuda=True)
     assert whole == 2 * 32 * 8 * 128 * 131072 * 2 == pytest.approx(17.2e9, rel=0.002)
     eight = BackendChoice("llamacpp", {"kv_cache": "q8_0"})
-    assert plan.kv_cache_bytes(shape(), eight, 131072, 1, cuda=True) == whole * 34 / 64
-    assert plan.kv_cache_bytes(shape(), BackendChoice("vllm", {"kv_cache": "fp8"}), 131072, 2, cuda=True) == whole
-    on_cpu = plan.kv_cache_bytes(shape(), BackendChoice("transformers", {}), 1000, 1, cuda=False)
+    assert need.kv_cache_bytes(shape(), eight, 131072, 1, cuda=True) == whole * 34 / 64
+    assert need.kv_cache_bytes(shape(), BackendChoice("vllm", {"kv_cache": "fp8"}), 131072, 2, cuda=True) == whole
+    on_cpu = need.kv_cache_bytes(shape(), BackendChoice("transformers", {}), 1000, 1, cuda=False)
     assert on_cpu == 2 * 32 * 8 * 128 * 1000 * 4
     latent = replace(shape(), latent=576)
-    assert plan.kv_cache_bytes(latent, BackendChoice("vllm", {}), 1024, 1, cuda=True) == 576 * 32 * 1024 * 2
+    assert need.kv_cache_bytes(latent, BackendChoice("vllm", {}), 1024, 1, cuda=True) == 576 * 32 * 1024 * 2
 
 
 def test_sizes_are_those_that_llama_cpp_publishes() -> None:
     for kind, gib in PUBLISHED.items():
-        stored, _, fallbacks = plan.stored_bytes(shape(), Variant("v", "gguf", {"type": kind}), "llamacpp")
+        stored, _, fallbacks = need.stored_bytes(shape(), Variant("v", "gguf", {"type": kind}), "llamacpp")
         assert stored / 2**30 == pytest.approx(gib, abs=0.006), kind
         assert fallbacks == []
     assert shape().parameters == 8030261248
@@ -62,7 +79,7 @@ def test_groups_that_do_not_divide_a_layer_cannot_run() -> None:
 
     def reason(**options: Any) -> str | None:
         choice = BackendChoice("transformers", {})
-        return plan.need_of(odd, Variant("v", "awq", options), choice, 576, 1, 512, 0, False).unsupported
+        return need.need_of(odd, Variant("v", "awq", options), choice, 576, 1, 512, 0, False).unsupported
 
     assert reason() == "group_size 128 does not divide the inputs of every layer; take 16 or 32 or 64 or -1"
     assert reason(group_size=64) is reason(group_size=-1) is reason(engine="gptqmodel") is None
@@ -70,43 +87,54 @@ def test_groups_that_do_not_divide_a_layer_cannot_run() -> None:
 
 def test_what_falls_back_is_named() -> None:
     odd = shape(hidden_size=2880, num_attention_heads=45, num_key_value_heads=9, head_dim=64)
-    _, types, fallbacks = plan.stored_bytes(odd, Variant("v", "gguf", {"type": "Q4_K_M"}), "llamacpp")
+    _, types, fallbacks = need.stored_bytes(odd, Variant("v", "gguf", {"type": "Q4_K_M"}), "llamacpp")
     assert "blk.0.attn_q.weight" in fallbacks and types["blk.0.attn_q.weight"] == "Q5_0"
     assert "blk.0.ffn_down.weight" not in fallbacks  # 14336 is a multiple of 256
     variant = Variant("gguf-Q4_K_M", "gguf", {"type": "Q4_K_M"})
-    need = plan.need_of(odd, variant, BackendChoice("llamacpp", {}), 576, 1, 512, 0, True)
-    assert need.fallbacks == tuple(fallbacks)
+    found = need.need_of(odd, variant, BackendChoice("llamacpp", {}), 576, 1, 512, 0, True)
+    assert found.fallbacks == tuple(fallbacks)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "qwen2"}, {"model_type": "qwen3", "head_dim": 64}, {"model_type": "mistral"},
-        {"model_type": "gemma2", "head_dim": 64, "tie_word_embeddings": True}, {"model_type": "phi3"},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen3", "head_dim": 64},
+        {"model_type": "mistral"},
+        {"model_type": "gemma2", "head_dim": 64, "tie_word_embeddings": True},
+        {"model_type": "phi3"},
         {"model_type": "gemma3_text", "head_dim": 64, "tie_word_embeddings": True},
-        {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"tie_word_embeddings": True},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
-)  # fmt: skip
+)
 @pytest.mark.slow
 def test_tensors_by_configuration_are_those_that_transformers_makes(changes: dict[str, Any]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     small = {
-        **LLAMA_8B, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 128, "pad_token_id": 0, **changes,
-    }  # fmt: skip
+        **LLAMA_8B,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "pad_token_id": 0,
+        **changes,
+    }
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small))
     named = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    ours = plan.shape_of({"config": small, "dtype": "float32", "tensors": None, "naming": "hf"}, "here")
-    theirs = plan.shape_of({"config": small, "dtype": "float32", "tensors": named, "naming": "hf"}, "here")
+    ours = tensors.shape_of({"config": small, "dtype": "float32", "tensors": None, "naming": "hf"}, "here")
+    theirs = tensors.shape_of({"config": small, "dtype": "float32", "tensors": named, "naming": "hf"}, "here")
     assert sum(map(_weights, named.values())) == ours.parameters
     mixture = Variant("v", "gguf", {"type": "Q4_K_M"})
-    assert plan.stored_bytes(ours, mixture, "llamacpp")[:1] == plan.stored_bytes(theirs, mixture, "llamacpp")[:1]
+    assert need.stored_bytes(ours, mixture, "llamacpp")[:1] == need.stored_bytes(theirs, mixture, "llamacpp")[:1]
     awq = Variant("v", "awq", {"group_size": 128})
-    assert plan.stored_bytes(ours, awq, "vllm") == plan.stored_bytes(theirs, awq, "vllm")
+    assert need.stored_bytes(ours, awq, "vllm") == need.stored_bytes(theirs, awq, "vllm")
 
 
 def _weights(sides: tuple[int, ...]) -> int:
@@ -117,11 +145,11 @@ def _weights(sides: tuple[int, ...]) -> int:
 
 
 def test_experts_of_a_checkpoint_become_one_tensor_a_layer() -> None:
-    tensors = {"model.embed_tokens.weight": [128, 256], "model.layers.0.mlp.gate.weight": [4, 256]}
+    stored = {"model.embed_tokens.weight": [128, 256], "model.layers.0.mlp.gate.weight": [4, 256]}
     for expert in range(4):
-        tensors[f"model.layers.0.mlp.experts.{expert}.down_proj.weight"] = [256, 512]
-    read = {"config": {**LLAMA_8B, "num_experts": 4}, "dtype": "bfloat16", "tensors": tensors, "naming": "hf"}
-    found = {tensor.name: tensor.shape for tensor in plan.shape_of(read, "here").tensors}
+        stored[f"model.layers.0.mlp.experts.{expert}.down_proj.weight"] = [256, 512]
+    read = {"config": {**LLAMA_8B, "num_experts": 4}, "dtype": "bfloat16", "tensors": stored, "naming": "hf"}
+    found = {tensor.name: tensor.shape for tensor in tensors.shape_of(read, "here").tensors}
     assert found["blk.0.ffn_down_exps.weight"] == (4, 256, 512)
     assert found["blk.0.ffn_gate_inp.weight"] == (4, 256)
 
@@ -136,25 +164,28 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert next(n for n in again.needs if (n.variant, n.backend) == ("gguf-Q4_K_M", "llamacpp")).fits
     more = plan.make(recipe(), memory_bytes=20 << 30, context=need.fits_context_tokens + 257, cuda=True)
     assert not next(n for n in more.needs if (n.variant, n.backend) == ("gguf-Q4_K_M", "llamacpp")).fits
-    assert "tokens would fit" in plan.terminal(tight)
+    assert "tokens would fit" in formats.terminal(tight)
     nothing = plan.make(recipe(), memory_bytes=1 << 30, cuda=True)
     assert not any(need.fits for need in nothing.needs)
-    assert "does not fit at any context" in plan.terminal(nothing)
+    assert "does not fit at any context" in formats.terminal(nothing)
 
 
 def test_both_formats_hold_every_pair_with_its_reason() -> None:
     made = plan.make(recipe(backends={"llamacpp": {"kv_cache": ["f16", "q8_0"]}, "vllm": None}), cuda=False)
-    listed = json.loads(plan.json_text(made))
+    listed = json.loads(formats.json_text(made))
     assert [(one["variant"], one["backend"], one["options"].get("kv_cache")) for one in listed] == [
-        ("base", "llamacpp", "f16"), ("gguf-Q4_K_M", "llamacpp", "f16"),
-        ("base", "llamacpp", "q8_0"), ("gguf-Q4_K_M", "llamacpp", "q8_0"),
-        ("base", "vllm", None), ("gguf-Q4_K_M", "vllm", None),
-    ]  # fmt: skip
+        ("base", "llamacpp", "f16"),
+        ("gguf-Q4_K_M", "llamacpp", "f16"),
+        ("base", "llamacpp", "q8_0"),
+        ("gguf-Q4_K_M", "llamacpp", "q8_0"),
+        ("base", "vllm", None),
+        ("gguf-Q4_K_M", "vllm", None),
+    ]
     for one in listed:
         parts = [one[f"{part}_bytes"] for part in ("weights", "kv_cache", "workspace", "runtime")]
         assert (one["need_bytes"] == sum(parts)) if one["unsupported"] is None else parts == [None] * 4
     assert listed[2]["kv_cache_bytes"] < listed[0]["kv_cache_bytes"]
-    text = plan.terminal(made)
+    text = formats.terminal(made)
     assert "cannot run" in text and "no longer part of vLLM" in text and "q8_0" in text
 
 
@@ -178,7 +209,9 @@ def test_an_unknown_architecture_is_refused_unless_its_files_tell() -> None:
     with pytest.raises(UserError, match="tensors of a 'lama' do not follow .* Did you mean 'llama'"):
         shape(model_type="lama")
     with pytest.raises(UserError, match="does not say 'hidden_size'"):
-        plan.shape_of({"config": {"model_type": "llama"}, "dtype": "bfloat16", "tensors": {}, "naming": "hf"}, "here")
+        tensors.shape_of(
+            {"config": {"model_type": "llama"}, "dtype": "bfloat16", "tensors": {}, "naming": "hf"}, "here"
+        )
 
 
 def test_a_directory_is_planned_from_its_headers(tiny_llama: Path) -> None:
@@ -200,14 +233,14 @@ def test_the_plan_is_for_the_point_that_needs_most() -> None:
     load = {"prompt_tokens": [512, 4096], "new_tokens": 128, "batch": [1, 4], "requests": 2}
     made = plan.make(recipe(workload=load, backends={"llamacpp": None}), cuda=True, memory_bytes=1 << 40)
     cache = made.needs[0].kv_cache_bytes
-    assert cache == plan.kv_cache_bytes(shape(), BackendChoice("llamacpp", {}), 4224, 1, cuda=True)
+    assert cache == need.kv_cache_bytes(shape(), BackendChoice("llamacpp", {}), 4224, 1, cuda=True)
     wide = plan.make(
         recipe(workload={**load, "batch": [1, 16]}, backends={"llamacpp": None}), cuda=True, memory_bytes=1
     )
-    assert wide.needs[0].kv_cache_bytes == plan.kv_cache_bytes(
+    assert wide.needs[0].kv_cache_bytes == need.kv_cache_bytes(
         shape(), BackendChoice("llamacpp", {}), 512 + 192, 16, cuda=True
     )
-    assert "16 x 704" in plan.terminal(wide)
+    assert "16 x 704" in formats.terminal(wide)
     one = plan.make(recipe(workload=load, backends={"llamacpp": None}), cuda=True, memory_bytes=1 << 40, context=1024)
     assert [(point.tokens, point.batch) for point in one.points] == [(1024, 1)]
 

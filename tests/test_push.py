@@ -23,12 +23,12 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent / "report"))
 from test_store import a_row
 
-from workbench import push as wing
 from workbench.errors import UserError
+from workbench.hub import card as cards
+from workbench.hub import push as wing
+from workbench.hub.licences import FAMILIES, LICENCES, hint, refusal
 from workbench.records import Row
-from workbench.report import card as cards
 from workbench.report import store
-from workbench.report.licences import FAMILIES, LICENCES, hint, refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,10 +96,15 @@ def hub() -> Iterator[Hub]:
                     {"files": [{"path": n, "shouldIgnore": False, "uploadMode": mode} for n, mode in modes.items()]}
                 )
             elif path.endswith("/objects/batch"):
-                self.answer({"transfer": "basic", "objects": [
-                    {**o, "actions": {"upload": {"href": f"{state.url}/lfs/{o['oid']}"}}}
-                    for o in json.loads(content)["objects"]
-                ]})  # fmt: skip
+                self.answer(
+                    {
+                        "transfer": "basic",
+                        "objects": [
+                            {**o, "actions": {"upload": {"href": f"{state.url}/lfs/{o['oid']}"}}}
+                            for o in json.loads(content)["objects"]
+                        ],
+                    }
+                )
             elif "/commit/" in path:
                 for line in content.splitlines():
                     part = json.loads(line)
@@ -150,10 +155,14 @@ def test_the_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, {"hub": "meta-llama/Llama-3.1-8B-Instruct"})
     text = cards.card(rows, rows[1], "llama3.1", "someone")
     assert front(text) == {
-        "base_model": "meta-llama/Llama-3.1-8B-Instruct", "base_model_relation": "quantized", "quantized_by": "someone",
-        "license": "llama3.1", "library_name": "gguf", "pipeline_tag": "text-generation",
+        "base_model": "meta-llama/Llama-3.1-8B-Instruct",
+        "base_model_relation": "quantized",
+        "quantized_by": "someone",
+        "license": "llama3.1",
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
         "tags": ["quantized", "gguf", "workbench"],
-    }  # fmt: skip
+    }
     assert "[meta-llama/Llama-3.1-8B-Instruct](https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct)" in text
     assert 'begin the name of the model with "Llama"' in text
     assert "| gguf-Q4_0 | llamacpp" in text and "| base" in text
@@ -170,9 +179,12 @@ def test_a_licence_that_the_hub_has_no_word_for() -> None:
     assert (found["license"], found["license_name"]) == ("other", "mrl")
     assert found["license_link"].startswith("https://mistral.ai/") and found["library_name"] == "transformers"
     assert cards.front_matter(row, "house-rules") == {
-        "license": "other", "license_name": "house-rules", "library_name": "transformers",
-        "pipeline_tag": "text-generation", "tags": ["quantized", "awq", "4-bit", "workbench"],
-    }  # fmt: skip
+        "license": "other",
+        "license_name": "house-rules",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["quantized", "awq", "4-bit", "workbench"],
+    }
     assert "license" not in cards.front_matter(row, None)
 
 
@@ -232,13 +244,22 @@ def test_the_licence_is_read_off_the_base(tmp_path: Path) -> None:
 
 def push(hub: Hub, folder: Path, *words: str, token: str = "secret") -> subprocess.CompletedProcess[str]:
     environment = {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": token,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(folder / "hf"),
+        "PYTHONPATH": str(ROOT),
+    }
     return subprocess.run(
         [sys.executable, "-m", "workbench.cli", "push", *words, "--results", str(folder / "results")],
-        capture_output=True, text=True, env=environment, cwd=folder, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        timeout=120,
+    )
 
 
 def test_a_gguf_goes_up_with_its_card_in_one_commit(hub: Hub, tmp_path: Path) -> None:
@@ -313,8 +334,10 @@ def test_the_card_command(tmp_path: Path) -> None:
         store.append(tmp_path / "results", "desk", row)
     done = subprocess.run(
         [sys.executable, "-m", "workbench.cli", "card", "gguf-Q4_0", "--results", str(tmp_path / "results")],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     assert front(done.stdout)[
         "library_name"

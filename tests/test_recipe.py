@@ -15,7 +15,11 @@ import pytest
 import yaml
 
 from workbench.errors import UserError
-from workbench.recipe import MAX_BYTES, Base, format_of, limits_of, load, parse, schema
+from workbench.recipe.choices import format_of, limits_of
+from workbench.recipe.json_schema import schema
+from workbench.recipe.load import load, parse
+from workbench.recipe.model import Base
+from workbench.recipe.yaml_text import MAX_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -162,7 +166,7 @@ touched = []
 def watch(event, arguments):
     if event.startswith(("open", "os.", "subprocess.", "socket.")):
         touched.append((event, str(arguments[0])))
-from workbench.recipe import load, parse
+from workbench.recipe.load import load, parse
 from pathlib import Path
 load({str(ROOT / "recipes" / "llama8b.yaml")!r})  # so that every module is imported
 sys.addaudithook(watch)
@@ -175,9 +179,12 @@ loaded = [name for name in engines if name in sys.modules]
 print(touched == [("open", {str(path)!r})] and not loaded, touched, loaded)
 """
     answer = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
         env={**os.environ, "WORKBENCH_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert answer.stdout.startswith("True"), answer.stdout + answer.stderr
     assert not (tmp_path / "home").exists()
 
@@ -356,9 +363,20 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 BEYOND_A_SCHEMA = {
-    "pattern", "strided", "stride-too-long", "stride-alone", "nan", "base-package", "base-config", "variant-name",
-    "same-twice", "named-base", "needs-imatrix", "imatrix-without-calibration", "awq-without-calibration",
-}  # fmt: skip
+    "pattern",
+    "strided",
+    "stride-too-long",
+    "stride-alone",
+    "nan",
+    "base-package",
+    "base-config",
+    "variant-name",
+    "same-twice",
+    "named-base",
+    "needs-imatrix",
+    "imatrix-without-calibration",
+    "awq-without-calibration",
+}
 """What hangs on other parts of the recipe; only the program can tell."""
 
 
@@ -484,7 +502,7 @@ def test_a_workload_of_lists_is_a_headline_and_further_points() -> None:
         ({"repeats": 0}, "workload.repeats: Input should be greater than or equal to 1 (found 0)"),
         ({"requests": -1}, "workload.requests: Input should be greater than or equal to 0"),
     ],
-)  # fmt: skip
+)
 def test_lists_of_a_workload_are_checked_item_by_item(load_: dict[str, Any], message: str) -> None:
     assert message in refused(recipe(workload=load_))
 
@@ -492,8 +510,9 @@ def test_lists_of_a_workload_are_checked_item_by_item(load_: dict[str, Any], mes
 def test_the_kv_cache_is_an_axis() -> None:
     both = parse(recipe(backends={"llamacpp": {"kv_cache": ["f16", "q8_0"], "threads": 2}}), Path("r.yaml"))
     assert [(choice.name, choice.options["kv_cache"], choice.options["threads"]) for choice in both.backends] == [
-        ("llamacpp", "f16", 2), ("llamacpp", "q8_0", 2),
-    ]  # fmt: skip
+        ("llamacpp", "f16", 2),
+        ("llamacpp", "q8_0", 2),
+    ]
     assert both.choices("llamacpp") == list(both.backends) and both.backend("llamacpp") == both.backends[0]
     assert [choice.options for choice in both.choices("vllm")] == [{}]
     assert "Known: f16, q8_0" in refused(recipe(backends={"llamacpp": {"kv_cache": ["f16", "fp8"]}}))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from workbench import pipeline
-from workbench.pipeline import APART_S, Together, Turns
+from workbench.profile import turns
+from workbench.profile.turns import APART_S, Together, Turns
 
 
 class Bench:
@@ -102,16 +102,12 @@ def test_whatever_goes_wrong_every_job_is_ended_and_what_ended_is_kept() -> None
     assert sorted(bench.seen) == ["a free", "a stored", "a1", "a2", "b free", "c ended", "c free", "c1"]
 
 
-@pytest.mark.parametrize(
-    ("cuda", "available_gib", "room"), [(False, 24, True), (False, 5, False), (True, 1000, False)]
-)  # fmt: skip
+@pytest.mark.parametrize(("cuda", "available_gib", "room"), [(False, 24, True), (False, 5, False), (True, 1000, False)])
 def test_a_job_is_loaded_beside_others_only_where_there_is_room(
     cuda: bool, available_gib: int, room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A billion parameters, 3.7 GiB in float32."""
-    monkeypatch.setattr(pipeline, "has_cuda", lambda: cuda)
-    monkeypatch.setattr(
-        pipeline.psutil, "virtual_memory", lambda: SimpleNamespace(available=available_gib << 30)
-    )  # fmt: skip
+    monkeypatch.setattr(turns, "has_cuda", lambda: cuda)
+    monkeypatch.setattr(turns.psutil, "virtual_memory", lambda: SimpleNamespace(available=available_gib << 30))
     row: Any = SimpleNamespace(artifact=SimpleNamespace(parameters=10**9))
-    assert pipeline._room_beside(row) is room
+    assert turns.room_beside(row) is room

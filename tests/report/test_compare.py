@@ -17,7 +17,7 @@ from test_store import ROOT, a_row
 from workbench.errors import UserError
 from workbench.records import Row
 from workbench.report import store
-from workbench.report.compare import Change, Verdict, compare, failures, json_text, parse_limit, select, text
+from workbench.report.verdicts.compare import Change, Verdict, compare, failures, json_text, parse_limit, select, text
 
 
 def timed(decode: list[float], **more: Any) -> Row:
@@ -107,12 +107,16 @@ def test_perplexity_is_paired_over_windows(shift: list[float], verdict: Verdict)
 def compared(row: Row, klds: list[float], reference: str = "r1") -> Row:
     assert row.measurement is not None and row.measurement.quality is not None
     windows = [
-        window | {
-            "kld_count": window["count"], "kld_sum": kld * window["count"], "kld_low_sum": 0.0,
-            "same_top_sum": window["count"] * (1 - kld), "dp_square_sum": 0.0,
+        window
+        | {
+            "kld_count": window["count"],
+            "kld_sum": kld * window["count"],
+            "kld_low_sum": 0.0,
+            "same_top_sum": window["count"] * (1 - kld),
+            "dp_square_sum": 0.0,
         }
         for window, kld in zip(row.measurement.quality["windows"], klds, strict=True)
-    ]  # fmt: skip
+    ]
     quality = {"windows": windows, "reference_digest": reference}
     return replace(row, measurement=replace(row.measurement, quality=quality))
 

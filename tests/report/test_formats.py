@@ -19,8 +19,10 @@ from test_store import a_row
 from test_table import compared, demo_rows
 
 from workbench.records import Evaluation, Row, Workload
-from workbench.report.formats import FORMATS, terminal
-from workbench.report.table import Table, build, objects
+from workbench.report.formats import FORMATS
+from workbench.report.formats.data import objects
+from workbench.report.formats.terminal import terminal
+from workbench.report.table import Table, build
 
 NASTY = "Q4|[red]x[/red] <b>*a*</b> `c` \x1b[31m\u202e_e_\nnext"
 
@@ -37,9 +39,12 @@ def wide_rows() -> list[Row]:
                 )
                 continue
             row = a_row(
-                f"gguf-{name}", backend, windows=[(2560, 6300.0 + step**3.5 * 8), (2560, 6310.0 + step**3.5 * 8)],
-                first_token_s=[0.11 + 0.003 * step, 0.112, 0.11], memory={"peak_rss": 913 * 2**20 - step},
-            )  # fmt: skip
+                f"gguf-{name}",
+                backend,
+                windows=[(2560, 6300.0 + step**3.5 * 8), (2560, 6310.0 + step**3.5 * 8)],
+                first_token_s=[0.11 + 0.003 * step, 0.112, 0.11],
+                memory={"peak_rss": 913 * 2**20 - step},
+            )
             rows.append(replace(row, artifact=replace(row.artifact, disk_bytes=92 * 2**20 - step * 10**6)))
     return rows
 
@@ -115,9 +120,18 @@ def test_markdown_has_units_and_shorthand() -> None:
     text = FORMATS["markdown"](build(wide_rows()))
     heading = cells_of(next(line for line in text.splitlines() if line.startswith("|")))
     assert heading == [
-        "variant", "backend", "bpw", "size (MiB)", "load (s)", "peak RSS (MiB)", "pp100 (t/s)", "tg3 @ d100 (t/s)",
-        "ppl", "Δ ppl", "note",
-    ]  # fmt: skip
+        "variant",
+        "backend",
+        "bpw",
+        "size (MiB)",
+        "load (s)",
+        "peak RSS (MiB)",
+        "pp100 (t/s)",
+        "tg3 @ d100 (t/s)",
+        "ppl",
+        "Δ ppl",
+        "note",
+    ]
     assert re.search(r"\| gguf-Q8_0 +\| llamacpp .*\| +92\.0 \| +1\.5 \| +913\.0 \|", text)
     assert "noise floor: Toy-1M has perplexity 11.6672 to 11.6672 on transformers, vllm, llamacpp: 0.000 %" in text
 

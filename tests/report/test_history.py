@@ -9,7 +9,7 @@ import pytest
 from test_store import a_row
 
 from workbench.records import Row
-from workbench.report.history import find_steps, series_of, steps_of
+from workbench.report.verdicts.steps import find_steps, series_of, steps_of
 
 
 def night(day: int, tok_s: float, **more: object) -> Row:
@@ -74,10 +74,15 @@ def test_a_mended_regression_is_closed_and_a_gain_is_none() -> None:
 
 def test_series_keep_apart_what_is_not_comparable_and_leave_out_what_cannot_run() -> None:
     rows = [
-        night(0, 100), night(1, 100), night(1, 100, machine="lab"), night(1, 100, evaluation="e2"),
-        night(1, 100, measurement_version=3), night(1, 100, options={"threads": 4}),
-        a_row("q", measured=False, unsupported="no"), a_row("r", measured=False, error="it broke"),
-    ]  # fmt: skip
+        night(0, 100),
+        night(1, 100),
+        night(1, 100, machine="lab"),
+        night(1, 100, evaluation="e2"),
+        night(1, 100, measurement_version=3),
+        night(1, 100, options={"threads": 4}),
+        a_row("q", measured=False, unsupported="no"),
+        a_row("r", measured=False, error="it broke"),
+    ]
     found = series_of(rows)
     assert [len(series.points) for series in found] == [2, 1, 1, 1, 1, 1]
     assert found[-1].points[0].error == "it broke" and found[-1].values("decode_tok_s") == []
@@ -86,6 +91,7 @@ def test_series_keep_apart_what_is_not_comparable_and_leave_out_what_cannot_run(
 def test_series_that_differ_only_in_an_option_say_so() -> None:
     rows = [night(day, 100, options={"kv_cache": kv}) for day in range(2) for kv in ("f16", "q8_0")]
     assert [series.label for series in series_of(rows)] == [
-        "base on llamacpp (kv_cache f16)", "base on llamacpp (kv_cache q8_0)",
-    ]  # fmt: skip
+        "base on llamacpp (kv_cache f16)",
+        "base on llamacpp (kv_cache q8_0)",
+    ]
     assert series_of(rows[:1])[0].label == "base on llamacpp"

@@ -15,7 +15,7 @@ import pytest
 from test_store import a_row
 
 from workbench.records import Row
-from workbench.report.night import NIGHTS, TIMES, Verdict, judge, note_of, text
+from workbench.report.verdicts.night import NIGHTS, TIMES, Verdict, judge, note_of, text
 
 VARIANTS = ("base", "awq-4bit-g128", "gptq-4bit-g128", "gguf-Q8_0", "gguf-Q4_K_M", "gguf-Q2_K")
 ENGINES = ("vllm", "llamacpp")
@@ -45,11 +45,15 @@ class House:
         # Deterministic but for the last digits, and no two windows alike.
         nats = [255 * (2.6 + 0.1 * window) + self.chance.gauss(0, 1e-3) for window in range(6)]
         return a_row(
-            variant, engine, windows=[(255, total + 255 * math.log(worse)) for total in nats],
-            first_token_s=[100 / rate / 7 for rate in rates], step_s=[[1 / rate] * 2 for rate in rates],
-            memory={"peak_rss": int(3e8 * math.exp(self.chance.gauss(0, 0.01)))}, started_at=at,
+            variant,
+            engine,
+            windows=[(255, total + 255 * math.log(worse)) for total in nats],
+            first_token_s=[100 / rate / 7 for rate in rates],
+            step_s=[[1 / rate] * 2 for rate in rates],
+            memory={"peak_rss": int(3e8 * math.exp(self.chance.gauss(0, 0.01)))},
+            started_at=at,
             key=f"{variant}/{engine}",
-        )  # fmt: skip
+        )
 
     def night(self, number: int, before: list[Row], notes: list[dict], plant: Plant = untouched) -> Verdict:  # type: ignore[type-arg]
         """A whole night as `workbench nightly` runs it: measure, judge, measure suspects again; rows and note kept."""

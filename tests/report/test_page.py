@@ -17,9 +17,12 @@ import pytest
 from test_store import ROOT, a_row
 
 from workbench.records import Row
-from workbench.report import charts, page, statistics, store
-from workbench.report.history import series_of, steps_of
-from workbench.report.table import Table, build, objects
+from workbench.report import estimates as statistics
+from workbench.report import store
+from workbench.report.formats.data import objects
+from workbench.report.site import charts, page, plots, svg
+from workbench.report.table import Table, build
+from workbench.report.verdicts.steps import series_of, steps_of
 
 ENGINES = ("transformers", "vllm", "llamacpp")
 REAL = sorted(ROOT.glob("results/*/rows.jsonl"))
@@ -33,21 +36,31 @@ def a_house(count: int, seed: int = 0) -> list[Row]:
         variant = "base" if number < 3 else f"gguf-Q{number // 3}_K_M-imatrix"
         speed = math.exp(chance.uniform(2, 5))
         row = a_row(
-            variant, ENGINES[number % 3], windows=[(255, 255 * chance.uniform(2.6, 3.4)) for _ in range(6)],
+            variant,
+            ENGINES[number % 3],
+            windows=[(255, 255 * chance.uniform(2.6, 3.4)) for _ in range(6)],
             step_s=[[chance.lognormvariate(-math.log(speed), 0.05) for _ in range(31)] for _ in range(3)],
             memory={
-                "weights": chance.randrange(10**8), "kv_cache": 10**7, "peak_rss": 8 * 10**8,
-                "peak_rss_anon": chance.randrange(10**9), "peak_rss_file": chance.randrange(10**9),
+                "weights": chance.randrange(10**8),
+                "kv_cache": 10**7,
+                "peak_rss": 8 * 10**8,
+                "peak_rss_anon": chance.randrange(10**9),
+                "peak_rss_file": chance.randrange(10**9),
             },
-        )  # fmt: skip
+        )
         assert row.measurement is not None and row.measurement.quality is not None
         windows = [
-            window | {
-                "kld_count": 255, "kld_sum": 255 * chance.uniform(0.001, 2), "kld_low_sum": 0.0, "same_top_sum": 200,
-                "dp_square_sum": 1.0, "kld": [chance.lognormvariate(-2, 1) for _ in range(255)],
+            window
+            | {
+                "kld_count": 255,
+                "kld_sum": 255 * chance.uniform(0.001, 2),
+                "kld_low_sum": 0.0,
+                "same_top_sum": 200,
+                "dp_square_sum": 1.0,
+                "kld": [chance.lognormvariate(-2, 1) for _ in range(255)],
             }
             for window in row.measurement.quality["windows"]
-        ]  # fmt: skip
+        ]
         quality = {"windows": windows, "reference_digest": "r"}
         rows.append(replace(row, measurement=replace(row.measurement, quality=quality)))
     return rows
@@ -148,9 +161,15 @@ def test_all_lines_are_in_the_table_with_their_reasons() -> None:
 def test_html_in_names_is_text() -> None:
     evil = '<img src=x onerror="alert(1)">\'"&</script><script>alert(2)</script>'
     row = a_row(
-        f"q{evil}", f"engine{evil}", base=f"M{evil}", warnings=[f"warn {evil}"], recipe=evil, machine=f"m{evil}",
-        versions={evil: evil}, options={evil: evil},
-    )  # fmt: skip
+        f"q{evil}",
+        f"engine{evil}",
+        base=f"M{evil}",
+        warnings=[f"warn {evil}"],
+        recipe=evil,
+        machine=f"m{evil}",
+        versions={evil: evil},
+        options={evil: evil},
+    )
     base = a_row("base", f"engine{evil}", base=f"M{evil}", machine=f"m{evil}")
     failed = replace(row, artifact=replace(row.artifact, variant=f"f{evil}"), key="f", measurement=None, error=evil)
     rows = [base, row, failed]
@@ -160,22 +179,66 @@ def test_html_in_names_is_text() -> None:
     text = page.page(table, series, [step for one in series for step in steps_of(one)], back=evil)
     reader = read(text)
     assert {tag for tag, _ in reader.tags} <= {
-        "html", "head", "meta", "link", "title", "style", "body", "header", "h1", "h2", "p", "a", "main", "section",
-        "form", "label", "input", "fieldset", "legend", "output", "div", "table", "thead", "tbody", "tr", "th", "td",
-        "button", "small", "ol", "ul", "li", "figure", "figcaption", "b", "svg", "g", "path", "rect", "circle", "text",
-        "dl", "dt", "dd", "script", "span", "time", "em",
-    }  # fmt: skip
+        "html",
+        "head",
+        "meta",
+        "link",
+        "title",
+        "style",
+        "body",
+        "header",
+        "h1",
+        "h2",
+        "p",
+        "a",
+        "main",
+        "section",
+        "form",
+        "label",
+        "input",
+        "fieldset",
+        "legend",
+        "output",
+        "div",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "button",
+        "small",
+        "ol",
+        "ul",
+        "li",
+        "figure",
+        "figcaption",
+        "b",
+        "svg",
+        "g",
+        "path",
+        "rect",
+        "circle",
+        "text",
+        "dl",
+        "dt",
+        "dd",
+        "script",
+        "span",
+        "time",
+        "em",
+    }
     assert [tag for tag, _ in reader.tags].count("script") == 1
     assert not any(name.startswith("on") and name != "onsubmit" for _, found in reader.tags for name in found)
-    for plot in page.plots(table, series):
-        xml.fromstring(charts.standalone(plot.wide))  # well-formed, whatever the names
+    for plot in plots.plots(table, series):
+        xml.fromstring(svg.standalone(plot.wide))  # well-formed, whatever the names
     assert "alert(2)" in text  # shown, as text
 
 
 def test_a_name_with_control_characters_is_still_xml() -> None:
     rows = [a_row("a\x00b\x1b[2J\ud800"), a_row("base")]
-    for plot in page.plots(build(rows)):
-        xml.fromstring(charts.standalone(plot.narrow))
+    for plot in plots.plots(build(rows)):
+        xml.fromstring(svg.standalone(plot.narrow))
     page.page(build(rows)).encode()
 
 
@@ -194,16 +257,17 @@ def test_two_hundred_rows_are_under_two_megabytes() -> None:
     # With a month of nights, for the plots over time.
     nights = [
         replace(row, started_at=f"2026-10-{day:02}T00:00:00Z", key=f"{row.key}{day}")
-        for row in rows[:60] for day in range(1, 31)
-    ]  # fmt: skip
+        for row in rows[:60]
+        for day in range(1, 31)
+    ]
     size = len(page.page(table, series_of(nights)).encode())
     assert size < 2_000_000, size
 
 
-def overlaps(svg: str) -> list[tuple[str, str]]:
+def overlaps(drawn: str) -> list[tuple[str, str]]:
     """Pairs of texts whose boxes meet, by the width that the drawing itself reckons with."""
     boxes = []
-    for text in xml.fromstring(charts.standalone(svg)).iter("{http://www.w3.org/2000/svg}text"):
+    for text in xml.fromstring(svg.standalone(drawn)).iter("{http://www.w3.org/2000/svg}text"):
         words = text.text or ""
         x, y, wide = float(text.attrib["x"]), float(text.attrib["y"]), 6.2 * len(words)
         y += float(text.attrib.get("dy", 0))
@@ -222,9 +286,11 @@ def test_labels_do_not_overlap(count: int) -> None:
     rows = a_house(count)
     nights = [
         replace(row, started_at=f"2026-{month:02}-{day:02}T00:00:00Z", key=f"{row.key}{month}{day}")
-        for row in rows for month in (9, 10) for day in range(1, 28, 3)
-    ]  # fmt: skip
-    found = page.plots(build(rows), series_of(nights))
+        for row in rows
+        for month in (9, 10)
+        for day in range(1, 28, 3)
+    ]
+    found = plots.plots(build(rows), series_of(nights))
     assert {plot.name for plot in found} >= {"quality-size", "quality-speed", "memory", "latency", "divergence"}
     assert "history-perplexity" in {plot.name for plot in found}
     for plot in found:
@@ -232,7 +298,7 @@ def test_labels_do_not_overlap(count: int) -> None:
 
 
 def test_labels_of_the_real_rows_do_not_overlap() -> None:
-    for plot in page.plots(build(real_rows())):
+    for plot in plots.plots(build(real_rows())):
         assert overlaps(plot.wide) == [] and overlaps(plot.narrow) == [], plot.name
 
 
@@ -254,12 +320,12 @@ def test_a_regression_is_told_with_what_changed() -> None:
 def test_extremes_can_be_drawn() -> None:
     for values in ([1e-12, 1e12], [5.0, 5.0], [1e300, 1e-300]):
         marks = [charts.Mark(f"r{i}", f"m{i}", 0, x=v, y=v) for i, v in enumerate(values)]
-        for width in (charts.WIDE, charts.NARROW):
+        for width in (svg.WIDE, svg.NARROW):
             for log in (True, False):
-                axes = charts.Axis("x", log=log), charts.Axis("y", log=log)
-                svg = charts.scatter(marks, ["e"], *axes, "t", width, True)
-                xml.fromstring(charts.standalone(svg))
-                assert "nan" not in svg and "inf" not in svg
+                axes = svg.Axis("x", log=log), svg.Axis("y", log=log)
+                drawn = charts.scatter(marks, ["e"], *axes, "t", width, True)
+                xml.fromstring(svg.standalone(drawn))
+                assert "nan" not in drawn and "inf" not in drawn
 
 
 def test_the_command_writes_page_and_plots(tmp_path: Path) -> None:
@@ -268,24 +334,29 @@ def test_the_command_writes_page_and_plots(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "workbench.cli", "report", "--results", str(tmp_path)]
     done = subprocess.run(
         [*command, "-o", str(tmp_path / "out" / "page.html"), "--plots", str(tmp_path / "plots")],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     assert "<table id=rows>" in (tmp_path / "out" / "page.html").read_text()
     names = sorted(path.name for path in (tmp_path / "plots").glob("*.svg"))
     assert names == ["divergence.svg", "latency.svg", "memory.svg", "quality-size.svg", "quality-speed.svg"]
     xml.parse(tmp_path / "plots" / names[0])
     empty = subprocess.run(
-        [*command[:-1], str(tmp_path / "none")], capture_output=True, text=True, cwd=tmp_path,
+        [*command[:-1], str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert empty.returncode == 2 and "nothing measured yet" in empty.stderr
     assert not (tmp_path / "report.html").exists()
 
 
 def test_png_of_a_plot() -> None:
     pytest.importorskip("resvg_py")
-    made = charts.png(charts.standalone(page.plots(build(a_house(9)))[0].wide))
+    made = svg.png(svg.standalone(plots.plots(build(a_house(9)))[0].wide))
     assert made is not None and made.startswith(b"\x89PNG")
 
 
@@ -297,10 +368,11 @@ def test_other_evaluation_sets_and_tasks_have_columns() -> None:
         windows = [{"count": 4, "nonfinite": 0, "nll_sum": total}, {"count": 4, "nonfinite": 0, "nll_sum": 9.0}]
         rows.append(
             replace(
-                row, evaluations={"code": replace(row.evaluation, name="code", digest="e9")},
+                row,
+                evaluations={"code": replace(row.evaluation, name="code", digest="e9")},
                 measurement=replace(row.measurement, qualities={"code": {"windows": windows}}),
             )
-        )  # fmt: skip
+        )
     table = build(rows)
     text = page.page(table)
     assert "perplexity, code" in text

@@ -12,10 +12,11 @@ import pytest
 from test_page import REAL, a_house
 from test_store import a_row
 
-from workbench.report import page, store
-from workbench.report.history import series_of, steps_of
-from workbench.report.publish import publish
+from workbench.report import store
+from workbench.report.site import page
+from workbench.report.site.publish import publish
 from workbench.report.table import build
+from workbench.report.verdicts.steps import series_of, steps_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -69,8 +70,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[name].write_text(page.page(build(rows)))
     nights = [
         replace(row, started_at=f"2026-{month:02}-{day:02}T00:00:00Z", key=f"{row.key}{month}{day}")
-        for row in made["house"] for month in (9, 10) for day in range(1, 28, 2)
-    ]  # fmt: skip
+        for row in made["house"]
+        for month in (9, 10)
+        for day in range(1, 28, 2)
+    ]
     series = series_of(nights)
     steps = [step for one in series for step in steps_of(one)]
     found["nights"] = folder / "nights.html"
@@ -201,8 +204,9 @@ def test_it_can_be_read_without_a_mouse_or_eyes(tab: chromium.Browser, pages: di
 def test_the_site_leads_from_page_to_page(tab: chromium.Browser, tmp_path: Path, width: int) -> None:
     rows = [
         replace(row, started_at=f"2026-10-{day:02}T00:00:00Z", key=f"{row.key}{day}")
-        for row in a_house(6) for day in range(1, 9)
-    ]  # fmt: skip
+        for row in a_house(6)
+        for day in range(1, 9)
+    ]
     publish(rows, tmp_path)
     tab.open(tmp_path / "index.html", width)
     assert tab("document.querySelector('img').naturalWidth") > 50  # the badge

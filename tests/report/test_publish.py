@@ -18,7 +18,7 @@ from test_store import ROOT, a_row
 from workbench.errors import UserError
 from workbench.records import Row
 from workbench.report import store
-from workbench.report.publish import badge, path_of, publish
+from workbench.report.site.publish import badge, path_of, publish
 
 
 def nights(slow_from: int = 99, mended_from: int = 99, count: int = 24, **more: str) -> list[Row]:
@@ -37,7 +37,7 @@ def nights(slow_from: int = 99, mended_from: int = 99, count: int = 24, **more: 
                     versions=versions,
                     started_at=f"2026-10-{day + 1:02}T02:00:00Z",
                     **more,
-                )  # fmt: skip
+                )
             )
     return rows
 

@@ -15,26 +15,37 @@ from test_store import ROOT, a_row
 
 from workbench.errors import UserError
 from workbench.records import Row
-from workbench.report import recommend as wing
 from workbench.report import store
-from workbench.report.recommend import Recommendation, Wishes, parse_share, parse_size, recommend
 from workbench.report.table import build
+from workbench.report.verdicts import recommend as wing
+from workbench.report.verdicts.recommend import Recommendation, Wishes, parse_share, parse_size, recommend
 
 MIB = 2**20
 BASE_NATS = [900.0, 960.0, 880.0, 930.0]
 
 
 def made(
-    variant: str, tok_s: float, nats: float = 0.0, mib: int = 300, disk_mib: int = 200, backend: str = "llamacpp",
-    scatter: float = 0.002, windows: list[float] | None = None, **more: Any,
-) -> Row:  # fmt: skip
+    variant: str,
+    tok_s: float,
+    nats: float = 0.0,
+    mib: int = 300,
+    disk_mib: int = 200,
+    backend: str = "llamacpp",
+    scatter: float = 0.002,
+    windows: list[float] | None = None,
+    **more: Any,
+) -> Row:
     """A variant that decodes at `tok_s` and costs `nats` more than the base in each window of 400 tokens."""
     rates = [tok_s * (1 - scatter), tok_s, tok_s * (1 + scatter)]
     totals = windows or [total + nats for total in BASE_NATS]
     row = a_row(
-        variant, backend, windows=[(400, total) for total in totals], step_s=[[1 / r, 1 / r] for r in rates],
-        memory={"peak_rss": mib * MIB}, **more,
-    )  # fmt: skip
+        variant,
+        backend,
+        windows=[(400, total) for total in totals],
+        step_s=[[1 / r, 1 / r] for r in rates],
+        memory={"peak_rss": mib * MIB},
+        **more,
+    )
     return replace(row, artifact=replace(row.artifact, disk_bytes=disk_mib * MIB))
 
 
@@ -186,8 +197,9 @@ def test_lines_that_differ_only_in_an_option_are_both_told() -> None:
     ]
     found = ask(rows, min_decode_tok_s=100)
     assert {name for name in found.rejected if name.startswith("q ")} == {
-        "q on llamacpp (kv_cache f16)", "q on llamacpp (kv_cache q8_0)",
-    }  # fmt: skip
+        "q on llamacpp (kv_cache f16)",
+        "q on llamacpp (kv_cache q8_0)",
+    }
 
 
 def test_misspelt_words() -> None:

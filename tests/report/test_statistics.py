@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from workbench.report import statistics
+from workbench.report import estimates as statistics
 
 
 def quality(nlls, klds=None, tops=None, dps=None):
@@ -209,5 +209,5 @@ def test_intervals_of_random_halves_cover_the_whole_as_often_as_they_claim(metri
 
 
 def test_imports_no_engine():
-    code = "import sys, workbench.report.statistics; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    code = "import sys, workbench.report.estimates; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,7 +16,7 @@ import pytest
 from test_store import ROOT, a_row
 
 from workbench.errors import UserError
-from workbench.report import store
+from workbench.report import remote, store
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -26,7 +26,7 @@ def bucket() -> Iterator[str]:
     """A place in memory: what object storage is, but for the network."""
     name = f"memory://{uuid.uuid4().hex}/results"
     yield name
-    store._written.clear()
+    remote._written.clear()
 
 
 def files(url: str) -> list[str]:
@@ -40,8 +40,9 @@ def test_rows_come_back_in_order_and_one_process_keeps_one_file(bucket: str) -> 
     store.append(bucket, "lab", a_row(key="0", machine="lab"))
     rows, warnings = store.read(bucket)
     assert [(store.machine_of(row), row.key) for row in rows] == [
-        *(("desk", str(n)) for n in range(5)), ("lab", "0"),
-    ]  # fmt: skip
+        *(("desk", str(n)) for n in range(5)),
+        ("lab", "0"),
+    ]
     assert warnings == []
     assert len(files(bucket)) == 2
     assert store.read(store.under(bucket, "lab"))[0] == [a_row(key="0", machine="lab")]
@@ -51,7 +52,7 @@ def test_rows_come_back_in_order_and_one_process_keeps_one_file(bucket: str) -> 
 
 def test_two_writers_never_share_a_file(bucket: str) -> None:
     store.append(bucket, "desk", a_row(key="a"))
-    store._written.clear()  # as another process would begin
+    remote._written.clear()  # as another process would begin
     store.append(bucket, "desk", a_row(key="b", started_at="2026-11-22T10:00:00Z"))
     assert len(files(bucket)) == 2
     assert [row.key for row in store.read(bucket)[0]] == ["a", "b"]
@@ -73,7 +74,7 @@ def test_a_writer_killed_between_upload_and_removal_leaves_every_row_once(bucket
 
 
 def test_a_large_file_is_followed_by_another(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SEGMENT_BYTES", 3000)
+    monkeypatch.setattr(remote, "SEGMENT_BYTES", 3000)
     for number in range(9):
         store.append(bucket, "desk", a_row(key=str(number)))
     assert 2 < len(files(bucket)) < 9
@@ -129,9 +130,10 @@ def test_history_is_lean_but_for_the_newest_and_keeps_what_a_paired_difference_n
     windows = [window | {"nll": "AAAA", "kld": "AAAA"} for window in row.measurement.quality["windows"]]
     windows[1]["nonfinite"] = 1
     row = replace(
-        row, measurement=replace(row.measurement, quality={"windows": windows}),
+        row,
+        measurement=replace(row.measurement, quality={"windows": windows}),
         artifact=replace(row.artifact, tensor_types={"a": "Q4_K"}),
-    )  # fmt: skip
+    )
     newer = replace(row, started_at="2026-11-22T10:00:00Z")
     for each in (row, newer):
         store.append(tmp_path, "desk", each)
@@ -162,7 +164,7 @@ import boto3, fsspec
 from moto.server import ThreadedMotoServer
 from test_store import a_row
 from workbench.errors import UserError
-from workbench.report import store
+from workbench.report import remote, store
 
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
@@ -182,7 +184,7 @@ script = '''
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_store import a_row
-from workbench.report import store
+from workbench.report import remote, store
 for number in range(20):
     store.append("s3://nightly/results", "desk", a_row(key=sys.argv[1] + "-" + str(number)))
     print(number, flush=True)
@@ -245,8 +247,9 @@ def test_a_real_s3_server(tmp_path: Path) -> None:
 def test_parquet_reads_back_in_pandas(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     pandas = pytest.importorskip("pandas")
-    from workbench.report.parquet import parquet
-    from workbench.report.table import build, objects
+    from workbench.report.formats.data import objects
+    from workbench.report.formats.parquet import parquet
+    from workbench.report.table import build
 
     rows = [
         a_row("base", windows=[(4, 8.0), (4, 10.0)]),
@@ -258,9 +261,12 @@ def test_parquet_reads_back_in_pandas(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(parquet(rows))
     frame = pandas.read_parquet(tmp_path / "rows.parquet")
     assert sorted(zip(frame.machine, frame.variant, frame.evaluation_digest.fillna(""), strict=True)) == [
-        ("desk", "base", "e1"), ("desk", "q", "e1"), ("desk", "q", "e2"), ("desk", "speed-only", ""),
+        ("desk", "base", "e1"),
+        ("desk", "q", "e1"),
+        ("desk", "q", "e2"),
+        ("desk", "speed-only", ""),
         ("lab", "q", "e1"),
-    ]  # fmt: skip
+    ]
     table = {each["key"]: each for each in objects(build(rows[:2]))}
     q = frame[(frame.machine == "desk") & (frame.variant == "q") & (frame.evaluation_digest == "e1")].iloc[0]
     assert q.perplexity_delta == table[rows[1].key]["perplexity_delta"] != 0

@@ -11,13 +11,33 @@ from test_store import a_row
 
 from workbench.errors import UserError
 from workbench.records import Row, Workload
-from workbench.report.table import Table, build, objects
+from workbench.report.formats.data import objects
+from workbench.report.table import Table, build
 
 PROMISED = {
-    "base", "variant", "method", "format", "backend", "device", "bits_per_weight", "disk_bytes", "load_s",
-    "peak_rss_bytes", "peak_vram_bytes", "prefill_tok_s", "decode_tok_s", "perplexity", "perplexity_delta",
-    "warnings", "error", "unsupported", "perplexity_se", "perplexity_delta_se", "recipe", "machine",
-}  # fmt: skip
+    "base",
+    "variant",
+    "method",
+    "format",
+    "backend",
+    "device",
+    "bits_per_weight",
+    "disk_bytes",
+    "load_s",
+    "peak_rss_bytes",
+    "peak_vram_bytes",
+    "prefill_tok_s",
+    "decode_tok_s",
+    "perplexity",
+    "perplexity_delta",
+    "warnings",
+    "error",
+    "unsupported",
+    "perplexity_se",
+    "perplexity_delta_se",
+    "recipe",
+    "machine",
+}
 
 
 def pairs(table: Table) -> list[tuple[str, str]]:
@@ -40,9 +60,14 @@ def demo_rows() -> list[Row]:
 def test_the_base_first_then_variants_as_first_seen() -> None:
     rows = demo_rows()
     assert pairs(build([*rows[2:], *rows[:2]])) == [
-        ("base", "vllm"), ("base", "llamacpp"), ("base", "transformers"),
-        ("Q2_K", "vllm"), ("Q2_K", "llamacpp"), ("Q8_0", "vllm"), ("Q8_0", "llamacpp"),
-    ]  # fmt: skip
+        ("base", "vllm"),
+        ("base", "llamacpp"),
+        ("base", "transformers"),
+        ("Q2_K", "vllm"),
+        ("Q2_K", "llamacpp"),
+        ("Q8_0", "vllm"),
+        ("Q8_0", "llamacpp"),
+    ]
 
 
 def test_objects_have_what_is_promised_and_no_nan() -> None:
@@ -101,20 +126,35 @@ def compared(row: Row, kld: float, reference: str = "r1") -> Row:
     windows = [
         window
         | {
-            "kld_count": window["count"], "kld_sum": kld * window["count"], "kld_low_sum": 0.9 * kld * window["count"],
-            "same_top_sum": window["count"] / 2, "dp_square_sum": 0.01 * window["count"],
+            "kld_count": window["count"],
+            "kld_sum": kld * window["count"],
+            "kld_low_sum": 0.9 * kld * window["count"],
+            "same_top_sum": window["count"] / 2,
+            "dp_square_sum": 0.01 * window["count"],
         }
         for window in row.measurement.quality["windows"]
-    ]  # fmt: skip
+    ]
     quality = {"windows": windows, "reference_digest": reference}
     return replace(row, measurement=replace(row.measurement, quality=quality))
 
 
 QUALITY = {
-    "perplexity_se", "perplexity_delta_se", "kld_mean", "kld_mean_se", "kld_p50", "kld_p90", "kld_p99", "kld_p999",
-    "kld_max", "top1_agreement", "top1_agreement_se", "rms_dp", "bits_per_byte", "nonfinite_tokens",
+    "perplexity_se",
+    "perplexity_delta_se",
+    "kld_mean",
+    "kld_mean_se",
+    "kld_p50",
+    "kld_p90",
+    "kld_p99",
+    "kld_p999",
+    "kld_max",
+    "top1_agreement",
+    "top1_agreement_se",
+    "rms_dp",
+    "bits_per_byte",
+    "nonfinite_tokens",
     "below_noise_floor",
-}  # fmt: skip
+}
 
 
 def test_divergence_is_in_every_object_and_null_where_not_measured() -> None:

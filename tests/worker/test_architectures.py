@@ -18,14 +18,17 @@ from small_models import MODELS, OTHERS, dequantized, relative, write_model, wri
 
 from workbench.errors import UserError
 from workbench.machine import isolate
-from workbench.worker import calibrate
 from workbench.worker.architectures import ARCHITECTURES, EXPERTS, describe
 from workbench.worker.backends import BACKENDS
+from workbench.worker.calibration import run as calibrate
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def test_unknown_architecture_names_the_way_out() -> None:
@@ -78,9 +81,16 @@ def test_the_pass_refuses_a_real_directory_of_them(kind: str, tmp_path: Path) ->
     base = write_model(tmp_path / "base", kind)
     tokens = write_tokens(tmp_path / "tokens.json", [40] * 24)
     request = {
-        "base": str(base), "tokens": str(tokens), "tokens_digest": "t", "variants": [], "imatrix_out": None,
-        "state": str(tmp_path / "state"), "device": "cpu", "threads": 1, "seed": 0,
-    }  # fmt: skip
+        "base": str(base),
+        "tokens": str(tokens),
+        "tokens_digest": "t",
+        "variants": [],
+        "imatrix_out": None,
+        "state": str(tmp_path / "state"),
+        "device": "cpu",
+        "threads": 1,
+        "seed": 0,
+    }
     reason = "is not in the calibration pass's table" if kind == "gpt_neox" else "experts are not supported yet"
     with pytest.raises(UserError, match=f"'{kind}'.*{reason}.*engine: gptqmodel") as caught:
         calibrate.run(request, lambda *_: None)
@@ -131,10 +141,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             out = str(made / kind / "gptq-8bit")
             variants.append({"name": "gptq-8bit", "method": "gptq", "options": options, "out": out})
         request = {
-            "base": str(base), "tokens": str(write_tokens(made / kind / "tokens.json", [40] * 24)),
-            "tokens_digest": "t", "variants": variants, "imatrix_out": str(made / kind / "imatrix.gguf"),
-            "state": str(made / kind / "state"), "device": "cpu", "threads": 1, "seed": 0, "precision": "float32",
-        }  # fmt: skip
+            "base": str(base),
+            "tokens": str(write_tokens(made / kind / "tokens.json", [40] * 24)),
+            "tokens_digest": "t",
+            "variants": variants,
+            "imatrix_out": str(made / kind / "imatrix.gguf"),
+            "state": str(made / kind / "state"),
+            "device": "cpu",
+            "threads": 1,
+            "seed": 0,
+            "precision": "float32",
+        }
         calibrate.run(request, lambda *_: None)
     return made
 
@@ -156,9 +173,12 @@ def logits_of(folder: Path, ids: list[int]) -> Any:
         payload = {"backend": backend, "models": models, "ids": ids, "out": str(out)}
         environment = importlib.import_module(BACKENDS[backend]).ENVIRONMENT
         reply = isolate.call(
-            "tests.worker.engine_logits:collect", payload, workdir=folder / f"{backend}-log", time_limit_s=400,
+            "tests.worker.engine_logits:collect",
+            payload,
+            workdir=folder / f"{backend}-log",
+            time_limit_s=400,
             environment={**environment, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        )
         assert reply.error is None, reply.log
         return dict(load_file(out)), dict(reply.value)
 
@@ -205,9 +225,11 @@ def files(folder: Path) -> dict[str, dict[str, str]]:
         kind: {"base": str(folder / kind / "base"), "imatrix": str(folder / kind / "imatrix.gguf")} for kind in KINDS
     }
     reply = isolate.call(
-        "tests.worker.engine_logits:convert_and_quantize", {"models": models, "types": TYPES, "folder": str(folder)},
-        workdir=folder / "convert-log", time_limit_s=200,
-    )  # fmt: skip
+        "tests.worker.engine_logits:convert_and_quantize",
+        {"models": models, "types": TYPES, "folder": str(folder)},
+        workdir=folder / "convert-log",
+        time_limit_s=200,
+    )
     assert reply.error is None, reply.log
     return dict(reply.value)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from workbench.errors import UserError
-from workbench.recipe import parse
+from workbench.recipe.load import parse
 from workbench.worker.architectures import Feeder, Layer, describe
-from workbench.worker.methods import awq, gptq
+from workbench.worker.methods import awq, rounding
 
 torch = pytest.importorskip("torch")
 
@@ -19,16 +19,26 @@ NORM = Feeder("norm", "norm")
 def layer_of(kind: str = "llama", seed: int = 0, **more) -> Layer:
     """A random decoder layer of 64 channels with Grams of inputs that differ in size a hundredfold."""
     config = {
-        "model_type": kind, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
-        "num_key_value_heads": 2, **more,
-    }  # fmt: skip
+        "model_type": kind,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        **more,
+    }
     architecture = describe(config)
     chance = torch.Generator().manual_seed(seed)
     rows = {
-        "self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64),
-        "self_attn.qkv_proj": (128, 64), "self_attn.o_proj": (64, 64), "mlp.gate_proj": (128, 64),
-        "mlp.up_proj": (128, 64), "mlp.gate_up_proj": (256, 64), "mlp.down_proj": (64, 128),
-    }  # fmt: skip
+        "self_attn.q_proj": (64, 64),
+        "self_attn.k_proj": (32, 64),
+        "self_attn.v_proj": (32, 64),
+        "self_attn.qkv_proj": (128, 64),
+        "self_attn.o_proj": (64, 64),
+        "mlp.gate_proj": (128, 64),
+        "mlp.up_proj": (128, 64),
+        "mlp.gate_up_proj": (256, 64),
+        "mlp.down_proj": (64, 128),
+    }
     tensors = {f"{name}.weight": torch.randn(*rows[name], generator=chance) for name in architecture.linears}
     grams = {}
     for group in architecture.groups:
@@ -59,7 +69,9 @@ def test_scales_lower_the_error() -> None:
     assert scales is not None and scales.max() / scales.min() > 2
 
     def error(by):
-        return float(gptq.quadratic(awq._rounding_error(weight * by[:, None], 32, options) / by[:, None], gram).sum())
+        return float(
+            rounding.quadratic(awq._rounding_error(weight * by[:, None], 32, options) / by[:, None], gram).sum()
+        )
 
     assert error(scales) < 0.8 * error(torch.ones_like(scales))
 
@@ -142,9 +154,11 @@ def test_what_an_engine_cannot_load_is_said_when_the_recipe_is_read(options: dic
     """Of the engines that the recipe asks for; the variant is made for the others."""
     source = {"text": "x"}
     recipe = {
-        "base": {"path": "models/base"}, "variants": [{"awq": options}], "calibration": {"source": source},
+        "base": {"path": "models/base"},
+        "variants": [{"awq": options}],
+        "calibration": {"source": source},
         "backends": ["vllm", "transformers"],
-    }  # fmt: skip
+    }
     (warning,) = parse(recipe, Path("r.yaml")).warnings
     assert " will not run on vllm: vLLM " in warning
     assert parse(recipe | {"backends": ["transformers"]}, Path("r.yaml")).warnings == ()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from bases import CONFIG, SHIPPED, refusal, run
 
-from workbench.worker.base import identify
+from workbench.worker.base.prepare import identify
 
 
 def test_directory_is_used_in_place(model: Path, tmp_path: Path) -> None:

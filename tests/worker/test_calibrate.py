@@ -15,9 +15,10 @@ import pytest
 from small_models import MODELS, dequantized, relative, write_model, write_tokens
 
 from workbench.errors import UserError
-from workbench.worker import calibrate, imatrix
 from workbench.worker.calibration import layout
+from workbench.worker.calibration import run as calibrate
 from workbench.worker.calibration.weights import open_weights
+from workbench.worker.ggml import imatrix
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -31,10 +32,17 @@ def payload(base: Path, folder: Path, variants: dict[str, tuple[str, dict[str, A
         (folder / name).mkdir(exist_ok=True)
         entries.append({"name": name, "method": method, "options": options, "out": str(folder / name)})
     return {
-        "base": str(base), "tokens": str(tokens), "tokens_digest": "t", "variants": entries,
-        "imatrix_out": str(folder / "i.gguf"), "state": str(folder / "state"), "device": "cpu", "threads": 1,
-        "seed": 0, "precision": "float32",
-    } | more  # fmt: skip
+        "base": str(base),
+        "tokens": str(tokens),
+        "tokens_digest": "t",
+        "variants": entries,
+        "imatrix_out": str(folder / "i.gguf"),
+        "state": str(folder / "state"),
+        "device": "cpu",
+        "threads": 1,
+        "seed": 0,
+        "precision": "float32",
+    } | more
 
 
 def quiet(done: float, total: float, text: str) -> None:
@@ -244,9 +252,11 @@ def test_fewer_tokens_than_inputs_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(MODELS, "wide", {"model_type": "llama", "intermediate_size": 192})
     base = write_model(tmp_path / "base", "wide")
     made = run(
-        base, tmp_path / "work", {"gptq": ("gptq", {"group_size": 32, "damping": 0.0})},
+        base,
+        tmp_path / "work",
+        {"gptq": ("gptq", {"group_size": 32, "damping": 0.0})},
         tokens=write_tokens(tmp_path / "tokens.json", [64, 66]),
-    )  # fmt: skip
+    )
     warnings = made["variants"]["gptq"]["warnings"]
     assert any("130 calibration tokens are fewer than the widest layer's 192 inputs" in line for line in warnings)
     assert any("down_proj: the Gram matrix is singular; damping raised" in line for line in warnings)
@@ -420,9 +430,12 @@ def test_one_variant_that_does_not_fit_leaves_the_others_of_a_recipe(tmp_path: P
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     answer = subprocess.run(
         [sys.executable, "-m", "workbench.cli", "quantize", "r.yaml"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "WORKBENCH_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert answer.returncode == 1, answer.stderr
     assert "group_size 48 does not divide its 64 inputs; take 16, 32, 64 or -1" in " ".join(answer.stderr.split())
     made = [json.loads(path.read_text()) for path in (tmp_path / "home" / "artifacts").glob("*/artifact.json")]

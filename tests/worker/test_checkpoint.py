@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bases import refusal, run
 
-from workbench.worker.checkpoint import read_header
+from workbench.worker.base.checkpoint import read_header
 
 
 def test_read_header_gives_what_the_file_holds(base_dir: Path) -> None:

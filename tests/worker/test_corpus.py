@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from workbench.errors import UserError
-from workbench.worker.corpus import build, read_text
+from workbench.worker.tokens.text import read_text
+from workbench.worker.tokens.windows import build
 
 EVALUATION = {"role": "evaluation", "name": "test", "window": 16, "windows": 4, "score": "second-half"}
 CALIBRATION = {"role": "calibration", "name": "look", "window": 40, "windows": 5, "score": "all", "seed": 0}
@@ -319,7 +320,7 @@ def test_datasets(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_dataset_without_a_hub(tmp_path: Path) -> None:
     code = (
-        "from workbench.worker.corpus import read_text\nfrom workbench.errors import UserError\n"
+        "from workbench.worker.tokens.text import read_text\nfrom workbench.errors import UserError\n"
         "try: read_text({'dataset': 'wikitext', 'config': 'wikitext-2-raw-v1', 'split': 'test'})\n"
         "except UserError as error: print('UserError', error)\n"
     )
@@ -329,8 +330,10 @@ def test_dataset_without_a_hub(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-P", "-c", code],
             env={**clean, "PYTHONPATH": str(root), "HF_HOME": str(tmp_path), **extra},
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         said = done.stdout.strip()
         assert said.startswith("UserError dataset 'wikitext' wikitext-2-raw-v1 test"), done.stderr
         assert "`file:`" in said and "\n" not in said

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from bases import logits, refusal, run
 
-from workbench.worker.dequantize import llama3_divisors
+from workbench.worker.base.dequantize import llama3_divisors
 
 
 def write_gguf(
@@ -46,12 +46,18 @@ def write_gguf(
     writer.add_add_bos_token(True)
     kind = gguf.GGMLQuantizationType[quantized]
     shapes = {
-        "token_embd": (vocab, hidden), "blk.0.attn_q": (heads * head_dim, hidden),
-        "blk.0.attn_k": (kv_heads * head_dim, hidden), "blk.0.attn_v": (kv_heads * head_dim, hidden),
-        "blk.0.attn_output": (hidden, heads * head_dim), "blk.0.ffn_gate": (mlp, hidden),
-        "blk.0.ffn_up": (mlp, hidden), "blk.0.ffn_down": (hidden, mlp),
-        "blk.0.attn_norm": (hidden,), "blk.0.ffn_norm": (hidden,), "output_norm": (hidden,),
-    }  # fmt: skip
+        "token_embd": (vocab, hidden),
+        "blk.0.attn_q": (heads * head_dim, hidden),
+        "blk.0.attn_k": (kv_heads * head_dim, hidden),
+        "blk.0.attn_v": (kv_heads * head_dim, hidden),
+        "blk.0.attn_output": (hidden, heads * head_dim),
+        "blk.0.ffn_gate": (mlp, hidden),
+        "blk.0.ffn_up": (mlp, hidden),
+        "blk.0.ffn_down": (hidden, mlp),
+        "blk.0.attn_norm": (hidden,),
+        "blk.0.ffn_norm": (hidden,),
+        "output_norm": (hidden,),
+    }
     for name, shape in shapes.items():
         values = rng.standard_normal(shape).astype(np.float32) * 0.2 + (len(shape) == 1)
         if len(shape) == 1:
@@ -100,9 +106,12 @@ def llama3_scaling() -> tuple[dict[str, Any], Any]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaling = {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+    }
     config = LlamaConfig(head_dim=16, hidden_size=64, num_attention_heads=4, max_position_embeddings=131072)
     config.rope_parameters = {**scaling, "rope_theta": 20000.0}
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")

@@ -57,7 +57,7 @@ def test_a_gpu_whose_blocks_differ_is_found_out() -> None:
     pytest.importorskip("llama_cpp")
     from workbench_kernels.encode import encode
 
-    from workbench.worker.encode_gguf import same_as_llama_cpp
+    from workbench.worker.ggml.encode import same_as_llama_cpp
 
     chance = torch.Generator().manual_seed(0)
     weight, importance = torch.randn(4, 512, generator=chance), torch.rand(512, generator=chance)
@@ -83,7 +83,7 @@ def matrix_for(source: Path) -> Path:
     import gguf
     import numpy as np
 
-    from workbench.worker import imatrix
+    from workbench.worker.ggml import imatrix
 
     chance = np.random.default_rng(0)
     means = {}
@@ -137,8 +137,16 @@ def test_files_are_llama_cpps_with_every_mixture(
     payload = {"source": str(source), "matrix": str(matrix_for(source)), "folder": str(tmp_path), "ids": IDS}
     types = assert_pairs_are_equal(call("tests.worker.encode_pairs:both", {**payload, "mixtures": MIXTURES}))
     assert {kind for each in types.values() for kind in each.values()} == {
-        "F32", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1",
-    }  # fmt: skip
+        "F32",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "Q8_0",
+        "Q4_0",
+        "Q4_1",
+    }
     assert "Q4_1" in types["Q4_0", True].values() and "Q4_1" not in types["Q4_0", False].values()
 
 
@@ -164,10 +172,16 @@ def experts(tmp_path: Path) -> Path:
     chance = np.random.default_rng(0)
     writer = gguf.GGUFWriter(tmp_path / "experts.gguf", "llama")
     for key, value in {
-        "context_length": 64, "embedding_length": 256, "block_count": 1, "feed_forward_length": 256,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 64, "expert_count": 4,
+        "context_length": 64,
+        "embedding_length": 256,
+        "block_count": 1,
+        "feed_forward_length": 256,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "rope.dimension_count": 64,
+        "expert_count": 4,
         "expert_used_count": 2,
-    }.items():  # fmt: skip
+    }.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_token_list([b"a", b"\xff\xfe", b"b"])
@@ -199,7 +213,7 @@ def test_each_expert_has_importances_of_its_own(experts: Path, tmp_path: Path, c
 def test_a_matrix_of_another_model_is_refused(experts: Path, tmp_path: Path, call: Any, encoder: str) -> None:
     import numpy as np
 
-    from workbench.worker import imatrix
+    from workbench.worker.ggml import imatrix
 
     matrix, out = tmp_path / "other.gguf", tmp_path / "out.gguf"
     means = {"blk.0.attn_q.weight": np.ones(128, np.float32)}
@@ -246,9 +260,12 @@ def test_a_row_says_which_encoder_made_its_file(tmp_path: Path, make_llama: Any,
     home = tmp_path / "home"
     answer = subprocess.run(
         [sys.executable, "-m", "workbench.cli", "run", "r.yaml", "--results", str(tmp_path / "rows")],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "WORKBENCH_HOME": str(home), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert answer.returncode == 0, answer.stderr
     assert "gguf-Q4_K_M-workbench: blocks made by workbench's encoders on" in answer.stderr + answer.stdout
     (rows,) = (tmp_path / "rows").rglob("*.jsonl")
@@ -257,9 +274,10 @@ def test_a_row_says_which_encoder_made_its_file(tmp_path: Path, make_llama: Any,
         artifact = json.loads(line)["artifact"]
         made[artifact["variant"]] = artifact["provenance"].get("encoder", {}).get("name"), artifact["digest"]
     assert {name: encoder for name, (encoder, _) in made.items() if name != "base"} == {
-        "gguf-Q4_K_M-workbench": "workbench", "gguf-Q4_K_M-llamacpp": "llamacpp",
+        "gguf-Q4_K_M-workbench": "workbench",
+        "gguf-Q4_K_M-llamacpp": "llamacpp",
         "gguf-Q8_0": made["gguf-Q8_0"][0],
-    }  # fmt: skip
+    }
     assert made["gguf-Q8_0"][0] in ("llamacpp", "workbench"), "whichever this machine has"
     assert len({digest for _, digest in made.values()}) == 4
     both = (home / "artifacts" / made[f"gguf-Q4_K_M-{who}"][1] for who in ("workbench", "llamacpp"))

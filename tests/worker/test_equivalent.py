@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bases import CONFIG, logits, refusal, run
 
-from workbench.worker.equivalent import equivalent_factors
+from workbench.worker.base.equivalent import equivalent_factors
 
 
 @pytest.mark.parametrize("hidden", [48, 64, 96])

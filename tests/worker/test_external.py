@@ -18,9 +18,15 @@ def make(tmp_path: Path, method: str, options: dict[str, Any]) -> isolate.Reply:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
     base = tmp_path / "base"
     LlamaForCausalLM(config).save_pretrained(base)
     words = {f"w{i}": i for i in range(256)}
@@ -33,13 +39,19 @@ def make(tmp_path: Path, method: str, options: dict[str, Any]) -> isolate.Reply:
     windows = torch.randint(3, 256, (8, 64)).tolist()
     (tmp_path / "tokens.json").write_text(json.dumps({"windows": windows}))
     payload = {
-        "base": str(base), "tokens": str(tmp_path / "tokens.json"), "method": method, "options": options,
-        "out": str(tmp_path / "out"), "allow_remote_code": False,
-    }  # fmt: skip
+        "base": str(base),
+        "tokens": str(tmp_path / "tokens.json"),
+        "method": method,
+        "options": options,
+        "out": str(tmp_path / "out"),
+        "allow_remote_code": False,
+    }
     return isolate.call(
-        "workbench.worker.external:gptqmodel", payload, workdir=tmp_path / "work",
+        "workbench.worker.methods.gptqmodel:gptqmodel",
+        payload,
+        workdir=tmp_path / "work",
         environment={"GPTQMODEL_CPU_WORKERS": "4", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow

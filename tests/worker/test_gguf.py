@@ -23,13 +23,40 @@ from workbench.worker.methods import gguf as method
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = get_args(method.TypeName)
 PROMISED = (
-    "F16", "BF16", "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1",
-    "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS",
-)  # fmt: skip
+    "F16",
+    "BF16",
+    "Q2_K",
+    "Q2_K_S",
+    "Q3_K_S",
+    "Q3_K_M",
+    "Q3_K_L",
+    "Q4_0",
+    "Q4_1",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_0",
+    "Q5_1",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
+    "Q8_0",
+    "IQ4_NL",
+    "IQ4_XS",
+)
 MAIN = {
-    "IQ1_S": "IQ1_S", "IQ1_M": "IQ1_M", "IQ2_XXS": "IQ2_XXS", "IQ2_XS": "IQ2_XS", "IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S",
-    "IQ3_XXS": "IQ3_XXS", "IQ3_XS": "IQ3_S", "IQ3_S": "IQ3_S", "IQ3_M": "IQ3_S", "IQ4_XS": "IQ4_XS", "IQ4_NL": "IQ4_NL",
-}  # fmt: skip
+    "IQ1_S": "IQ1_S",
+    "IQ1_M": "IQ1_M",
+    "IQ2_XXS": "IQ2_XXS",
+    "IQ2_XS": "IQ2_XS",
+    "IQ2_S": "IQ2_XS",
+    "IQ2_M": "IQ2_S",
+    "IQ3_XXS": "IQ3_XXS",
+    "IQ3_XS": "IQ3_S",
+    "IQ3_S": "IQ3_S",
+    "IQ3_M": "IQ3_S",
+    "IQ4_XS": "IQ4_XS",
+    "IQ4_NL": "IQ4_NL",
+}
 """The type of most tensors in a mixture, where its name does not say so (llama.cpp, `llama_ftype_get_default_type`)."""
 IDS = [50, 236, 146, 260, 141, 341, 30, 298]
 VOCABULARY = 384
@@ -91,7 +118,7 @@ def matrix(converted: dict[str, Any]) -> Path:
     import gguf
     import numpy as np
 
-    from workbench.worker import imatrix
+    from workbench.worker.ggml import imatrix
 
     chance = np.random.default_rng(0)
     means = {
@@ -182,9 +209,12 @@ def test_every_type_is_made_and_read_back(
     converted: dict[str, Any], matrix: Path, reference: list[float], call: Any, tmp_path: Path, name: str
 ) -> None:
     payload = {
-        "source": converted["path"], "out": str(tmp_path / f"Small-{name}.gguf"), "type": name, "imatrix": None,
+        "source": converted["path"],
+        "out": str(tmp_path / f"Small-{name}.gguf"),
+        "type": name,
+        "imatrix": None,
         "threads": None,
-    }  # fmt: skip
+    }
     if name in method.NEEDS_IMATRIX:
         with pytest.raises(UserError, match=f"llama.cpp did not make {name}: .*requires an imatrix") as caught:
             call("workbench.worker.methods.gguf:quantize", payload)
@@ -246,9 +276,12 @@ def test_a_fallback_reaches_the_artifact_as_a_warning(tmp_path: Path, make_llama
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     answer = subprocess.run(
         [sys.executable, "-m", "workbench.cli", "run", "r.yaml", "--format", "json"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "WORKBENCH_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert answer.returncode == 0, answer.stderr
     lines = {line["variant"]: line for line in json.loads(answer.stdout)}
     # What the rows say of a busy machine is another matter.

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from workbench.errors import UserError
-from workbench.recipe import parse
-from workbench.worker.methods import gptq
+from workbench.recipe.load import parse
+from workbench.worker.methods import gptq, rounding
 
 torch = pytest.importorskip("torch")
 
@@ -44,24 +44,24 @@ def test_whole_range_of_scales_is_searched() -> None:
     weight, gram = torch.randn(64, 3), torch.eye(64)
     weight[7] = 40.0
     gram[7, 7] = 1e-6
-    grid = gptq.search_grid(weight, gram, 64, 4, symmetric=True)
+    grid = rounding.search_grid(weight, gram, 64, 4, symmetric=True)
     assert float(grid.scale.max()) < 40 / 8 * 0.65
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_searched_grid_beats_the_plain_range(symmetric: bool) -> None:
     weight, gram = problem()
-    grid = gptq.search_grid(weight, gram, 32, 4, symmetric=symmetric, blocks=True)
-    _, error = gptq.nearest(weight, grid)
+    grid = rounding.search_grid(weight, gram, 32, 4, symmetric=symmetric, blocks=True)
+    _, error = rounding.nearest(weight, grid)
     table = weight.view(3, 32, -1)
     if symmetric:
-        scale, zero = gptq.as_half(table.abs().amax(1) / 7.5), torch.full((3, 40), 8.0)
+        scale, zero = rounding.as_half(table.abs().amax(1) / 7.5), torch.full((3, 40), 8.0)
     else:
         low, high = table.amin(1).clamp(max=0), table.amax(1).clamp(min=0)
-        scale = gptq.as_half((high - low) / 15)
+        scale = rounding.as_half((high - low) / 15)
         zero = (-low / scale).round().clamp(1, 15)
-    _, plain = gptq.nearest(weight, gptq.Grid(scale, zero, 4))
-    assert gptq.quadratic(error, gram).sum() < 0.9 * gptq.quadratic(plain, gram).sum()
+    _, plain = rounding.nearest(weight, rounding.Grid(scale, zero, 4))
+    assert rounding.quadratic(error, gram).sum() < 0.9 * rounding.quadratic(plain, gram).sum()
     assert torch.equal(grid.scale.half().float(), grid.scale)
     assert grid.zero.min() >= 1 and grid.zero.max() <= 15
 
@@ -87,29 +87,29 @@ def reference_gptq(weight, gram, grid, group_of, order, damping):
 def test_feedback_is_gptqs() -> None:
     """Equal but for values that lie on a rounding boundary in one arithmetic and not the other."""
     weight, gram = problem(inputs=288, outputs=64, tokens=2000)
-    grid = gptq.search_grid(weight, gram, 32, 4, symmetric=True)
+    grid = rounding.search_grid(weight, gram, 32, 4, symmetric=True)
     group_of = torch.arange(288) // 32
-    order = gptq.group_aware_order(gram.diagonal(), 32)
-    ours = gptq.compensate(weight, gram, grid, group_of, order, 0.01).codes
+    order = rounding.group_aware_order(gram.diagonal(), 32)
+    ours = rounding.compensate(weight, gram, grid, group_of, order, 0.01).codes
     theirs = reference_gptq(weight, gram, grid, group_of, order, 0.01)
     assert (ours != theirs).float().mean() < 2e-3
 
 
 def test_reported_error_is_the_error() -> None:
     weight, gram = problem()
-    grid = gptq.search_grid(weight, gram, 32, 4, symmetric=False)
-    group_of, order = torch.arange(96) // 32, gptq.group_aware_order(gram.diagonal(), 32)
-    made = gptq.compensate(weight, gram, grid, group_of, order, 0.01)
+    grid = rounding.search_grid(weight, gram, 32, 4, symmetric=False)
+    group_of, order = torch.arange(96) // 32, rounding.group_aware_order(gram.diagonal(), 32)
+    made = rounding.compensate(weight, gram, grid, group_of, order, 0.01)
     value = (made.codes.float() - grid.zero[group_of]) * grid.scale[group_of]
     error = (weight - value).double()
     exact = ((gram.double() @ error) * error).sum(0)
     torch.testing.assert_close(made.error.double(), exact, rtol=2e-3, atol=1e-5)
-    _, plain = gptq.nearest(weight, grid)
-    assert exact.sum() < 0.7 * gptq.quadratic(plain, gram).sum()
+    _, plain = rounding.nearest(weight, grid)
+    assert exact.sum() < 0.7 * rounding.quadratic(plain, gram).sum()
 
 
 def test_group_aware_order_keeps_groups_together() -> None:
-    order = gptq.group_aware_order(torch.tensor([1.0, 2, 9, 3, 8, 5, 0, 4]), 4)
+    order = rounding.group_aware_order(torch.tensor([1.0, 2, 9, 3, 8, 5, 0, 4]), 4)
     assert order.tolist() == [2, 3, 1, 0, 4, 5, 7, 6]
 
 
@@ -117,8 +117,8 @@ def test_singular_gram_raises_its_damping() -> None:
     weight, _ = problem(inputs=64)
     x = torch.randn(1, 64)
     gram = x.t() @ x
-    grid = gptq.search_grid(weight, gram, 32, 4, symmetric=True)
-    made = gptq.compensate(weight, gram, grid, torch.arange(64) // 32, torch.arange(64), 0.0)
+    grid = rounding.search_grid(weight, gram, 32, 4, symmetric=True)
+    made = rounding.compensate(weight, gram, grid, torch.arange(64) // 32, torch.arange(64), 0.0)
     assert made.damping > 0
     assert torch.isfinite(made.error).all()
 
@@ -128,30 +128,30 @@ def test_what_no_damping_mends_names_the_layer() -> None:
     weight, _ = problem(inputs=64)
     gram = torch.eye(64)
     gram[3, 5] = gram[5, 3] = 1e4
-    grid = gptq.search_grid(weight, gram, 32, 4, symmetric=True)
+    grid = rounding.search_grid(weight, gram, 32, 4, symmetric=True)
     with pytest.raises(
         UserError, match="layer 7 mlp.down_proj: the Gram matrix cannot be factored even with damping 1"
     ):
-        gptq.compensate(weight, gram, grid, torch.arange(64) // 32, torch.arange(64), 0.01, "layer 7 mlp.down_proj")
+        rounding.compensate(weight, gram, grid, torch.arange(64) // 32, torch.arange(64), 0.01, "layer 7 mlp.down_proj")
 
 
 def test_dead_inputs_leave_finite_scales() -> None:
     weight, gram = problem()
     weight[64:] = 0
     gram[64:], gram[:, 64:] = 0, 0
-    grid = gptq.search_grid(weight, gram, 32, 4, symmetric=True)
+    grid = rounding.search_grid(weight, gram, 32, 4, symmetric=True)
     assert torch.equal(grid.scale[2], torch.ones(40))
     assert (grid.scale.half() > 0).all()
-    order = gptq.group_aware_order(gram.diagonal(), 32)
-    made = gptq.compensate(weight, gram, grid, torch.arange(96) // 32, order, 0.01)
+    order = rounding.group_aware_order(gram.diagonal(), 32)
+    made = rounding.compensate(weight, gram, grid, torch.arange(96) // 32, order, 0.01)
     assert (made.codes[64:] == 8).all() and torch.isfinite(made.error).all()
 
 
 def test_all_dead_inputs_are_still_rounded() -> None:
     weight = torch.randn(32, 8)
     gram = torch.zeros(32, 32)
-    grid = gptq.search_grid(weight, gram, 32, 4, symmetric=True)
-    made = gptq.compensate(weight, gram, grid, torch.zeros(32, dtype=torch.int64), torch.arange(32), 0.01)
+    grid = rounding.search_grid(weight, gram, 32, 4, symmetric=True)
+    made = rounding.compensate(weight, gram, grid, torch.zeros(32, dtype=torch.int64), torch.arange(32), 0.01)
     value = (made.codes.float() - 8) * grid.scale
     assert (weight - value).abs().max() < weight.abs().max() / 2
 
@@ -161,7 +161,7 @@ def test_quadratic_reads_the_upper_half_only() -> None:
     exact = ((gram.double() @ weight.double()) * weight.double()).sum(0)
     half = gram.clone()
     half[512:, :256] = float("nan")
-    torch.testing.assert_close(gptq.quadratic(weight, half).double(), exact, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(rounding.quadratic(weight, half).double(), exact, rtol=1e-4, atol=1e-3)
 
 
 def test_names_and_limits() -> None:
@@ -185,9 +185,11 @@ def test_what_an_engine_cannot_load_is_said_when_the_recipe_is_read(options: dic
     """Of the engines that the recipe asks for; the variant is made for the others."""
     source = {"text": "x"}
     recipe = {
-        "base": {"path": "models/base"}, "variants": [{"gptq": options}], "calibration": {"source": source},
+        "base": {"path": "models/base"},
+        "variants": [{"gptq": options}],
+        "calibration": {"source": source},
         "backends": ["vllm", "transformers"],
-    }  # fmt: skip
+    }
     (warning,) = parse(recipe, Path("r.yaml")).warnings
     assert " will not run on vllm: vLLM " in warning
     assert parse(recipe | {"backends": ["transformers"]}, Path("r.yaml")).warnings == ()

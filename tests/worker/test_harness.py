@@ -11,7 +11,8 @@ import pytest
 
 from workbench.errors import UserError
 from workbench.records import Artifact, Job, Task, Workload, from_json
-from workbench.worker import harness, tasks
+from workbench.worker.measure import answers, harness
+from workbench.worker.tokens import tasks
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 ITEMS = [{"q": "The sky is", "c": ["blue", "green", "old"], "a": 0}, {"q": "Ice is", "c": ["hot", "cold"], "a": 1}]
@@ -62,7 +63,7 @@ def engine(base: Path, task: Task) -> Any:
 def test_without_it_the_command_is_told(tiny_llama: Path, tmp_path: Path) -> None:
     task = built(tiny_llama, tmp_path, "workbench_choices")
     with pytest.raises(UserError, match=r"lm-evaluation-harness .* Install it with: pip install lm-eval"):
-        tasks.answer(None, task)
+        answers.answer(None, task)
 
 
 @pytest.mark.slow
@@ -74,12 +75,14 @@ def test_its_choices_are_those_of_its_own_model(tiny_llama: Path, tmp_path: Path
     from lm_eval.tasks import TaskManager
 
     task = built(tiny_llama, tmp_path, "workbench_choices")
-    found = tasks.answer(engine(tiny_llama, task), task)
+    found = answers.answer(engine(tiny_llama, task), task)
     assert found["metric"] == "acc" and len(found["correct"]) == 2
     theirs = simple_evaluate(
-        model=HFLM(pretrained=str(tiny_llama), device="cpu", dtype="float32"), tasks=["workbench_choices"],
-        task_manager=TaskManager(include_path=str(tmp_path)), bootstrap_iters=0,
-    )  # fmt: skip
+        model=HFLM(pretrained=str(tiny_llama), device="cpu", dtype="float32"),
+        tasks=["workbench_choices"],
+        task_manager=TaskManager(include_path=str(tmp_path)),
+        bootstrap_iters=0,
+    )
     samples = sorted(theirs["samples"]["workbench_choices"], key=lambda sample: sample["doc_id"])
     assert found["correct"] == [sample["acc"] for sample in samples]
     ours = harness.adapter(
@@ -96,11 +99,11 @@ def test_its_choices_are_those_of_its_own_model(tiny_llama: Path, tmp_path: Path
 def test_it_generates_and_knows_its_tasks(tiny_llama: Path, tmp_path: Path) -> None:
     task = built(tiny_llama, tmp_path, "workbench_spoken")
     own = engine(tiny_llama, task)
-    found = tasks.answer(own, task)
+    found = answers.answer(own, task)
     assert found["metric"] == "exact_match" and found["correct"] == [0.0, 0.0] and len(found["given"]) == 2
     unknown = built(tiny_llama, tmp_path, "workbench_spken")
     with pytest.raises(UserError, match="knows no task of that name"):
-        tasks.answer(own, unknown)
+        answers.answer(own, unknown)
     rolling = harness.adapter(
         own, json.loads(Path(task.path).read_text()) | {"longest": 16}, tmp_path / "tokenizer.json"
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from workbench.worker import head
+from workbench.worker.scoring import head
 
 torch = pytest.importorskip("torch")
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def hub(source: dict[str, Any], tmp_path: Path, offline: bool = False, **env: str) -> str:
     """What `prepare` says or returns in a fresh interpreter with its own hub cache."""
     code = (
-        "import json, sys\nfrom workbench.worker.base import prepare\nfrom workbench.errors import UserError\n"
+        "import json, sys\nfrom workbench.worker.base.prepare import prepare\nfrom workbench.errors import UserError\n"
         "try: print(json.dumps(prepare(json.loads(sys.argv[1]), lambda *a: None)))\n"
         "except UserError as error: print('UserError', error)\n"
     )
@@ -29,8 +29,10 @@ def hub(source: dict[str, Any], tmp_path: Path, offline: bool = False, **env: st
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, json.dumps(payload)],
         env={**clean, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), **env},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from workbench.errors import UserError
-from workbench.worker import imatrix
+from workbench.worker.ggml import imatrix
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("gguf")

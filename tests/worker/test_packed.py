@@ -15,9 +15,10 @@ from small_models import dequantized, relative, write_model, write_sentencepiece
 from workbench.errors import UserError
 from workbench.machine import isolate
 from workbench.records import Artifact, Job, Workload, to_json
-from workbench.worker import calibrate, packed
+from workbench.worker.backends import packed
 from workbench.worker.backends import transformers as backend
-from workbench.worker.dequantize import open_gguf, parsed_once
+from workbench.worker.base.dequantize import open_gguf, parsed_once
+from workbench.worker.calibration import run as calibrate
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -41,9 +42,7 @@ def quiet(done: float, total: float, text: str) -> None:
 
 
 def artifact(path: Path, format: str) -> Artifact:
-    return Artifact(
-        variant="v", method=format, format=format, path=str(path), digest="", disk_bytes=1, parameters=1
-    )  # fmt: skip
+    return Artifact(variant="v", method=format, format=format, path=str(path), digest="", disk_bytes=1, parameters=1)
 
 
 def engine(path: Path, format: str, **options: Any) -> Any:
@@ -68,12 +67,19 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         entries.append({"name": name, "method": method, "options": options, "out": str(folder / name)})
     calibrate.run(
         {
-            "base": str(base), "tokens": str(write_tokens(folder / "tokens.json", [40] * 12)), "tokens_digest": "t",
-            "variants": entries, "imatrix_out": str(folder / "i.gguf"), "state": str(folder / "state"),
-            "device": "cpu", "threads": 1, "seed": 0, "precision": "float32",
+            "base": str(base),
+            "tokens": str(write_tokens(folder / "tokens.json", [40] * 12)),
+            "tokens_digest": "t",
+            "variants": entries,
+            "imatrix_out": str(folder / "i.gguf"),
+            "state": str(folder / "state"),
+            "device": "cpu",
+            "threads": 1,
+            "seed": 0,
+            "precision": "float32",
         },
         quiet,
-    )  # fmt: skip
+    )
     return folder
 
 
@@ -118,8 +124,8 @@ def test_a_worker_of_its_own_measures_packed_weights(made: Path, tmp_path: Path)
     workload = Workload(prompt_tokens=8, new_tokens=3, repeats=1)
     job = Job("b", artifact(made / "awq", "awq"), "transformers", {"device": "cpu", "kernel": "workbench"}, workload)
     reply = isolate.call(
-        "workbench.worker.profile:measure", {"job": to_json(job)}, workdir=tmp_path, time_limit_s=120
-    )  # fmt: skip
+        "workbench.worker.measure.job:measure", {"job": to_json(job)}, workdir=tmp_path, time_limit_s=120
+    )
     assert reply.error is None, f"{reply.error}\n{reply.log}"
     assert reply.value["settings"]["kernel"] == "workbench" and len(reply.value["speeds"][0]["step_s"][0]) == 2
 
@@ -210,9 +216,10 @@ def test_a_gguf_computes_what_transformers_de_quantizes(converted: Path, call: A
     call("quantize", {"source": str(converted), "out": str(out), "type": name, "threads": 1})
     run = engine(out, "gguf", kernel="workbench")
     plain = engine(out, "gguf")
-    assert torch.equal(logits(run._model), logits(plain._model)) or relative(
-        logits(run._model), logits(plain._model)
-    ) < 1e-5  # fmt: skip
+    assert (
+        torch.equal(logits(run._model), logits(plain._model))
+        or relative(logits(run._model), logits(plain._model)) < 1e-5
+    )
     assert run.settings()["packed"] >= 14 and run.settings()["kernel"] == "workbench"
     assert plain.settings()["kernel"] == "none, de-quantized"
     assert run.memory()["weights"] < 0.3 * plain.memory()["weights"]
@@ -324,7 +331,7 @@ def round_to_nearest(base: Path, out: Path, method: str) -> Any:
     """Write the base in one of the two layouts, groups of 64, without calibration; returns it de-quantized."""
     from safetensors.torch import load_file, save_file
 
-    from workbench.worker.methods import awq, gptq
+    from workbench.worker.methods import awq, gptq, rounding
 
     tensors = load_file(base / "model.safetensors")
     made: dict[str, Any] = {}
@@ -336,7 +343,7 @@ def round_to_nearest(base: Path, out: Path, method: str) -> Any:
         stem = name.removesuffix(".weight")
         groups = weight.float().t().reshape(weight.shape[1] // 64, 64, -1)
         low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
-        scale = gptq.as_half((high - low) / 15)
+        scale = rounding.as_half((high - low) / 15)
         zero = (-low / scale).round().clamp(1, 15)
         codes = (groups / scale[:, None] + zero[:, None]).round().clamp(0, 15)
         plain[name] = ((codes - zero[:, None]) * scale[:, None]).reshape(weight.shape[1], -1).t().contiguous()

@@ -9,7 +9,8 @@ import pytest
 from safetensors import safe_open
 
 from workbench.errors import UserError
-from workbench.worker.quality import Reducer, _likeliest, reference_shape
+from workbench.worker.scoring.reducer import Reducer
+from workbench.worker.scoring.reference import _likeliest, reference_shape
 
 torch = pytest.importorskip("torch")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from bases import CONFIG, logits, refusal, run
 
-from workbench.worker import saving
-from workbench.worker.saving import for_both_readers
+from workbench.worker.base import saving
+from workbench.worker.base.saving import for_both_readers
 
 
 def test_random_weights_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

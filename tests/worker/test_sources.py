@@ -8,7 +8,7 @@ import pytest
 from bases import SHIPPED, refusal
 
 from workbench.errors import UserError
-from workbench.worker.base import identify
+from workbench.worker.base.prepare import identify
 
 
 def test_unknown_sources(tmp_path: Path) -> None:

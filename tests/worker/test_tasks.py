@@ -10,7 +10,8 @@ import pytest
 
 from workbench.errors import UserError
 from workbench.records import Task, from_json
-from workbench.worker import tasks
+from workbench.worker.measure import answers, likelihoods
+from workbench.worker.tokens import tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "recipes" / "tasks" / "everyday.yaml"
@@ -42,7 +43,7 @@ class Engine:
     def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
         import torch
 
-        from workbench.worker.quality import Reducer
+        from workbench.worker.scoring.reducer import Reducer
 
         reducer = Reducer(spec)
         for index, ids, first in windows:
@@ -80,7 +81,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "lone-answer": ({"prompt": "a", "exact": "b", "answer": "b"}, "`answer` belongs to `choices`"),
     "stop": ({"prompt": "a", "exact": "b", "stop": 3}, "`stop` must be text"),
     "new-tokens": ({"prompt": "a", "exact": "b", "new_tokens": 0}, "`new_tokens` must be a number from 1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("entry", BAD)
@@ -133,7 +134,7 @@ def test_a_blank_of_ones_own_is_not_doubled_and_limits_hold(tiny_llama: Path, tm
         {"prompt": "a: ", "choices": ["b", "c"], "answer": 0},
         {"prompt": "a:", "choices": ["\nb", "\nc"], "answer": 0},
         {"prompt": "left out", "exact": "b"},
-    ]  # fmt: skip
+    ]
     task, content = built(tiny_llama, tmp_path, entries, limit=2)
     assert [len(item["windows"][0]) for item in content["items"]] == [4, 4] and task.items == 2
 
@@ -165,7 +166,7 @@ def test_the_digest_follows_what_is_asked(tiny_llama: Path, tmp_path: Path) -> N
     ],
 )
 def test_what_counts_as_right(item: dict[str, Any], said: Any, expected: bool) -> None:
-    assert tasks.right(item, said) is expected
+    assert answers.right(item, said) is expected
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_what_counts_as_right(item: dict[str, Any], said: Any, expected: bool) -
     [("\n Paris\nLyon", ["\n"], "\n Paris"), ("Paris", ["\n"], "Paris"), ("a. b; c", [";", "."], "a"), ("a", [], "a")],
 )
 def test_an_answer_ends_where_it_should(text: str, stop: list[str], expected: str) -> None:
-    assert tasks.cut(text, stop) == expected
+    assert answers.cut(text, stop) == expected
 
 
 def test_items_are_answered_in_the_order_of_the_file(tiny_llama: Path, tmp_path: Path) -> None:
@@ -184,12 +185,12 @@ def test_items_are_answered_in_the_order_of_the_file(tiny_llama: Path, tmp_path:
         {"prompt": "two", "choices": ["a", "z"], "answer": "z"},
         {"prompt": "three", "exact": "yes", "new_tokens": 4},
         {"prompt": "four", "choices": ["z", "a"], "answer": "a"},
-    ]  # fmt: skip
+    ]
     task, content = built(tiny_llama, tmp_path, entries)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     said = [tokenizer("a box", add_special_tokens=False)["input_ids"], tokenizer("yes\n!")["input_ids"]]
     engine = Engine(*said)
-    found = tasks.answer(engine, task)
+    found = answers.answer(engine, task)
     assert found == {"correct": [1, 1, 1, 0], "given": ["a box", 1, "yes", 0], "warnings": []}
     assert [tokenizer.decode(ids) for ids in engine.prompts] == ["one", "three"]
 
@@ -197,7 +198,7 @@ def test_items_are_answered_in_the_order_of_the_file(tiny_llama: Path, tmp_path:
 def test_a_choice_with_a_broken_logit_is_never_taken(tiny_llama: Path, tmp_path: Path) -> None:
     entry = {"prompt": "two", "choices": ["a", "z"], "answer": "z"}
     task, _ = built(tiny_llama, tmp_path, [entry, {**entry, "prompt": "three"}])
-    found = tasks.answer(Engine(lost={1, 2, 3}), task)
+    found = answers.answer(Engine(lost={1, 2, 3}), task)
     assert found["given"] == [0, None] and found["correct"] == [0, 0]
     assert found["warnings"] == ["3 choices had NaN or infinite logits and were not taken"]
 
@@ -207,7 +208,7 @@ def test_log_likelihoods_are_those_of_the_formula(tiny_llama: Path, tmp_path: Pa
 
     logs = torch.log_softmax(torch.arange(354.0, dtype=torch.float64) / 50, -1)
     asked = [([5, 6, 7, 353], 1), ([5, 353, 353], 0), ([5, 6, 7, 353], 1)]
-    found = tasks.log_likelihoods(Engine(), asked, 354)
+    found = likelihoods.log_likelihoods(Engine(), asked, 354)
     assert found[0][0] == pytest.approx(float(logs[7] + logs[353]), rel=1e-6) and found[0][1] is False
     assert found[1][0] == pytest.approx(float(2 * logs[353]), rel=1e-6) and found[1][1] is True
     assert found[2] == found[0]

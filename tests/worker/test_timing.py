@@ -9,9 +9,9 @@ import pytest
 
 from workbench.errors import UserError
 from workbench.records import Speed, Workload
-from workbench.report import metrics
-from workbench.worker import timing
-from workbench.worker.energy import Meter
+from workbench.report import speeds
+from workbench.worker.measure import bandwidth, timing
+from workbench.worker.measure.energy import Meter
 
 PREFILL_S, STEP_S = 0.001, 0.02
 
@@ -74,7 +74,7 @@ def decode_rates(engine: Engine, repeats: int = 5, new_tokens: int = 8) -> list[
 
 
 def apart(one: list[float], two: list[float]) -> bool:
-    a, b = metrics.interval(one), metrics.interval(two)
+    a, b = speeds.interval(one), speeds.interval(two)
     assert a and b
     return a[1] < b[0] or b[1] < a[0]
 
@@ -99,7 +99,7 @@ def test_an_interval_holds_the_truth_in_95_of_100_cases(repeats: int) -> None:
     """2,000 draws: 95 % and no less than chance allows (three standard errors are 1.5 %)."""
     held = 0
     for seed in range(2000):
-        low, high = metrics.interval(decode_rates(Engine(noise=0.05, seed=seed), repeats, new_tokens=2)) or (0, 0)
+        low, high = speeds.interval(decode_rates(Engine(noise=0.05, seed=seed), repeats, new_tokens=2)) or (0, 0)
         held += low <= 1 / STEP_S <= high
     assert held >= 0.935 * 2000
     if repeats < 6:
@@ -206,7 +206,7 @@ def test_the_profilers_own_time_is_below_a_hundredth_of_a_decoding_step() -> Non
 
 def test_the_probe_and_the_copy_are_of_this_world() -> None:
     assert 1e-4 < timing.work_probe() < 1
-    found = timing.copy_bandwidth({"threads": 1, "device": "cpu"}, lambda *_: None)["bytes_per_s"]
+    found = bandwidth.copy_bandwidth({"threads": 1, "device": "cpu"}, lambda *_: None)["bytes_per_s"]
     assert 5e8 < found < 1e12
 
 

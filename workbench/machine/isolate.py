@@ -104,9 +104,14 @@ class Worker:
     """
 
     def __init__(
-        self, function: str, payload: Any, *, workdir: Path, python: str = sys.executable,
+        self,
+        function: str,
+        payload: Any,
+        *,
+        workdir: Path,
+        python: str = sys.executable,
         environment: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._request, self._reply, self._log = (workdir / name for name in ("request.json", "reply.json", "log.txt"))
         self._workdir, self._command = workdir, [python, "-P", "-m", "workbench.machine.isolate"]
         self._asked, self._environment = {"function": function, "payload": payload}, environment or {}
@@ -125,9 +130,12 @@ class Worker:
             _kill_session(self._child)
 
     def resume(
-        self, *, time_limit_s: float | None = None, on_progress: Progress | None = None,
+        self,
+        *,
+        time_limit_s: float | None = None,
+        on_progress: Progress | None = None,
         on_sample: Callable[[int], None] | None = None,
-    ) -> Reply | None:  # fmt: skip
+    ) -> Reply | None:
         """Let the child work until its next turn (None) or its end (its reply). The limit counts working time only."""
         started = time.monotonic()
         try:

@@ -125,7 +125,6 @@ def _separate(
 ) -> Architecture:
     """Llama's layer: q, k, v apart, gate and up apart."""
     queries, values, head_dim = _heads(config)
-    repeated = {"repeats": queries // values, "head_dim": head_dim}
     return Architecture(
         model_type=str(config["model_type"]),
         groups=(
@@ -133,17 +132,24 @@ def _separate(
                 ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                 Feeder("input_layernorm", "norm", one_plus=one_plus),
             ),
-            Group(("self_attn.o_proj",), Feeder("self_attn.v_proj", "linear", **repeated)),
+            Group(
+                ("self_attn.o_proj",),
+                Feeder("self_attn.v_proj", "linear", repeats=queries // values, head_dim=head_dim),
+            ),
             Group(("mlp.gate_proj", "mlp.up_proj"), Feeder(mlp_norm, "norm", one_plus=one_plus)),
             Group(("mlp.down_proj",), Feeder("mlp.up_proj", "linear")),
         ),
         gguf={
-            "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-            "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+            "self_attn.q_proj": "attn_q",
+            "self_attn.k_proj": "attn_k",
+            "self_attn.v_proj": "attn_v",
+            "self_attn.o_proj": "attn_output",
+            "mlp.gate_proj": "ffn_gate",
+            "mlp.up_proj": "ffn_up",
             "mlp.down_proj": "ffn_down",
         },
         **more,
-    )  # fmt: skip
+    )
 
 
 def _fused(config: dict[str, Any]) -> Architecture:
@@ -157,18 +163,23 @@ def _fused(config: dict[str, Any]) -> Architecture:
             Group(
                 ("self_attn.o_proj",),
                 Feeder(
-                    "self_attn.qkv_proj", "linear", rows=(first_value, first_value + values * head_dim),
-                    repeats=queries // values, head_dim=head_dim,
+                    "self_attn.qkv_proj",
+                    "linear",
+                    rows=(first_value, first_value + values * head_dim),
+                    repeats=queries // values,
+                    head_dim=head_dim,
                 ),
             ),
             Group(("mlp.gate_up_proj",), Feeder("post_attention_layernorm", "norm")),
             Group(("mlp.down_proj",), Feeder("mlp.gate_up_proj", "linear", rows=(inner, 2 * inner))),
         ),
         gguf={
-            "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output",
-            "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+            "self_attn.qkv_proj": "attn_qkv",
+            "self_attn.o_proj": "attn_output",
+            "mlp.gate_up_proj": "ffn_up",
+            "mlp.down_proj": "ffn_down",
         },
-    )  # fmt: skip
+    )
 
 
 def _gemma(config: dict[str, Any], **more: Any) -> Architecture:

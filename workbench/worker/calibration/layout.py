@@ -17,10 +17,10 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.worker.architectures import LAYERS, WAY_OUT
+from workbench.worker.base.checkpoint import CONFIG_FILES, TOKENIZER_FILES
+from workbench.worker.base.saving import for_both_readers, write_json
 from workbench.worker.calibration.weights import Weights, derived
-from workbench.worker.checkpoint import CONFIG_FILES, TOKENIZER_FILES
 from workbench.worker.methods import group_sizes
-from workbench.worker.saving import for_both_readers, write_json
 
 SHARD_BYTES = 5_000_000_000
 COPY_BYTES = 64_000_000

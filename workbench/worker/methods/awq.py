@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from workbench.errors import UserError
 from workbench.worker.architectures import Feeder, Group, Layer
-from workbench.worker.methods import gptq
+from workbench.worker.methods import rounding
 
 FORMAT = "awq"
 NEEDS_CALIBRATION = True
@@ -71,7 +71,7 @@ def needs_calibration(options: Options) -> bool:
 
 def check(options: Options) -> None:
     """Refuse, when the recipe is read, what no checkpoint of this format can hold."""
-    gptq.check_grid("awq", options.group_size, options.damping)
+    rounding.check_grid("awq", options.group_size, options.damping)
     if options.engine == "gptqmodel" and options.rounding == "compensated":
         raise UserError("awq: `rounding: compensated` is the workbench's own; leave out `engine: gptqmodel`")
 
@@ -135,36 +135,36 @@ def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, 
         if set(group.linears) <= set(skipped):
             continue
         gram = layer.grams[group.linears[0]]
-        power = gptq.output_power(layer, group)
+        power = rounding.output_power(layer, group)
         if scales is not None:
             gram = (gram / scales[:, None]).div_(scales)
         size = gram.shape[0] if options.group_size == -1 else options.group_size
         weight = torch.cat([tensors[f"{name}.weight"] for name in group.linears]).t().contiguous()
         compensated = options.rounding == "compensated"
-        grid = gptq.search_grid(
+        grid = rounding.search_grid(
             weight, gram, size, options.bits, symmetric=not options.zero_point, blocks=not compensated, lowest_zero=0
         )
         if compensated:
-            order = gptq.group_aware_order(gram.diagonal(), size)
+            order = rounding.group_aware_order(gram.diagonal(), size)
             group_of = torch.arange(gram.shape[0], device=gram.device) // size
             where = f"layer {layer.index} {group.linears[0]}"
-            rounded = gptq.compensate(weight, gram, grid, group_of, order, options.damping, where)
+            rounded = rounding.compensate(weight, gram, grid, group_of, order, options.damping, where)
             codes, lost = rounded.codes, rounded.error
             if rounded.damping > options.damping:
-                warnings.append(gptq.singular(where, rounded.damping))
+                warnings.append(rounding.singular(where, rounded.damping))
         else:
-            codes, error = gptq.nearest(weight, grid)
-            lost = gptq.quadratic(error, gram)
+            codes, error = rounding.nearest(weight, grid)
+            lost = rounding.quadratic(error, gram)
         # The rows of v and up were divided by the scales of what they feed; compare like with like.
         power = _row_factors(layer, group, folds, power)
-        for linear, rows in gptq.row_slices(layer, group):
+        for linear, rows in rounding.row_slices(layer, group):
             if linear in skipped:
                 continue
             del tensors[f"{linear}.weight"]
             tensors[f"{linear}.qweight"] = pack(codes[:, rows])
             tensors[f"{linear}.qzeros"] = pack(grid.zero[:, rows].to(torch.uint8))
             tensors[f"{linear}.scales"] = grid.scale[:, rows].to(torch.float16).contiguous()
-            errors[f"{linear}.weight"] = gptq.ratio(lost[rows].sum(), power[rows].sum())
+            errors[f"{linear}.weight"] = rounding.ratio(lost[rows].sum(), power[rows].sum())
     return tensors, errors, warnings
 
 
@@ -180,7 +180,7 @@ def _scales(layer: Layer, group: Group, options: Options) -> Any:
     if key not in layer.shared:
         gram = layer.grams[group.linears[0]]
         size = gram.shape[0] if options.group_size == -1 else options.group_size
-        weight = gptq.stacked(layer, group)
+        weight = rounding.stacked(layer, group)
         layer.shared[key] = search_scales(weight, gram, size, options, group.feeder)
     return layer.shared[key]
 
@@ -218,7 +218,7 @@ def search_scales(weight: Any, gram: Any, size: int, options: Options, feeder: F
             error = _rounding_error(error.clone() if scales is None else error, size, options)
             if scales is not None:
                 error.div_(scales[:, None])
-            tried[step] = (float(gptq.quadratic(error, gram).sum()), scales)
+            tried[step] = (float(rounding.quadratic(error, gram).sum()), scales)
         return tried[step][0]
 
     # The error is smooth in the exponent: every second one first, then the neighbours of the best.
@@ -250,10 +250,10 @@ def _rounding_error(weight: Any, size: int, options: Options) -> Any:
     top = 2**options.bits - 1
     if options.zero_point:
         low, high = table.amin(1, keepdim=True).clamp_(max=0), table.amax(1, keepdim=True).clamp_(min=0)
-        scale = gptq.as_half((high - low) / top)
+        scale = rounding.as_half((high - low) / top)
         zero = (-low / scale).round_().clamp_(0, top)
     else:
-        scale = gptq.as_half(table.abs().amax(1, keepdim=True) / (top / 2))
+        scale = rounding.as_half(table.abs().amax(1, keepdim=True) / (top / 2))
         zero = torch.full_like(scale, float((top + 1) // 2))
     code = (table / scale).round_().add_(zero).clamp_(0, top)
     return table.sub_(code.sub_(zero).mul_(scale)).view_as(weight)
@@ -289,7 +289,7 @@ def _feeding_rows(feeder: Feeder, scales: Any, rows: int) -> Any:
 
 def _row_factors(layer: Layer, group: Group, folds: list[tuple[Group, Any]], power: Any) -> Any:
     """`power` of a group's output channels after their rows were divided for the groups they feed."""
-    slices = dict(gptq.row_slices(layer, group))
+    slices = dict(rounding.row_slices(layer, group))
     for other, scales in folds:
         if scales is not None and other.feeder.kind == "linear" and other.feeder.module in slices:
             rows = slices[other.feeder.module]
