@@ -304,9 +304,9 @@ def test_a_base_on_the_hub_is_planned_from_headers_alone(
     endpoint, asked = headers_hub
     made = hub_plan(tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint)
     assert base_needs(made) == by_path(tiny_llama)
-    assert [line for line in asked if line.startswith("GET model.safetensors")] == [
-        "GET model.safetensors 0-100000"
-    ], "no weights but what came with the header"
+    assert [line for line in asked if line.startswith("GET model.safetensors")] == ["GET model.safetensors 0-100000"], (
+        "no weights but what came with the header"
+    )
 
 
 def test_nothing_is_fetched_for_a_base_that_is_not_there(tmp_path: Path) -> None:

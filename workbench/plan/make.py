@@ -23,13 +23,13 @@ from typing import Any
 from workbench.errors import UserError, WorkFailed
 from workbench.home import home
 from workbench.machine import isolate
-from workbench.plan.formats import size_text
 from workbench.plan.need import Need, Plan, Point, need_of, stored_bytes
 from workbench.plan.tensors import shape_of
 from workbench.recipe.choices import BackendChoice
 from workbench.recipe.load import Recipe
 from workbench.records import Variant
 from workbench.shape import DTYPE_BYTES, Shape
+from workbench.sizes import size_text
 
 
 def make(

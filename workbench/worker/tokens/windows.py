@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from array import array
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workbench.disk import write_whole
 from workbench.errors import UserError, unknown
 from workbench.worker import Progress
 from workbench.worker.tokens.text import describe, one_line, read_text
@@ -314,10 +314,7 @@ def _write(
         "spelling": dict(zip(map(str, used), tokenizer.convert_ids_to_tokens(used), strict=True)),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole, so that a killed run leaves no half of it.
-    whole = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    whole.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-    os.replace(whole, out)
+    write_whole(out, json.dumps(content, separators=(",", ":")))
     return {
         "name": entry.get("name"),
         "role": entry["role"],
