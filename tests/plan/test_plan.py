@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.places import ROOT
 from workbench.errors import UserError
 from workbench.plan import formats, need, tensors
 from workbench.plan import make as plan
@@ -24,7 +25,6 @@ from workbench.recipe.load import Recipe, parse
 from workbench.records import Variant
 from workbench.shape import Shape
 
-ROOT = Path(__file__).resolve().parents[1]
 SHA = "0123456789abcdef0123456789abcdef01234567"
 LLAMA_8B = {
     "model_type": "llama",
