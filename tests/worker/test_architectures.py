@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.places import ROOT
 from tests.worker.small_models import (
     MODELS,
     OTHERS,
@@ -185,7 +186,7 @@ def logits_of(folder: Path, ids: list[int]) -> Any:
             payload,
             workdir=folder / f"{backend}-log",
             time_limit_s=400,
-            environment={**environment, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+            environment={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
         )
         assert reply.error is None, reply.log
         return dict(load_file(out)), dict(reply.value)
@@ -237,6 +238,7 @@ def files(folder: Path) -> dict[str, dict[str, str]]:
         {"models": models, "types": TYPES, "folder": str(folder)},
         workdir=folder / "convert-log",
         time_limit_s=200,
+        environment={"PYTHONPATH": str(ROOT)},
     )
     assert reply.error is None, reply.log
     return dict(reply.value)
