@@ -23,7 +23,7 @@ import pytest
 
 from workbench.errors import UserError
 from workbench.records import SCHEMA_VERSION, Artifact, Evaluation, Measurement, Row, Speed, Workload, to_json
-from workbench.report import store
+from workbench.report import migrate, store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +55,7 @@ def a_row(
         device="cpu",
         load_s=1.5,
         speeds=[speed],
-        quality=quality if evaluation else None,
+        qualities={"prose": quality} if evaluation else {},
         memory={"peak_rss": 300 * 2**20} if memory is None else memory,
     )
     values: dict[str, Any] = {
@@ -73,8 +73,10 @@ def a_row(
             parameters=1_000_000,
         ),
         "backend": backend,
-        "workload": Workload(prompt_tokens=100, new_tokens=3, batch=batch),
-        "evaluation": Evaluation("prose", "e.json", evaluation, 8, "second-half", 3, 12) if evaluation else None,
+        "workload": Workload(prompt_tokens=[100], new_tokens=3, batches=[batch]),
+        "evaluations": {"prose": Evaluation("prose", "e.json", evaluation, 8, "second-half", 3, 12)}
+        if evaluation
+        else {},
         "measurement": measurement if measured else None,
         "machine": {"name": machine},
         "versions": {"toy": "1.0"},
@@ -194,12 +196,12 @@ def test_an_older_schema_is_migrated_step_by_step(tmp_path: Path, monkeypatch: p
     def renamed(record: dict[str, Any]) -> dict[str, Any]:
         return {"backend" if name == "engine" else name: value for name, value in record.items()}
 
-    monkeypatch.setitem(store.MIGRATIONS, SCHEMA_VERSION - 1, renamed)
+    monkeypatch.setitem(migrate.MIGRATIONS, SCHEMA_VERSION - 1, renamed)
     assert store.read(file) == ([a_row(key="a")], [])
     steps = {1: lambda r: r | {"a": 1}, 2: lambda r: r | {"b": r["a"] + 1}}
-    assert store.migrate({}, 1, 3, steps) == {"a": 1, "b": 2, "schema_version": 3}
+    assert migrate.migrate({}, 1, 3, steps) == {"a": 1, "b": 2, "schema_version": 3}
     with pytest.raises(ValueError, match="no migration from schema version 3"):
-        store.migrate({}, 1, 4, steps)
+        migrate.migrate({}, 1, 4, steps)
 
 
 WRITER = """
