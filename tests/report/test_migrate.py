@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from tests.places import ROOT
 from workbench.records import SCHEMA_VERSION, Evaluation, Row, Speed, Task, Workload
 from workbench.report import store
 from workbench.report.formats.data import objects
 from workbench.report.table import build
 
-ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = sorted((ROOT / "results").glob("*/rows.jsonl"))
 
 

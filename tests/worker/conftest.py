@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bases import CONFIG, run
 
+from tests.worker.base.bases import CONFIG, run
 from workbench.errors import UserError
 from workbench.machine import isolate
 

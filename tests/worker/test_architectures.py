@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import MODELS, OTHERS, dequantized, relative, write_model, write_sentencepiece, write_tokens
 
+from tests.worker.small_models import (
+    MODELS,
+    OTHERS,
+    dequantized,
+    relative,
+    write_model,
+    write_sentencepiece,
+    write_tokens,
+)
 from workbench.errors import UserError
 from workbench.machine import isolate
 from workbench.worker.architectures import ARCHITECTURES, EXPERTS, describe
