@@ -17,12 +17,18 @@ import pytest
 from tests.places import ROOT
 from workbench.machine import isolate
 
+CHILDREN = {"PYTHONPATH": str(ROOT)}
+"""Environment in which a worker finds the tests' own functions; by itself it has this program's packages only."""
+
 
 @pytest.fixture
 def call(tmp_path: Path) -> Any:
     def run(name: str, payload: Any = None, **more: Any) -> isolate.Reply:
         return isolate.call(
-            f"tests.machine.children:{name}", payload, workdir=tmp_path / "work", **{"time_limit_s": 60, **more}
+            f"tests.machine.children:{name}",
+            payload,
+            workdir=tmp_path / "work",
+            **({"time_limit_s": 60} | more | {"environment": CHILDREN | more.get("environment", {})}),
         )
 
     return run
@@ -183,7 +189,13 @@ def test_the_environment_is_scrubbed(call: Any, monkeypatch: pytest.MonkeyPatch)
     for name in ("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "MY_PASSWORD", "PYTHONSTARTUP", "LD_PRELOAD"):
         assert name not in told
     assert told["HF_HUB_OFFLINE"] == "1" and told["OMP_NUM_THREADS"] == "3"
-    assert told["PYTHONPATH"] == str(ROOT)
+    # This program's packages and nothing else: they may be installed among other versions of everything.
+    ours, tests = told["PYTHONPATH"].split(":")
+    assert {path.resolve() for path in Path(ours).iterdir()} == {
+        ROOT / "workbench",
+        ROOT / "kernels" / "workbench_kernels",
+    }
+    assert tests == str(ROOT)
     assert told["DO_NOT_TRACK"] == "1" and told["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 
@@ -207,7 +219,7 @@ def test_a_worker_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     program = (
         "from pathlib import Path; from workbench.machine import isolate;"
         f"isolate.call('tests.machine.children:hangs', {{'pid': {str(tmp_path / 'pid')!r}}}, "
-        f"workdir=Path({str(tmp_path)!r}))"
+        f"workdir=Path({str(tmp_path)!r}), environment={CHILDREN!r})"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     try:
@@ -219,7 +231,9 @@ def test_a_worker_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
 
 
 def test_a_worker_waits_between_its_turns_and_does_nothing(tmp_path: Path) -> None:
-    with isolate.Worker("tests.machine.children:takes_turns", {"turns": 2}, workdir=tmp_path) as worker:
+    with isolate.Worker(
+        "tests.machine.children:takes_turns", {"turns": 2}, workdir=tmp_path, environment=CHILDREN
+    ) as worker:
         assert worker.resume(time_limit_s=60) is None
         time.sleep(0.5)
         assert worker.resume(time_limit_s=60) is None
@@ -236,7 +250,10 @@ def test_two_workers_alternate(tmp_path: Path) -> None:
     """The other is asleep while one works: neither is at its second turn before it was let."""
     names = ("one", "two")
     workers = [
-        isolate.Worker("tests.machine.children:takes_turns", {"turns": 1}, workdir=tmp_path / name) for name in names
+        isolate.Worker(
+            "tests.machine.children:takes_turns", {"turns": 1}, workdir=tmp_path / name, environment=CHILDREN
+        )
+        for name in names
     ]
     with workers[0], workers[1]:
         assert [worker.resume(time_limit_s=60) for worker in workers] == [None, None]
@@ -247,7 +264,9 @@ def test_two_workers_alternate(tmp_path: Path) -> None:
 
 
 def test_waiting_is_not_working_time(tmp_path: Path) -> None:
-    with isolate.Worker("tests.machine.children:takes_turns", {"turns": 2, "work_s": 0.2}, workdir=tmp_path) as worker:
+    with isolate.Worker(
+        "tests.machine.children:takes_turns", {"turns": 2, "work_s": 0.2}, workdir=tmp_path, environment=CHILDREN
+    ) as worker:
         assert worker.resume(time_limit_s=3) is None
         time.sleep(3)
         assert worker.resume(time_limit_s=3) is None
@@ -257,7 +276,9 @@ def test_waiting_is_not_working_time(tmp_path: Path) -> None:
 
 
 def test_the_time_limit_is_of_all_turns_together(tmp_path: Path) -> None:
-    with isolate.Worker("tests.machine.children:takes_turns", {"turns": 9, "work_s": 0.5}, workdir=tmp_path) as worker:
+    with isolate.Worker(
+        "tests.machine.children:takes_turns", {"turns": 9, "work_s": 0.5}, workdir=tmp_path, environment=CHILDREN
+    ) as worker:
         reply = None
         for _ in range(10):
             reply = reply or worker.resume(time_limit_s=2)
@@ -265,7 +286,9 @@ def test_the_time_limit_is_of_all_turns_together(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_while_it_waits_is_an_error(tmp_path: Path) -> None:
-    with isolate.Worker("tests.machine.children:takes_turns", {"turns": 1}, workdir=tmp_path) as worker:
+    with isolate.Worker(
+        "tests.machine.children:takes_turns", {"turns": 1}, workdir=tmp_path, environment=CHILDREN
+    ) as worker:
         pids: list[int] = []
         assert worker.resume(time_limit_s=60, on_sample=pids.append) is None
         os.kill(pids[0], signal.SIGKILL)
@@ -277,7 +300,9 @@ def test_a_worker_that_dies_while_it_waits_is_an_error(tmp_path: Path) -> None:
 
 def test_leaving_ends_a_worker_that_waits(tmp_path: Path) -> None:
     pids: list[int] = []
-    with isolate.Worker("tests.machine.children:takes_turns", {"turns": 1}, workdir=tmp_path) as worker:
+    with isolate.Worker(
+        "tests.machine.children:takes_turns", {"turns": 1}, workdir=tmp_path, environment=CHILDREN
+    ) as worker:
         assert worker.resume(time_limit_s=60, on_sample=pids.append) is None
         assert not gone(pids[0], within_s=0.2)
     assert gone(pids[0])
@@ -323,7 +348,7 @@ def test_an_answer_that_json_cannot_say(call: Any) -> None:
     "function", ["tests.machine.children:nothing_of_that_name", "tests.no_such_module:f", "tests.machine.children"]
 )
 def test_a_function_that_does_not_exist(tmp_path: Path, function: str) -> None:
-    reply = isolate.call(function, None, workdir=tmp_path, time_limit_s=60)
+    reply = isolate.call(function, None, workdir=tmp_path, time_limit_s=60, environment=CHILDREN)
     assert reply.value is None and reply.error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.places import ROOT
 from workbench.machine import isolate
 from workbench.machine import monitor as module
 from workbench.machine.monitor import Monitor
@@ -23,7 +24,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def peaks(folder: Path, payload: dict[str, Any]) -> dict[str, int]:
     monitor = Monitor()
     reply = isolate.call(
-        "tests.machine.children:allocates", payload, workdir=folder, on_sample=monitor, time_limit_s=60
+        "tests.machine.children:allocates",
+        payload,
+        workdir=folder,
+        on_sample=monitor,
+        time_limit_s=60,
+        environment={"PYTHONPATH": str(ROOT)},
     )
     assert reply.error is None, reply.error
     return monitor.memory()

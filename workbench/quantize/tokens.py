@@ -31,7 +31,6 @@ def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> tuple[dict[str
                 "score": test.score,
                 "stride": test.stride,
                 "seed": 0,
-                "skip_windows": 0,
             }
         )
     if recipe.calibration:
@@ -46,7 +45,6 @@ def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> tuple[dict[str
                 "score": "all",
                 "stride": None,
                 "seed": look.seed,
-                "skip_windows": 0,
             }
         )
     if not sets or base.get("tokenizer") is False:
