@@ -51,7 +51,8 @@ def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> tuple[dict[str
         return {}, None
     overlap = bool(recipe.calibration and recipe.calibration.allow_overlap)
     stamps = [_stamp(entry["source"]) for entry in sets]
-    key = digest([base["digest"], sets, overlap, stamps])
+    # A key that was there when sets could begin further in; without it all tokens would be made anew.
+    key = digest([base["digest"], [{**each, "skip_windows": 0} for each in sets], overlap, stamps])
     # Files are named by place: two recipes may name the same tokens differently.
     places = ["evaluation" if i == 0 else f"evaluation-{i + 1}" for i in range(len(recipe.evaluations))]
     places += ["calibration"] if recipe.calibration else []
