@@ -101,8 +101,8 @@ def test_a_run_measures_once_and_its_table_has_what_is_promised(bench: Bench) ->
         assert row["machine"]["name"] and row["versions"]["workbench"] and row["recipe_digest"]
         assert len(row["measurement"]["speeds"][0]["first_token_s"]) == 2, "raw samples, one a repeat"
         assert all(len(steps) == 3 for steps in row["measurement"]["speeds"][0]["step_s"])
-        assert row["measurement"]["speeds"][0]["turns"] == [1, 1]
-        assert len(row["measurement"]["quality"]["windows"]) == 3
+        assert row["measurement"]["speeds"][0]["rounds"] == [1, 1]
+        assert [len(each["windows"]) for each in row["measurement"]["qualities"].values()] == [3]
     steps = [line.rpartition(": ")[0] for line in first.stderr.splitlines() if line.startswith("fake: ")]
     assert sorted(step for step in steps[:2]) == ["fake: base", "fake: gguf-Q8_0"], "both loaded before a second turn"
     assert [f"{step}, turn 2" for step in steps[:2]] == steps[2:]

@@ -127,12 +127,12 @@ def test_history_keeps_what_read_supersedes(tmp_path: Path) -> None:
 
 def test_history_is_lean_but_for_the_newest_and_keeps_what_a_paired_difference_needs(tmp_path: Path) -> None:
     row = a_row()
-    assert row.measurement is not None and row.measurement.quality is not None
-    windows = [window | {"nll": "AAAA", "kld": "AAAA"} for window in row.measurement.quality["windows"]]
+    assert row.measurement is not None and row.quality is not None
+    windows = [window | {"nll": "AAAA", "kld": "AAAA"} for window in row.quality["windows"]]
     windows[1]["nonfinite"] = 1
     row = replace(
         row,
-        measurement=replace(row.measurement, quality={"windows": windows}),
+        measurement=replace(row.measurement, qualities={"prose": {"windows": windows}}),
         artifact=replace(row.artifact, tensor_types={"a": "Q4_K"}),
     )
     newer = replace(row, started_at="2026-11-22T10:00:00Z")
@@ -140,8 +140,8 @@ def test_history_is_lean_but_for_the_newest_and_keeps_what_a_paired_difference_n
         store.append(tmp_path, "desk", each)
     (lean, whole), _ = store.history(tmp_path)
     assert whole == newer
-    assert lean.measurement is not None and lean.measurement.quality is not None
-    assert [sorted({"nll", "kld"} & set(window)) for window in lean.measurement.quality["windows"]] == [[], ["nll"], []]
+    assert lean.measurement is not None and lean.quality is not None
+    assert [sorted({"nll", "kld"} & set(window)) for window in lean.quality["windows"]] == [[], ["nll"], []]
     assert lean.artifact.tensor_types == {}
 
 

@@ -61,14 +61,15 @@ def make(
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1")
     points = [Point(prompt_tokens + load.new_tokens, many, prompt_tokens) for prompt_tokens, many in load.points]
+    first, many = load.points[0]
     if load.requests:
-        points += [Point(load.prompt_tokens + load.longest_answer, many, load.prompt_tokens) for many in load.batches]
+        points += [Point(first + load.longest_answer, many, first) for many in load.batches]
     if context is not None or batch is not None:
         tokens = load.longest if context is None else context
-        points = [Point(tokens, load.batch if batch is None else batch, min(max(load.prompts), tokens))]
+        points = [Point(tokens, many if batch is None else batch, min(max(load.prompt_tokens), tokens))]
     longest = max(point.tokens for point in points)
     check_context(longest, shape.context_tokens, f"{recipe.path}: {'--context' if context else 'workload'}")
-    window = recipe.evaluation.window if recipe.evaluation else 0
+    window = next((test.window for test in recipe.evaluations.values()), 0)
     needs = []
     for choice in recipe.backends:
         for variant in recipe.variants:

@@ -98,7 +98,7 @@ def recommend(table: Table, wishes: Wishes, home: str = "$WORKBENCH_HOME") -> Re
     known = {line.row.backend for line in table.lines}
     if wishes.backend is not None and wishes.backend not in known:
         raise unknown("backend", wishes.backend, known, "results")
-    floors = {floor.base: floor.spread for floor in table.noise_floors}
+    floors = {floor.base: floor.spread for floor in table.first.noise_floors}
     fitting: list[Candidate] = []
     measured: list[Candidate] = []
     rejected: dict[str, tuple[str, ...]] = {}
