@@ -147,7 +147,7 @@ def table(
         if output is None and sys.stdout.isatty():
             raise UserError("Parquet is not for a terminal: name a file with --output rows.parquet")
         found = [row for row in _stored(rows or [results]) if recipe in (None, row.recipe)]
-        _write(output, parquet([row for row in found if machine in (None, row.machine.get("name"))]))
+        _write(output, parquet([row for row in found if machine in (None, row.machine.name)]))
         return
     render = _renderer(format, output)
     render(build(_stored(rows or [results]), machine=machine, recipe=recipe))
