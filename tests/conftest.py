@@ -39,7 +39,7 @@ ON_A_SMALL_DISK = """
 back=$PWD disk=$1 size=$2; shift 2
 cd "$disk" && mount -t tmpfs -o size="$size" tmpfs "$disk" || exit
 (cd "$back" && exec setpriv --pdeathsig KILL "$@"); code=$?
-cp -a "$disk"/. .
+cp -R "$disk"/. .
 exit $code
 """
 """A shell's program. Its working folder is the one that the mount hides, so the last line copies out of the disk."""
