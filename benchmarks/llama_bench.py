@@ -76,11 +76,11 @@ def our_seconds(side: paired.Stoppable) -> float:
 def worker(asked: str) -> None:
     """Its side: the workbench's own backend, warm-up, prompts and clock; a line after each sample."""
     from workbench.records import Artifact, Job, Workload
-    from workbench.worker import timing
+    from workbench.worker.measure import timing
 
     given = json.loads(asked)
     prompt, new = (512, 1) if given["test"] == "pp512" else (1, 128)
-    load = Workload(prompt_tokens=prompt, new_tokens=new, repeats=1 + SAMPLES)
+    load = Workload(prompt_tokens=[prompt], new_tokens=new, repeats=1 + SAMPLES)
     artifact = Artifact("v", "gguf", "gguf", given["file"], "", 0, 0)
     engine = llamacpp.Backend(Job("m", artifact, "llamacpp", {"threads": given["threads"]}, load))
     ticks: list[float] = []

@@ -8,12 +8,12 @@ tensors are written.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from workbench.disk import write_whole
 from workbench.records import digest
 from workbench.worker.calibration.device import name_of
 from workbench.worker.calibration.layout import Checkpoint, reserve
@@ -54,12 +54,13 @@ class Work:
         """Note that a layer is done and written; whoever is interrupted after this goes on with the next."""
         self.layer = layer + 1
         note = {
-            "key": self.key, "layer": self.layer, "seconds": self.seconds, "errors": self.errors,
+            "key": self.key,
+            "layer": self.layer,
+            "seconds": self.seconds,
+            "errors": self.errors,
             "warnings": self.warnings,
-        }  # fmt: skip
-        fresh = self.folder / "progress.json.new"
-        fresh.write_text(json.dumps(note), encoding="utf-8")
-        os.replace(fresh, self.folder / "progress.json")
+        }
+        write_whole(self.folder / "progress.json", json.dumps(note))
 
     def keep_importance(self, layer: int, grams: dict[str, Any]) -> None:
         """Store the diagonals of a layer's Gram matrices."""
@@ -117,9 +118,16 @@ def key_of(payload: dict[str, Any], weights: Weights, device: Any, precision: st
     files = sorted(set(weights.files.values()))
     return digest(
         [
-            CALIBRATE_VERSION, payload["tokens_digest"], weights.config, precision, name_of(device),
-            torch.get_num_threads(), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            CALIBRATE_VERSION,
+            payload["tokens_digest"],
+            weights.config,
+            precision,
+            name_of(device),
+            torch.get_num_threads(),
+            [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
             [[v["name"], v["method"], v["options"]] for v in payload["variants"]],
-            payload["imatrix_out"] is not None, torch.__version__, transformers.__version__,
+            payload["imatrix_out"] is not None,
+            torch.__version__,
+            transformers.__version__,
         ]
-    )  # fmt: skip
+    )

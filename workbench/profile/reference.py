@@ -1,0 +1,129 @@
+"""The reference: what the base says of every scored token, recorded once before a job is measured."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.console import Show
+from workbench.errors import UserError, WorkFailed
+from workbench.home import entry, interpreter
+from workbench.machine.identity import has_cuda, versions
+from workbench.machine.work import work
+from workbench.quantize.make import Made
+from workbench.recipe.load import Recipe
+from workbench.records import REFERENCE_VERSION, Job, Row, digest, to_json
+from workbench.worker.backends import BACKENDS
+
+REFERENCE_MAKER = "transformers"
+"""The backend that scores the base for the reference: the one that computes in float32 on a CPU."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the base says of every scored token of an evaluation set (`worker/scoring/reference.py`)."""
+
+    path: str
+    digest: str
+    """Digest of its content."""
+
+
+def reference_keys(recipe: Recipe, made: Made) -> dict[str, str]:
+    """For each evaluation set the digest of all that determines the base's reference for it; empty where there is no
+    transformers to score it with. Knowing it makes nothing."""
+    module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
+    found = versions(module.PACKAGES, interpreter(REFERENCE_MAKER, sys.executable))
+    if REFERENCE_MAKER not in found:
+        return {}
+    options = _reference_options(recipe)
+    how = [options["device"], options["attention"], has_cuda()]
+    return {
+        name: digest([made.base["digest"], test.digest, REFERENCE_VERSION, found, how])
+        for name, test in made.evaluations.items()
+    }
+
+
+def all_references(recipe: Recipe, made: Made, keys: dict[str, str], show: Show) -> dict[str, Reference] | None:
+    """Each evaluation set's reference, for the divergence of all others.
+
+    The base is scored once a set by transformers: in float32 on a CPU, in its own dtype on a GPU. Where that
+    cannot be done for all sets, the reason is told, the answer is None, and jobs measure perplexity without divergence.
+    """
+    if not keys:
+        module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
+        show.say(
+            f"no divergence: {REFERENCE_MAKER}, which scores the base for it, is not installed here. "
+            f"Install it with: {module.INSTALL}"
+        )
+        return None
+    try:
+        return {name: _reference(recipe, made, name, key, show) for name, key in keys.items()}
+    except (WorkFailed, UserError) as problem:
+        show.say(f"no divergence: scoring the base for it failed: {problem}")
+        return None
+
+
+def _reference(recipe: Recipe, made: Made, evaluation: str, key: str, show: Show) -> Reference:
+    module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
+    options = _reference_options(recipe)
+    job = Job(
+        base=recipe.model,
+        artifact=made.artifacts["base"][0],
+        backend=REFERENCE_MAKER,
+        options=options,
+        workload=recipe.workload,
+        evaluations={evaluation: made.evaluations[evaluation]},
+        base_digest=made.base["digest"],
+    )
+    threads = str(options.get("threads") or len(os.sched_getaffinity(0)))
+    name = "reference.safetensors"
+
+    def build(folder: Path) -> dict[str, Any]:
+        for leftover in folder.iterdir():
+            leftover.unlink()
+        value, cost = work(
+            "workbench.worker.measure.job:refer",
+            {"job": to_json(job), "out": str(folder / name)},
+            show,
+            "reference: base's distributions" + (f" on {evaluation}" if len(made.evaluations) > 1 else ""),
+            python=interpreter(REFERENCE_MAKER, sys.executable),
+            limit_s=recipe.limits.profile_s,
+            environment={**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
+        )
+        causes = {"base": made.base["digest"], "evaluation": made.evaluations[evaluation].digest}
+        return {**value, **causes, "cost": cost}
+
+    folder, record = entry("references", key, build)
+    return Reference(str(folder / name), record["digest"])
+
+
+def _reference_options(recipe: Recipe) -> dict[str, Any]:
+    """transformers' options as the recipe has them, but for the dtype, which a variant's comparison is not to
+    choose."""
+    module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
+    options = to_json(module.Options()) | recipe.backend(REFERENCE_MAKER).options | {"dtype": "auto"}
+    if recipe.base.trust_remote_code:
+        options["trust_remote_code"] = True
+    return dict(options)
+
+
+def with_reference(rows: dict[str, Row], references: dict[str, Reference] | None) -> dict[str, Row]:
+    """Without those compared with another reference than these: theirs was lost, and made anew not bit by bit."""
+    if references is None:
+        return rows
+    return {key: row for key, row in rows.items() if _compared_with(row, references)}
+
+
+def _compared_with(row: Row, references: dict[str, Reference]) -> bool:
+    """Whether a row was compared with these references, or with none."""
+    # Another recipe, whose row it may be, can call the first set by another name.
+    names = dict(zip(row.evaluations, [*references][:1], strict=False))
+    for name, quality in (row.measurement.qualities if row.measurement else {}).items():
+        own, wanted = quality.get("reference_digest"), references.get(names.get(name, name))
+        if own is not None and own != (wanted.digest if wanted else None):
+            return False
+    return True
