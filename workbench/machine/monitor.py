@@ -77,7 +77,7 @@ class Monitor:
         names = self._spent.keys() | (first.keys() & last.keys())
         return {name: self._spent.get(name, 0.0) + last.get(name, 0.0) - first.get(name, 0.0) for name in names}
 
-    def memory(self) -> dict[str, int | None]:
+    def memory(self) -> dict[str, int]:
         """Bytes, as `peak_rss`, `peak_rss_anon`, `peak_rss_file`, `peak_vram`..."""
         return {f"peak_{name}": size_bytes for name, size_bytes in self.peak.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Required, TypedDict
 
@@ -227,9 +228,9 @@ class Quality(TypedDict, total=False):
 class Answers(TypedDict, total=False):
     """How a task was answered."""
 
-    correct: Required[list[float]]
+    correct: Required[Sequence[float]]
     """1 or 0 an item, in the order of the task's file, or the harness's own score."""
-    given: list[object]
+    given: Sequence[object]
     metric: str
     """By which the harness judged."""
     warnings: list[str]
@@ -290,7 +291,7 @@ class Measurement:
     speeds: list[Speed] = field(default_factory=list)
     qualities: dict[str, Quality] = field(default_factory=dict)
     """By evaluation set, as the reducer's `compact` gives it."""
-    memory: dict[str, int | None] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
     """Bytes: what the engine itself says (`weights`, `kv_cache`, ...) and, from the parent, `peak_*`."""
     settings: dict[str, object] = field(default_factory=dict)
     """Dtype, threads, kernel: what the engine really ran with."""

@@ -18,7 +18,7 @@ class Cost:
 
     seconds: float
     peak_rss_bytes: int | None = None
-    memory: dict[str, int | None] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
     """Bytes, as `Monitor.memory` has them."""
     conditions: Conditions = field(default_factory=lambda: Conditions())
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from workbench.records import Row
+from workbench.records import Quality, Row
 from workbench.report import estimates as quality_of
 from workbench.report.speeds import (
     bandwidth_fraction,
@@ -92,8 +92,8 @@ def same_tokens(row: Row, base: Row) -> bool:
     if row.evaluation is None or base.evaluation is None or row.evaluation.digest != base.evaluation.digest:
         return False
     sizes, base_sizes = (
-        [window["count"] + window["nonfinite"] for window in (_quality(each) or {}).get("windows", [])]
-        for each in (row, base)
+        [window["count"] + window["nonfinite"] for window in (quality["windows"] if quality else [])]
+        for quality in (_quality(row), _quality(base))
     )
     return sizes == base_sizes
 
@@ -229,13 +229,13 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def _quality(row: Row) -> dict[str, Any] | None:
+def _quality(row: Row) -> Quality | None:
     """What the worker found, if it scored a single token."""
     quality = row.quality
     return quality if quality and any(window["count"] for window in quality["windows"]) else None
 
 
-def _compared(row: Row) -> dict[str, Any] | None:
+def _compared(row: Row) -> Quality | None:
     """The same, if a single token was compared with the base's distribution."""
     quality = _quality(row)
     return quality if quality and any(window.get("kld_count") for window in quality["windows"]) else None

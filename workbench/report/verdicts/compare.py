@@ -58,7 +58,10 @@ SPEEDS: dict[str, Callable[[Row], list[float]]] = {
     "decode_tok_s": speeds.decode_samples,
     "prefill_tok_s": speeds.prefill_samples,
 }
-MEANS = {"kld_mean": ("kld_sum", "kld_count"), "top1_agreement": ("same_top_sum", "kld_count")}
+MEANS: dict[str, tuple[statistics.Total, statistics.Count]] = {
+    "kld_mean": ("kld_sum", "kld_count"),
+    "top1_agreement": ("same_top_sum", "kld_count"),
+}
 """Metrics that are a mean a token of sums that each window has."""
 
 
@@ -389,7 +392,7 @@ def _quality_change(name: str, old: Row, new: Row) -> Found | None:
     return before, before + difference.value, (interval[0] / before, interval[1] / before) if interval else None
 
 
-def _paired_mean(old: Row, new: Row, total: str, count: str) -> statistics.Estimate | None:
+def _paired_mean(old: Row, new: Row, total: statistics.Total, count: statistics.Count) -> statistics.Estimate | None:
     """The change of a mean a token, with the error of the difference over windows (Cochran, as in `statistics`)."""
     sides = [row.quality["windows"] for row in (old, new) if row.quality]
     if len(sides) < 2 or len(sides[0]) != len(sides[1]):
@@ -403,9 +406,9 @@ def _paired_mean(old: Row, new: Row, total: str, count: str) -> statistics.Estim
         means.append(mean)
         for place, window in enumerate(windows):
             residuals[place] += sign * (window[total] - mean * window[count]) / tokens
-    windows = len(residuals)
-    se = math.sqrt(windows / (windows - 1) * math.fsum(r * r for r in residuals)) if windows > 1 else None
-    return statistics.Estimate(means[1] - means[0], se, windows)
+    many = len(residuals)
+    se = math.sqrt(many / (many - 1) * math.fsum(r * r for r in residuals)) if many > 1 else None
+    return statistics.Estimate(means[1] - means[0], se, many)
 
 
 def _verdict(relative: float, interval: tuple[float, float] | None, threshold: float, better: str | None) -> Verdict:

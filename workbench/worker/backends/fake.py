@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
 
 PACKAGES = ("torch",)
 INSTALL = "nothing; it is part of the tests"
@@ -68,7 +68,7 @@ class Backend:
         if self._do == "memory":
             raise MemoryError("fake engine: cannot allocate 1 TiB")
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
         """Noise, or NaN, through the real reducer."""
         import json
         from pathlib import Path

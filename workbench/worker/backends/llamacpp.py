@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
 
 PACKAGES = ("llama-cpp-python",)
 INSTALL = "pip install llama-cpp-python"
@@ -193,7 +193,7 @@ class Backend:
         chosen: list[int] = self._rows(rows).argmax(axis=1).tolist()
         return chosen
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
         """Reduce each window's logits from its first scored position on."""
         from workbench.worker.scoring.reducer import Reducer
 
