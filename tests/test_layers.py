@@ -8,8 +8,8 @@
     kernels/   never imports the workbench
 
 Outside `worker/`, what runs there is named as a string. Imported from it are only the registries (`METHODS`,
-`BACKENDS`), by `plan/` llama.cpp's rules of which tensor gets which type, and by `quantize/base.py`, when it asks for
-a cache key, `identify`.
+`BACKENDS`, and by `recipe/` the scoring conventions), by `plan/` two tables of facts (llama.cpp's rules of which tensor
+gets which type, and the architectures), and by `quantize/base.py`, when it asks for a cache key, `identify`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.places import ROOT
+
 HOUSE = ROOT / "workbench"
 FILES = sorted(HOUSE.rglob("*.py"))
 ENGINES = {"torch", "transformers", "vllm", "llama_cpp", "gguf", "numpy", "safetensors", "datasets", "pandas", "scipy"}
@@ -35,7 +36,13 @@ ROOMS = (
     ["report", "hub", "plan", "quantize", "profile", "pipeline", "doctor", "nightly", "cli"],
 )
 """Top-level modules and folders, the lowest first."""
-FROM_WORKER = {"plan": {"workbench.worker.ggml.mixtures"}, "quantize": {"workbench.worker.base.prepare"}}
+FROM_WORKER = {
+    # Tables of facts: which tensor of a mixture gets which type, and of which tensors a decoder consists.
+    "plan": {"workbench.worker.ggml.mixtures", "workbench.worker.architectures"},
+    "quantize": {"workbench.worker.base.prepare"},
+    # The registry of scoring conventions.
+    "recipe": {"workbench.worker.tokens.conventions"},
+}
 """What a room outside `worker/` may import from it beside the registries."""
 
 

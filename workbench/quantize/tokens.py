@@ -33,7 +33,6 @@ def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Any]
                 "score": test.score,
                 "stride": test.stride,
                 "seed": 0,
-                "skip_windows": 0,
             }
         )
     if recipe.calibration:
@@ -48,7 +47,6 @@ def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Any]
                 "score": "all",
                 "stride": None,
                 "seed": look.seed,
-                "skip_windows": 0,
             }
         )
     if not sets or base.get("tokenizer") is False:
