@@ -75,7 +75,7 @@ def check_whole(path: Path, config: dict[str, Any], tensors: dict[str, StoredTen
         )
     if unknown:
         raise UserError(
-            f"{path}: its files hold {_count(unknown)} that the {config['architectures'][0]} of config.json has no place "
+            f"{path}: its files hold {_count(unknown)} that a {config['architectures'][0]} has no place "
             f"for: {_names(unknown)}. Its config.json is another model's, or the files hold more than one model"
         )
     if prefix and stored and not named:
