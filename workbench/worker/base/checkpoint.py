@@ -11,7 +11,6 @@ Rejected: safetensors' own reader for the headers. It says that a file is bad bu
 from __future__ import annotations
 
 import json
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,20 +215,6 @@ def check_types(path: Path, tensors: dict[str, StoredTensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES and len(tensor.shape) > 1 and tensor.dtype not in ("I64", "BOOL"):
             raise UserError(
-                f"{path}: {name} is stored as {tensor.dtype}: the model is already quantized. Give the unquantized model "
-                f"as the base ({', '.join(sorted(DTYPES.values()))})."
+                f"{path}: {name} is stored as {tensor.dtype}: the model is already quantized. Give the "
+                f"unquantized model as the base ({', '.join(sorted(DTYPES.values()))})."
             )
-
-
-def license_of(path: Path) -> str | None:
-    """The license that a model card's front matter names."""
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    match = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    fields = (
-        dict(re.findall(r"^(license(?:_name)?):\s*['\"]?([^'\"\n]+?)['\"]?\s*$", match[1], re.MULTILINE))
-        if match
-        else {}
-    )
-    return fields.get("license_name") if fields.get("license") == "other" else fields.get("license")

@@ -31,6 +31,8 @@ def check_whole(path: Path, config: dict[str, Any], tensors: dict[str, StoredTen
         from transformers import AutoConfig
     except ImportError as error:
         raise cannot_import("transformers, which knows the architectures,", error, "pip install transformers") from None
+    # Only where the model itself is code: a folder may carry code that a class of transformers has long replaced.
+    remote_code = remote_code and "AutoModelForCausalLM" in (config.get("auto_map") or {})
     kind = _model_class(path, config, remote_code)
     try:
         settings = AutoConfig.from_pretrained(str(path), trust_remote_code=remote_code)
@@ -95,7 +97,7 @@ def _model_class(path: Path, config: dict[str, Any], remote_code: bool) -> Any:
     )
 
     name = str(config["architectures"][0])
-    if remote_code and config.get("auto_map"):
+    if remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         return get_class_from_dynamic_module(config["auto_map"]["AutoModelForCausalLM"], str(path))
