@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
+from tests.places import ROOT
 from workbench import home as place
 from workbench.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.places import ROOT
+from tests.rows import a_row
 from workbench.errors import UserError
 from workbench.profile import jobs
 from workbench.quantize.make import Made
@@ -28,10 +30,6 @@ from workbench.report.formats.data import objects
 from workbench.report.table import build
 from workbench.worker.measure import job as profile
 from workbench.worker.tokens import windows as corpus
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests" / "report"))
-from test_store import a_row  # noqa: E402
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 4
 SET = {"source": {"text": "a"}}

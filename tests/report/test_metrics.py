@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_store import a_row
 
+from tests.rows import a_row
 from workbench.records import Measurement, Row
 from workbench.report import quality, speeds
 from workbench.report.metrics import METRICS, OF_THE_REFERENCE

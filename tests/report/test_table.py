@@ -7,8 +7,8 @@ import math
 from dataclasses import replace
 
 import pytest
-from test_store import a_row
 
+from tests.rows import a_row, compared, demo_rows
 from workbench.errors import UserError
 from workbench.records import Row, Workload
 from workbench.report.formats.data import objects
@@ -42,19 +42,6 @@ PROMISED = {
 
 def pairs(table: Table) -> list[tuple[str, str]]:
     return [(line.row.artifact.variant, line.row.backend) for line in table.lines]
-
-
-def demo_rows() -> list[Row]:
-    """Backend by backend, as the pipeline runs them."""
-    return [
-        a_row("base", "transformers", windows=[(4, 8.0), (4, 10.0), (4, 9.0)]),
-        a_row("base", "vllm", windows=[(4, 8.01), (4, 10.0), (4, 9.0)]),
-        a_row("Q2_K", "vllm", measured=False, unsupported="vLLM has no GGUF on a CPU"),
-        a_row("Q8_0", "vllm", measured=False, unsupported="vLLM has no GGUF on a CPU"),
-        a_row("Q8_0", "llamacpp", windows=[(4, 8.1), (4, 10.1), (4, 9.1)], warnings=["the machine was busy"]),
-        a_row("base", "llamacpp", windows=[(4, 8.0), (4, 10.0), (4, 9.02)]),
-        a_row("Q2_K", "llamacpp", measured=False, error="ValueError: all logits are NaN"),
-    ]
 
 
 def test_the_base_first_then_variants_as_first_seen() -> None:
@@ -118,24 +105,6 @@ def test_the_noise_floor_is_the_bases_spread() -> None:
     lonely = build(demo_rows()[4:])
     assert lonely.noise_floors == ()
     assert any(note.startswith("noise floor unknown") for note in lonely.notes)
-
-
-def compared(row: Row, kld: float, reference: str = "r1") -> Row:
-    """The row as if compared with a reference: `kld` nats a token, every second top token the base's."""
-    assert row.measurement is not None and row.measurement.quality is not None
-    windows = [
-        window
-        | {
-            "kld_count": window["count"],
-            "kld_sum": kld * window["count"],
-            "kld_low_sum": 0.9 * kld * window["count"],
-            "same_top_sum": window["count"] / 2,
-            "dp_square_sum": 0.01 * window["count"],
-        }
-        for window in row.measurement.quality["windows"]
-    ]
-    quality = {"windows": windows, "reference_digest": reference}
-    return replace(row, measurement=replace(row.measurement, quality=quality))
 
 
 QUALITY = {

@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import MODELS, OTHERS, dequantized, relative, write_model, write_sentencepiece, write_tokens
 
+from tests.places import ROOT
+from tests.worker.small_models import (
+    MODELS,
+    OTHERS,
+    dequantized,
+    relative,
+    write_model,
+    write_sentencepiece,
+    write_tokens,
+)
 from workbench.errors import UserError
 from workbench.machine import isolate
 from workbench.worker.architectures import ARCHITECTURES, EXPERTS, describe
@@ -177,7 +186,7 @@ def logits_of(folder: Path, ids: list[int]) -> Any:
             payload,
             workdir=folder / f"{backend}-log",
             time_limit_s=400,
-            environment={**environment, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+            environment={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
         )
         assert reply.error is None, reply.log
         return dict(load_file(out)), dict(reply.value)
@@ -229,6 +238,7 @@ def files(folder: Path) -> dict[str, dict[str, str]]:
         {"models": models, "types": TYPES, "folder": str(folder)},
         workdir=folder / "convert-log",
         time_limit_s=200,
+        environment={"PYTHONPATH": str(ROOT)},
     )
     assert reply.error is None, reply.log
     return dict(reply.value)

@@ -12,7 +12,7 @@ import importlib
 import json
 from typing import Any
 
-from workbench.errors import install_with
+from workbench.errors import cannot_import
 from workbench.records import Evaluation, Job, Measurement, from_json, to_json
 from workbench.worker.backends import BACKENDS
 from workbench.worker.measure import answers, resident, timing
@@ -137,8 +137,8 @@ def _engine(job: Job) -> Any:
     module = importlib.import_module(BACKENDS[job.backend])
     try:
         module.load_engine()
-    except ModuleNotFoundError as error:
-        raise install_with(f"{job.backend} (module '{error.name}')", module.INSTALL) from None
+    except ImportError as error:
+        raise cannot_import(job.backend, error, module.INSTALL) from None
     return module
 
 
