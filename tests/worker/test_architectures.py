@@ -35,6 +35,7 @@ LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
     "intermediate_size": 128,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
@@ -70,14 +71,14 @@ def test_every_entry_is_whole(kind: str) -> None:
     assert set(architecture.gguf) == set(architecture.linears)
     assert len(set(architecture.gguf.values())) == len(architecture.linears)
     for group in architecture.groups:
-        if group.feeder.kind == "linear":
-            assert group.feeder.module in architecture.linears
+        if group.producer.kind == "linear":
+            assert group.producer.module in architecture.linears
         else:
-            assert group.feeder.module not in architecture.linears
+            assert group.producer.module not in architecture.linears
 
 
 def test_phi3_values_and_up_rows_are_the_last_ones() -> None:
-    by_linear = {group.linears[0]: group.feeder for group in describe(LLAMA | {"model_type": "phi3"}).groups}
+    by_linear = {group.linears[0]: group.producer for group in describe(LLAMA | {"model_type": "phi3"}).groups}
     assert by_linear["self_attn.o_proj"].rows == (64 + 32, 64 + 32 + 32)
     assert by_linear["self_attn.o_proj"].repeats == 2
     assert by_linear["mlp.down_proj"].rows == (128, 256)

@@ -116,19 +116,17 @@ def reference(row: Row) -> str | None:
 
     Divergences from two references, even of one base, are not comparable.
     """
-    quality = row.measurement.quality if row.measurement else None
-    return quality.get("reference_digest") if quality else None
+    return row.quality.get("reference_digest") if row.quality else None
 
 
 def nonfinite(row: Row) -> int | None:
     """Scored tokens whose logits were not finite; they are in no other number. None if not scored."""
-    quality = row.measurement.quality if row.measurement else None
-    return estimates.nonfinite(quality) if quality else None
+    return estimates.nonfinite(row.quality) if row.quality else None
 
 
 def _scored(row: Row) -> Quality | None:
     """What the worker found, if it scored a single token."""
-    quality = row.measurement.quality if row.measurement else None
+    quality = row.quality
     return quality if quality and any(window["count"] for window in quality["windows"]) else None
 
 

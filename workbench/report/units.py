@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from workbench.sizes import mib_text
+
 MIB = 2.0**20
 
 
 def amount(value: float, unit: str) -> str:
     """A number with its unit as people read it: bytes as MiB."""
     if unit == "B":
-        return f"{value / MIB:.1f} MiB"
+        return mib_text(value)
     return f"{value:.4g} {unit}".rstrip()
 
 

@@ -8,12 +8,12 @@ import pytest
 
 from workbench.errors import UserError
 from workbench.recipe.load import parse
-from workbench.worker.architectures import Feeder, Layer, describe
+from workbench.worker.architectures import Layer, Producer, describe
 from workbench.worker.methods import awq, rounding
 
 torch = pytest.importorskip("torch")
 
-NORM = Feeder("norm", "norm")
+NORM = Producer("norm", "norm")
 
 
 def layer_of(kind: str = "llama", seed: int = 0, **more) -> Layer:
@@ -22,6 +22,7 @@ def layer_of(kind: str = "llama", seed: int = 0, **more) -> Layer:
         "model_type": kind,
         "hidden_size": 64,
         "intermediate_size": 128,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         **more,
@@ -48,8 +49,8 @@ def layer_of(kind: str = "llama", seed: int = 0, **more) -> Layer:
             * torch.logspace(-1, 1, inputs)[torch.randperm(inputs, generator=chance)]
         )
         grams[group.linears[0]] = x.t() @ x / 800
-        if group.feeder.kind == "norm":
-            tensors[f"{group.feeder.module}.weight"] = torch.rand(inputs, generator=chance) + 0.5
+        if group.producer.kind == "norm":
+            tensors[f"{group.producer.module}.weight"] = torch.rand(inputs, generator=chance) + 0.5
     return Layer(0, tensors, grams, architecture)
 
 
@@ -99,24 +100,24 @@ def test_folded_weights_compute_the_same(kind: str, rounding: str) -> None:
     folds = [(group, awq._scales(layer, group, options)) for group in layer.architecture.groups]
     assert any(scales is not None for _, scales in folds)
     for group, scales in folds:
-        feeder = group.feeder
-        if feeder.kind == "norm" and scales is not None:
-            plus = 1.0 if feeder.one_plus else 0.0
+        producer = group.producer
+        if producer.kind == "norm" and scales is not None:
+            plus = 1.0 if producer.one_plus else 0.0
             torch.testing.assert_close(
-                (made[f"{feeder.module}.weight"] + plus) * scales, before[f"{feeder.module}.weight"] + plus
+                (made[f"{producer.module}.weight"] + plus) * scales, before[f"{producer.module}.weight"] + plus
             )
         for name in group.linears:
             weight = awq.dequantize({s: made[f"{name}.{s}"] for s in ("qweight", "qzeros", "scales")})
             if scales is not None:
                 weight = weight / scales
             for other, others in folds:
-                if others is not None and other.feeder.module == name:
-                    weight = weight * awq._feeding_rows(other.feeder, others, len(weight))[:, None]
+                if others is not None and other.producer.module == name:
+                    weight = weight * awq._producing_rows(other.producer, others, len(weight))[:, None]
             original, gram = before[f"{name}.weight"], layer.grams[group.linears[0]]
             lost = ((original - weight) @ gram * (original - weight)).sum()
             share = float(lost / (original @ gram * original).sum())
             assert share < 0.03
-            if not any(others is not None and other.feeder.module == name for other, others in folds):
+            if not any(others is not None and other.producer.module == name for other, others in folds):
                 assert share == pytest.approx(errors[f"{name}.weight"], rel=0.02)
 
 

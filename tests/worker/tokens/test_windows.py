@@ -74,11 +74,11 @@ def tokens(base: Path, text: str) -> list[int]:
 # --- windows and what is scored -----------------------------------------------------------------
 
 
-def test_windows_are_consecutive_and_start_after_the_skipped_ones(base: Path, tmp_path: Path) -> None:
+def test_windows_are_consecutive_and_start_with_the_text(base: Path, tmp_path: Path) -> None:
     text = prose(200)
     ids = tokens(base, text)
-    [(reply, file)] = run(base, tmp_path, {**EVALUATION, "source": {"text": text}, "skip_windows": 2})
-    assert file["windows"] == [ids[32 + 16 * i : 48 + 16 * i] for i in range(4)]
+    [(reply, file)] = run(base, tmp_path, {**EVALUATION, "source": {"text": text}})
+    assert file["windows"] == [ids[16 * i : 16 + 16 * i] for i in range(4)]
     assert file["score_from"] == [8] * 4 and file["vocab_size"] == 300 and file["bos"] is None
     assert file["digest"] == reply["digest"]
     # Positions 8..14 predict tokens 9..15; one byte a token here.
@@ -138,12 +138,12 @@ def test_digest_follows_ids_and_convention_only(base: Path, tmp_path: Path) -> N
 def test_calibration_takes_what_evaluation_leaves(base: Path, tmp_path: Path) -> None:
     text = prose(600)
     source = {"text": text}
-    evaluation = {**EVALUATION, "source": source, "windows": 20, "skip_windows": 3}
+    evaluation = {**EVALUATION, "source": source, "windows": 20}
     for seed in range(5):
         (_, test), (_, look) = run(base, tmp_path, evaluation, {**CALIBRATION, "source": source, "seed": seed})
         ids = tokens(base, text)
         places = [next(i for i in range(600) if ids[i : i + 40] == w) for w in look["windows"]]
-        assert all(a + 40 <= 48 or a >= 48 + 320 for a in places), places
+        assert all(a >= 320 for a in places), places
         assert all(b - a >= 40 for a, b in zip(sorted(places), sorted(places)[1:], strict=False))
         assert len(test["windows"]) == 20
 
@@ -203,7 +203,6 @@ def test_text_shorter_than_asked_for(base: Path, tmp_path: Path) -> None:
     assert "has 50 tokens, so 3 windows of 16 fit, but 4 asked for" in said and "Ask for 3 or fewer" in said
     said = refusal(base, tmp_path, {**entry, "window": 64, "windows": None})
     assert "no window of 64 fits" in said and "window of 50 or fewer" in said
-    assert "after skipping 9 windows" in refusal(base, tmp_path, {**entry, "skip_windows": 9})
     assert run(base, tmp_path, {**entry, "windows": 3})
 
 

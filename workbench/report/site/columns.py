@@ -34,7 +34,7 @@ def columns(table: Table) -> list[PageColumn]:
             found.append(_of_metric(metric, metric.column, spoken))
         if metric.name == "perplexity":
             found.append(_perplexity_delta())
-    found += [_further(name, table) for name in table.further]
+    found += [_perplexity_on(name, table) for name in [*table.sets][1:]]
     found += [_task(name) for name in dict.fromkeys(name for line in table.lines for name in line.tasks)]
     return [column for column in found if any(column.value(line) is not None for line in table.lines)]
 
@@ -66,9 +66,9 @@ def _perplexity_delta() -> PageColumn:
     )
 
 
-def _further(name: str, table: Table) -> PageColumn:
+def _perplexity_on(name: str, table: Table) -> PageColumn:
     """The perplexity on another evaluation set of the recipe."""
-    lines = {line.row.key: line for line in table.further[name].lines}
+    lines = {line.row.key: line for line in table.sets[name].lines}
 
     def error(line: Line) -> str:
         se = lines[line.row.key].errors.get("perplexity")
