@@ -22,7 +22,7 @@ from workbench.plan import formats, need, tensors
 from workbench.plan import make as plan
 from workbench.recipe.choices import BackendChoice
 from workbench.recipe.load import Recipe, parse
-from workbench.records import Variant
+from workbench.records import Machine, Variant
 from workbench.shape import Shape
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
