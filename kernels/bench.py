@@ -52,8 +52,9 @@ class Operation:
 
 def operations() -> dict[str, Operation]:
     """All, by name."""
-    from workbench_kernels import awq, blocks, gptq
-    from workbench_kernels.types import BLOCK_TYPES
+    from workbench_kernels import awq, gptq
+    from workbench_kernels.gguf import blocks
+    from workbench_kernels.gguf.types import BLOCK_TYPES
 
     def words(*shape: int) -> torch.Tensor:
         return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from workbench_kernels import awq, blocks, gptq
+from workbench_kernels import awq, gptq
 from workbench_kernels.backend import triton
-from workbench_kernels.types import BLOCK_TYPES
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.types import BLOCK_TYPES
 
 SIZE = 4096
 GROUP = 128

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from workbench_kernels import awq, gptq, ops
-from workbench_kernels.blocks import check_blocks
-from workbench_kernels.types import block_type
+from workbench_kernels.gguf.blocks import check_blocks
+from workbench_kernels.gguf.types import block_type
 
 
 class _Packed(nn.Module):

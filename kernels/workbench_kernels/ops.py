@@ -6,8 +6,9 @@ allocate comes from the graph's own pool. A shape's first call may tune and comp
 
 import torch
 
-from workbench_kernels import awq, blocks, gptq
-from workbench_kernels.types import block_type
+from workbench_kernels import awq, gptq
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.types import block_type
 
 
 @torch.library.custom_op("workbench_kernels::awq_matmul", mutates_args=())

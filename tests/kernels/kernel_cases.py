@@ -148,8 +148,9 @@ def weight_of(case: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
 
 def product(case: dict[str, Any], x: Any, packed: tuple[Any, ...], path: str) -> Any:
     """The operation itself."""
-    from workbench_kernels import awq, blocks, gptq
-    from workbench_kernels.types import block_type
+    from workbench_kernels import awq, gptq
+    from workbench_kernels.gguf import blocks
+    from workbench_kernels.gguf.types import block_type
 
     if case["op"] == "blocks":
         return blocks.matmul(block_type(case["kind"]), x, *packed, path=path)
@@ -160,8 +161,9 @@ def product(case: dict[str, Any], x: Any, packed: tuple[Any, ...], path: str) ->
 
 def dequantized(case: dict[str, Any], packed: tuple[Any, ...], path: str) -> Any:
     """The de-quantize-only operation, float32."""
-    from workbench_kernels import awq, blocks, gptq
-    from workbench_kernels.types import block_type
+    from workbench_kernels import awq, gptq
+    from workbench_kernels.gguf import blocks
+    from workbench_kernels.gguf.types import block_type
 
     if case["op"] == "blocks":
         return blocks.dequantize(block_type(case["kind"]), *packed, path=path)
@@ -173,7 +175,8 @@ def dequantized(case: dict[str, Any], packed: tuple[Any, ...], path: str) -> Any
 def run(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     """`matmul`, `reference`: largest errors over the largest output; `same`: de-quantizing is exact, both ways."""
     import torch
-    from workbench_kernels import awq, blocks, gptq
+    from workbench_kernels import awq, gptq
+    from workbench_kernels.gguf import blocks
 
     weight, packed = weight_of(case)
     x = torch.randn(case["M"], case["K"]).to(getattr(torch, case["dtype"]))

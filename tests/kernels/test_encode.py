@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 llama_cpp = pytest.importorskip("llama_cpp")
 gguf = pytest.importorskip("gguf")
 
-from workbench_kernels.encode import ENCODERS, PIECE, encode  # noqa: E402
-from workbench_kernels.types import BLOCK_TYPES  # noqa: E402
+from workbench_kernels.encoders.encode import ENCODERS, PIECE, encode  # noqa: E402
+from workbench_kernels.gguf.types import BLOCK_TYPES  # noqa: E402
 
 COLUMNS = 512
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -34,7 +34,7 @@ def interpreted() -> dict[str, dict[str, Any]]:
 
 
 def test_the_cases_are_all_there_is() -> None:
-    from workbench_kernels.types import BLOCK_TYPES
+    from workbench_kernels.gguf.types import BLOCK_TYPES
 
     assert {case["kind"] for case in CASES.values() if case["op"] == "blocks"} == set(BLOCK_TYPES)
     assert {case["bits"] for case in CASES.values() if case["op"] == "gptq"} == {2, 4, 8}

@@ -10,10 +10,11 @@ from kernel_cases import random_blocks, random_words, weight_of
 torch = pytest.importorskip("torch")
 pytest.importorskip("gguf")
 
-from workbench_kernels import awq, blocks, gptq, q4_k, q8_0  # noqa: E402
+from workbench_kernels import awq, gptq  # noqa: E402
 from workbench_kernels.checks import check_aligned  # noqa: E402
+from workbench_kernels.gguf import blocks, q4_k, q8_0  # noqa: E402
+from workbench_kernels.gguf.types import BLOCK_TYPES, block_type  # noqa: E402
 from workbench_kernels.modules import AwqLinear, BlockLinear, GptqLinear  # noqa: E402
-from workbench_kernels.types import BLOCK_TYPES, block_type  # noqa: E402
 
 AWQ = {"op": "awq", "N": 16, "K": 64, "group": 32}
 GPTQ = {"op": "gptq", "bits": 4, "order": "plain", "N": 16, "K": 64, "group": 32}

@@ -49,8 +49,8 @@ def import_kernels() -> Any:
         if not (beside / "workbench_kernels").is_dir():
             raise install_with("workbench_kernels (kernel: workbench)", "pip install -e . in a checkout") from None
         sys.path.append(str(beside))
+    import workbench_kernels.gguf.types
     import workbench_kernels.modules
-    import workbench_kernels.types
 
     return workbench_kernels
 
@@ -163,8 +163,8 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remot
         TensorProcessor,
         get_gguf_hf_weights_map,
     )
+    from workbench_kernels.gguf.types import block_type
     from workbench_kernels.modules import BlockEmbedding, BlockLinear
-    from workbench_kernels.types import block_type
 
     try:
         reader = open_gguf(path)

@@ -10,10 +10,10 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q5_0`.
 
 import torch
 
-from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.blocks import half_of
-from workbench_kernels.q4_0 import columns
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.blocks import half_of
+from workbench_kernels.gguf.q4_0 import columns
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,10 @@ Source of the layout and the levels: llama.cpp, ggml-common.h, `block_iq4_nl` an
 
 import torch
 
-from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.blocks import half_of
-from workbench_kernels.q4_0 import columns, load
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.blocks import half_of
+from workbench_kernels.gguf.q4_0 import columns, load
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 

@@ -1,7 +1,7 @@
 """Q8_0, Q5_1, Q5_0, Q4_1 and Q4_0 blocks made of float32 weights, byte for byte what llama.cpp writes.
 
 A block is one run of 32 weights. Without importances its scale is its range over the codes; with them, a search
-(`encode_search.py`) over a weight's importance x sqrt(mean square of its row + w^2). Q8_0 ignores importances, as
+(`search.py`) over a weight's importance x sqrt(mean square of its row + w^2). Q8_0 ignores importances, as
 llama.cpp does.
 
 All functions take `x`, float32 [32, 1, blocks, rows] (weight, 1, block of the row, row), and `importance`, float32
@@ -13,7 +13,7 @@ Source: llama.cpp, ggml-quants.c, `quantize_row_q*_ref` (without importances) an
 
 import torch
 
-from workbench_kernels.encode_search import first_largest, number, offset, signed, total
+from workbench_kernels.encoders.search import first_largest, number, offset, signed, total
 
 
 def q8_0(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:

@@ -13,9 +13,9 @@ rows of lower bits and eight of upper bits. Source of the layout: llama.cpp, ggm
 
 import torch
 
-from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.blocks import half_of
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.blocks import half_of
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Q2_K, Q3_K, Q4_K, Q5_K and Q6_K blocks made of float32 weights, byte for byte what llama.cpp writes.
 
-A block is 256 weights in runs of 16 or 32. Each run gets a scale (and a least weight) by a search (`encode_search.py`),
+A block is 256 weights in runs of 16 or 32. Each run gets a scale (and a least weight) by a search (`search.py`),
 the runs' scales are quantized themselves, and then every weight is rounded anew to the scales as they are stored. Where
 a stored scale came out as 0, the codes of the search stay, though nothing reads them.
 
@@ -15,7 +15,7 @@ Source: llama.cpp, ggml-quants.c, `quantize_row_q*_K_ref` (without importances) 
 
 import torch
 
-from workbench_kernels.encode_search import (
+from workbench_kernels.encoders.search import (
     EPSILON,
     descended,
     first_largest,

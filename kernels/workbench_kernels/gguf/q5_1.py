@@ -11,9 +11,9 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q5_1`.
 
 import torch
 
-from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.q4_1 import columns, scales
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.q4_1 import columns, scales
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:

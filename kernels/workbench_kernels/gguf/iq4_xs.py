@@ -11,10 +11,10 @@ Source of the layout: llama.cpp, ggml-common.h, `block_iq4_xs`.
 
 import torch
 
-from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.blocks import half_of
-from workbench_kernels.iq4_nl import level_of, levels_of
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.blocks import half_of
+from workbench_kernels.gguf.iq4_nl import level_of, levels_of
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:

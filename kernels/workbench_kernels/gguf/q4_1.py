@@ -11,9 +11,9 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q4_1`.
 
 import torch
 
-from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.blocks import half_of
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.blocks import half_of
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:

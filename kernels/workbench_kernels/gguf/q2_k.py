@@ -14,9 +14,9 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q2_K`.
 
 import torch
 
-from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.blocks import byte_of, half_of
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.blocks import byte_of, half_of
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:

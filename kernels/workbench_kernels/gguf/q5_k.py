@@ -10,9 +10,9 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q5_K`.
 
 import torch
 
-from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.q4_k import columns, run_scales, scales
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.q4_k import columns, run_scales, scales
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
