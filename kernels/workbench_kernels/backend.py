@@ -13,6 +13,11 @@ from typing import Any
 
 import torch
 
+Kernel = Any
+"""A Triton function, which has no type that could be named."""
+Config = dict[str, int]
+"""Constants of a kernel's tile, and `num_warps` and `num_stages`."""
+
 try:
     import triton
     import triton.language as tl
@@ -45,7 +50,14 @@ WAVES = 2
 """Programs a multiprocessor should have before K is no longer split."""
 
 
-def tuned(kernel: Any, configs: list[dict[str, Any]], key: list[str]) -> Any:
+@jit
+def share(part, steps: tl.constexpr, SPLIT: tl.constexpr):
+    """The steps, from and to, of part `part` of SPLIT."""
+    each: tl.constexpr = (steps + SPLIT - 1) // SPLIT
+    return part * each, tl.minimum(part * each + each, steps)
+
+
+def tuned(kernel: Kernel, configs: list[Config], key: list[str]) -> Kernel:
     """The kernel behind Triton's autotuner, each of `configs` (constants, `num_warps`, `num_stages`) tried once for
     each value of the arguments named in `key`; in the interpreter, where nothing is timed, the first of them."""
     if INTERPRET:
@@ -115,8 +127,3 @@ def choose_path(path: str, x: torch.Tensor, rows: int) -> str:
     if path == "decode" and rows != 1:
         raise ValueError(f"path 'decode' is for one row, x has {rows}; supported for more: prefill, dense")
     return path
-
-
-def joined(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[split, rows, out] partial sums in float32 -> their sum, always in the same order."""
-    return parts.sum(0).to(dtype) if parts.shape[0] > 1 else parts[0].to(dtype)

@@ -61,9 +61,14 @@ class GptqLinear(_Packed):
     """`gptq.matmul`; tensors as in the checkpoint."""
 
     def __init__(
-        self, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int,
+        self,
+        qweight: torch.Tensor,
+        qzeros: torch.Tensor,
+        scales: torch.Tensor,
+        g_idx: torch.Tensor,
+        bits: int,
         bias: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         in_features, out_features = gptq.check(qweight, qzeros, scales, g_idx, bits)
         gptq.check_g_idx(g_idx, scales.shape[0])

@@ -24,18 +24,28 @@ def _(x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torc
 
 @torch.library.custom_op("workbench_kernels::gptq_matmul", mutates_args=())
 def gptq_matmul(
-    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int,
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bits: int,
     plain: bool,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """`gptq.matmul` with the path that fits the device and the rows."""
     return gptq.matmul(x, qweight, qzeros, scales, g_idx, bits, plain=plain)
 
 
 @gptq_matmul.register_fake
 def _(
-    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int,
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bits: int,
     plain: bool,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 

@@ -16,39 +16,33 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q3_K`, and `dequantize_ro
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf import blocks
-from workbench_kernels.gguf.blocks import half_of
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
+from workbench_kernels.gguf.q6_k import columns
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 110] -> float32 [n, 256]."""
-    d = data[:, 108:].contiguous().view(torch.float16).float()
-    lower = torch.cat([data[:, 96:104] & 15, data[:, 96:104] >> 4], dim=1)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=data.device)
-    upper = ((data[:, None, 104:108] >> shifts[:, None]) & 3).reshape(-1, 16)
-    scale = d * ((lower | (upper << 4)).float() - 32)
-    low = (data[:, 32:96].reshape(-1, 2, 1, 32) >> shifts[:, None]) & 3
-    bits = torch.arange(8, dtype=torch.uint8, device=data.device)
-    high = ((data[:, None, :32] >> bits[:, None]) & 1).view(-1, 2, 4, 32)
-    codes = (low | (high << 2)).view(-1, 16, 16).float() - 4
+    run_scales = cut(data[:, 96:104], 4).reshape(-1, 16) | (cut(data[:, 104:108], 2).reshape(-1, 16) << 4)
+    scale = halves(data[:, 108:]) * (run_scales.float() - 32)
+    lower, upper = cut(data[:, 32:96].reshape(-1, 2, 32), 2), cut(data[:, :32], 1).view(-1, 2, 4, 32)
+    codes = (lower | (upper << 2)).view(-1, 16, 16).float() - 4
     return (scale[:, :, None] * codes).view(-1, 256)
 
 
 @jit
 def _load(row, s, j, inside):
     block, h, i = row + (s // 4) * 55, (s // 2) % 2, s % 2
-    wide = inside[:, :, None]
     return (
-        tl.load((block + 16 + 16 * h + 8 * i)[:, :, None] + j, mask=wide, other=0).to(tl.int32),
-        tl.load((block + 8 * i)[:, :, None] + j, mask=wide, other=0).to(tl.int32),
-        tl.load(block + 54, mask=inside, other=0),
+        words_at(block + 16 + 16 * h + 8 * i, j, inside),
+        words_at(block + 8 * i, j, inside),
+        word_at(block + 54, inside),
         # Bytes 96-103, runs 8h + 0..7 in one of their halves, and bytes 104-107.
-        tl.load(block + 48, mask=inside, other=0).to(tl.int32),
-        tl.load(block + 49, mask=inside, other=0).to(tl.int32),
-        tl.load(block + 50, mask=inside, other=0).to(tl.int32),
-        tl.load(block + 51, mask=inside, other=0).to(tl.int32),
-        tl.load(block + 52, mask=inside, other=0).to(tl.int32),
-        tl.load(block + 53, mask=inside, other=0).to(tl.int32),
+        word_at(block + 48, inside),
+        word_at(block + 49, inside),
+        word_at(block + 50, inside),
+        word_at(block + 51, inside),
+        word_at(block + 52, inside),
+        word_at(block + 53, inside),
     )
 
 
@@ -69,22 +63,9 @@ def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
     return (lower | (upper << 2)).to(tl.float32)
 
 
-@jit
-def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
-    return 128 * (s // 2) + 32 * g + 16 * (s % 2) + 2 * j + r
-
-
-TYPE = blocks.BlockType(
-    name="Q3_K", weights=256, bytes=110, word=torch.int16, segments=4, segment_words=8, groups=4, planes=2,
-    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
-)  # fmt: skip
-
-
-def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto") -> torch.Tensor:
-    """uint8 [out, in / 256 x 110] -> [out, in]."""
-    return blocks.dequantize(TYPE, data, dtype, path=path, name="Q3_K blocks")
-
-
-def matmul(x: torch.Tensor, data: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
-    """x [..., in] @ W^T -> [..., out] for W as uint8 [out, in / 256 x 110]; see `blocks.matmul`."""
-    return blocks.matmul(TYPE, x, data, path=path, name="Q3_K blocks")
+TYPE = BlockType(
+    "Q3_K",
+    Layout(weights=256, size_bytes=110, word=torch.int16, segments=4, segment_words=8, groups=4, planes=2),
+    Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
+    reference,
+)

@@ -10,24 +10,18 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q4_0`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf import blocks
-from workbench_kernels.gguf.blocks import half_of
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 18] -> float32 [n, 32]."""
-    scale = data[:, :2].contiguous().view(torch.float16).float()
-    codes = torch.cat([data[:, 2:] & 15, data[:, 2:] >> 4], dim=1)
-    return scale * (codes.float() - 8)
+    return halves(data[:, :2]) * (cut(data[:, 2:], 4).reshape(-1, 32).float() - 8)
 
 
 @jit
 def load(row, s, j, inside):
     block = row + s * 9
-    return (
-        tl.load(block[:, :, None] + 1 + j, mask=inside[:, :, None], other=0).to(tl.int32),
-        tl.load(block, mask=inside, other=0),
-    )
+    return words_at(block + 1, j, inside), word_at(block, inside)
 
 
 @jit
@@ -46,17 +40,9 @@ def columns(s, j, g: tl.constexpr, r: tl.constexpr):
     return 32 * s + 2 * j + r % 2 + 16 * (r // 2)
 
 
-TYPE = blocks.BlockType(
-    name="Q4_0", weights=32, bytes=18, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4,
-    load=load, scales=_scales, codes=_codes, columns=columns, reference=reference,
-)  # fmt: skip
-
-
-def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto") -> torch.Tensor:
-    """uint8 [out, in / 32 x 18] -> [out, in]."""
-    return blocks.dequantize(TYPE, data, dtype, path=path, name="Q4_0 blocks")
-
-
-def matmul(x: torch.Tensor, data: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
-    """x [..., in] @ W^T -> [..., out] for W as uint8 [out, in / 32 x 18]; see `blocks.matmul`."""
-    return blocks.matmul(TYPE, x, data, path=path, name="Q4_0 blocks")
+TYPE = BlockType(
+    "Q4_0",
+    Layout(weights=32, size_bytes=18, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4),
+    Unpacking(load=load, scales=_scales, codes=_codes, columns=columns),
+    reference,
+)

@@ -12,23 +12,19 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q4_1`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf import blocks
-from workbench_kernels.gguf.blocks import half_of
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 20] -> float32 [n, 32]."""
-    scale, least = data[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)
-    return scale * torch.cat([data[:, 4:] & 15, data[:, 4:] >> 4], dim=1).float() + least
+    scale, least = halves(data[:, :4]).split(1, dim=1)
+    return scale * cut(data[:, 4:], 4).reshape(-1, 32).float() + least
 
 
 @jit
 def _load(row, s, j, inside):
     block = row + s * 5
-    return (
-        tl.load(block[:, :, None] + 1 + j, mask=inside[:, :, None], other=0),
-        tl.load(block, mask=inside, other=0),
-    )
+    return words_at(block + 1, j, inside), word_at(block, inside)
 
 
 @jit
@@ -46,17 +42,9 @@ def columns(s, j, g: tl.constexpr, r: tl.constexpr):
     return 32 * s + 4 * j + r % 4 + 16 * (r // 4)
 
 
-TYPE = blocks.BlockType(
-    name="Q4_1", weights=32, bytes=20, word=torch.int32, segments=1, segment_words=4, groups=1, planes=8,
-    load=_load, scales=scales, codes=_codes, columns=columns, reference=reference,
-)  # fmt: skip
-
-
-def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto") -> torch.Tensor:
-    """uint8 [out, in / 32 x 20] -> [out, in]."""
-    return blocks.dequantize(TYPE, data, dtype, path=path, name="Q4_1 blocks")
-
-
-def matmul(x: torch.Tensor, data: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
-    """x [..., in] @ W^T -> [..., out] for W as uint8 [out, in / 32 x 20]; see `blocks.matmul`."""
-    return blocks.matmul(TYPE, x, data, path=path, name="Q4_1 blocks")
+TYPE = BlockType(
+    "Q4_1",
+    Layout(weights=32, size_bytes=20, word=torch.int32, segments=1, segment_words=4, groups=1, planes=8),
+    Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
+    reference,
+)

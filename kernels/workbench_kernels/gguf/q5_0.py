@@ -11,29 +11,29 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q5_0`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf import blocks
-from workbench_kernels.gguf.blocks import half_of
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
 from workbench_kernels.gguf.q4_0 import columns
+
+
+def codes_of(data: torch.Tensor) -> torch.Tensor:
+    """The last 20 bytes of Q5_0 and Q5_1 blocks, uint8 [n, 20] -> codes, float32 [n, 32]."""
+    upper = cut(data[:, :4], 1).transpose(1, 2).reshape(-1, 32)
+    return (cut(data[:, 4:], 4).reshape(-1, 32) | (upper << 4)).float()
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 22] -> float32 [n, 32]."""
-    scale = data[:, :2].contiguous().view(torch.float16).float()
-    bits = torch.arange(8, dtype=torch.uint8, device=data.device)
-    upper = ((data[:, 2:6, None] >> bits) & 1).view(-1, 32)
-    codes = torch.cat([data[:, 6:] & 15, data[:, 6:] >> 4], dim=1) | (upper << 4)
-    return scale * (codes.float() - 16)
+    return halves(data[:, :2]) * (codes_of(data[:, 2:]) - 16)
 
 
 @jit
 def _load(row, s, j, inside):
     block = row + s * 11
-    upper = (block + 1)[:, :, None] + 0 * j
     return (
-        tl.load(block[:, :, None] + 3 + j, mask=inside[:, :, None], other=0).to(tl.int32),
-        tl.load(block, mask=inside, other=0),
-        tl.load(upper, mask=inside[:, :, None], other=0).to(tl.int32) >> (2 * j),
-        tl.load(upper + 1, mask=inside[:, :, None], other=0).to(tl.int32) >> (2 * j),
+        words_at(block + 3, j, inside),
+        word_at(block, inside),
+        words_at(block + 1, 0 * j, inside) >> (2 * j),
+        words_at(block + 2, 0 * j, inside) >> (2 * j),
     )
 
 
@@ -49,17 +49,9 @@ def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
     return (lower | (((parts[2 + r // 2] >> (r % 2)) & 1) << 4)).to(tl.float32)
 
 
-TYPE = blocks.BlockType(
-    name="Q5_0", weights=32, bytes=22, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4,
-    load=_load, scales=_scales, codes=_codes, columns=columns, reference=reference,
-)  # fmt: skip
-
-
-def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto") -> torch.Tensor:
-    """uint8 [out, in / 32 x 22] -> [out, in]."""
-    return blocks.dequantize(TYPE, data, dtype, path=path, name="Q5_0 blocks")
-
-
-def matmul(x: torch.Tensor, data: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
-    """x [..., in] @ W^T -> [..., out] for W as uint8 [out, in / 32 x 22]; see `blocks.matmul`."""
-    return blocks.matmul(TYPE, x, data, path=path, name="Q5_0 blocks")
+TYPE = BlockType(
+    "Q5_0",
+    Layout(weights=32, size_bytes=22, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4),
+    Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
+    reference,
+)

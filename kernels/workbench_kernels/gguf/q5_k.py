@@ -11,17 +11,14 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q5_K`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, word_at, words_at
 from workbench_kernels.gguf.q4_k import columns, run_scales, scales
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 176] -> float32 [n, 256]."""
     scale, least = run_scales(data[:, :16])
-    runs = torch.arange(8, dtype=torch.uint8, device=data.device)
-    upper = (data[:, None, 16:48] >> runs[None, :, None]) & 1
-    q = data[:, 48:].reshape(-1, 4, 1, 32)
-    codes = torch.cat([q & 15, q >> 4], dim=2).view(-1, 8, 32) | (upper << 4)
+    codes = cut(data[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32) | (cut(data[:, 16:48], 1) << 4)
     return (scale[:, :, None] * codes.float() - least[:, :, None]).view(-1, 256)
 
 
@@ -29,12 +26,12 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 def _load(row, s, j, inside):
     block, c = row + (s // 4) * 44, s % 4
     return (
-        tl.load((block + 12 + c * 8)[:, :, None] + j, mask=inside[:, :, None], other=0),
-        tl.load(block, mask=inside, other=0),
-        tl.load(block + 1, mask=inside, other=0),
-        tl.load(block + 2, mask=inside, other=0),
-        tl.load(block + 3, mask=inside, other=0),
-        tl.load((block + 4)[:, :, None] + j, mask=inside[:, :, None], other=0),
+        words_at(block + 12 + c * 8, j, inside),
+        word_at(block, inside),
+        word_at(block + 1, inside),
+        word_at(block + 2, inside),
+        word_at(block + 3, inside),
+        words_at(block + 4, j, inside),
     )
 
 
@@ -44,17 +41,9 @@ def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
     return (((parts[0] >> (8 * r + 4 * g)) & 15) | (upper << 4)).to(tl.float32)
 
 
-TYPE = blocks.BlockType(
-    name="Q5_K", weights=256, bytes=176, word=torch.int32, segments=4, segment_words=8, groups=2, planes=4,
-    load=_load, scales=scales, codes=_codes, columns=columns, reference=reference,
-)  # fmt: skip
-
-
-def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto") -> torch.Tensor:
-    """uint8 [out, in / 256 x 176] -> [out, in]."""
-    return blocks.dequantize(TYPE, data, dtype, path=path, name="Q5_K blocks")
-
-
-def matmul(x: torch.Tensor, data: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
-    """x [..., in] @ W^T -> [..., out] for W as uint8 [out, in / 256 x 176]; see `blocks.matmul`."""
-    return blocks.matmul(TYPE, x, data, path=path, name="Q5_K blocks")
+TYPE = BlockType(
+    "Q5_K",
+    Layout(weights=256, size_bytes=176, word=torch.int32, segments=4, segment_words=8, groups=2, planes=4),
+    Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
+    reference,
+)

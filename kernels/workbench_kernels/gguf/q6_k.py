@@ -14,18 +14,14 @@ rows of lower bits and eight of upper bits. Source of the layout: llama.cpp, ggm
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf import blocks
-from workbench_kernels.gguf.blocks import half_of
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 210] -> float32 [n, 256]."""
-    d = data[:, 208:].contiguous().view(torch.float16).float()
-    scale = d * data[:, 192:208].view(torch.int8).float()
-    lower = data[:, :128].reshape(-1, 2, 1, 64)
-    lower = torch.cat([lower & 15, lower >> 4], dim=2).view(-1, 2, 4, 32)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=data.device)
-    upper = (data[:, 128:192].reshape(-1, 2, 1, 32) >> shifts[:, None]) & 3
+    scale = halves(data[:, 208:]) * data[:, 192:208].view(torch.int8).float()
+    lower = cut(data[:, :128].reshape(-1, 2, 64), 4).view(-1, 2, 4, 32)
+    upper = cut(data[:, 128:192].reshape(-1, 2, 32), 2)
     codes = (lower | (upper << 4)).view(-1, 16, 16).float() - 32
     return (scale[:, :, None] * codes).view(-1, 256)
 
@@ -33,19 +29,17 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 @jit
 def _load(row, s, j, inside):
     block, h, i = row + (s // 4) * 105, (s // 2) % 2, s % 2
-    wide = inside[:, :, None]
-    lower = (block + 32 * h + 8 * i)[:, :, None] + j
-    signed = tl.load(block + 96 + 4 * h, mask=inside, other=0).to(tl.int32) & 65535
-    signed1 = tl.load(block + 97 + 4 * h, mask=inside, other=0).to(tl.int32) & 65535
-    signed2 = tl.load(block + 98 + 4 * h, mask=inside, other=0).to(tl.int32) & 65535
-    signed3 = tl.load(block + 99 + 4 * h, mask=inside, other=0).to(tl.int32) & 65535
+    lower, scale = block + 32 * h + 8 * i, block + 96 + 4 * h
     return (
-        tl.load(lower, mask=wide, other=0).to(tl.int32),
-        tl.load(lower + 16, mask=wide, other=0).to(tl.int32),
-        tl.load((block + 64 + 16 * h + 8 * i)[:, :, None] + j, mask=wide, other=0).to(tl.int32),
-        tl.load(block + 104, mask=inside, other=0),
-        signed, signed1, signed2, signed3,
-    )  # fmt: skip
+        words_at(lower, j, inside),
+        words_at(lower + 16, j, inside),
+        words_at(block + 64 + 16 * h + 8 * i, j, inside),
+        word_at(block + 104, inside),
+        word_at(scale, inside),
+        word_at(scale + 1, inside),
+        word_at(scale + 2, inside),
+        word_at(scale + 3, inside),
+    )
 
 
 @jit
@@ -63,21 +57,13 @@ def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
 
 
 @jit
-def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
+def columns(s, j, g: tl.constexpr, r: tl.constexpr):
     return 128 * (s // 2) + 32 * g + 16 * (s % 2) + 2 * j + r
 
 
-TYPE = blocks.BlockType(
-    name="Q6_K", weights=256, bytes=210, word=torch.int16, segments=4, segment_words=8, groups=4, planes=2,
-    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
-)  # fmt: skip
-
-
-def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto") -> torch.Tensor:
-    """uint8 [out, in / 256 x 210] -> [out, in]."""
-    return blocks.dequantize(TYPE, data, dtype, path=path, name="Q6_K blocks")
-
-
-def matmul(x: torch.Tensor, data: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
-    """x [..., in] @ W^T -> [..., out] for W as uint8 [out, in / 256 x 210]; see `blocks.matmul`."""
-    return blocks.matmul(TYPE, x, data, path=path, name="Q6_K blocks")
+TYPE = BlockType(
+    "Q6_K",
+    Layout(weights=256, size_bytes=210, word=torch.int16, segments=4, segment_words=8, groups=4, planes=2),
+    Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
+    reference,
+)
