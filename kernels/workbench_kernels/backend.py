@@ -9,20 +9,14 @@ the tests run them without a GPU.
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-Kernel = Any
-"""A Triton function, which has no type that could be named."""
-Config = dict[str, int]
-"""Constants of a kernel's tile, and `num_warps` and `num_stages`."""
-
 try:
     import triton
     import triton.language as tl
-
-    jit = triton.jit
 except ModuleNotFoundError:
     triton = None
 
@@ -31,21 +25,24 @@ except ModuleNotFoundError:
 
         constexpr = None
 
-    def jit(function: Any) -> Any:  # type: ignore[no-redef]
-        return function
 
+Kernel = Any
+"""A Triton function, which has no type that could be named."""
+Config = dict[str, int]
+"""Constants of a kernel's tile, and `num_warps` and `num_stages`."""
 
+jit: Callable[[Callable[..., object]], Kernel] = triton.jit if triton else lambda function: function
+"""Makes a Triton function of one that is written in its language."""
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 """Whether kernels run in Triton's interpreter, on CPU tensors."""
 
-HALVES = (torch.float16, torch.bfloat16)
-ACTIVATIONS = (*HALVES, torch.float32)
+ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 
 DENSE_ROWS = 256
 """From so many rows on, a matrix is de-quantized piece by piece and multiplied by the vendor's library: the work of
 unpacking is then small beside the product, which that library does best."""
 DENSE_BYTES = 32 * 2**20
-"""Of one such piece, so that it is still in a large GPU's second-level cache when it is multiplied."""
+"""Size of one such piece, so that it is still in a large GPU's second-level cache when it is multiplied."""
 WAVES = 2
 """Programs a multiprocessor should have before K is no longer split."""
 
@@ -80,8 +77,8 @@ def tuned(kernel: Kernel, configs: list[Config], key: list[str]) -> Kernel:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """How many a GPU has; 1 in the interpreter."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
 def splits(programs: int, steps: int, device: torch.device, least_steps: int = 4) -> int:

@@ -32,7 +32,7 @@ SMALLEST_RUN = 16
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [words, n] -> uint8 [words x 32 / bits, n]."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-    codes = (packed[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
+    codes: torch.Tensor = (packed[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
     return codes.to(torch.uint8).reshape(-1, packed.shape[1])
 
 
@@ -43,7 +43,8 @@ def reference(
     codes = unpack(qweight, bits).float()
     zeros = ((unpack(qzeros.t().contiguous(), bits).t().int() + 1) & (2**bits - 1)).float()
     group = g_idx.long()
-    return ((codes - zeros[group]) * scales.float()[group]).t()
+    weight: torch.Tensor = (codes - zeros[group]) * scales.float()[group]
+    return weight.t()
 
 
 def plain_order(g_idx: torch.Tensor, groups: int) -> bool:

@@ -70,4 +70,4 @@ def block_rows(ids: torch.Tensor, data: torch.Tensor, kind: str, dtype: torch.dt
 @block_rows.register_fake
 def _(ids: torch.Tensor, data: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
     known = block_type(kind)
-    return data.new_empty(*ids.shape, data.shape[1] // known.bytes * known.weights, dtype=dtype)
+    return data.new_empty(*ids.shape, data.shape[1] // known.layout.size_bytes * known.layout.weights, dtype=dtype)

@@ -87,7 +87,8 @@ def halves(data: torch.Tensor) -> torch.Tensor:
 def cut(data: torch.Tensor, bits: int) -> torch.Tensor:
     """Bytes [..., m] cut into codes of so many bits: uint8 [..., 8 / bits, m], the lowest bits first."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
-    return (data[..., None, :] >> shifts[:, None]) & (2**bits - 1)
+    codes: torch.Tensor = (data[..., None, :] >> shifts[:, None]) & (2**bits - 1)
+    return codes
 
 
 # --- Triton -------------------------------------------------------------------------------------

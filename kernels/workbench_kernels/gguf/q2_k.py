@@ -20,7 +20,7 @@ from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, byte_of,
 
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 84] -> float32 [n, 256]."""
-    d, dmin = halves(data[:, 80:]).split(1, dim=1)
+    d, dmin = halves(data[:, 80:]).chunk(2, dim=1)
     scale, least = d * (data[:, :16] & 15).float(), dmin * (data[:, :16] >> 4).float()
     codes = cut(data[:, 16:80].reshape(-1, 2, 32), 2).view(-1, 16, 16).float()
     return (scale[:, :, None] * codes - least[:, :, None]).view(-1, 256)

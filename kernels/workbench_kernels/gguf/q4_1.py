@@ -17,7 +17,7 @@ from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, hal
 
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 20] -> float32 [n, 32]."""
-    scale, least = halves(data[:, :4]).split(1, dim=1)
+    scale, least = halves(data[:, :4]).chunk(2, dim=1)
     return scale * cut(data[:, 4:], 4).reshape(-1, 32).float() + least
 
 

@@ -20,7 +20,7 @@ from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, byte_of,
 
 def run_scales(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first 16 bytes of Q4_K and Q5_K blocks, uint8 [n, 16] -> scales and mins, float32 [n, 8] each."""
-    d, dmin = halves(data[:, :4]).split(1, dim=1)
+    d, dmin = halves(data[:, :4]).chunk(2, dim=1)
     low, middle, high = data[:, 4:8], data[:, 8:12], data[:, 12:16]
     scale = torch.cat([low & 63, (high & 15) | (low >> 6 << 4)], dim=1)
     least = torch.cat([middle & 63, (high >> 4) | (middle >> 6 << 4)], dim=1)

@@ -19,7 +19,7 @@ from workbench_kernels.gguf.q5_0 import codes_of
 
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 24] -> float32 [n, 32]."""
-    scale, least = halves(data[:, :4]).split(1, dim=1)
+    scale, least = halves(data[:, :4]).chunk(2, dim=1)
     return scale * codes_of(data[:, 4:]) + least
 
 
