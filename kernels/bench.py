@@ -13,7 +13,7 @@ Needs a CUDA GPU and Triton, and nothing else of this repository.
 """
 
 import argparse
-import functools
+import itertools
 import json
 import platform
 import statistics
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -52,21 +53,20 @@ class Operation:
 
 @dataclass(frozen=True)
 class Measured:
-    """One product, with `rows` rows of x."""
+    """What was found of one product, with `rows` rows of x."""
 
     rows: int
     weight_bytes: int
     moved_bytes: int
-    """Of the weight, x and y."""
+    """Bytes of the weight, x and y."""
     error: float
-    """Largest error over largest output."""
     samples_s: list[float]
     """Seconds a call; none where the result was wrong."""
     torch_fp16_s: float
 
 
 def operations() -> dict[str, Operation]:
-    """All, by name."""
+    """All operations, by name."""
     from workbench_kernels import awq, gptq
     from workbench_kernels.gguf import blocks
     from workbench_kernels.gguf.types import BLOCK_TYPES
@@ -80,29 +80,23 @@ def operations() -> dict[str, Operation]:
     def make_awq(n: int, k: int) -> tuple[torch.Tensor, ...]:
         return words(k, n // 8), words(k // GROUP, n // 8), scales(k // GROUP, n)
 
-    def make_gptq(bits: int) -> Callable[[int, int], tuple[torch.Tensor, ...]]:
-        def make(n: int, k: int) -> tuple[torch.Tensor, ...]:
-            order = torch.arange(k, dtype=torch.int32, device="cuda") // GROUP
-            return words(k * bits // 32, n), words(k // GROUP, n * bits // 32), scales(k // GROUP, n), order
-
-        return make
+    def make_gptq(bits: int, n: int, k: int) -> tuple[torch.Tensor, ...]:
+        order = torch.arange(k, dtype=torch.int32, device="cuda") // GROUP
+        return words(k * bits // 32, n), words(k // GROUP, n * bits // 32), scales(k // GROUP, n), order
 
     def with_bits(bits: int) -> Callable[..., torch.Tensor]:
         return lambda x, qweight, qzeros, scales, g_idx, path: gptq.matmul(
             x, qweight, qzeros, scales, g_idx, bits, plain=True, path=path
         )
 
-    def make_blocks(kind: blocks.BlockType) -> Callable[[int, int], tuple[torch.Tensor, ...]]:
-        def make(n: int, k: int) -> tuple[torch.Tensor, ...]:
-            # Bytes below 32: any float16 among them is below 0.01, and products stay inside float16's range.
-            return (torch.randint(0, 32, (n, kind.row_bytes(k)), dtype=torch.uint8, device="cuda"),)
-
-        return make
+    def make_blocks(kind: blocks.BlockType, n: int, k: int) -> tuple[torch.Tensor, ...]:
+        # Bytes below 32: any float16 among them is below 0.01, and products stay inside float16's range.
+        return (torch.randint(0, 32, (n, kind.row_bytes(k)), dtype=torch.uint8, device="cuda"),)
 
     found = {"awq-4": Operation(make_awq, awq.matmul)}
-    found |= {f"gptq-{bits}": Operation(make_gptq(bits), with_bits(bits)) for bits in (4, 8)}
+    found |= {f"gptq-{bits}": Operation(partial(make_gptq, bits), with_bits(bits)) for bits in (4, 8)}
     return found | {
-        name: Operation(make_blocks(kind), functools.partial(blocks.matmul, kind)) for name, kind in BLOCK_TYPES.items()
+        name: Operation(partial(make_blocks, kind), partial(blocks.matmul, kind)) for name, kind in BLOCK_TYPES.items()
     }
 
 
@@ -132,8 +126,7 @@ def device_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    samples = [event_seconds(graph.replay) / len(calls) for _ in range(REPLAYS + 2)]
-    return samples[2:]
+    return [event_seconds(graph.replay) / len(calls) for _ in range(REPLAYS + 2)][2:]
 
 
 def rotations(weight_bytes: int) -> int:
@@ -158,8 +151,8 @@ def measure(
         samples_s: list[float] = []
         if error < TOLERANCE:
             times = max(len(copies), 24 if m <= 64 else 8)
-            multiply = functools.partial(operation.matmul, x, path=path)
-            samples_s = device_seconds([functools.partial(multiply, *copies[i % len(copies)]) for i in range(times)])
+            multiply = partial(operation.matmul, x, path=path)
+            samples_s = device_seconds([partial(multiply, *copies[i % len(copies)]) for i in range(times)])
             if (n, k, m) not in torch_s:
                 torch_s[n, k, m] = statistics.median(torch_seconds(x, n, k))
         moved_bytes = weight_bytes + x.nbytes + found.nbytes
@@ -167,11 +160,11 @@ def measure(
 
 
 def torch_seconds(x: torch.Tensor, n: int, k: int) -> list[float]:
-    """The same product with an fp16 weight by torch."""
+    """Seconds a call of the same product with an fp16 weight by torch."""
     weight = torch.randn(n, k, device="cuda", dtype=torch.float16)
     copies = [weight] + [weight.clone() for _ in range(rotations(weight.nbytes) - 1)]
     times = max(len(copies), 24 if x.shape[0] <= 64 else 8)
-    return device_seconds([functools.partial(torch.matmul, x, copies[i % len(copies)].t()) for i in range(times)])
+    return device_seconds([partial(torch.matmul, x, copies[i % len(copies)].t()) for i in range(times)])
 
 
 def machine() -> dict[str, str | None]:
@@ -226,32 +219,28 @@ def main() -> int:
     )
     wrong = 0
     torch_s: dict[tuple[int, int, int], float] = {}
-    for name in arguments.operations or known:
-        for model in arguments.models:
-            for n, k in SHAPES[model]:
-                for found in measure(known[name], n, k, arguments.rows, arguments.path, torch_s):
-                    row: dict[str, object] = {"operation": name, "model": model, "path": arguments.path}
-                    row |= {"out": n, "in": k, "rows": found.rows, "weight_bytes": found.weight_bytes}
-                    row |= {"error": found.error}
-                    label = f"{name:10} {f'{n} x {k}':>13} {found.rows:>5}"
-                    if not found.samples_s:
-                        wrong += 1
-                        row |= {"wrong": True, "copy_bytes_s": copy_bytes_s, **where}
-                        print(f"{label} WRONG by {found.error:.1e}, not timed", flush=True)
-                    else:
-                        seconds = statistics.median(found.samples_s)
-                        bytes_s, flop_s = found.moved_bytes / seconds, 2 * found.rows * n * k / seconds
-                        fraction, ratio = bytes_s / copy_bytes_s, found.torch_fp16_s / seconds
-                        row |= {"seconds": seconds, "samples_s": found.samples_s, "bytes_s": bytes_s, "flop_s": flop_s}
-                        row |= {"torch_fp16_s": found.torch_fp16_s, "torch_ratio": ratio, "copy_bytes_s": copy_bytes_s}
-                        row |= {**where, "bandwidth_fraction": fraction}
-                        print(
-                            f"{label} {seconds * 1e6:>9.1f} {bytes_s / 1e9:>7.0f} {fraction:>8.2f} "
-                            f"{flop_s / 1e12:>8.1f} {ratio:>12.2f}",
-                            flush=True,
-                        )
-                    append(arguments.out, row)
-                torch.cuda.empty_cache()
+    models = [(model, n, k) for model in arguments.models for n, k in SHAPES[model]]
+    for name, (model, n, k) in itertools.product(arguments.operations or known, models):
+        for found in measure(known[name], n, k, arguments.rows, arguments.path, torch_s):
+            row = {"operation": name, "model": model, "path": arguments.path, "out": n, "in": k, "rows": found.rows}
+            row |= {"weight_bytes": found.weight_bytes, "error": found.error, "copy_bytes_s": copy_bytes_s, **where}
+            label = f"{name:10} {f'{n} x {k}':>13} {found.rows:>5}"
+            if not found.samples_s:
+                wrong += 1
+                row |= {"wrong": True}
+                print(f"{label} WRONG by {found.error:.1e}, not timed", flush=True)
+            else:
+                seconds = statistics.median(found.samples_s)
+                bytes_s, flop_s = found.moved_bytes / seconds, 2 * found.rows * n * k / seconds
+                fraction, ratio = bytes_s / copy_bytes_s, found.torch_fp16_s / seconds
+                row |= {"seconds": seconds, "samples_s": found.samples_s, "bytes_s": bytes_s, "flop_s": flop_s}
+                row |= {"torch_fp16_s": found.torch_fp16_s, "torch_ratio": ratio, "bandwidth_fraction": fraction}
+                speed = (
+                    f"{seconds * 1e6:>9.1f} {bytes_s / 1e9:>7.0f} {fraction:>8.2f} {flop_s / 1e12:>8.1f} {ratio:>12.2f}"
+                )
+                print(label, speed, flush=True)
+            append(arguments.out, row)
+        torch.cuda.empty_cache()
     return 1 if wrong else 0
 
 

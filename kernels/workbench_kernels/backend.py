@@ -1,4 +1,4 @@
-"""Triton where there is one; and what a launch must know of the machine.
+"""Triton where it is installed, and what a launch must know of the machine.
 
 Triton is optional: the plain torch references work without it, on any device. Without it `jit` leaves a function as
 it is (nothing calls it) and asking for a kernel is a `ValueError` that says so.
@@ -54,24 +54,23 @@ def share(part, steps: tl.constexpr, SPLIT: tl.constexpr):
     return part * each, tl.minimum(part * each + each, steps)
 
 
+def parted(config: Config) -> tuple[Config, Config]:
+    """Constants of the tile; `num_warps` and `num_stages`."""
+    options = {name: value for name, value in config.items() if name.startswith("num_")}
+    return {name: value for name, value in config.items() if name not in options}, options
+
+
 def tuned(kernel: Kernel, configs: list[Config], key: list[str]) -> Kernel:
     """The kernel behind Triton's autotuner, each of `configs` (constants, `num_warps`, `num_stages`) tried once for
     each value of the arguments named in `key`; in the interpreter, where nothing is timed, the first of them."""
     if INTERPRET:
-        first = {name: value for name, value in configs[0].items() if not name.startswith("num_")}
 
         class First:
             def __getitem__(self, grid: Any) -> Any:
-                return functools.partial(kernel[grid], **first)
+                return functools.partial(kernel[grid], **parted(configs[0])[0])
 
         return First()
-    choices = [
-        triton.Config(
-            {name: value for name, value in config.items() if not name.startswith("num_")},
-            **{name: value for name, value in config.items() if name.startswith("num_")},
-        )
-        for config in configs
-    ]
+    choices = [triton.Config(tile, **options) for tile, options in map(parted, configs)]
     return triton.autotune(configs=choices, key=key, cache_results=True)(kernel)
 
 
@@ -92,10 +91,9 @@ def splits(programs: int, steps: int, device: torch.device, least_steps: int = 4
 
 def run_length(group: int, columns: int, longest: int) -> int:
     """The longest power of two, up to `longest`, of columns that share a scale in every run of as many."""
-    run = longest
-    while group < columns and group % run:
-        run //= 2
-    return run
+    while group < columns and group % longest:
+        longest //= 2
+    return longest
 
 
 def bucket(rows: int) -> int:

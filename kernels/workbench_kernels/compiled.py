@@ -12,13 +12,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from workbench_kernels import awq, gptq
-from workbench_kernels.backend import Config, Kernel, triton
+from workbench_kernels.backend import Config, Kernel, parted, triton
 from workbench_kernels.gguf import blocks
 from workbench_kernels.gguf.types import BLOCK_TYPES
 
@@ -29,33 +28,22 @@ POINTERS = {name: "*fp16" for name in ("x", "out", "scales")} | {
 }
 
 
-@dataclass(frozen=True)
-class Compilation:
-    """A Triton function with the constants it is compiled for."""
-
-    function: Kernel
-    constants: dict[str, object]
-    config: Config
-
-
-def kernels_of(operation: str) -> dict[str, Compilation]:
-    """What there is to compile of an operation, by `decode`, `prefill` and `dequantize`."""
+def kernels_of(operation: str) -> dict[str, tuple[Kernel, dict[str, object], Config]]:
+    """What there is to compile of an operation: `decode`, `prefill`, `dequantize` -> function, constants, tile."""
     shape: dict[str, object] = {"N": SIZE, "K": SIZE, "SPLIT": 1, "BUCKET": 16}
     if operation in BLOCK_TYPES:
-        shape |= blocks.constants_of(BLOCK_TYPES[operation], SIZE)
-        rows = {name: value for name, value in shape.items() if name != "N"}
+        common = blocks.constants_of(BLOCK_TYPES[operation], SIZE)
         return {
-            "decode": Compilation(blocks._decode, shape, blocks.DECODE[0]),
-            "prefill": Compilation(blocks._prefill, shape, blocks.PREFILL[0]),
-            "dequantize": Compilation(blocks._dequantize, rows, blocks.TILE),
+            "decode": (blocks._decode, shape | common, blocks.DECODE[0]),
+            "prefill": (blocks._prefill, shape | common, blocks.PREFILL[0]),
+            "dequantize": (blocks._dequantize, {"K": SIZE} | common, blocks.TILE),
         }
     module = {"awq": awq, "gptq": gptq}[operation]
     shape |= {"GROUP": GROUP, "PLAIN": True, "BITS": 4, "RUN": 32}
-    tile = {"BC": 16} if operation == "awq" else {"BN": 64}
     return {
-        "decode": Compilation(module._decode, shape | {"RUN": module.LONGEST_RUN}, module.DECODE[0]),
-        "prefill": Compilation(module._prefill, shape, module.PREFILL[0]),
-        "dequantize": Compilation(module._dequantize, shape, tile),
+        "decode": (module._decode, shape | {"RUN": module.LONGEST_RUN}, module.DECODE[0]),
+        "prefill": (module._prefill, shape, module.PREFILL[0]),
+        "dequantize": (module._dequantize, shape, {"BC": 16} if operation == "awq" else {"BN": 64}),
     }
 
 
@@ -64,21 +52,17 @@ def compiled(operation: str, kernel: str) -> dict[str, str | int | None]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    what = kernels_of(operation)[kernel]
-    function, config = what.function, what.config
-    constants = what.constants | {name: value for name, value in config.items() if not name.startswith("num_")}
-    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    function, constants, config = kernels_of(operation)[kernel]
+    tile, options = parted(config)
+    constants = {name: value for name, value in (constants | tile).items() if name in function.arg_names}
     word = "*i16" if operation in BLOCK_TYPES and BLOCK_TYPES[operation].layout.word is torch.int16 else "*i32"
     types = POINTERS | {"w": word} | {name: "i32" for name in ("M", "N") if name not in constants}
     signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if signature[name].startswith("*")
     }
-    made = triton.compile(
-        ASTSource(function, signature, constants, aligned),
-        target=GPUTarget("cuda", 90, 32),
-        options={name: value for name, value in config.items() if name.startswith("num_")},
-    )
+    source = ASTSource(function, signature, constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

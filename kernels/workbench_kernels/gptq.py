@@ -50,12 +50,9 @@ def reference(
 def plain_order(g_idx: torch.Tensor, groups: int) -> bool:
     """Whether groups are runs of equal length in order, so that kernels need not look at `g_idx`. Reads the device."""
     columns = g_idx.shape[0]
-    if groups == 0 or columns % groups:
+    if groups == 0 or columns % groups or (groups > 1 and columns // groups % SMALLEST_RUN):
         return False
-    size = columns // groups
-    if groups > 1 and size % SMALLEST_RUN:
-        return False
-    return bool((g_idx.cpu() == torch.arange(columns, dtype=torch.int32) // size).all())
+    return bool((g_idx.cpu() == torch.arange(columns, dtype=torch.int32) // (columns // groups)).all())
 
 
 # --- Triton -------------------------------------------------------------------------------------
@@ -76,35 +73,19 @@ def _tile(qweight, row, n, K: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr)
 
 
 @jit
-def _zeros(words, n, BITS: tl.constexpr):
-    """The zero of columns `n` from the words that hold them, float32."""
-    stored = words >> (BITS * (n % (32 // BITS)))
-    return ((stored + 1) & (2**BITS - 1)).to(tl.float32)
-
-
-@jit
 def _scales_and_zeros(
-    qzeros,
-    scales,
-    g_idx,
-    k,
-    n,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    GROUP: tl.constexpr,
-    PLAIN: tl.constexpr,
-    BITS: tl.constexpr,
-    first,
+    qzeros, scales, g_idx, k, n, group, K: tl.constexpr, N: tl.constexpr, PLAIN: tl.constexpr, BITS: tl.constexpr
 ):
-    """Of input channels `k` [a, e] and columns `n` [b]: [1, 1, b] where they share them, else [a, e, b]."""
-    if PLAIN:
-        group = tl.zeros_like(n)[None, None, :] + first // GROUP
-    else:
+    """Scales and zeros of input channels `k` [a, e] and columns `n` [b]: [1, 1, b] where the channels share a `group`,
+    else [a, e, b]."""
+    group = tl.zeros_like(n)[None, None, :] + group
+    if not PLAIN:
         group = tl.load(g_idx + k, mask=k < K, other=0)[:, :, None]
     inside = (n < N)[None, None, :]
     scale = tl.load(scales + group * N + n[None, None, :], mask=inside, other=0.0).to(tl.float32)
     place = group * (N // (32 // BITS)) + (n // (32 // BITS))[None, None, :]
-    return scale, _zeros(tl.load(qzeros + place, mask=inside, other=0), n[None, None, :], BITS)
+    stored = tl.load(qzeros + place, mask=inside, other=0) >> (BITS * (n % (32 // BITS)))[None, None, :]
+    return scale, ((stored + 1) & (2**BITS - 1)).to(tl.float32)
 
 
 @jit
@@ -144,11 +125,11 @@ def _decode(
                 products += codes * values[:, :, None]
                 total += values
             else:
-                scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, first)
+                scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, first // GROUP, K, N, PLAIN, BITS)
                 acc += (codes - zero) * scale * values[:, :, None]
         if PLAIN:
             k = run * RUN + tl.zeros((1, 1), tl.int32)
-            scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, run * RUN)
+            scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, run * RUN // GROUP, K, N, PLAIN, BITS)
             acc += scale * (products - zero * total[:, :, None])
     tl.store(out + part * N + n, tl.sum(tl.sum(acc, 1), 0), mask=n < N)
 
@@ -182,7 +163,7 @@ def _prefill(
     for run in range(first_run, end):
         row = run * (RUN // E) + tl.arange(0, RUN // E)
         k = row[:, None] * E + tl.arange(0, E)[None, :]
-        scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, run * RUN)
+        scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, run * RUN // GROUP, K, N, PLAIN, BITS)
         weights = tl.reshape((_tile(qweight, row, n, K, N, BITS) - zero) * scale, (RUN, BN))
         flat = run * RUN + tl.arange(0, RUN)
         known = (m[:, None] < M) & (flat[None, :] < K)
@@ -212,7 +193,7 @@ def _dequantize(
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     row = run * (RUN // E) + tl.arange(0, RUN // E)
     k = row[:, None] * E + tl.arange(0, E)[None, :]
-    scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, run * RUN)
+    scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, run * RUN // GROUP, K, N, PLAIN, BITS)
     inside = (row[:, None] < K // E) & (n[None, :] < N)
     codes = _tile(qweight, row, n, K, N, BITS)
     place = out + k[:, :, None].to(tl.int64) * N + n[None, None, :]
@@ -282,7 +263,7 @@ def dequantize(
     if not dequantized_by_kernel(dict(zip(TENSORS, weight, strict=True)), dtype, path):
         return reference(*weight, bits).to(dtype)
     out = torch.empty(columns, outputs, dtype=dtype, device=qweight.device)
-    group = columns // scales.shape[0]
+    group = max(1, columns // scales.shape[0])
     run = run_length(group, columns, 32) if plain else 32
     grid = (triton.cdiv(columns, run), triton.cdiv(outputs, 64))
     _dequantize[grid](*weight, out, outputs, columns, group, run, plain, bits, BN=64)
@@ -321,7 +302,7 @@ def matmul(
 
 def _launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...], bits: int, plain: bool) -> torch.Tensor:
     (rows, columns), (groups, outputs) = x.shape, weight[2].shape
-    group, longest = columns // groups, LONGEST_RUN if way == "decode" else 32
+    group, longest = max(1, columns // groups), LONGEST_RUN if way == "decode" else 32
     run = run_length(group, columns, longest) if plain else longest
     programs = triton.cdiv(outputs, 64) * (1 if way == "decode" else triton.cdiv(rows, 32))
     parts = splits(programs, triton.cdiv(columns, run), x.device, 2)

@@ -17,11 +17,6 @@ def awq_matmul(x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, sca
     return awq.matmul(x, qweight, qzeros, scales)
 
 
-@awq_matmul.register_fake
-def _(x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], scales.shape[1])
-
-
 @torch.library.custom_op("workbench_kernels::gptq_matmul", mutates_args=())
 def gptq_matmul(
     x: torch.Tensor,
@@ -36,15 +31,10 @@ def gptq_matmul(
     return gptq.matmul(x, qweight, qzeros, scales, g_idx, bits, plain=plain)
 
 
+@awq_matmul.register_fake
 @gptq_matmul.register_fake
 def _(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor,
-    bits: int,
-    plain: bool,
+    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, *others: object
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], scales.shape[1])
 

@@ -34,7 +34,7 @@ from workbench_kernels.encoders.search import (
 def q2_k(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
     plain = importance is None
     weights = x.abs() if importance is None else _weights(x, importance, 1.0)
-    codes, (scale_codes, d), (least_codes, dmin) = _scales_and_leasts(x, weights, plain, 3, -0.5, 15, 15, plain)
+    codes, (scale_codes, d), (least_codes, dmin) = _scales_and_leasts(x, weights, plain, 3, -0.5, 15, 15)
     packed = (scale_codes | (least_codes << 4)) & 255
     codes = _again(x, codes, d.float() * (packed & 15), dmin.float() * (packed >> 4), 0, 3)
     return joined(in_order(packed), _quarters(in_order(codes)), half(d), half(dmin))
@@ -86,7 +86,7 @@ def _runs_of_32(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """What Q4_K and Q5_K share: the 16 bytes before the codes, and the codes in order, int32 [n, 256]."""
     plain = importance is None
-    weights = _sizes(x) if importance is None else _weights(x, importance, 2.0)
+    weights = root(total(x * x) / number(32.0, x)) + x.abs() if importance is None else _weights(x, importance, 2.0)
     codes, (scale_codes, d), (least_codes, dmin) = _scales_and_leasts(x, weights, plain, levels, start, steps, 63)
     if plain or levels == 31:
         # Not so in llama.cpp's Q4_K with importances: a code beyond 6 bits, as a scale below zero gets, spills over.
@@ -102,32 +102,21 @@ def _runs_of_32(
 
 
 def _scales_and_leasts(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    plain: bool,
-    levels: int,
-    start: float,
-    steps: int,
-    top: int,
-    absolute: bool = False,
+    x: torch.Tensor, weights: torch.Tensor, plain: bool, levels: int, start: float, steps: int, top: int
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """Codes as in `offset`; and of the runs' scales, then of their leasts, the codes up to `top` and the unit, float16.
 
     `plain`: without importances. `start`, `steps`: the grids that are searched then; with importances they are fixed.
     """
     grids = (start, 0.1, steps) if plain else (-0.9, 0.05, 36)
-    codes, scales, leasts = offset(x, weights, levels, *grids, absolute)
+    # Of Q2_K without importances llama.cpp weighs the sizes of errors, not their squares.
+    codes, scales, leasts = offset(x, weights, levels, *grids, absolute=plain and levels == 3)
     if plain:
         (scale_codes, d), (least_codes, dmin) = _shares(scales, top), _shares(leasts, top)
     else:
         shares = total(weights)
         (scale_codes, d), (least_codes, dmin) = positive(scales, shares, top), positive(leasts, shares, top)
     return codes, (scale_codes, d.half()), (least_codes, dmin.half())
-
-
-def _sizes(x: torch.Tensor) -> torch.Tensor:
-    """Root mean square of the run of 32 + |w|."""
-    return root(total(x * x) / number(32.0, x)) + x.abs()
 
 
 def _weights(x: torch.Tensor, importance: torch.Tensor, times: float) -> torch.Tensor:

@@ -240,18 +240,9 @@ def byte_of(word, index):
 
 
 DECODE: list[Config] = [
-    {"BN": rows, "S": segments, "num_warps": warps, "num_stages": stages}
-    for rows, segments, warps, stages in (
-        (8, 8, 4, 2),
-        (16, 8, 4, 2),
-        (32, 8, 4, 2),
-        (16, 4, 4, 2),
-        (16, 8, 8, 2),
-        (8, 16, 8, 2),
-        (8, 16, 4, 2),
-        (4, 32, 4, 3),
-    )
-]
+    {"BN": rows, "S": segments, "num_warps": warps, "num_stages": 2}
+    for rows, segments, warps in ((8, 8, 4), (16, 8, 4), (32, 8, 4), (16, 4, 4), (16, 8, 8), (8, 16, 8), (8, 16, 4))
+] + [{"BN": 4, "S": 32, "num_warps": 4, "num_stages": 3}]
 """Where a step reads fewer values of x than there are threads, Triton 3.9 loads them in the layout of the codes,
 without a detour through shared memory and its barriers; so such steps come first."""
 

@@ -35,16 +35,6 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def run_scales_of(both, low, middle, high, run):
-    """Scale and -min of run 0-7, from a block's first four words."""
-    i = run % 4
-    a, b, c = byte_of(low, i), byte_of(middle, i), byte_of(high, i)
-    scale = tl.where(run < 4, a & 63, (c & 15) | ((a >> 6) << 4))
-    least = tl.where(run < 4, b & 63, (c >> 4) | ((b >> 6) << 4))
-    return half_of(both) * scale.to(tl.float32), -half_of(both >> 16) * least.to(tl.float32)
-
-
-@jit
 def _load(row, s, j, inside):
     block, c = row + (s // 4) * 36, s % 4
     return (
@@ -58,7 +48,12 @@ def _load(row, s, j, inside):
 
 @jit
 def scales(parts, s, g: tl.constexpr):
-    return run_scales_of(parts[1], parts[2], parts[3], parts[4], 2 * (s % 4) + g)
+    # Scale and -min of run 0-7, from the block's first four words.
+    run = 2 * (s % 4) + g
+    low, middle, high = byte_of(parts[2], run % 4), byte_of(parts[3], run % 4), byte_of(parts[4], run % 4)
+    scale = tl.where(run < 4, low & 63, (high & 15) | ((low >> 6) << 4))
+    least = tl.where(run < 4, middle & 63, (high >> 4) | ((middle >> 6) << 4))
+    return half_of(parts[1]) * scale.to(tl.float32), -half_of(parts[1] >> 16) * least.to(tl.float32)
 
 
 @jit
