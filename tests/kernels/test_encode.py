@@ -26,8 +26,14 @@ def by_llama_cpp(kind: str, weight: Any, importance: Any = None) -> Any:
     quantize = library.ggml_quantize_chunk
     quantize.restype = ctypes.c_size_t
     quantize.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
-    ]  # fmt: skip
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     number = gguf.GGMLQuantizationType[kind]
     count, size = gguf.GGML_QUANT_SIZES[number]
     rows, columns = weight.shape
