@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_what_the_image_copies_is_not_ignored() -> None:
         for path in source.split():
             assert (ROOT / path).exists(), path
             assert path.split("/")[0] in kept, path
+
+
+def test_every_package_of_ours_is_in_the_image() -> None:
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    copied = re.findall(r"^COPY \S+ /source/(\S+)$", DOCKERFILE, re.MULTILINE)
+    for package in setup["packages"]:
+        top = package.split(".")[0]
+        assert setup["package-dir"].get(top, top).split("/")[0] in copied, package
 
 
 def test_the_workflow_is_thin() -> None:
