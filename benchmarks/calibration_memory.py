@@ -26,10 +26,20 @@ from workbench.machine.monitor import Monitor  # noqa: E402
 
 LIMIT_BYTES = 4 * 2**30
 SHAPE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0, "max_position_embeddings": 131072, "tie_word_embeddings": True, "hidden_act": "silu",
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
 METHODS = {"awq": ("awq", {}), "awq-compensated": ("awq", {"rounding": "compensated"}), "gptq": ("gptq", {})}
 
 
@@ -57,7 +67,7 @@ def main() -> int:
         base = out / f"base-{layers}"
         shutil.rmtree(base, ignore_errors=True)
         source = {"config": SHAPE | {"num_hidden_layers": layers}, "init": "random"}
-        worked("workbench.worker.base:prepare", {"source": source, "out": str(base)}, out / "work")
+        worked("workbench.worker.base.prepare:prepare", {"source": source, "out": str(base)}, out / "work")
         entries = []
         for name, (method, options) in METHODS.items():
             folder = out / f"{name}-{layers}"
@@ -66,11 +76,17 @@ def main() -> int:
             entries.append({"name": name, "method": method, "options": options, "out": str(folder)})
         shutil.rmtree(out / "state", ignore_errors=True)
         payload = {
-            "base": str(base), "tokens": str(tokens), "tokens_digest": "benchmark", "variants": entries,
-            "imatrix_out": str(out / "imatrix.gguf"), "state": str(out / "state"), "device": "cpu", "threads": None,
+            "base": str(base),
+            "tokens": str(tokens),
+            "tokens_digest": "benchmark",
+            "variants": entries,
+            "imatrix_out": str(out / "imatrix.gguf"),
+            "state": str(out / "state"),
+            "device": "cpu",
+            "threads": None,
             "seed": 0,
-        }  # fmt: skip
-        made, peak_bytes, taken_s = worked("workbench.worker.calibrate:run", payload, out / "work")
+        }
+        made, peak_bytes, taken_s = worked("workbench.worker.calibration.run:run", payload, out / "work")
         good &= peak_bytes <= LIMIT_BYTES
         phases = ", ".join(f"{name} {value:.0f}" for name, value in made["seconds"].items())
         print(

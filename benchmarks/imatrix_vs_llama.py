@@ -5,7 +5,7 @@ with llama-imatrix's, and without. Run from the repository root:
 
     python -P benchmarks/imatrix_vs_llama.py BASE CALIBRATION EVALUATION OUT --llama-imatrix PATH [--types Q4_K_M ...]
 
-BASE is a Hugging Face directory; the other two are token files as `workbench/worker/corpus.py` writes them.
+BASE is a Hugging Face directory; the other two are token files as `workbench/worker/tokens/windows.py` writes them.
 `llama-imatrix` builds from llama-cpp-python's source package: `cmake -S vendor/llama.cpp -B build` and
 `cmake --build build --target llama-imatrix`. It reads text only, so the calibration tokens are spelled out, and both
 take the windows that llama.cpp's tokenizer makes of that text (where two windows meet they may differ by a token).
@@ -60,26 +60,46 @@ def main() -> int:
     source = out / "base-f32.gguf"
     call(
         "workbench.worker.methods.gguf:convert",
-        {"base": str(base), "out": str(source), "dtype": "float32", "name": "base"}, out / "work",
-    )  # fmt: skip
+        {"base": str(base), "out": str(source), "dtype": "float32", "name": "base"},
+        out / "work",
+    )
     text, windows = spelled(base, arguments.calibration, source)
     length = len(windows[0])
     tokens = out / "calibration.json"
     tokens.write_text(json.dumps({"windows": windows}), encoding="utf-8")
     payload: dict[str, Any] = {
-        "base": str(base), "tokens": str(tokens), "tokens_digest": "benchmark", "variants": [],
-        "imatrix_out": str(out / "ours.gguf"), "state": str(out / "state"), "device": "cpu", "threads": None, "seed": 0,
+        "base": str(base),
+        "tokens": str(tokens),
+        "tokens_digest": "benchmark",
+        "variants": [],
+        "imatrix_out": str(out / "ours.gguf"),
+        "state": str(out / "state"),
+        "device": "cpu",
+        "threads": None,
+        "seed": 0,
         "precision": "float32",
-    }  # fmt: skip
-    _, ours_s = call("workbench.worker.calibrate:run", payload, out / "work")
+    }
+    _, ours_s = call("workbench.worker.calibration.run:run", payload, out / "work")
     (out / "calibration.txt").write_text(text, encoding="utf-8")
     theirs_file = out / "llama.gguf"
     started = time.perf_counter()
     command = [
-        str(arguments.llama_imatrix.resolve()), "-m", str(source), "-f", str(out / "calibration.txt"),
-        "-o", str(theirs_file),
-        "-c", str(length), "-b", str(length), "--no-ppl", "--parse-special", "--output-format", "gguf",
-    ]  # fmt: skip
+        str(arguments.llama_imatrix.resolve()),
+        "-m",
+        str(source),
+        "-f",
+        str(out / "calibration.txt"),
+        "-o",
+        str(theirs_file),
+        "-c",
+        str(length),
+        "-b",
+        str(length),
+        "--no-ppl",
+        "--parse-special",
+        "--output-format",
+        "gguf",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     theirs_s = time.perf_counter() - started
     if done.returncode or not theirs_file.exists():
@@ -87,16 +107,16 @@ def main() -> int:
 
     import numpy as np
 
-    from workbench.worker import imatrix
+    from workbench.worker.ggml import imatrix
 
     ours, theirs = imatrix.load(out / "ours.gguf"), imatrix.load(theirs_file)
     if set(ours) != set(theirs):
         sys.exit(f"different tensors: {sorted(set(ours) ^ set(theirs))[:8]}")
     distance = {name: float(np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name])) for name in ours}
     worst = max(distance, key=lambda name: distance[name])
-    entries = np.concatenate([
-        np.abs(ours[name] - theirs[name])[theirs[name] > 0] / theirs[name][theirs[name] > 0] for name in ours
-    ])  # fmt: skip
+    entries = np.concatenate(
+        [np.abs(ours[name] - theirs[name])[theirs[name] > 0] / theirs[name][theirs[name] > 0] for name in ours]
+    )
     print(f"{len(ours)} tensors; the pass took {ours_s:.0f} s, llama-imatrix {theirs_s:.0f} s")
     print(
         f"distance of a tensor's entries: median {np.median(list(distance.values())):.2e}, "
@@ -110,9 +130,13 @@ def main() -> int:
 
     if arguments.llama_quantize:
         command = [
-            str(arguments.llama_quantize.resolve()), "--imatrix", str(out / "ours.gguf"),
-            str(source), str(out / "tool.gguf"), "Q4_K_M",
-        ]  # fmt: skip
+            str(arguments.llama_quantize.resolve()),
+            "--imatrix",
+            str(out / "ours.gguf"),
+            str(source),
+            str(out / "tool.gguf"),
+            "Q4_K_M",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         said = next(
             (line for line in (done.stdout + done.stderr).splitlines() if "importance matrix entries from" in line), ""
@@ -125,11 +149,14 @@ def main() -> int:
         call(
             "workbench.worker.methods.gguf:quantize",
             {
-                "source": str(source), "out": str(path), "type": kind,
-                "imatrix": str(matrix) if matrix else None, "threads": None,
+                "source": str(source),
+                "out": str(path),
+                "type": kind,
+                "imatrix": str(matrix) if matrix else None,
+                "threads": None,
             },
             out / "work",
-        )  # fmt: skip
+        )
         return perplexity(path, "gguf", "llamacpp", whole, out / "work")
 
     content = json.loads(arguments.evaluation.read_text(encoding="utf-8"))

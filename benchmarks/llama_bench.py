@@ -76,7 +76,7 @@ def our_seconds(side: paired.Stoppable) -> float:
 def worker(asked: str) -> None:
     """Its side: the workbench's own backend, warm-up, prompts and clock; a line after each sample."""
     from workbench.records import Artifact, Job, Workload
-    from workbench.worker import timing
+    from workbench.worker.measure import timing
 
     given = json.loads(asked)
     prompt, new = (512, 1) if given["test"] == "pp512" else (1, 128)

@@ -5,7 +5,7 @@ Run from the repository root:
 
     python -P benchmarks/packed_equals_dequantized.py TOKENS ARTIFACT... [--windows 2]
 
-TOKENS is a file of evaluation windows as `workbench/worker/corpus.py` writes them; an ARTIFACT is a GGUF file or an AWQ
+TOKENS is a file of evaluation windows as `worker/tokens/windows.py` writes them; an ARTIFACT is a GGUF file or an AWQ
 or GPTQ directory, as `workbench quantize` makes them.
 """
 
@@ -78,8 +78,8 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=2)
     arguments = parser.parse_args()
 
-    from workbench.worker import packed
-    from workbench.worker.checkpoint import read_json
+    from workbench.worker.backends import packed
+    from workbench.worker.base.checkpoint import read_json
 
     windows = json.loads(arguments.tokens.read_text(encoding="utf-8"))["windows"][: arguments.windows]
     far = 0

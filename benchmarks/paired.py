@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from workbench.report import metrics
+from workbench.report import speeds
 
 PATHS = {"PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).resolve().parents[1::-1])}
 """For a script's own processes: where the workbench and the benchmarks are."""
@@ -37,9 +37,12 @@ class Worker:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (as long as the worker)
         self._child = subprocess.Popen(
             [sys.executable, "-P", script, "--worker", json.dumps(asked)],
-            env={**os.environ, **PATHS, **environment}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-        )  # fmt: skip
+            env={**os.environ, **PATHS, **environment},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
 
     def __call__(self) -> dict[str, float]:
         assert self._child.stdin and self._child.stdout
@@ -89,8 +92,11 @@ class Stoppable:
         """When it came to its marks, on the clock of `time.perf_counter`, which all processes share."""
         self.said = b""
         self._child = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            command,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.run(None)
 
     def run(self, limit_s: float | None) -> bool:
@@ -151,7 +157,7 @@ def sliced(sides: tuple[Stoppable, Stoppable], many: int) -> None:
 def verdict(pairs: list[tuple[float, float]], limit: float) -> tuple[str, bool]:
     """A line on ours against theirs, and whether the median ratio of the rounds is within `limit` of 1."""
     ratios = [own / peer for peer, own in pairs]
-    ratio, spread = statistics.median(ratios), metrics.interval(ratios)
+    ratio, spread = statistics.median(ratios), speeds.interval(ratios)
     peer, own = (statistics.median(side) for side in zip(*pairs, strict=True))
     between = f"95 % {spread[0]:.3f} to {spread[1]:.3f}" if spread else "one round"
     return f"{peer:10.3f} {own:10.3f}   ratio {ratio:.3f} ({between})", abs(ratio - 1) <= limit

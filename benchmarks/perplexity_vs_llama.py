@@ -9,7 +9,7 @@ BASE is a Hugging Face directory. The text defaults to the documentation that Py
 Both programs start from the same GGUF files and each takes its own record of the base's distributions from llama.cpp
 and the unquantized file, so that what is compared is the arithmetic of scoring and nothing else: llama.cpp keeps 16
 bits a logit, all within 16 of the largest, this program the likeliest ids, a tail and a draw from it
-(`workbench/worker/quality.py`). llama-perplexity cuts its text into tokens itself; the comparison stops if they are
+(`worker/scoring/reducer.py`). llama-perplexity cuts its text into tokens itself; the comparison stops if they are
 not the ones that this program made of it.
 
 Where `llama-perplexity` is not installed: `--build DIR` builds it from llama-cpp-python's own source package, which
@@ -40,7 +40,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 from quantize_vs_gptqmodel import call  # noqa: E402
 
 from workbench.records import Artifact, Evaluation, Job, Workload, from_json, to_json  # noqa: E402
-from workbench.report import statistics  # noqa: E402
+from workbench.report import estimates as statistics  # noqa: E402
 
 PROGRAM = "llama-perplexity"
 PERPLEXITY_LIMIT, DIVERGENCE_LIMIT = 0.001, 0.02
@@ -130,12 +130,17 @@ def job(model: Path, variant: str, made: dict[str, Any], reference: Path | None 
     return dict(
         to_json(
             Job(
-                base="base", artifact=artifact, backend="llamacpp", options={}, workload=Workload(repeats=0),
-                evaluation=from_json(Evaluation, made), reference=str(reference) if reference else None,
+                base="base",
+                artifact=artifact,
+                backend="llamacpp",
+                options={},
+                workload=Workload(repeats=0),
+                evaluation=from_json(Evaluation, made),
+                reference=str(reference) if reference else None,
                 base_digest="benchmark",
             )
         )
-    )  # fmt: skip
+    )
 
 
 def main() -> int:
@@ -154,16 +159,21 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     work = out / "work"
 
-    from workbench.worker.corpus import read_text
+    from workbench.worker.tokens.text import read_text
 
     source = {"file": str(arguments.text.resolve())} if arguments.text else {"module": "pydoc_data.topics"}
     text = out / "evaluation.txt"
     text.write_text(read_text(source), encoding="utf-8")
     entry = {
-        "role": "evaluation", "name": "evaluation", "source": {"file": str(text)}, "window": window,
-        "windows": arguments.windows, "score": "second-half", "out": str(out / "evaluation.json"),
-    }  # fmt: skip
-    answer, _ = call("workbench.worker.corpus:build", {"base": str(base), "sets": [entry]}, work)
+        "role": "evaluation",
+        "name": "evaluation",
+        "source": {"file": str(text)},
+        "window": window,
+        "windows": arguments.windows,
+        "score": "second-half",
+        "out": str(out / "evaluation.json"),
+    }
+    answer, _ = call("workbench.worker.tokens.windows:build", {"base": str(base), "sets": [entry]}, work)
     made = answer["sets"][0]
 
     dtype = json.loads((base / "config.json").read_text(encoding="utf-8")).get("dtype") or "bfloat16"
@@ -178,17 +188,24 @@ def main() -> int:
             call("workbench.worker.methods.gguf:quantize", payload | {"threads": None}, work)
 
     reference, logits = out / "reference.safetensors", out / "logits.bin"
-    call("workbench.worker.profile:refer", {"job": job(files["base"], "base", made), "out": str(reference)}, work)
+    call("workbench.worker.measure.job:refer", {"job": job(files["base"], "base", made), "out": str(reference)}, work)
     told = theirs(
-        program, files["base"], window, "-f", str(text), "--chunks", str(arguments.windows),
-        "--kl-divergence-base", str(logits),
-    )  # fmt: skip
+        program,
+        files["base"],
+        window,
+        "-f",
+        str(text),
+        "--chunks",
+        str(arguments.windows),
+        "--kl-divergence-base",
+        str(logits),
+    )
     vocabulary, ids = tokens_in(logits)
     print(f"{same_tokens(out / 'evaluation.json', ids)} tokens, the same in both; vocabulary {vocabulary}")
     good = True
 
     def measured(kind: str) -> dict[str, Any]:
-        found, _ = call("workbench.worker.profile:measure", {"job": job(files[kind], kind, made, reference)}, work)
+        found, _ = call("workbench.worker.measure.job:measure", {"job": job(files[kind], kind, made, reference)}, work)
         return statistics.summarise(found["quality"])
 
     def line(name: str, own: float, other: float, limit: float | None, digits: int = 5) -> bool:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from workbench import plan
-from workbench.recipe import load
+from workbench.plan import make as plan
+from workbench.recipe.load import load
 from workbench.report import store
 
 WEIGHTS_LIMIT = 0.01

@@ -28,7 +28,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 from workbench.machine import isolate  # noqa: E402
 from workbench.machine.monitor import Monitor  # noqa: E402
 from workbench.records import Artifact, Job, Workload  # noqa: E402
-from workbench.worker import timing  # noqa: E402
+from workbench.worker.measure import timing  # noqa: E402
 
 TIME_LIMIT, MEMORY_LIMIT_BYTES = 0.01, 60e6
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
@@ -120,8 +120,10 @@ def main() -> int:
     loop = reply.value["step_s"] / decode_s
     plain = subprocess.run(
         [sys.executable, "-P", "-c", BARE, json.dumps([given.file, threads, prompt, NEW_TOKENS])],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     own, alone = reply.value["anonymous_bytes"], int(plain.stdout) * 1024
     more = own - alone
     print(

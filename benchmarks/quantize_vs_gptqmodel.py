@@ -7,7 +7,7 @@ times as shares of GPTQModel's, and what the goals are. Run from the repository 
 
     python -P benchmarks/quantize_vs_gptqmodel.py BASE CALIBRATION EVALUATION OUT [--engines transformers vllm]
 
-BASE is a Hugging Face directory; the other two are token files as `workbench/worker/corpus.py` writes them. GPTQModel's
+BASE is a Hugging Face directory; the other two are token files as `worker/tokens/windows.py` writes them. GPTQModel's
 time is that of its `quantize` call alone: loading before it and saving after it are not held against it, while ours
 holds all from the first file read to the last one written.
 """
@@ -83,7 +83,7 @@ def perplexity(path: Path, form: str, backend: str, evaluation: Path, workdir: P
             "evaluation", str(whole), "0", max(map(len, content["windows"])), "second-half", len(content["windows"]), 0
         ),
     )
-    found, _ = call("workbench.worker.profile:measure", {"job": to_json(job)}, workdir)
+    found, _ = call("workbench.worker.measure.job:measure", {"job": to_json(job)}, workdir)
     windows = found["quality"]["windows"]
     return math.exp(sum(w["nll_sum"] for w in windows) / sum(w["count"] for w in windows))
 
@@ -100,11 +100,18 @@ def ours(
         entries.append({"name": name, "method": method, "options": options, "out": str(folder)})
     shutil.rmtree(out / "state", ignore_errors=True)
     payload = {
-        "base": str(base), "tokens": str(tokens), "tokens_digest": "benchmark", "variants": entries,
-        "imatrix_out": str(out / "imatrix.gguf"), "state": str(out / "state"),
-        "device": "cpu", "threads": None, "seed": 0, "precision": precision,
-    }  # fmt: skip
-    return call("workbench.worker.calibrate:run", payload, out / "work")
+        "base": str(base),
+        "tokens": str(tokens),
+        "tokens_digest": "benchmark",
+        "variants": entries,
+        "imatrix_out": str(out / "imatrix.gguf"),
+        "state": str(out / "state"),
+        "device": "cpu",
+        "threads": None,
+        "seed": 0,
+        "precision": precision,
+    }
+    return call("workbench.worker.calibration.run:run", payload, out / "work")
 
 
 def main() -> int:
@@ -138,8 +145,9 @@ def main() -> int:
     shutil.rmtree(peer_out, ignore_errors=True)
     peer, _ = call(
         "quantize_vs_gptqmodel:gptqmodel_quantize",
-        {"base": str(base), "tokens": str(tokens), "out": str(peer_out), "batch": arguments.batch}, out / "work",
-    )  # fmt: skip
+        {"base": str(base), "tokens": str(tokens), "out": str(peer_out), "batch": arguments.batch},
+        out / "work",
+    )
     print(f"GPTQModel: {peer['quantize_s']:.1f} s\n", flush=True)
 
     print(

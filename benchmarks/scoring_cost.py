@@ -7,7 +7,7 @@ adds, and that of the medians. Run from the repository root on an idle machine:
 
     python -P benchmarks/scoring_cost.py BASE EVALUATION OUT [--gguf FILE] [--engines transformers vllm llamacpp]
 
-BASE is a Hugging Face directory, EVALUATION a token file as `workbench/worker/corpus.py` writes it. llama.cpp scores
+BASE is a Hugging Face directory, EVALUATION a token file as `worker/tokens/windows.py` writes it. llama.cpp scores
 FILE, or the base as it converts it.
 """
 
@@ -104,17 +104,21 @@ def main() -> int:
             path, form = arguments.gguf or out / "base.gguf", "gguf"
         options = {} if backend == "llamacpp" else {"dtype": arguments.dtype}
         described = Job(
-            base="base", artifact=Artifact("base", "base", form, str(path), "0", 0, 0), backend=backend,
-            options=options, workload=Workload(repeats=0), base_digest="benchmark",
+            base="base",
+            artifact=Artifact("base", "base", form, str(path), "0", 0, 0),
+            backend=backend,
+            options=options,
+            workload=Workload(repeats=0),
+            base_digest="benchmark",
             evaluation=Evaluation("evaluation", str(file), "0", max(map(len, kept)), "second-half", len(kept), 0),
-        )  # fmt: skip
+        )
         return dict(to_json(described))
 
     if "llamacpp" in arguments.engines and not arguments.gguf and not (out / "base.gguf").exists():
         payload = {"base": str(base), "out": str(out / "base.gguf"), "dtype": config.get("dtype"), "name": "base"}
         call("workbench.worker.methods.gguf:convert", payload, out / "work")
     reference = out / "reference.safetensors"
-    call("workbench.worker.profile:refer", {"job": job("transformers"), "out": str(reference)}, out / "work")
+    call("workbench.worker.measure.job:refer", {"job": job("transformers"), "out": str(reference)}, out / "work")
     good = True
     print(f"{len(kept)} windows, {tokens} tokens, {arguments.rounds} rounds")
     for backend in arguments.engines:

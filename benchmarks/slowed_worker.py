@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from workbench.records import Artifact, Job, Workload
-from workbench.report import metrics
-from workbench.worker import timing
+from workbench.report import speeds
 from workbench.worker.backends import llamacpp
+from workbench.worker.measure import timing
 
 SLOWER = 0.10
 THRESHOLD = 0.03
@@ -70,7 +70,7 @@ def main() -> int:
         told = {}
         for name in ("other", "slowed"):
             ratios = [b / a for a, b in zip(rates["one"], rates[name], strict=True)]
-            low, high = metrics.interval(ratios) or (0.0, float("inf"))
+            low, high = speeds.interval(ratios) or (0.0, float("inf"))
             middle = statistics.median(ratios)
             told[name] = (low > 1 or high < 1) and abs(middle - 1) >= THRESHOLD
             print(f"{name:6} / one {middle:.3f} [{low:.3f}, {high:.3f}]", end="   ")

@@ -18,8 +18,8 @@ from typing import Any
 import paired
 
 from workbench.records import Artifact, Job, Workload
-from workbench.worker import timing
 from workbench.worker.backends import transformers as backend
+from workbench.worker.measure import timing
 
 LIMIT = 0.03
 
@@ -63,9 +63,14 @@ def main() -> int:
         started = timing.now()
         with torch.inference_mode():
             model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=given.new, min_new_tokens=given.new,
-                do_sample=False, streamer=stamps, pad_token_id=0,
-            )  # fmt: skip
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=given.new,
+                min_new_tokens=given.new,
+                do_sample=False,
+                streamer=stamps,
+                pad_token_id=0,
+            )
         at = stamps.at_s[1:]
         return {"prefill": given.prompt / (at[0] - started), "decode": (len(at) - 1) / (at[-1] - at[0])}
 

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Callable
 
 from workbench.records import Row
-from workbench.report import metrics, store
+from workbench.report import speeds, store
 
 LIMIT = 0.95
 SPEEDS: dict[str, Callable[[Row], tuple[float, float] | None]] = {
-    "prefill": metrics.prefill_interval,
-    "decode": metrics.decode_interval,
+    "prefill": speeds.prefill_interval,
+    "decode": speeds.decode_interval,
 }
 
 

@@ -40,10 +40,20 @@ def environment() -> dict[str, str]:
 def arguments(what: str, given: dict[str, Any], out: str) -> list[str]:
     """Of `vllm bench latency` or `throughput`."""
     command = [
-        "--model", given["model"], "--enforce-eager", "--dtype", "bfloat16", "--no-enable-prefix-caching",
-        "--max-model-len", str(2 * (given["prompt"] + given["new"])), "--kv-cache-memory-bytes", str(1 << 29),
-        "--disable-detokenize", "--output-json", out,
-    ]  # fmt: skip
+        "--model",
+        given["model"],
+        "--enforce-eager",
+        "--dtype",
+        "bfloat16",
+        "--no-enable-prefix-caching",
+        "--max-model-len",
+        str(2 * (given["prompt"] + given["new"])),
+        "--kv-cache-memory-bytes",
+        str(1 << 29),
+        "--disable-detokenize",
+        "--output-json",
+        out,
+    ]
     if what == "latency":
         command += ["--input-len", str(given["prompt"]), "--output-len", str(given["new"]), "--skip-tokenizer-init"]
         command += ["--batch-size", str(given["batch"]), "--num-iters", "1", "--num-iters-warmup", "1"]
@@ -86,8 +96,8 @@ def theirs(given: dict[str, Any]) -> None:
 def ours(given: dict[str, Any]) -> None:
     """The same through the workbench's backend and clock."""
     from workbench.records import Artifact, Job, Workload
-    from workbench.worker import timing
     from workbench.worker.backends import vllm
+    from workbench.worker.measure import timing
 
     what, many = given["what"], given["prompts"]
     batch = given["batch"] if what == "latency" else given["slots"]

@@ -8,12 +8,14 @@ import signal
 import string
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.bench import Bench
+from tests.places import ROOT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -34,9 +36,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def write_llama(
-    folder: Path, *, hidden: int = 64, intermediate: int = 128, layers: int = 2, heads: int = 4, kv_heads: int = 2,
-    vocab_size: int = 354, tied: bool = False, seed: int = 0,
-) -> Path:  # fmt: skip
+    folder: Path,
+    *,
+    hidden: int = 64,
+    intermediate: int = 128,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vocab_size: int = 354,
+    tied: bool = False,
+    seed: int = 0,
+) -> Path:
     """A random Llama as a Hugging Face directory, float32, without a tokenizer; written by numpy alone."""
     import numpy as np
     from safetensors.numpy import save_file
@@ -61,12 +71,25 @@ def write_llama(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": head, "vocab_size": vocab_size, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 2048, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": tied,
-        "dtype": "float32", "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head,
+        "vocab_size": vocab_size,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
 
@@ -85,9 +108,12 @@ def write_tokenizer(folder: Path) -> Path:
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in tokens[:3]])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
         "model_max_length": 2048,
-    }  # fmt: skip
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     return folder
 
@@ -124,13 +150,30 @@ def real_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real_base(real_home: Path) -> Path:
     """`recipes/tiny.yaml`'s base as a Hugging Face directory: a real model with its real tokenizer."""
     program = (
-        "from workbench.artifacts import prepare; from workbench.console import Console;"
-        "from workbench.recipe import load;"
+        "from workbench.quantize.base import prepare; from workbench.console import Console;"
+        "from workbench.recipe.load import load;"
         "print(prepare(load('recipes/tiny.yaml'), Console(quiet=True))['path'])"
     )
     answer = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**os.environ, "WORKBENCH_HOME": str(real_home)},
-    )  # fmt: skip
+    )
     assert answer.returncode == 0, answer.stderr
     return Path(answer.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli") / "home"
+
+
+@pytest.fixture
+def bench(shared_home: Path, tmp_path: Path, tiny_llama: Path) -> Iterator[Bench]:
+    """The cache is shared by the tests, as it is by people's runs; results are each test's own."""
+    place = Bench(shared_home, tmp_path, tiny_llama)
+    yield place
+    assert not place.workers()

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.places import ROOT
+
 pytestmark = pytest.mark.slow
 
 
@@ -46,10 +47,15 @@ def lines(first: subprocess.CompletedProcess[str]) -> dict[tuple[str, str], dict
 
 def test_every_pair_of_the_recipe_has_its_line(lines: Any) -> None:
     assert set(lines) == {
-        ("base", "transformers"), ("gguf-Q8_0", "transformers"),
-        ("base", "vllm"), ("gguf-Q8_0", "vllm"), ("gguf-Q4_0", "vllm"),
-        ("base", "llamacpp"), ("gguf-Q8_0", "llamacpp"), ("gguf-Q4_0", "llamacpp"),
-    }  # fmt: skip
+        ("base", "transformers"),
+        ("gguf-Q8_0", "transformers"),
+        ("base", "vllm"),
+        ("gguf-Q8_0", "vllm"),
+        ("gguf-Q4_0", "vllm"),
+        ("base", "llamacpp"),
+        ("gguf-Q8_0", "llamacpp"),
+        ("gguf-Q4_0", "llamacpp"),
+    }
     assert all(line["error"] is None for line in lines.values())
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
+from tests.places import ROOT
 from workbench import home as place
 from workbench.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +42,12 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def python(program: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )  # fmt: skip
+    )
 
 
 def test_where_it_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,15 @@
 """The design's rules of who may import whom, read from the source; and that `--help` answers at once.
 
-    errors <- records <- everything
+    errors <- records <- everything; a room imports from the rooms before it in `ROOMS`, never from those after it
     worker/    standard library and the light part of the house at top level; an engine only inside what needs it,
                so that a worker runs under an interpreter that has nothing but that engine
     machine/   standard library, psutil, NVML; knows no model
-    report/    pure: no clock, no process, no engine, no file but in store.py and publish.py
+    report/    pure: no clock, no process, no engine, no file but in store.py, remote.py and publish.py
     kernels/   never imports the workbench
 
 Outside `worker/`, what runs there is named as a string. Imported from it are only the registries (`METHODS`,
-`BACKENDS`), and by `artifacts.py`, when it asks for a cache key, `worker.base.identify`.
+`BACKENDS`, and by `recipe/` the scoring conventions), by `plan/` two tables of facts (llama.cpp's rules of which tensor
+gets which type, and the architectures), and by `quantize/base.py`, when it asks for a cache key, `identify`.
 """
 
 from __future__ import annotations
@@ -23,20 +24,26 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.places import ROOT
+
 HOUSE = ROOT / "workbench"
 FILES = sorted(HOUSE.rglob("*.py"))
 ENGINES = {"torch", "transformers", "vllm", "llama_cpp", "gguf", "numpy", "safetensors", "datasets", "pandas", "scipy"}
-WORKER_LIGHT = {"workbench.errors", "workbench.records"}
+WORKER_LIGHT = {"workbench.disk", "workbench.errors", "workbench.records", "workbench.shape"}
 REGISTRIES = {"workbench.worker.backends", "workbench.worker.methods"}
+ROOMS = (
+    ["errors", "disk", "home", "records", "shape", "worker", "console", "machine", "recipe"],
+    ["report", "hub", "plan", "quantize", "profile", "pipeline", "doctor", "nightly", "cli"],
+)
+"""Top-level modules and folders, the lowest first."""
 FROM_WORKER = {
-    "recipe.py": REGISTRIES,
-    "pipeline.py": REGISTRIES,
-    "doctor.py": REGISTRIES,
-    "plan.py": REGISTRIES,
-    "artifacts.py": REGISTRIES | {"workbench.worker.base"},
+    # Tables of facts: which tensor of a mixture gets which type, and of which tensors a decoder consists.
+    "plan": {"workbench.worker.ggml.mixtures", "workbench.worker.architectures"},
+    "quantize": {"workbench.worker.base.prepare"},
+    # The registry of scoring conventions.
+    "recipe": {"workbench.worker.tokens.conventions"},
 }
-"""What each file outside `worker/` may import from it; the others nothing."""
+"""What a room outside `worker/` may import from it beside the registries."""
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -87,8 +94,12 @@ def test_the_walk_sees_what_it_should(tmp_path: Path) -> None:
         "class C:\n    import gguf\n    def g(self):\n        import yaml\n"
     )
     assert foreign(tmp_path / "x.py", top_only=True) == {
-        "torch", "workbench.worker.base", "workbench.errors", "numpy", "gguf",
-    }  # fmt: skip
+        "torch",
+        "workbench.worker.base",
+        "workbench.errors",
+        "numpy",
+        "gguf",
+    }
     assert foreign(tmp_path / "x.py") >= {"vllm", "yaml"}
     assert len(FILES) > 20
 
@@ -111,10 +122,45 @@ def test_workers_know_nothing_of_the_parents_side(path: Path) -> None:
         assert not ours or name in WORKER_LIGHT or name.startswith("workbench.worker"), f"{path} imports {name}"
 
 
+def room_of(module: str) -> str:
+    """The top-level module or folder that a module of ours is, or is in."""
+    return [*module.split("."), "cli"][1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_import_runs_upwards(path: Path) -> None:
+    order = [room for half in ROOMS for room in half]
+    own = room_of("workbench." + name_of(path).removesuffix(".py").replace("/", "."))
+    if own == "__init__":
+        return
+    for name in foreign(path):
+        if name.startswith("workbench."):
+            assert order.index(room_of(name)) <= order.index(own), f"{path} imports {name}"
+
+
+def test_no_import_circle() -> None:
+    """Not between files, whatever the rooms; imports inside functions count too."""
+    graph = {
+        "workbench." + name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): foreign(path)
+        for path in FILES
+    }
+    done: set[str] = set()
+
+    def walk(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join([*way[way.index(module) :], module])
+        if module not in done:
+            for name in sorted(graph.get(module, set())):
+                walk(name, (*way, module))
+            done.add(module)
+
+    for module in graph:
+        walk(module, ())
+
+
 @pytest.mark.parametrize("path", sorted(set(FILES) - set(files_of("worker"))), ids=name_of)
 def test_from_the_worker_wing_only_the_registries_are_imported(path: Path) -> None:
     taken = {name for name in foreign(path) if name.startswith("workbench.worker")}
-    assert taken <= FROM_WORKER.get(name_of(path), set())
+    assert taken <= REGISTRIES | FROM_WORKER.get(path.parent.name, set())
 
 
 @pytest.mark.parametrize("path", sorted(set(FILES) - set(files_of("worker"))), ids=name_of)
@@ -122,21 +168,22 @@ def test_no_engine_outside_the_worker_wing(path: Path) -> None:
     assert not foreign(path) & ENGINES
 
 
-def test_artifacts_asks_the_base_for_its_name_and_nothing_else() -> None:
-    tree = ast.parse((HOUSE / "artifacts.py").read_text())
+def test_a_cache_key_asks_the_base_for_its_name_and_nothing_else() -> None:
+    path = HOUSE / "quantize" / "base.py"
     taken = {
         alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "workbench.worker.base"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module == "workbench.worker.base.prepare"
         for alias in node.names
     }
     assert taken == {"identify"}
-    assert "workbench.worker.base" not in foreign(HOUSE / "artifacts.py", top_only=True)
+    assert "workbench.worker.base.prepare" not in foreign(path, top_only=True)
 
 
 @pytest.mark.parametrize("path", files_of("machine"), ids=name_of)
 def test_machine_knows_processes_and_no_models(path: Path) -> None:
-    allowed = {"psutil", "pynvml", "workbench", "workbench.errors", "workbench.home"}
+    ours = {"workbench", *(f"workbench.{name}" for name in ("errors", "disk", "home", "records", "console"))}
+    allowed = ours | {"psutil", "pynvml"} | {name for name in foreign(path) if name.startswith("workbench.machine")}
     assert foreign(path) <= allowed
     assert "pynvml" not in foreign(path, top_only=True)
 
@@ -150,11 +197,11 @@ def test_what_a_worker_runs_on_is_standard_library() -> None:
 def test_report_is_pure(path: Path) -> None:
     allowed = {"workbench.errors", "workbench.records", "rich"}
     # Inside the one function that needs it; each is optional.
-    allowed |= {"store.py": {"fsspec"}, "parquet.py": {"pyarrow"}, "charts.py": {"resvg_py"}}.get(path.name, set())
+    allowed |= {"remote.py": {"fsspec"}, "parquet.py": {"pyarrow"}, "svg.py": {"resvg_py"}}.get(path.name, set())
     assert foreign(path, top_only=True) <= {name for name in foreign(path) if name.startswith("workbench")}
     assert all(name in allowed or name.startswith("workbench.report") for name in foreign(path))
     banned = {"time", "subprocess", "socket", "threading", "multiprocessing", "random", "ctypes", "signal"}
-    if path.name not in ("store.py", "publish.py"):
+    if path.name not in ("store.py", "remote.py", "publish.py"):
         banned |= {"os", "pathlib", "shutil", "tempfile", "fcntl", "glob"}
     taken = {name.split(".")[0] for name, _ in imports(path)}
     assert not taken & banned
@@ -207,8 +254,11 @@ def test_help_answers_at_once() -> None:
 def test_nothing_heavy_is_imported_for_a_word(command: list[str]) -> None:
     answer = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "workbench.cli", *command],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "COLUMNS": "80"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "80"},
+    )
     imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines() if "import time:" in line}
     assert "typer" in imported
     assert not imported & (ENGINES | {"yaml", "huggingface_hub", "psutil"})

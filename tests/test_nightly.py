@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import Bench, bench, shared_home  # noqa: F401
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.bench import Bench
+from tests.places import ROOT
+
 pytestmark = pytest.mark.slow
 TWENTY_MS = {"WORKBENCH_FAKE_SLOWER": "20"}
 """A step long enough that what this machine does beside it is small."""
@@ -181,8 +182,12 @@ def test_rows_and_notes_go_where_a_url_says(bench: Bench) -> None:  # noqa: F811
     for words in ("first, 0 pairs compared", "good, 2 pairs compared"):
         done = subprocess.run(
             [sys.executable, "-m", "workbench.cli", "nightly", recipe, "--results", f"local://{place}"],
-            cwd=bench.folder, env=bench.environment(**TWENTY_MS), capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
+            cwd=bench.folder,
+            env=bench.environment(**TWENTY_MS),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
         assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
     names = sorted(file.name for file in place.rglob("*.jsonl"))
     assert len(names) == 4 and all(name.startswith(("nights-2", "rows-2")) for name in names), names
@@ -190,8 +195,12 @@ def test_rows_and_notes_go_where_a_url_says(bench: Bench) -> None:  # noqa: F811
     # Once there, nothing is measured again.
     known = subprocess.run(
         [sys.executable, "-m", "workbench.cli", "run", recipe, "--results", f"local://{place}", "--format", "json"],
-        cwd=bench.folder, env=bench.environment(), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+        cwd=bench.folder,
+        env=bench.environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert known.returncode == 0 and len(json.loads(known.stdout)) == 2
     assert sorted(file.name for file in place.rglob("*.jsonl")) == names
 

@@ -11,30 +11,45 @@ from typing import Any
 
 import pytest
 
-from workbench import plan
-from workbench.recipe import load
+from tests.places import ROOT
+from workbench.plan import make as plan
+from workbench.recipe.load import load
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512,
-    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 RECIPE = {
-    "name": "shape", "model": "Small-shape", "base": {"config": SHAPE, "init": "random"},
+    "name": "shape",
+    "model": "Small-shape",
+    "base": {"config": SHAPE, "init": "random"},
     "variants": [{"gguf": "Q4_K_M"}],
     "workload": {"prompt_tokens": [32, 8], "new_tokens": 8, "batch": [1, 3], "requests": 2, "repeats": 3},
     "backends": {"transformers": {"variants": ["base"]}, "llamacpp": {"kv_cache": ["f16", "q8_0"]}},
-}  # fmt: skip
+}
 
 
 def workbench(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "workbench.cli", *words, "--results", str(folder / "results")], cwd=ROOT,
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "workbench.cli", *words, "--results", str(folder / "results")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "WORKBENCH_HOME": str(folder / "home"), "COLUMNS": "200"},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +74,12 @@ def objects(done: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_every_pair_has_speeds_and_memory_and_no_quality(objects: list[dict[str, Any]]) -> None:
     assert [(one["variant"], one["backend"]) for one in objects] == [
-        ("base", "transformers"), ("base", "llamacpp"), ("base", "llamacpp"),
-        ("gguf-Q4_K_M", "llamacpp"), ("gguf-Q4_K_M", "llamacpp"),
-    ]  # fmt: skip
+        ("base", "transformers"),
+        ("base", "llamacpp"),
+        ("base", "llamacpp"),
+        ("gguf-Q4_K_M", "llamacpp"),
+        ("gguf-Q4_K_M", "llamacpp"),
+    ]
     for one in objects:
         assert one["error"] is None and one["unsupported"] is None
         assert one["perplexity"] is one["kld_mean"] is one["perplexity_delta"] is None

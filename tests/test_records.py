@@ -24,16 +24,34 @@ from workbench.records import (
 )
 
 ARTIFACT = Artifact(
-    variant="gguf-Q4_0", method="gguf", format="gguf", path="/cache/x.gguf", digest="0123", disk_bytes=100,
-    parameters=160, tensor_types={"blk.0.attn_q.weight": "Q4_0"}, warnings=["w"], provenance={"seconds": 1.5},
-)  # fmt: skip
+    variant="gguf-Q4_0",
+    method="gguf",
+    format="gguf",
+    path="/cache/x.gguf",
+    digest="0123",
+    disk_bytes=100,
+    parameters=160,
+    tensor_types={"blk.0.attn_q.weight": "Q4_0"},
+    warnings=["w"],
+    provenance={"seconds": 1.5},
+)
 EVALUATION = Evaluation("topics", "/cache/t.json", "4567", 512, "second-half", 20, 5120, 20_000)
 SPEED = Speed(32, 8, 2, [0.1, 0.2], [[0.01, 0.02], [0.03]], [[2, 2], [2]])
 ROW = Row(
-    key="k", base="Model", recipe="r", recipe_digest="d", artifact=ARTIFACT, backend="llamacpp", workload=Workload(),
-    evaluation=EVALUATION, measurement=Measurement("cpu", 0.5, [SPEED], {"windows": []}, {"weights": 1}, {}, ["x"]),
-    machine={"name": "m"}, versions={"torch": "2"}, started_at="2026-01-01T00:00:00Z", duration_s=1.0,
-)  # fmt: skip
+    key="k",
+    base="Model",
+    recipe="r",
+    recipe_digest="d",
+    artifact=ARTIFACT,
+    backend="llamacpp",
+    workload=Workload(),
+    evaluation=EVALUATION,
+    measurement=Measurement("cpu", 0.5, [SPEED], {"windows": []}, {"weights": 1}, {}, ["x"]),
+    machine={"name": "m"},
+    versions={"torch": "2"},
+    started_at="2026-01-01T00:00:00Z",
+    duration_s=1.0,
+)
 
 
 @pytest.mark.parametrize(

@@ -17,19 +17,19 @@ from typing import Any
 import pytest
 import yaml
 
-from workbench import pipeline
-from workbench.artifacts import Made
+from tests.places import ROOT
+from tests.rows import a_row
 from workbench.errors import UserError
-from workbench.recipe import parse
+from workbench.profile import jobs
+from workbench.quantize.make import Made
+from workbench.recipe.load import parse
 from workbench.records import Artifact, Evaluation, Job, Measurement, Task, Workload, from_json, to_json
-from workbench.report import statistics
+from workbench.report import estimates as statistics
 from workbench.report.formats import FORMATS
-from workbench.report.table import build, objects
-from workbench.worker import corpus, profile
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests" / "report"))
-from test_store import a_row  # noqa: E402
+from workbench.report.formats.data import objects
+from workbench.report.table import build
+from workbench.worker.measure import job as profile
+from workbench.worker.tokens import windows as corpus
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 4
 SET = {"source": {"text": "a"}}
@@ -51,8 +51,9 @@ def test_several_sets_have_their_names_and_conventions() -> None:
     loaded = recipe(evaluation={"wiki": SET, "c4": {**SET, "window": 2048, "score": "all"}, "s": {**SET, "windows": 3}})
     assert loaded.evaluation.name == "wiki"
     assert [(test.name, test.window, test.score) for test in loaded.evaluations] == [
-        ("c4", 2048, "all"), ("s", 512, "second-half"),
-    ]  # fmt: skip
+        ("c4", 2048, "all"),
+        ("s", 512, "second-half"),
+    ]
     assert loaded.digest != recipe(evaluation={"wiki": SET}).digest
 
 
@@ -70,7 +71,7 @@ def test_several_sets_have_their_names_and_conventions() -> None:
         ({"tasks": {"a": {"lm_eval": "x", "chat": True}}}, "tasks.a: `chat` belongs to `file`"),
         ({"tasks": {"a b": {"file": "x"}}}, "tasks.a b"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_answered(more: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         recipe(**more)
@@ -131,9 +132,11 @@ def test_accuracies_are_paired_with_the_base() -> None:
 def test_other_tokens_and_other_items_are_not_compared() -> None:
     found = rows()
     found[2] = replace(
-        found[2], evaluations={"c4": an_evaluation("c4", "other")}, tasks={"mine": Task("mine", "m", "t2", 4, 20)},
+        found[2],
+        evaluations={"c4": an_evaluation("c4", "other")},
+        tasks={"mine": Task("mine", "m", "t2", 4, 20)},
         started_at="2026-11-20T10:00:00Z",
-    )  # fmt: skip
+    )
     (own,) = [each for each in objects(build(found)) if each["variant"] == "Q4"]
     assert own["evaluations"]["c4"]["perplexity"] is None and own["evaluations"]["c4"]["perplexity_delta"] is None
     assert own["tasks"]["mine"]["accuracy"] is None
@@ -181,7 +184,7 @@ def test_a_row_is_of_its_sets_and_tasks(tmp_path: Path) -> None:
     made = Made({"digest": "b"}, an_evaluation("a", "d1"), {"base": [artifact]}, {})
 
     def plan(**more: Any) -> Any:
-        return pipeline._plan(loaded, replace(made, **more), loaded.backends[0], "base", None)
+        return jobs.planned_row(loaded, replace(made, **more), loaded.backends[0], "base", None)
 
     further = {"b": an_evaluation("b", "d2")}
     mine = {"mine": Task("mine", "m.json", "t1", 4, 20)}
@@ -201,9 +204,13 @@ def test_a_variant_with_another_tokenizer_is_refused(
 ) -> None:
     """With the reason, on the engine that reads the checkpoint; the base itself passes."""
     entry = {
-        "role": "evaluation", "name": "e", "source": {"text": TEXT}, "window": 32, "windows": 3,
+        "role": "evaluation",
+        "name": "e",
+        "source": {"text": TEXT},
+        "window": 32,
+        "windows": 3,
         "out": str(tmp_path / "e.json"),
-    }  # fmt: skip
+    }
     (made,) = corpus.build({"base": str(tiny_llama), "sets": [entry]}, lambda *_: None)["sets"]
     other = make_tokenizer(make_llama(tmp_path / "other"))
     stored = json.loads((other / "tokenizer.json").read_text())
@@ -215,9 +222,13 @@ def test_a_variant_with_another_tokenizer_is_refused(
 
     def measure(path: Path) -> dict[str, Any]:
         job = Job(
-            base="Tiny", artifact=Artifact("mine", "awq", "safetensors", str(path), "0", 0, 0), backend="transformers",
-            options={"device": "cpu"}, workload=Workload(repeats=0), evaluation=from_json(Evaluation, made),
-        )  # fmt: skip
+            base="Tiny",
+            artifact=Artifact("mine", "awq", "safetensors", str(path), "0", 0, 0),
+            backend="transformers",
+            options={"device": "cpu"},
+            workload=Workload(repeats=0),
+            evaluation=from_json(Evaluation, made),
+        )
         return profile.measure({"job": to_json(job)}, lambda *_: None)
 
     assert from_json(Measurement, measure(tiny_llama)).quality
@@ -241,16 +252,24 @@ def test_a_vocabulary_that_one_engine_pads_changes_nothing(
         {name: tensor.contiguous() for name, tensor in own.items()}, padded / "model.safetensors", {"format": "pt"}
     )
     entry = {
-        "role": "evaluation", "name": "e", "source": {"text": TEXT}, "window": 32, "windows": 3,
+        "role": "evaluation",
+        "name": "e",
+        "source": {"text": TEXT},
+        "window": 32,
+        "windows": 3,
         "out": str(tmp_path / "e.json"),
-    }  # fmt: skip
+    }
     (made,) = corpus.build({"base": str(tiny_llama), "sets": [entry]}, lambda *_: None)["sets"]
     sums = []
     for path in (tiny_llama, padded):
         job = Job(
-            base="Tiny", artifact=Artifact("mine", "awq", "safetensors", str(path), "0", 0, 0), backend="transformers",
-            options={"device": "cpu"}, workload=Workload(repeats=0), evaluation=from_json(Evaluation, made),
-        )  # fmt: skip
+            base="Tiny",
+            artifact=Artifact("mine", "awq", "safetensors", str(path), "0", 0, 0),
+            backend="transformers",
+            options={"device": "cpu"},
+            workload=Workload(repeats=0),
+            evaluation=from_json(Evaluation, made),
+        )
         measured = profile.measure({"job": to_json(job)}, lambda *_: None)
         sums.append([window["nll_sum"] for window in measured["quality"]["windows"]])
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
@@ -263,25 +282,30 @@ def test_two_sets_and_a_task_in_three_real_engines(tmp_path: Path, real_home: Pa
     pytest.importorskip("vllm")
     text = {"module": "pydoc_data.topics"}
     content = yaml.safe_load((ROOT / "recipes" / "tiny.yaml").read_text()) | {
-        "name": "sets", "variants": [{"gguf": "Q4_0"}],
+        "name": "sets",
+        "variants": [{"gguf": "Q4_0"}],
         "evaluation": {
             "topics": {"source": text, "window": 128, "windows": 3},
             "story": {"source": {"text": TEXT * 3}, "window": 64, "windows": 2, "score": "all"},
         },
         "tasks": {"everyday": {"file": str(ROOT / "recipes" / "tasks" / "everyday.yaml")}},
         "backends": {
-            "transformers": {"variants": ["base"], "dtype": "bfloat16"}, "llamacpp": {},
+            "transformers": {"variants": ["base"], "dtype": "bfloat16"},
+            "llamacpp": {},
             "vllm": {"variants": ["base"], "enforce_eager": True, "dtype": "bfloat16"},
         },
         "workload": {"prompt_tokens": 16, "new_tokens": 4, "repeats": 1},
-    }  # fmt: skip
+    }
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     answer = subprocess.run(
         [sys.executable, "-m", "workbench.cli", "run", str(path), "-f", "json", "--results", str(tmp_path / "results")],
-        cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**os.environ, "WORKBENCH_HOME": str(real_home), "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
-    )  # fmt: skip
+    )
     assert answer.returncode == 0, answer.stderr
     found = {(each["variant"], each["backend"]): each for each in json.loads(answer.stdout)}
     assert set(found) == {("base", engine) for engine in ("transformers", "vllm", "llamacpp")} | {

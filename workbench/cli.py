@@ -18,6 +18,7 @@ from workbench.errors import UserError, WorkFailed, unknown
 if TYPE_CHECKING:
     from workbench.records import Row
 
+
 app = typer.Typer(
     name="workbench",
     help="Quantize a language model every way, run it in every engine, compare what comes out.",
@@ -41,10 +42,12 @@ Backends = Annotated[
 Variants = Annotated[
     list[str] | None,
     typer.Option(
-        "--variant", "-v", help="Only this variant (or 'gguf-*'), and the base to compare it with; may be repeated.",
+        "--variant",
+        "-v",
+        help="Only this variant (or 'gguf-*'), and the base to compare it with; may be repeated.",
         show_default=False,
     ),
-]  # fmt: skip
+]
 SomeRows = Annotated[
     list[str] | None,
     typer.Argument(help="Files, folders or URLs of rows; default: the results folder.", show_default=False),
@@ -69,13 +72,18 @@ def _top(
 
 @app.command()
 def run(
-    recipe: RecipeFile, results: Results = RESULTS, backend: Backends = None, variant: Variants = None,
-    again: Again = False, format: Format = "terminal", quiet: Quiet = False,
-) -> None:  # fmt: skip
+    recipe: RecipeFile,
+    results: Results = RESULTS,
+    backend: Backends = None,
+    variant: Variants = None,
+    again: Again = False,
+    format: Format = "terminal",
+    quiet: Quiet = False,
+) -> None:
     """Quantize, profile and print the table."""
     from workbench import pipeline
     from workbench.console import Console
-    from workbench.recipe import load
+    from workbench.recipe.load import load
 
     render = _renderer(format)
     loaded = load(recipe)
@@ -92,7 +100,7 @@ def quantize(recipe: RecipeFile, variant: Variants = None, quiet: Quiet = False)
     """Make every variant of a recipe, and say where it is."""
     from workbench import pipeline
     from workbench.console import Console
-    from workbench.recipe import load
+    from workbench.recipe.load import load
 
     loaded = load(recipe)
     made = pipeline.quantize(loaded, Console(quiet), _named(loaded, variant))
@@ -109,9 +117,14 @@ def quantize(recipe: RecipeFile, variant: Variants = None, quiet: Quiet = False)
 
 @app.command()
 def profile(
-    recipe: SomeRecipe = None, results: Results = RESULTS, backend: Backends = None, variant: Variants = None,
-    again: Again = False, format: Format = "terminal", quiet: Quiet = False,
-) -> None:  # fmt: skip
+    recipe: SomeRecipe = None,
+    results: Results = RESULTS,
+    backend: Backends = None,
+    variant: Variants = None,
+    again: Again = False,
+    format: Format = "terminal",
+    quiet: Quiet = False,
+) -> None:
     """Run every variant in every engine and store what is measured."""
     run(_recipe(recipe), results, backend, variant, again, format, quiet)
 
@@ -129,7 +142,7 @@ def table(
     from workbench.report.table import build
 
     if format == "parquet":
-        from workbench.report.parquet import parquet
+        from workbench.report.formats.parquet import parquet
 
         if output is None and sys.stdout.isatty():
             raise UserError("Parquet is not for a terminal: name a file with --output rows.parquet")
@@ -157,7 +170,7 @@ def compare(
     format: Annotated[str, typer.Option("--format", "-f", help="terminal or json.")] = "terminal",
 ) -> None:
     """Compare two sets of rows, metric by metric: better, worse, same or undecided."""
-    from workbench.report import compare as wing
+    from workbench.report.verdicts import compare as wing
 
     if format not in ("terminal", "json"):
         raise unknown("format", format, ["terminal", "json"])
@@ -171,9 +184,14 @@ def compare(
         for place, spec in zip(places, (old, new), strict=True)
     ]
     found = wing.compare(
-        sets[0], sets[1], thresholds=limits, machine=machine, evaluation=evaluation,
-        measurement_version=measurement_version, recipe=recipe,
-    )  # fmt: skip
+        sets[0],
+        sets[1],
+        thresholds=limits,
+        machine=machine,
+        evaluation=evaluation,
+        measurement_version=measurement_version,
+        recipe=recipe,
+    )
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found, everything))
     for line in wing.doubts(found, limits):
         print(f"undecided, measure more: {line}", file=sys.stderr)
@@ -203,8 +221,8 @@ def recommend(
 ) -> None:
     """Choose a variant and an engine under limits; exit with 1 if nothing fits."""
     from workbench.home import home, local
-    from workbench.report import recommend as wing
     from workbench.report.table import build
+    from workbench.report.verdicts import recommend as wing
 
     if format not in ("terminal", "json"):
         raise unknown("format", format, ["terminal", "json"])
@@ -212,9 +230,14 @@ def recommend(
     wishes = wing.Wishes(
         memory_bytes=wing.parse_size(memory, "--memory") if memory else None,
         size_bytes=wing.parse_size(max_size, "--max-size") if max_size else None,
-        max_perplexity=relative, max_perplexity_value=value, max_kld=max_kld, min_decode_tok_s=min_decode,
-        min_prefill_tok_s=min_prefill, backend=backend, sort=sort,
-    )  # fmt: skip
+        max_perplexity=relative,
+        max_perplexity_value=value,
+        max_kld=max_kld,
+        min_decode_tok_s=min_decode,
+        min_prefill_tok_s=min_prefill,
+        backend=backend,
+        sort=sort,
+    )
     found = wing.recommend(build(_stored(rows or [results]), machine=machine, recipe=recipe), wishes, str(home()))
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
     if found.choice:
@@ -234,19 +257,23 @@ def plan(
     format: Annotated[str, typer.Option("--format", "-f", help="terminal or json.")] = "terminal",
 ) -> None:
     """What each variant will need in each engine, and what fits, before anything is made; exit 1 if nothing fits."""
-    from workbench import plan as wing
-    from workbench.recipe import load
-    from workbench.report.recommend import parse_size
+    from workbench.plan import formats
+    from workbench.plan import make as wing
+    from workbench.recipe.load import load
+    from workbench.report.verdicts.recommend import parse_size
 
-    if format not in wing.FORMATS:
-        raise unknown("format", format, wing.FORMATS)
+    if format not in formats.FORMATS:
+        raise unknown("format", format, formats.FORMATS)
     if device not in (None, "cpu", "cuda"):
         raise unknown("device", device, ["cpu", "cuda"])
     made = wing.make(
-        load(recipe), memory_bytes=int(parse_size(memory, "--memory")) if memory else None, context=context,
-        batch=batch, cuda=None if device is None else device == "cuda",
-    )  # fmt: skip
-    sys.stdout.write(wing.FORMATS[format](made))
+        load(recipe),
+        memory_bytes=int(parse_size(memory, "--memory")) if memory else None,
+        context=context,
+        batch=batch,
+        cuda=None if device is None else device == "cuda",
+    )
+    sys.stdout.write(formats.FORMATS[format](made))
     raise typer.Exit(0 if any(need.fits for need in made.needs) else 1)
 
 
@@ -262,23 +289,26 @@ def report(
     machine: Annotated[str | None, typer.Option(help="Only rows of the machine of this name.")] = None,
 ) -> None:
     """Write one self-contained HTML page with the table, the plots and where the numbers come from."""
-    from workbench.report import charts
-    from workbench.report import page as wing
-    from workbench.report.history import series_like, series_of, steps_of
+    from workbench.report.site.page import page
+    from workbench.report.site.plots import plots as plots_of
+    from workbench.report.site.svg import png, standalone
     from workbench.report.table import build
+    from workbench.report.verdicts.steps import series_like, series_of, steps_of
 
     places = rows or [results]
     table = build(_stored(places), machine=machine, recipe=recipe)
     series = series_like(table, series_of(_stored(places, everything=True, quiet=True)))
     steps = [step for one in series for step in steps_of(one)]
-    _write(output, wing.page(table, series, steps))
+    _write(output, page(table, series, steps))
     print(output)
-    for plot in wing.plots(table, series, steps) if plots else []:
-        svg = charts.standalone(plot.wide)
+    if plots is None:
+        return
+    for plot in plots_of(table, series, steps):
+        svg = standalone(plot.wide)
         _write(plots / f"{plot.name}.svg", svg)
-        png = charts.png(svg)
-        if png is not None:
-            _write(plots / f"{plot.name}.png", png)
+        picture = png(svg)
+        if picture is not None:
+            _write(plots / f"{plot.name}.png", picture)
 
 
 @app.command()
@@ -288,8 +318,8 @@ def publish(
     url: Annotated[str, typer.Option(help="Where it will be served, for the feed.", show_default=False)] = "",
 ) -> None:
     """Write a static site: latest tables, history, regressions, a feed and a badge."""
-    from workbench.report import publish as wing
-    from workbench.report.publish import path_of
+    from workbench.report.site import publish as wing
+    from workbench.report.site.publish import path_of
 
     still = wing.publish(_stored([results], everything=True), folder, url)
     print(folder / "index.html")
@@ -312,7 +342,7 @@ def nightly(
     """Measure recipes anew and compare with the good nights before; exit with 1 if something got worse."""
     from workbench import nightly as wing
     from workbench.console import Console
-    from workbench.recipe import load
+    from workbench.recipe.load import load
 
     loaded = [load(recipe) for recipe in recipes]
     if accept:
@@ -341,8 +371,8 @@ def card(
     output: Output = None,
 ) -> None:
     """Write a variant's model card: front matter for the hub, the measured table, provenance, licence."""
-    from workbench import push as wing
-    from workbench.report import card as cards
+    from workbench.hub import card as cards
+    from workbench.hub import push as wing
 
     rows = _stored([results])
     row = cards.find(rows, variant, recipe)
@@ -361,8 +391,8 @@ def push(
     anyway: Annotated[bool, typer.Option("--anyway", help="Though the licence forbids it or is not known.")] = False,
 ) -> None:
     """Upload a variant with its card to the hub, if the base's licence permits it."""
-    from workbench import push as wing
-    from workbench.report import card as cards
+    from workbench.hub import card as cards
+    from workbench.hub import push as wing
 
     rows = _stored([results])
     row = cards.find(rows, variant, recipe)
@@ -382,7 +412,7 @@ def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     import json
 
-    from workbench.recipe import schema as make_schema
+    from workbench.recipe.json_schema import schema as make_schema
 
     print(json.dumps(make_schema(), indent=2))
 
@@ -412,7 +442,7 @@ def _recipe(given: Path | None) -> Path:
 
 
 def _named(recipe: object, names: list[str] | None) -> set[str] | None:
-    from workbench.recipe import Recipe
+    from workbench.recipe.load import Recipe
 
     assert isinstance(recipe, Recipe)
     return recipe.matching(names) if names else None

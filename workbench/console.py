@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 LINE_EVERY_S = 30.0
 
@@ -34,10 +35,14 @@ class Console:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = [
-            SpinnerColumn(), TextColumn("{task.fields[name]}", markup=False), BarColumn(),
-            TextColumn("{task.fields[detail]}", markup=False), TimeElapsedColumn(), TextColumn("left"),
+            SpinnerColumn(),
+            TextColumn("{task.fields[name]}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
-        ]  # fmt: skip
+        ]
         # Four frames a second: drawing faster would take time from what is measured.
         with Progress(*columns, console=Terminal(stderr=True), transient=True, refresh_per_second=4) as bar:
             task = bar.add_task("", total=None, name=text, detail="")
@@ -65,3 +70,10 @@ class Console:
 
 def _seconds(span_s: float) -> str:
     return f"{span_s:.1f} s" if span_s < 90 else f"{int(span_s // 60)} min {int(span_s % 60)} s"
+
+
+class Show(Protocol):
+    """What the work tells the person; `console.py` draws it."""
+
+    def say(self, text: str) -> None: ...
+    def task(self, text: str) -> Any: ...

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from workbench.disk import disk_error
 from workbench.errors import UserError
 
 
@@ -126,19 +127,6 @@ def entry(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[
             except OSError as error:
                 raise disk_error(error, partial) or error from None
     return final, json.loads((final / record).read_text())
-
-
-def disk_error(error: OSError, where: Path) -> UserError | None:
-    """`ENOSPC` as a line for the user."""
-    import errno
-
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return None
-    free = shutil.disk_usage(where).free if where.exists() else 0
-    return UserError(
-        f"{where}: the disk is full ({free / 2**30:.1f} GiB free). Free some space (`workbench clean` removes "
-        "unfinished work and old artifacts) or set WORKBENCH_HOME to a larger disk; finished work is kept."
-    )
 
 
 def _sync(path: Path) -> None:

@@ -1,9 +1,9 @@
 """One night: make and measure the recipes anew, compare with the good nights before, remember, publish, tell.
 
-Everything that a scheduled job decides is decided here or in `report/night.py`, so that it can be tested without a
-scheduler; the workflow only calls it. A night that was killed is taken up where it was by the next call: what it
-had measured stays, what it had not is measured. An issue is opened, commented on or closed only where asked for, by
-GitHub's own command line with the credentials it has.
+Everything that a scheduled job decides is decided here or in `report/verdicts/night.py`, so that it can be tested
+without a scheduler; the workflow only calls it. A night that was killed is taken up where it was by the next call:
+what it had measured stays, what it had not is measured. An issue is opened, commented on or closed only where asked
+for, by GitHub's own command line with the credentials it has.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from workbench import pipeline
-from workbench.artifacts import Show
+from workbench.console import Show
 from workbench.errors import UserError, install_with
 from workbench.home import home, lock
 from workbench.machine.identity import machine
-from workbench.recipe import Recipe
+from workbench.recipe.load import Recipe
 from workbench.records import Row, digest
-from workbench.report import night, publish, store
-from workbench.report.night import NIGHTS_NOTE, Verdict
+from workbench.report import store
+from workbench.report.site import publish
+from workbench.report.verdicts import night
+from workbench.report.verdicts.night import NIGHTS_NOTE, Verdict
 
 STALE = timedelta(hours=20)
 """A night begun longer ago was given up, not interrupted."""
@@ -57,9 +59,15 @@ class Night:
 
 
 def run(
-    recipes: Sequence[Recipe], results: store.Place, show: Show, *, site: Path | None = None, url: str = "",
-    issue: bool = False, backends: list[str] | None = None,
-) -> list[Night]:  # fmt: skip
+    recipes: Sequence[Recipe],
+    results: store.Place,
+    show: Show,
+    *,
+    site: Path | None = None,
+    url: str = "",
+    issue: bool = False,
+    backends: list[str] | None = None,
+) -> list[Night]:
     """A night of all recipes, in order; each is judged and remembered before the next begins."""
     nights = []
     with lock(home() / "locks" / "nightly", lambda: show.say("waiting for another night to end")):

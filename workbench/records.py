@@ -25,7 +25,7 @@ MEASUREMENT_VERSION = 2
 """Of the way things are measured. Rows of different versions are never put side by side."""
 
 REFERENCE_VERSION = 2
-"""Of the file that keeps the base's distributions (`worker/quality.py`); another version is refused."""
+"""Of the file that keeps the base's distributions (`worker/scoring/reducer.py`); another version is refused."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Workload:
 
     @property
     def longest_answer(self) -> int:
-        """New tokens of the longest request that is served (`worker/timing.py`), or timed alone."""
+        """New tokens of the longest request that is served (`worker/measure/timing.py`), or timed alone."""
         return max(1, self.new_tokens * 3 // 2) if self.requests else self.new_tokens
 
     @property
@@ -138,7 +138,7 @@ class Task:
 
     name: str
     path: str
-    """A JSON file of token ids as `worker/tasks.py` writes it."""
+    """A JSON file of token ids as `worker/tokens/tasks.py` writes it."""
     digest: str
     items: int | None
     """How many; None where only the harness knows."""
@@ -159,7 +159,7 @@ class Job:
     workload: Workload
     evaluation: Evaluation | None = None
     reference: str | None = None
-    """Path of the compact record of the base's distributions (`worker/quality.py`), for the divergence."""
+    """Path of the compact record of the base's distributions (`worker/scoring/reducer.py`), for the divergence."""
     base_digest: str = ""
     """Of the base that the reference must be of."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
@@ -225,7 +225,7 @@ class Measurement:
     load_s: float | None = None
     speeds: list[Speed] = field(default_factory=list)
     quality: dict[str, Any] | None = None
-    """Per window sums and counts as `worker/quality.py` defines them, in the form that its `compact` gives."""
+    """Per window sums and counts as `worker/scoring/reducer.py` defines them, in the form that its `compact` gives."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Bytes: what the engine itself says (`weights`, `kv_cache`, ...) and, from the parent, `peak_*`."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -238,7 +238,7 @@ class Measurement:
     qualities: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What `quality` is, for further evaluation sets by name."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What `worker/tasks.py` says of each task: right or wrong for every item, in the order of its file."""
+    """What `worker/tokens/tasks.py` says of each task: right or wrong for every item, in the order of its file."""
 
 
 @dataclass(frozen=True)

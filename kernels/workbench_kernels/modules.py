@@ -105,6 +105,8 @@ class BlockLinear(_Packed):
 class BlockEmbedding(nn.Module):
     """Rows of a packed matrix, de-quantized as they are looked up; may share `data` with a `BlockLinear`."""
 
+    data: torch.Tensor
+
     def __init__(self, data: torch.Tensor, kind: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.embedding_dim, self.num_embeddings = check_blocks(block_type(kind), data, "data"), data.shape[0]

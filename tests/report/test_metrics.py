@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_store import a_row
 
+from tests.rows import a_row
 from workbench.records import Measurement, Row
-from workbench.report import metrics
+from workbench.report import metrics, speeds
 from workbench.report.metrics import METRICS
 
 
@@ -29,15 +29,18 @@ def with_quality(row: Row, windows: list[dict[str, Any]]) -> Row:
 
 def test_every_metric_by_hand() -> None:
     row = a_row(
-        first_token_s=[0.5, 0.4, 0.8], step_s=[[0.1, 0.3], [0.25, 0.25], [0.5, 0.5]], batch=2,
+        first_token_s=[0.5, 0.4, 0.8],
+        step_s=[[0.1, 0.3], [0.25, 0.25], [0.5, 0.5]],
+        batch=2,
         windows=[(4, 8.0), (6, 13.0)],
         memory={"peak_rss": 1000, "peak_vram": 2000, "weights": 700, "kv_cache": 108, "workspace": 50},
-    )  # fmt: skip
+    )
     speed = row.measurement.speeds[0]
     row = replace(
-        row, machine={**row.machine, "copy_bytes_per_s": 16_000.0},
+        row,
+        machine={**row.machine, "copy_bytes_per_s": 16_000.0},
         measurement=replace(row.measurement, speeds=[replace(speed, energy_j=[12.0, None, 20.0])]),
-    )  # fmt: skip
+    )
     assert values(row) == {
         "bits_per_weight": 16.0,
         "disk_bytes": 2_000_000,
@@ -78,11 +81,33 @@ def test_the_delta_by_hand() -> None:
 
 def test_directions_and_order() -> None:
     assert list(METRICS) == [
-        "bits_per_weight", "disk_bytes", "load_s", "peak_rss_bytes", "peak_vram_bytes", "weights_bytes",
-        "kv_cache_bytes", "workspace_bytes", "prefill_tok_s", "decode_tok_s", "ttft_s", "itl_p50_s", "itl_p95_s",
-        "itl_p99_s", "energy_j_per_token", "bandwidth_fraction", "perplexity", "kld_mean", "kld_p50",
-        "kld_p90", "kld_p99", "kld_p999", "kld_max", "top1_agreement", "rms_dp", "bits_per_byte",
-    ]  # fmt: skip
+        "bits_per_weight",
+        "disk_bytes",
+        "load_s",
+        "peak_rss_bytes",
+        "peak_vram_bytes",
+        "weights_bytes",
+        "kv_cache_bytes",
+        "workspace_bytes",
+        "prefill_tok_s",
+        "decode_tok_s",
+        "ttft_s",
+        "itl_p50_s",
+        "itl_p95_s",
+        "itl_p99_s",
+        "energy_j_per_token",
+        "bandwidth_fraction",
+        "perplexity",
+        "kld_mean",
+        "kld_p50",
+        "kld_p90",
+        "kld_p99",
+        "kld_p999",
+        "kld_max",
+        "top1_agreement",
+        "rms_dp",
+        "bits_per_byte",
+    ]
     higher = {name for name, metric in METRICS.items() if metric.better == "higher"}
     assert higher == {"prefill_tok_s", "decode_tok_s", "top1_agreement", "bandwidth_fraction"}
     assert all(name == metric.name for name, metric in METRICS.items())
@@ -100,8 +125,8 @@ def test_what_was_not_measured_is_none() -> None:
 def test_samples_that_are_no_numbers_are_left_out() -> None:
     # A stored NaN comes back as None.
     row = a_row(first_token_s=[None, 0.0, math.nan, 5e-324, 0.5], step_s=[[0.1, None], [0.0, 0.0], [0.2, 0.3]])  # type: ignore[list-item]
-    assert metrics.prefill_samples(row) == [200.0]
-    assert metrics.decode_samples(row) == [pytest.approx(4.0)]
+    assert speeds.prefill_samples(row) == [200.0]
+    assert speeds.decode_samples(row) == [pytest.approx(4.0)]
     row = a_row(memory={"peak_rss": math.nan, "peak_vram": True})
     assert values(row)["peak_rss_bytes"] is values(row)["peak_vram_bytes"] is None
     assert values(a_row(first_token_s=[], step_s=[]))["prefill_tok_s"] is None
@@ -128,11 +153,18 @@ def test_divergence_and_agreement_by_hand() -> None:
     packed = [base64.b64encode(struct.pack("<2e", *(math.nan if v is None else v for v in each))) for each in klds]
     windows = [
         {
-            "count": 2, "nonfinite": 0, "nll_sum": 4.0, "kld_count": count, "kld_sum": total, "kld_low_sum": total,
-            "same_top_sum": 1, "dp_square_sum": square, "kld": text.decode(),
+            "count": 2,
+            "nonfinite": 0,
+            "nll_sum": 4.0,
+            "kld_count": count,
+            "kld_sum": total,
+            "kld_low_sum": total,
+            "same_top_sum": 1,
+            "dp_square_sum": square,
+            "kld": text.decode(),
         }
         for count, total, square, text in ((2, 0.75, 0.08, packed[0]), (1, 1.0, 0.04, packed[1]))
-    ]  # fmt: skip
+    ]
     row = with_quality(a_row(), windows)
     assert row.evaluation is not None
     row = replace(row, evaluation=replace(row.evaluation, scored_bytes=16))
@@ -212,7 +244,7 @@ def test_the_interval_of_a_speed_covers_the_median(repeats: int) -> None:
     trials = 3000
     hits = 0
     for sample in 100 * np.exp(random.normal(0, 0.05, (trials, repeats))):
-        found = metrics.interval(sample.tolist())
+        found = speeds.interval(sample.tolist())
         assert found is not None
         assert found[0] <= np.median(sample) <= found[1]
         hits += found[0] <= 100 <= found[1]
@@ -224,14 +256,14 @@ def test_the_ranks_are_those_of_the_tables() -> None:
     # The usual ranks of a median's 95 % interval; of 20, for one, 2 P(Binomial <= 5) = 0.041 and <= 6 gives 0.115.
     ranks = {6: (1, 6), 8: (1, 8), 9: (2, 8), 10: (2, 9), 15: (4, 12), 20: (6, 15), 30: (10, 21), 50: (18, 33)}
     for count, (low, high) in ranks.items():
-        assert metrics.interval([float(i) for i in range(count, 0, -1)]) == (low, high)
-    assert metrics.interval([float(i) for i in range(1, 5001)]) is not None
+        assert speeds.interval([float(i) for i in range(count, 0, -1)]) == (low, high)
+    assert speeds.interval([float(i) for i in range(1, 5001)]) is not None
 
 
 def test_too_few_samples_have_no_interval() -> None:
-    assert metrics.interval([]) is metrics.interval([3.0]) is None
-    assert metrics.interval([5.0, 5.0, 5.0]) == (pytest.approx(5.0), pytest.approx(5.0))
-    low, high = metrics.interval([10.0, 11.0]) or (0, 0)
+    assert speeds.interval([]) is speeds.interval([3.0]) is None
+    assert speeds.interval([5.0, 5.0, 5.0]) == (pytest.approx(5.0), pytest.approx(5.0))
+    low, high = speeds.interval([10.0, 11.0]) or (0, 0)
     # Two samples say next to nothing, and the interval says so: exp(mean log +- 12.706 * sd / sqrt 2).
     assert (low, high) == (pytest.approx(5.7244, abs=1e-3), pytest.approx(110 / 5.7244, abs=1e-2))
 
@@ -239,19 +271,19 @@ def test_too_few_samples_have_no_interval() -> None:
 def test_what_was_made_in_one_go_counts_once() -> None:
     """Three turns of four repeats each: Student's interval of three, not the order statistics of twelve."""
     samples = [10.0, 10.1, 9.9, 10.0, 11.0, 11.1, 10.9, 11.0, 9.0, 9.1, 8.9, 9.0]
-    apart = metrics.interval([10.0, 11.0, 9.0])
-    together = metrics.interval(samples, [4, 4, 4])
+    apart = speeds.interval([10.0, 11.0, 9.0])
+    together = speeds.interval(samples, [4, 4, 4])
     assert apart and together
     assert together == pytest.approx(apart, rel=1e-3)
-    plain = metrics.interval(samples)
+    plain = speeds.interval(samples)
     assert plain and together[0] < plain[0] and together[1] > plain[1]
-    assert metrics.interval([10.0, 11.0, 9.0], [1, 1, 1]) == metrics.interval([10.0, 11.0, 9.0])
-    assert metrics.interval(samples, [12]) == plain, "one turn says nothing of drift"
-    assert metrics.interval(samples, [4, 4]) == plain, "a repeat without a time leaves no turns to tell"
+    assert speeds.interval([10.0, 11.0, 9.0], [1, 1, 1]) == speeds.interval([10.0, 11.0, 9.0])
+    assert speeds.interval(samples, [12]) == plain, "one turn says nothing of drift"
+    assert speeds.interval(samples, [4, 4]) == plain, "a repeat without a time leaves no turns to tell"
 
 
 def test_an_interval_over_turns_holds_the_median() -> None:
-    low, high = metrics.interval([1.0, 1.0, 5.0, 1.0, 1.0, 5.0, 1.0, 1.0, 5.0], [3, 3, 3]) or (0, 0)
+    low, high = speeds.interval([1.0, 1.0, 5.0, 1.0, 1.0, 5.0, 1.0, 1.0, 5.0], [3, 3, 3]) or (0, 0)
     assert low <= 1.0 <= high
 
 
@@ -263,7 +295,7 @@ def test_an_interval_over_turns_covers_a_drifting_machine() -> None:
         drifts = [chance.gauss(0, 0.05) for _ in range(3)]
         samples = [100 * math.exp(drift + chance.gauss(0, 0.01)) for drift in drifts for _ in range(4)]
         for turns in ([4, 4, 4], []):
-            low, high = metrics.interval(samples, turns) or (0, 0)
+            low, high = speeds.interval(samples, turns) or (0, 0)
             if turns:
                 held += low <= 100 <= high
             else:

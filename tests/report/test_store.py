@@ -1,7 +1,4 @@
-"""Rows on disk: whole, in order, safe against two writers, a kill, a full disk and other versions.
-
-`a_row` is the hand-made row that the other tests of the report use too.
-"""
+"""Rows on disk: whole, in order, safe against two writers, a kill, a full disk and other versions."""
 
 from __future__ import annotations
 
@@ -21,50 +18,11 @@ from typing import Any
 
 import pytest
 
+from tests.places import ROOT
+from tests.rows import a_row
 from workbench.errors import UserError
-from workbench.records import (
-    SCHEMA_VERSION,
-    Artifact,
-    Evaluation,
-    Measurement,
-    Row,
-    Speed,
-    Workload,
-    to_json,
-)
+from workbench.records import SCHEMA_VERSION, to_json
 from workbench.report import store
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def a_row(
-    variant: str = "base", backend: str = "llamacpp", *, method: str | None = None, key: str | None = None,
-    base: str = "Toy-1M", machine: str = "desk", windows: list[tuple[int, float]] | None = None,
-    first_token_s: list[float] | None = None, step_s: list[list[float]] | None = None, batch: int = 1,
-    evaluation: str | None = "e1", memory: dict[str, Any] | None = None, measured: bool = True, **more: Any,
-) -> Row:  # fmt: skip
-    """A row as the pipeline writes it; `windows` are (tokens scored, summed nats)."""
-    first_token_s = [0.5, 0.4, 0.8] if first_token_s is None else first_token_s
-    step_s = [[0.1, 0.1], [0.05, 0.05], [0.2, 0.2]] if step_s is None else step_s
-    windows = [(4, 8.0), (4, 10.0), (4, 9.0)] if windows is None else windows
-    speed = Speed(100, 3, batch, first_token_s, step_s, [[batch] * len(steps) for steps in step_s])
-    quality = {"windows": [{"count": n, "nonfinite": 0, "nll_sum": total} for n, total in windows]}
-    measurement = Measurement(
-        device="cpu", load_s=1.5, speeds=[speed], quality=quality if evaluation else None,
-        memory={"peak_rss": 300 * 2**20} if memory is None else memory,
-    )  # fmt: skip
-    values: dict[str, Any] = {
-        "key": key or f"{base}/{variant}/{backend}/{evaluation}", "base": base, "recipe": "toy", "recipe_digest": "r",
-        "artifact": Artifact(
-            variant=variant, method=method or ("base" if variant == "base" else "gguf"), format="gguf",
-            path=f"{variant}.gguf", digest=f"d-{variant}", disk_bytes=2_000_000, parameters=1_000_000,
-        ),
-        "backend": backend, "workload": Workload(prompt_tokens=100, new_tokens=3, batch=batch),
-        "evaluation": Evaluation("prose", "e.json", evaluation, 8, "second-half", 3, 12) if evaluation else None,
-        "measurement": measurement if measured else None, "machine": {"name": machine}, "versions": {"toy": "1.0"},
-        "started_at": "2026-11-21T10:00:00Z", "duration_s": 3.0,
-    }  # fmt: skip
-    return Row(**(values | more))
 
 
 def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -125,10 +83,16 @@ def test_half_a_line_costs_only_itself_wherever_it_was_cut(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "line",
     [
-        b"[1, 2]", b"7", b"{}", b"\xff\xfe", b'{"schema_version": true}', b'{"schema_version": 0}', b"[" * 100_000,
+        b"[1, 2]",
+        b"7",
+        b"{}",
+        b"\xff\xfe",
+        b'{"schema_version": true}',
+        b'{"schema_version": 0}',
+        b"[" * 100_000,
         b'{"schema_version": 1, "key": "k"}',
     ],
-)  # fmt: skip
+)
 def test_a_bad_line_is_skipped_and_named(tmp_path: Path, line: bytes) -> None:
     store.append(tmp_path, "desk", a_row(key="a"))
     file = tmp_path / "desk" / "rows.jsonl"
@@ -183,8 +147,8 @@ WRITER = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_store import a_row
+sys.path[:0] = [{root!r}]
+from tests.rows import a_row
 from workbench.report import store
 row = a_row(warnings=["x" * 3000])
 for number in range({count}):
@@ -194,9 +158,7 @@ for number in range({count}):
 
 
 def a_writer(results: Path, name: str, count: int) -> subprocess.Popen[str]:
-    script = textwrap.dedent(WRITER).format(
-        root=str(ROOT), tests=str(Path(__file__).parent), results=str(results), name=name, count=count
-    )
+    script = textwrap.dedent(WRITER).format(root=str(ROOT), results=str(results), name=name, count=count)
     return subprocess.Popen([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True)
 
 
@@ -251,9 +213,10 @@ def test_a_full_disk_is_a_clear_line_and_leaves_the_file_as_it_was(tmp_path: Pat
     file = tmp_path / "desk" / "rows.jsonl"
     before = file.read_bytes()
     script = WRITER.replace(
-        "for number", f"import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "for number",
+        f"import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 500},) * 2)\nfor number",
-    ).format(root=str(ROOT), tests=str(Path(__file__).parent), results=str(tmp_path), name="b", count=1)  # fmt: skip
+    ).format(root=str(ROOT), results=str(tmp_path), name="b", count=1)
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert f"UserError: {file}: cannot store a row (" in done.stderr

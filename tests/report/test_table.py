@@ -7,42 +7,54 @@ import math
 from dataclasses import replace
 
 import pytest
-from test_store import a_row
 
+from tests.rows import a_row, compared, demo_rows
 from workbench.errors import UserError
 from workbench.records import Row, Workload
-from workbench.report.table import Table, build, objects
+from workbench.report.formats.data import objects
+from workbench.report.table import Table, build
 
 PROMISED = {
-    "base", "variant", "method", "format", "backend", "device", "bits_per_weight", "disk_bytes", "load_s",
-    "peak_rss_bytes", "peak_vram_bytes", "prefill_tok_s", "decode_tok_s", "perplexity", "perplexity_delta",
-    "warnings", "error", "unsupported", "perplexity_se", "perplexity_delta_se", "recipe", "machine",
-}  # fmt: skip
+    "base",
+    "variant",
+    "method",
+    "format",
+    "backend",
+    "device",
+    "bits_per_weight",
+    "disk_bytes",
+    "load_s",
+    "peak_rss_bytes",
+    "peak_vram_bytes",
+    "prefill_tok_s",
+    "decode_tok_s",
+    "perplexity",
+    "perplexity_delta",
+    "warnings",
+    "error",
+    "unsupported",
+    "perplexity_se",
+    "perplexity_delta_se",
+    "recipe",
+    "machine",
+}
 
 
 def pairs(table: Table) -> list[tuple[str, str]]:
     return [(line.row.artifact.variant, line.row.backend) for line in table.lines]
 
 
-def demo_rows() -> list[Row]:
-    """Backend by backend, as the pipeline runs them."""
-    return [
-        a_row("base", "transformers", windows=[(4, 8.0), (4, 10.0), (4, 9.0)]),
-        a_row("base", "vllm", windows=[(4, 8.01), (4, 10.0), (4, 9.0)]),
-        a_row("Q2_K", "vllm", measured=False, unsupported="vLLM has no GGUF on a CPU"),
-        a_row("Q8_0", "vllm", measured=False, unsupported="vLLM has no GGUF on a CPU"),
-        a_row("Q8_0", "llamacpp", windows=[(4, 8.1), (4, 10.1), (4, 9.1)], warnings=["the machine was busy"]),
-        a_row("base", "llamacpp", windows=[(4, 8.0), (4, 10.0), (4, 9.02)]),
-        a_row("Q2_K", "llamacpp", measured=False, error="ValueError: all logits are NaN"),
-    ]
-
-
 def test_the_base_first_then_variants_as_first_seen() -> None:
     rows = demo_rows()
     assert pairs(build([*rows[2:], *rows[:2]])) == [
-        ("base", "vllm"), ("base", "llamacpp"), ("base", "transformers"),
-        ("Q2_K", "vllm"), ("Q2_K", "llamacpp"), ("Q8_0", "vllm"), ("Q8_0", "llamacpp"),
-    ]  # fmt: skip
+        ("base", "vllm"),
+        ("base", "llamacpp"),
+        ("base", "transformers"),
+        ("Q2_K", "vllm"),
+        ("Q2_K", "llamacpp"),
+        ("Q8_0", "vllm"),
+        ("Q8_0", "llamacpp"),
+    ]
 
 
 def test_objects_have_what_is_promised_and_no_nan() -> None:
@@ -95,26 +107,23 @@ def test_the_noise_floor_is_the_bases_spread() -> None:
     assert any(note.startswith("noise floor unknown") for note in lonely.notes)
 
 
-def compared(row: Row, kld: float, reference: str = "r1") -> Row:
-    """The row as if compared with a reference: `kld` nats a token, every second top token the base's."""
-    assert row.measurement is not None and row.measurement.quality is not None
-    windows = [
-        window
-        | {
-            "kld_count": window["count"], "kld_sum": kld * window["count"], "kld_low_sum": 0.9 * kld * window["count"],
-            "same_top_sum": window["count"] / 2, "dp_square_sum": 0.01 * window["count"],
-        }
-        for window in row.measurement.quality["windows"]
-    ]  # fmt: skip
-    quality = {"windows": windows, "reference_digest": reference}
-    return replace(row, measurement=replace(row.measurement, quality=quality))
-
-
 QUALITY = {
-    "perplexity_se", "perplexity_delta_se", "kld_mean", "kld_mean_se", "kld_p50", "kld_p90", "kld_p99", "kld_p999",
-    "kld_max", "top1_agreement", "top1_agreement_se", "rms_dp", "bits_per_byte", "nonfinite_tokens",
+    "perplexity_se",
+    "perplexity_delta_se",
+    "kld_mean",
+    "kld_mean_se",
+    "kld_p50",
+    "kld_p90",
+    "kld_p99",
+    "kld_p999",
+    "kld_max",
+    "top1_agreement",
+    "top1_agreement_se",
+    "rms_dp",
+    "bits_per_byte",
+    "nonfinite_tokens",
     "below_noise_floor",
-}  # fmt: skip
+}
 
 
 def test_divergence_is_in_every_object_and_null_where_not_measured() -> None:

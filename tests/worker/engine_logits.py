@@ -23,8 +23,8 @@ def collect(payload: dict[str, Any], progress: Any) -> dict[str, str]:
 
     from safetensors.torch import save_file
 
-    from workbench.worker import quality
     from workbench.worker.backends import BACKENDS
+    from workbench.worker.scoring import reducer as quality
 
     quality.Reducer = Keeper  # type: ignore[misc,assignment]
     module = importlib.import_module(BACKENDS[payload["backend"]])
@@ -98,3 +98,23 @@ def convert_and_quantize(payload: dict[str, Any], progress: Any) -> dict[str, An
             gguf.quantize(order, progress)
             made[name][kind] = str(out)
     return made
+
+
+def llama_logits(payload: Any, progress: Any) -> dict[str, Any]:
+    """What llama.cpp makes of a GGUF file: the logits after the last of `payload["ids"]`."""
+    import ctypes
+
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(payload["path"].encode(), llama_cpp.llama_model_default_params())
+    if not model:
+        raise RuntimeError("llama.cpp could not load it")
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_threads, params.n_threads_batch = 64, 2, 2
+    context = llama_cpp.llama_init_from_model(model, params)
+    ids = (llama_cpp.llama_token * len(payload["ids"]))(*payload["ids"])
+    status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(ids)))
+    size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    logits = ctypes.cast(llama_cpp.llama_get_logits(context), ctypes.POINTER(ctypes.c_float * size)).contents
+    return {"status": status, "logits": [value if abs(value) < 1e30 else None for value in logits[:1000]], "size": size}

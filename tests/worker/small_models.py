@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 354, "max_position_embeddings": 256,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 354,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -23,10 +31,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 16},
     "phi3": {"original_max_position_embeddings": 256},
     "phi4-mini": {
-        "model_type": "phi3", "original_max_position_embeddings": 256, "tie_word_embeddings": True,
+        "model_type": "phi3",
+        "original_max_position_embeddings": 256,
+        "tie_word_embeddings": True,
         "partial_rotary_factor": 0.75,
     },
-}  # fmt: skip
+}
 """Of the table; by a name of ours, which is the `model_type` where none is given."""
 OTHERS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
@@ -74,9 +84,15 @@ def write_sentencepiece(folder: Path) -> Path:
     made = io.BytesIO()
     words = (f"{a}{b} {b}{a}{a}" for a in "abcdefghij" for b in "klmnopqrst")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=words, model_writer=made, model_type="bpe", vocab_size=300, byte_fallback=True,
-        minloglevel=2, pad_id=-1, hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=words,
+        model_writer=made,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        minloglevel=2,
+        pad_id=-1,
+        hard_vocab_limit=False,
+    )
     (folder / "tokenizer.model").write_bytes(made.getvalue())
     return folder
 

@@ -14,18 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import MODELS, OTHERS, dequantized, relative, write_model, write_sentencepiece, write_tokens
 
+from tests.places import ROOT
+from tests.worker.small_models import (
+    MODELS,
+    OTHERS,
+    dequantized,
+    relative,
+    write_model,
+    write_sentencepiece,
+    write_tokens,
+)
 from workbench.errors import UserError
 from workbench.machine import isolate
-from workbench.worker import calibrate
 from workbench.worker.architectures import ARCHITECTURES, EXPERTS, describe
 from workbench.worker.backends import BACKENDS
+from workbench.worker.calibration import run as calibrate
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def test_unknown_architecture_names_the_way_out() -> None:
@@ -58,14 +71,14 @@ def test_every_entry_is_whole(kind: str) -> None:
     assert set(architecture.gguf) == set(architecture.linears)
     assert len(set(architecture.gguf.values())) == len(architecture.linears)
     for group in architecture.groups:
-        if group.feeder.kind == "linear":
-            assert group.feeder.module in architecture.linears
+        if group.producer.kind == "linear":
+            assert group.producer.module in architecture.linears
         else:
-            assert group.feeder.module not in architecture.linears
+            assert group.producer.module not in architecture.linears
 
 
 def test_phi3_values_and_up_rows_are_the_last_ones() -> None:
-    by_linear = {group.linears[0]: group.feeder for group in describe(LLAMA | {"model_type": "phi3"}).groups}
+    by_linear = {group.linears[0]: group.producer for group in describe(LLAMA | {"model_type": "phi3"}).groups}
     assert by_linear["self_attn.o_proj"].rows == (64 + 32, 64 + 32 + 32)
     assert by_linear["self_attn.o_proj"].repeats == 2
     assert by_linear["mlp.down_proj"].rows == (128, 256)
@@ -78,9 +91,16 @@ def test_the_pass_refuses_a_real_directory_of_them(kind: str, tmp_path: Path) ->
     base = write_model(tmp_path / "base", kind)
     tokens = write_tokens(tmp_path / "tokens.json", [40] * 24)
     request = {
-        "base": str(base), "tokens": str(tokens), "tokens_digest": "t", "variants": [], "imatrix_out": None,
-        "state": str(tmp_path / "state"), "device": "cpu", "threads": 1, "seed": 0,
-    }  # fmt: skip
+        "base": str(base),
+        "tokens": str(tokens),
+        "tokens_digest": "t",
+        "variants": [],
+        "imatrix_out": None,
+        "state": str(tmp_path / "state"),
+        "device": "cpu",
+        "threads": 1,
+        "seed": 0,
+    }
     reason = "is not in the calibration pass's table" if kind == "gpt_neox" else "experts are not supported yet"
     with pytest.raises(UserError, match=f"'{kind}'.*{reason}.*engine: gptqmodel") as caught:
         calibrate.run(request, lambda *_: None)
@@ -131,10 +151,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             out = str(made / kind / "gptq-8bit")
             variants.append({"name": "gptq-8bit", "method": "gptq", "options": options, "out": out})
         request = {
-            "base": str(base), "tokens": str(write_tokens(made / kind / "tokens.json", [40] * 24)),
-            "tokens_digest": "t", "variants": variants, "imatrix_out": str(made / kind / "imatrix.gguf"),
-            "state": str(made / kind / "state"), "device": "cpu", "threads": 1, "seed": 0, "precision": "float32",
-        }  # fmt: skip
+            "base": str(base),
+            "tokens": str(write_tokens(made / kind / "tokens.json", [40] * 24)),
+            "tokens_digest": "t",
+            "variants": variants,
+            "imatrix_out": str(made / kind / "imatrix.gguf"),
+            "state": str(made / kind / "state"),
+            "device": "cpu",
+            "threads": 1,
+            "seed": 0,
+            "precision": "float32",
+        }
         calibrate.run(request, lambda *_: None)
     return made
 
@@ -156,9 +183,12 @@ def logits_of(folder: Path, ids: list[int]) -> Any:
         payload = {"backend": backend, "models": models, "ids": ids, "out": str(out)}
         environment = importlib.import_module(BACKENDS[backend]).ENVIRONMENT
         reply = isolate.call(
-            "tests.worker.engine_logits:collect", payload, workdir=folder / f"{backend}-log", time_limit_s=400,
-            environment={**environment, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+            "tests.worker.engine_logits:collect",
+            payload,
+            workdir=folder / f"{backend}-log",
+            time_limit_s=400,
+            environment={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+        )
         assert reply.error is None, reply.log
         return dict(load_file(out)), dict(reply.value)
 
@@ -205,9 +235,12 @@ def files(folder: Path) -> dict[str, dict[str, str]]:
         kind: {"base": str(folder / kind / "base"), "imatrix": str(folder / kind / "imatrix.gguf")} for kind in KINDS
     }
     reply = isolate.call(
-        "tests.worker.engine_logits:convert_and_quantize", {"models": models, "types": TYPES, "folder": str(folder)},
-        workdir=folder / "convert-log", time_limit_s=200,
-    )  # fmt: skip
+        "tests.worker.engine_logits:convert_and_quantize",
+        {"models": models, "types": TYPES, "folder": str(folder)},
+        workdir=folder / "convert-log",
+        time_limit_s=200,
+        environment={"PYTHONPATH": str(ROOT)},
+    )
     assert reply.error is None, reply.log
     return dict(reply.value)
 

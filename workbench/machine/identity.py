@@ -113,8 +113,11 @@ def program() -> dict[str, str]:
         try:
             answer = subprocess.run(
                 ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-                capture_output=True, text=True, timeout=10, check=True,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            )
             found["commit"] = answer.stdout.strip()
         except (OSError, subprocess.SubprocessError):
             pass

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,12 @@ Progress = Callable[[float, float, str], None]
 """`progress(done, total, text)`; the parent draws it."""
 
 KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CC", "CXX")
-KEPT_PREFIXES = ("LC_", "XDG_", "HF_", "CUDA_", "NVIDIA_", "WORKBENCH_", "SSL_CERT", "REQUESTS_CA", "CURL_CA")
+KEPT_PREFIXES = ("LC_", "XDG_", "HF_", "NVIDIA_", "WORKBENCH_", "SSL_CERT", "REQUESTS_CA", "CURL_CA")
+ENGINES_OWN = (
+    *("CUDA_", "NCCL_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "VLLM_", "FLASHINFER_"),
+    *("GGML_", "LLAMA_", "GPTQMODEL_", "HSA_", "HIP_", "ROCR_"),
+)
+"""Prefixes of variables that configure engines: passed on, and recorded by whoever measures."""
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 SILENT = {
     "DO_NOT_TRACK": "1",
@@ -104,9 +109,14 @@ class Worker:
     """
 
     def __init__(
-        self, function: str, payload: Any, *, workdir: Path, python: str = sys.executable,
+        self,
+        function: str,
+        payload: Any,
+        *,
+        workdir: Path,
+        python: str = sys.executable,
         environment: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._request, self._reply, self._log = (workdir / name for name in ("request.json", "reply.json", "log.txt"))
         self._workdir, self._command = workdir, [python, "-P", "-m", "workbench.machine.isolate"]
         self._asked, self._environment = {"function": function, "payload": payload}, environment or {}
@@ -125,9 +135,12 @@ class Worker:
             _kill_session(self._child)
 
     def resume(
-        self, *, time_limit_s: float | None = None, on_progress: Progress | None = None,
+        self,
+        *,
+        time_limit_s: float | None = None,
+        on_progress: Progress | None = None,
         on_sample: Callable[[int], None] | None = None,
-    ) -> Reply | None:  # fmt: skip
+    ) -> Reply | None:
         """Let the child work until its next turn (None) or its end (its reply). The limit counts working time only."""
         started = time.monotonic()
         try:
@@ -149,6 +162,26 @@ class Worker:
         _kill_session(child)
         return _conclude(child.returncode, self._reply, self._log, end == "time", time_limit_s, self._active_s)
 
+    def _variables(self) -> dict[str, str]:
+        scrubbed = _environment(self._environment)
+        path = [str(self._packages()), *filter(None, [scrubbed.get("PYTHONPATH")])]
+        return scrubbed | {"PYTHONPATH": os.pathsep.join(path)}
+
+    def _packages(self) -> Path:
+        """A folder with this program's packages and nothing else, for an interpreter that has neither installed.
+
+        The folder that they lie in may be the whole of site-packages, whose other versions of everything would come
+        before the engine's own.
+        """
+        folder, house = self._workdir / "packages", Path(__file__).resolve().parents[1]
+        folder.mkdir(exist_ok=True)
+        beside = (house.parent / "workbench_kernels", house.parent / "kernels" / "workbench_kernels")
+        for package in (house, *(path for path in beside if path.is_dir())):
+            link = folder / package.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(package, target_is_directory=True)
+        return folder
+
     def _start(self) -> subprocess.Popen[bytes]:
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._reply.unlink(missing_ok=True)
@@ -162,7 +195,7 @@ class Worker:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=_environment(self._environment),
+                    env=self._variables(),
                     cwd=self._workdir,
                     start_new_session=True,
                     pass_fds=(said, told),
@@ -179,11 +212,14 @@ def _environment(extra: dict[str, str]) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name in KEPT or name in PROXIES or name.startswith(KEPT_PREFIXES)
+        if name in KEPT or name in PROXIES or name.startswith(KEPT_PREFIXES + ENGINES_OWN)
     }
-    # Another interpreter does not have this package installed; -P keeps the working directory out.
-    kept["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
     return kept | SILENT | extra
+
+
+def engines_own(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables among these that configure engines, for the record of what was measured."""
+    return {name: value for name, value in sorted(environment.items()) if name.startswith(ENGINES_OWN)}
 
 
 def _follow(

@@ -21,8 +21,14 @@ from typing import Any
 
 FIELDS = {"VmRSS": "rss", "RssAnon": "rss_anon", "RssFile": "rss_file", "RssShmem": "rss_shared"}
 CONDITIONS = (
-    "others_cores", "stolen_fraction", "clock_hz", "throttled", "gpu_clock_hz", "gpu_throttled", "gpu_strangers",
-)  # fmt: skip
+    "others_cores",
+    "stolen_fraction",
+    "clock_hz",
+    "throttled",
+    "gpu_clock_hz",
+    "gpu_throttled",
+    "gpu_strangers",
+)
 CONDITIONS_S = 1.0
 """Seconds between two looks at clocks and load; they cost more than one at memory."""
 BUSY_CORES = 0.25

@@ -18,25 +18,27 @@ few dozen lines), and one table a backend (the question is which backend, too).
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
-from workbench.errors import UserError, unknown
-from workbench.records import Evaluation, Row, Task, digest, to_json
-from workbench.report import metrics, statistics
-from workbench.report.statistics import Estimate
+from workbench.errors import UserError
+from workbench.records import Evaluation, Row, Task
+from workbench.report import estimates as statistics
+from workbench.report import metrics, speeds
+from workbench.report.estimates import Estimate
+from workbench.report.selection import (
+    BASE,
+    age_of,
+    comparable_rows,
+    evaluation_digest,
+    in_order,
+    latest_of_each_pair,
+    like_evaluation,
+    named_rows,
+    of_recipe,
+)
 from workbench.report.store import machine_of
-
-OF_QUALITY = ("perplexity", *metrics.OF_THE_REFERENCE, "bits_per_byte")
-"""The metrics that an evaluation set gives."""
-
-BASE = "base"
-"""The method of the unquantized model."""
 
 
 @dataclass(frozen=True)
@@ -148,18 +150,18 @@ def build(
     notes: list[str] = []
     own = list(rows)
     if machine is not None:
-        own = _named(own, "machine", machine, machine_of)
+        own = named_rows(own, "machine", machine, machine_of)
     if recipe is not None:
-        own = _named(own, "recipe", recipe, lambda row: row.recipe)
+        own = named_rows(own, "recipe", recipe, lambda row: row.recipe)
     if evaluation is not None:
-        own = _named(own, "evaluation", evaluation, _evaluation_digest)
-    lead = max(own, key=_age)
-    rows = _of_recipe(rows, own) if recipe is not None else list(rows)
-    rows = _like(rows, lead, "machine", machine_of, notes)
-    rows = _like(rows, lead, "measurement version", lambda row: str(row.measurement_version), notes)
-    rows = _like_evaluation(rows, lead, notes)
-    rows = _latest_of_each_pair(rows, notes)
-    rows = _ordered(rows)
+        own = named_rows(own, "evaluation", evaluation, evaluation_digest)
+    lead = max(own, key=age_of)
+    rows = of_recipe(rows, own) if recipe is not None else list(rows)
+    rows = comparable_rows(rows, lead, "machine", machine_of, notes)
+    rows = comparable_rows(rows, lead, "measurement version", lambda row: str(row.measurement_version), notes)
+    rows = like_evaluation(rows, lead, notes)
+    rows = latest_of_each_pair(rows, notes)
+    rows = in_order(rows)
 
     footnotes: dict[str, int] = {}
     lines, floors = _lines(rows, footnotes)
@@ -183,54 +185,9 @@ def build(
     )
 
 
-def objects(table: Table) -> list[dict[str, Any]]:
-    """One flat object a line: SI units, None where not measured, never NaN.
-
-    `*_ci` are pairs (95 %, of the median), `*_se` one standard error. `evaluations` has the quality on further sets by
-    name, under the keys of the first; `tasks` accuracies by name, None for what a row was not asked.
-    """
-    found = []
-    for place, line in enumerate(table.lines):
-        record = _object(line)
-        record["evaluations"] = {name: _quality(each.lines[place]) for name, each in table.further.items()}
-        record["tasks"] = {name: _score(line.tasks.get(name), task) for name, task in table.tasks.items()}
-        found.append(record)
-    return found
-
-
-def _quality(line: Line) -> dict[str, Any]:
-    """What `_object` says of quality."""
-    test = line.row.evaluation
-    return {
-        **{name: line.values[name] for name in OF_QUALITY},
-        **{f"{name}_se": error for name, error in line.errors.items()},
-        "perplexity_delta": line.delta.value if line.delta else None,
-        "perplexity_delta_se": line.delta.se if line.delta else None,
-        "below_noise_floor": line.below_noise_floor,
-        "nonfinite_tokens": metrics.nonfinite(line.row),
-        "evaluation_digest": test.digest if test else None,
-        "window": test.window if test else None,
-        "score": test.score if test else None,
-        "scored_tokens": test.scored_tokens if test else None,
-    }
-
-
-def _score(score: Score | None, task: Task) -> dict[str, Any]:
-    delta = score.delta if score else None
-    return {
-        "accuracy": score.accuracy.value if score else None,
-        "accuracy_se": score.accuracy.se if score else None,
-        "accuracy_delta": delta.value if delta else None,
-        "accuracy_delta_se": delta.se if delta else None,
-        "below_noise_floor": score.below_noise_floor if score else None,
-        "items": score.accuracy.windows if score else None,
-        "task_digest": task.digest,
-    }
-
-
 def workload(row: Row) -> tuple[int, int, int]:
     """Prompt tokens, new tokens and batch that the row's speed columns are about."""
-    point = metrics.headline(row) or row.workload
+    point = speeds.headline(row) or row.workload
     return point.prompt_tokens, point.new_tokens, point.batch
 
 
@@ -248,44 +205,6 @@ def quality_missing(row: Row) -> str | None:
     if isinstance(source, dict) and source.get("config"):
         return "no quality: the base has random weights of a given shape, so only speed and memory mean anything"
     return "no quality: the recipe has no evaluation" if row.evaluation is None else None
-
-
-def _object(line: Line) -> dict[str, Any]:
-    row = line.row
-    prompt_tokens, new_tokens, batch = workload(row)
-    return {
-        "machine": machine_of(row),
-        "recipe": row.recipe,
-        "base": row.base,
-        "variant": row.artifact.variant,
-        "method": row.artifact.method,
-        "format": row.artifact.format,
-        "backend": row.backend,
-        "device": device(row),
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "batch": batch,
-        **line.values,
-        **{f"{name}_se": error for name, error in line.errors.items()},
-        "perplexity_delta": line.delta.value if line.delta else None,
-        "perplexity_delta_se": line.delta.se if line.delta else None,
-        "below_noise_floor": line.below_noise_floor,
-        "nonfinite_tokens": metrics.nonfinite(row),
-        "points": {
-            point.name: {"median": point.median, "ci": list(point.interval) if point.interval else None}
-            for point in metrics.points(row)
-        },
-        "quality_missing": quality_missing(row),
-        "prefill_tok_s_ci": list(line.prefill_interval) if line.prefill_interval else None,
-        "decode_tok_s_ci": list(line.decode_interval) if line.decode_interval else None,
-        "warnings": list(line.warnings),
-        "error": row.error,
-        "unsupported": row.unsupported,
-        "evaluation": row.evaluation.name if row.evaluation else None,
-        "evaluation_digest": row.evaluation.digest if row.evaluation else None,
-        "started_at": row.started_at,
-        "key": row.key,
-    }
 
 
 def _lines(rows: Sequence[Row], footnotes: dict[str, int]) -> tuple[tuple[Line, ...], tuple[NoiseFloor, ...]]:
@@ -336,7 +255,7 @@ def _values(row: Row, reference: str | None) -> dict[str, float | None]:
 def _references(rows: Sequence[Row]) -> dict[str, str]:
     """The reference that divergences of each base are from: that of the newest row compared with any."""
     found = {}
-    for row in sorted(rows, key=_age):
+    for row in sorted(rows, key=age_of):
         digest_of = metrics.reference(row)
         if digest_of:
             found[row.base] = digest_of
@@ -354,9 +273,13 @@ def _below(delta: Estimate | None, floor: NoiseFloor | None) -> bool | None:
 
 
 def _line(
-    row: Row, values: dict[str, float | None], rows: Sequence[Row], reference: str | None,
-    floors: Sequence[NoiseFloor], footnotes: dict[str, int],
-) -> Line:  # fmt: skip
+    row: Row,
+    values: dict[str, float | None],
+    rows: Sequence[Row],
+    reference: str | None,
+    floors: Sequence[NoiseFloor],
+    footnotes: dict[str, int],
+) -> Line:
     base = _base_of(row, rows)
     delta = metrics.perplexity_delta(row, base) if base else None
     warnings = _warnings(row, values["perplexity"], base, delta)
@@ -376,8 +299,8 @@ def _line(
         },
         delta=delta,
         below_noise_floor=_below(delta, next((floor for floor in floors if floor.base == row.base), None)),
-        prefill_interval=metrics.prefill_interval(row),
-        decode_interval=metrics.decode_interval(row),
+        prefill_interval=speeds.prefill_interval(row),
+        decode_interval=speeds.decode_interval(row),
         warnings=warnings,
         footnotes=tuple(footnotes.setdefault(text, len(footnotes) + 1) for text in reasons if text),
     )
@@ -432,110 +355,6 @@ def _noise_floors(rows: Sequence[Row], values: Sequence[dict[str, float | None]]
             found = tuple(divergences.get(base, ()))
             floors.append(NoiseFloor(base, tuple(by_backend), min(every), max(every), found))
     return tuple(floors)
-
-
-def _named(rows: list[Row], thing: str, wanted: str, name: Callable[[Row], str]) -> list[Row]:
-    kept = [row for row in rows if name(row) == wanted]
-    if not kept:
-        raise unknown(thing, wanted, (name(row) for row in rows if name(row)), "results")
-    return kept
-
-
-def _of_recipe(rows: Sequence[Row], own: Sequence[Row]) -> list[Row]:
-    """A recipe's own rows, and its bases' rows from other recipes: work done once is not done again."""
-    recipe, bases = own[0].recipe, {row.base for row in own}
-    return [row for row in rows if row.recipe == recipe or (row.artifact.method == BASE and row.base in bases)]
-
-
-def _like(rows: list[Row], lead: Row, thing: str, name: Callable[[Row], str], notes: list[str]) -> list[Row]:
-    """The rows that agree with `lead` in what `name` says; the others are counted in a note."""
-    others = Counter(name(row) for row in rows if name(row) != name(lead))
-    if others:
-        notes.append(_left_out(sum(others.values()), f"of another {thing} ({', '.join(others)})"))
-    return [row for row in rows if name(row) == name(lead)]
-
-
-def _like_evaluation(rows: list[Row], lead: Row, notes: list[str]) -> list[Row]:
-    """The rows scored on the tokens of `lead`, and those of the same bases that were to be scored on none."""
-    wanted = _evaluation_digest(lead)
-    bases = {row.base for row in rows if wanted and _evaluation_digest(row) == wanted} or {lead.base}
-    kept: list[Row] = []
-    others: list[Row] = []
-    for row in rows:
-        own = _evaluation_digest(row)
-        comparable = own == wanted if own else row.base in bases
-        (kept if comparable else others).append(row)
-    if others:
-        names = dict.fromkeys(
-            f"{row.evaluation.name} {row.evaluation.digest}" if row.evaluation else row.base for row in others
-        )
-        notes.append(_left_out(len(others), f"of another evaluation or base ({', '.join(names)})"))
-    return kept
-
-
-def _evaluation_digest(row: Row) -> str:
-    return row.evaluation.digest if row.evaluation else ""
-
-
-def _latest_of_each_pair(rows: list[Row], notes: list[str]) -> list[Row]:
-    pairs: dict[str, Row] = {}
-    measured: dict[str, Row] = {}
-    for row in rows:
-        # An option at its engine's default is null, and absent from rows that are older than the option.
-        chosen = {key: value for key, value in row.options.items() if value is not None}
-        name = digest([row.base, row.artifact.variant, row.backend, chosen, to_json(row.workload)])
-        if name not in pairs or _age(row) >= _age(pairs[name]):
-            pairs[name] = row
-        if row.measurement and (name not in measured or _age(row) >= _age(measured[name])):
-            measured[name] = row
-    for name, row in pairs.items():
-        good = measured.get(name)
-        if row.error and good and good.artifact.digest == row.artifact.digest:
-            pairs[name] = good
-            notes.append(
-                f"{row.artifact.variant} on {row.backend} was tried again and failed ({row.error}): what was measured "
-                "before is shown"
-            )
-    if len(pairs) < len(rows):
-        notes.append(_left_out(len(rows) - len(pairs), "superseded by a later one of the same variant and backend"))
-    return list(pairs.values())
-
-
-def _left_out(count: int, why: str) -> str:
-    return f"{count} row{'s' if count > 1 else ''} not shown: {why}"
-
-
-def _ordered(rows: list[Row]) -> list[Row]:
-    """Bases first, then variants and backends as their recipe has them, whatever order they were measured in."""
-    recipes = _places(row.recipe for row in rows)
-    rows = sorted(rows, key=lambda row: (recipes[row.recipe], row.place))
-    bases, variants, backends = (
-        _places(row.base for row in rows),
-        _places(row.artifact.variant for row in rows),
-        _places(row.backend for row in rows),
-    )
-    return sorted(
-        rows,
-        key=lambda row: (
-            bases[row.base],
-            row.artifact.method != BASE,
-            variants[row.artifact.variant],
-            backends[row.backend],
-        ),
-    )
-
-
-def _places(names: Iterable[str]) -> dict[str, int]:
-    return {name: place for place, name in enumerate(dict.fromkeys(names))}
-
-
-def _age(row: Row) -> float:
-    """Seconds since 1970; a row without a readable time is the oldest."""
-    try:
-        moment = datetime.fromisoformat(row.started_at)
-    except ValueError:
-        return -math.inf
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _varying(rows: Sequence[Row]) -> tuple[Column, ...]:

@@ -4,6 +4,8 @@ Modules here import only the standard library and `workbench.records`/`workbench
 and torch are imported inside the functions that need them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -24,6 +24,8 @@ A backend speaks token ids only and holds no clock. `score` takes the reducer's 
 of yielding logits, because vLLM's logits are born in a process of its own, where the reducer must be built.
 """
 
+from __future__ import annotations
+
 import os
 
 BACKENDS = {

@@ -75,7 +75,7 @@ class Backend:
 
         import torch
 
-        from workbench.worker.quality import Reducer
+        from workbench.worker.scoring.reducer import Reducer
 
         vocab_size = json.loads(Path(spec["windows"]).read_text())["vocab_size"]
         reducer = Reducer(spec)
@@ -103,7 +103,7 @@ class Backend:
 
     def serve(self, prompts: list[list[int]], new_tokens: list[int], slots: int) -> Iterator[int]:
         """A token a step for every request that has a slot; a free one is filled at once."""
-        waiting, running = list(new_tokens), []
+        waiting, running = list(new_tokens), list[int]()
         while waiting or running:
             while waiting and len(running) < slots:
                 running.append(waiting.pop(0))

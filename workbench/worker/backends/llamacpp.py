@@ -80,7 +80,7 @@ class Backend:
         self._api = api = load_engine()
         # The binding's own makes a pointer object each time, which is slow in caches that a step has just emptied.
         address = ctypes.cast(api.llama_get_logits, ctypes.c_void_p).value
-        self._get_logits = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
+        self._get_logits = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address or 0)
         options, load = job.options, job.workload
         self._threads = options.get("threads") or len(os.sched_getaffinity(0))
         self._heard: list[str] = []
@@ -98,7 +98,8 @@ class Backend:
         self._context: Any = None
         self._batch: Any = None
         self._slots = self._room = 0
-        self._seen, self._view = (0, 0), None
+        self._seen = (0, 0)
+        self._view: Any = None
         generated = load.prompt_tokens + load.new_tokens - 1  # the last one is chosen, never fed
         self._first_point, self._point_lines = (load.batch, generated), list[str]()
         if job.longest_window:
@@ -193,7 +194,7 @@ class Backend:
 
     def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
         """Reduce each window's logits from its first scored position on."""
-        from workbench.worker.quality import Reducer
+        from workbench.worker.scoring.reducer import Reducer
 
         reducer = Reducer(spec)
         for index, ids, first in windows:
@@ -309,9 +310,11 @@ class Backend:
         ]
         cuda = bool(self._api.llama_supports_gpu_offload())
         return {
-            "threads": self._threads, "device": "cuda" if cuda else "cpu", "kv_cache": self._kv_cache,
+            "threads": self._threads,
+            "device": "cuda" if cuda else "cpu",
+            "kv_cache": self._kv_cache,
             "features": features,
-        }  # fmt: skip
+        }
 
     def close(self) -> None:
         """Free the context and the model."""

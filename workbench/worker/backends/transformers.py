@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from workbench.errors import install_with
 from workbench.records import Artifact, Job
-from workbench.worker import packed
+from workbench.worker.backends import packed
 
 PACKAGES = ("transformers", "torch")
 INSTALL = "pip install transformers accelerate"
@@ -112,9 +112,13 @@ class Backend:
         if dtype == "auto":
             dtype = "float32" if self._device == "cpu" else None
         loaded = packed.load(
-            path, self._format, dtype=dtype, device=self._device, attention=options.get("attention", "sdpa"),
+            path,
+            self._format,
+            dtype=dtype,
+            device=self._device,
+            attention=options.get("attention", "sdpa"),
             trust_remote_code=options.get("trust_remote_code", False),
-        )  # fmt: skip
+        )
         self._model = loaded.model
         self._packed = {"kernel": "workbench", "packed": loaded.packed, "unpacked": loaded.dense}
 
@@ -136,8 +140,8 @@ class Backend:
 
     def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
         """One forward a window; the head runs only on the positions that are scored."""
-        from workbench.worker import head
-        from workbench.worker.quality import Reducer
+        from workbench.worker.scoring import head
+        from workbench.worker.scoring.reducer import Reducer
 
         torch, reducer = self._torch, Reducer(spec)
         with torch.inference_mode(), head.in_float32(self._model) as widened:
@@ -187,7 +191,7 @@ class Backend:
         with torch.inference_mode():
             for ids, most in zip(prompts, new_tokens, strict=True):
                 cache = DynamicCache(config=self._model.config)
-                inputs, answer = torch.tensor([ids], device=self._device), []
+                inputs, answer = torch.tensor([ids], device=self._device), list[int]()
                 while len(answer) < most:
                     output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
                     inputs = output.logits[:, -1].argmax(dim=-1, keepdim=True)
@@ -199,7 +203,7 @@ class Backend:
 
     def spell(self, ids: list[int]) -> list[str | None] | None:
         """The tokens of the checkpoint's own tokenizer."""
-        from workbench.worker.corpus import checkpoint_spelling
+        from workbench.worker.tokens.spelling import checkpoint_spelling
 
         return checkpoint_spelling(self._path, ids)
 

@@ -74,7 +74,7 @@ class Extension:
 
     def workbench_begin(self, spec: dict[str, Any]) -> None:
         """Wrap the model's `compute_logits` so that a `Reducer` sees the logits of all scored rows, in float32."""
-        from workbench.worker.quality import Reducer
+        from workbench.worker.scoring.reducer import Reducer
 
         model = self.model_runner.model  # type: ignore[attr-defined]
         self._reducer, self._scored_in = Reducer(spec), ""
@@ -123,11 +123,11 @@ class Extension:
 
 
 def _wide(apply_head: Any) -> Any:
-    """vLLM's product with the head, but in float32 where that is a plain matrix (`worker/head.py`).
+    """vLLM's product with the head, but in float32 where that is a plain matrix (`worker/scoring/head.py`).
 
     Its own switch for it, `head_dtype`, is for the engine's whole life and holds the head twice on a CPU.
     """
-    from workbench.worker import head
+    from workbench.worker.scoring import head
 
     def apply(lm_head: Any, hidden_states: Any, embedding_bias: Any) -> Any:
         plain = type(lm_head.quant_method).__name__ in ("UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
@@ -236,9 +236,12 @@ class Backend:
         self._requests += 1
         name = f"workbench-{self._requests}"
         sampling = SamplingParams(
-            max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False,
+            max_tokens=new_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-        )  # fmt: skip
+        )
         self._llm.llm_engine.add_request(name, {"prompt_token_ids": ids}, sampling)
         return name
 
@@ -271,7 +274,7 @@ class Backend:
 
     def spell(self, ids: list[int]) -> list[str | None] | None:
         """The tokens of the checkpoint's own tokenizer."""
-        from workbench.worker.corpus import checkpoint_spelling
+        from workbench.worker.tokens.spelling import checkpoint_spelling
 
         return checkpoint_spelling(self._path, ids)
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.worker.architectures import LAYERS, WAY_OUT
+from workbench.worker.base.checkpoint import CONFIG_FILES, TOKENIZER_FILES
+from workbench.worker.base.saving import for_both_readers, write_json
 from workbench.worker.calibration.weights import Weights, derived
-from workbench.worker.checkpoint import CONFIG_FILES, TOKENIZER_FILES
 from workbench.worker.methods import group_sizes
-from workbench.worker.saving import for_both_readers, write_json
 
 SHARD_BYTES = 5_000_000_000
 COPY_BYTES = 64_000_000
@@ -108,7 +108,7 @@ class Checkpoint:
 
 def plan_of(weights: Weights, module: Any, options: Any) -> Plan:
     """The tensors that a method with these options makes of a weights."""
-    kept = {"float16": "F16", "bfloat16": "BF16"}[weights.architecture.dtype]
+    kept = {"float16": "F16", "bfloat16": "BF16"}[weights.architecture.family.dtype]
     linears = set(weights.architecture.linears)
     plan: Plan = {}
     for name in sorted(weights.files, key=_layer_order):
@@ -175,7 +175,7 @@ def finish(checkpoint: Checkpoint, weights: Weights, module: Any, options: Any) 
         if (weights.folder / name).is_file():
             shutil.copyfile(weights.folder / name, out / name)
     config = {key: value for key, value in weights.config.items() if key not in ("dtype", "torch_dtype")}
-    config["dtype"] = weights.architecture.dtype
+    config["dtype"] = weights.architecture.family.dtype
     quantization = module.quantization_config(options)
     config["quantization_config"] = quantization
     if weights.tied:

@@ -54,9 +54,12 @@ class Work:
         """Note that a layer is done and written; whoever is interrupted after this goes on with the next."""
         self.layer = layer + 1
         note = {
-            "key": self.key, "layer": self.layer, "seconds": self.seconds, "errors": self.errors,
+            "key": self.key,
+            "layer": self.layer,
+            "seconds": self.seconds,
+            "errors": self.errors,
             "warnings": self.warnings,
-        }  # fmt: skip
+        }
         fresh = self.folder / "progress.json.new"
         fresh.write_text(json.dumps(note), encoding="utf-8")
         os.replace(fresh, self.folder / "progress.json")
@@ -117,9 +120,16 @@ def key_of(payload: dict[str, Any], weights: Weights, device: Any, precision: st
     files = sorted(set(weights.files.values()))
     return digest(
         [
-            CALIBRATE_VERSION, payload["tokens_digest"], weights.config, precision, name_of(device),
-            torch.get_num_threads(), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            CALIBRATE_VERSION,
+            payload["tokens_digest"],
+            weights.config,
+            precision,
+            name_of(device),
+            torch.get_num_threads(),
+            [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
             [[v["name"], v["method"], v["options"]] for v in payload["variants"]],
-            payload["imatrix_out"] is not None, torch.__version__, transformers.__version__,
+            payload["imatrix_out"] is not None,
+            torch.__version__,
+            transformers.__version__,
         ]
-    )  # fmt: skip
+    )

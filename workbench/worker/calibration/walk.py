@@ -30,7 +30,7 @@ class Skeleton:
         self.device, self.windows = device, windows
         self.config = AutoConfig.from_pretrained(weights.folder)
         self.config.use_cache = False
-        attention = {"attn_implementation": weights.architecture.attention, "dtype": torch.float32}
+        attention = {"attn_implementation": weights.architecture.family.attention, "dtype": torch.float32}
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(self.config, **attention)
         self.layers = whole.model.layers
@@ -89,9 +89,15 @@ class Skeleton:
 
 
 def forward(
-    model: Skeleton, weights: Weights, index: int, tensors: dict[str, Any], hidden: Callable[[int], Any],
-    precision: str, seconds: dict[str, float], step: Callable[[float], None],
-) -> dict[str, Any]:  # fmt: skip
+    model: Skeleton,
+    weights: Weights,
+    index: int,
+    tensors: dict[str, Any],
+    hidden: Callable[[int], Any],
+    precision: str,
+    seconds: dict[str, float],
+    step: Callable[[float], None],
+) -> dict[str, Any]:
     """Push all tokens through a layer: its Gram matrices, float32 [in, in] on the device by a group's first linear.
 
     `hidden(n)` is layer n's input for all tokens, [tokens, hidden]; that of the next layer is written. `seconds`

@@ -13,7 +13,7 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.worker.architectures import LAYERS, WAY_OUT, Architecture, describe
-from workbench.worker.checkpoint import read_header
+from workbench.worker.base.checkpoint import read_header
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ keys), `FORMAT`, `default_name(options)`, `needs_calibration(options)` and `limi
 why that engine cannot load what these options make).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 

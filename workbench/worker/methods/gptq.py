@@ -23,21 +23,21 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.errors import UserError
-from workbench.worker.architectures import Group, Layer
+from workbench.worker.architectures import Layer
+from workbench.worker.methods.rounding import (
+    check_grid,
+    compensate,
+    group_aware_order,
+    output_power,
+    ratio,
+    row_slices,
+    search_grid,
+    singular,
+    stacked,
+)
 
 FORMAT = "gptq"
 NEEDS_CALIBRATION = True
-
-BLOCK = 128
-"""Columns between two large products that spread the error (the lazy batches of GPTQ)."""
-SUB_BLOCK = 16
-"""Columns between two products inside a block, so that a column's own step touches few rows."""
-CHUNK = 1024
-"""Output channels in one step of the scale search: with a group of 128 it stays in a core's cache."""
-
-TINY_SCALE = 2.0**-14
-"""The smallest normal float16. Below it kernels may flush a scale to zero and divide by it."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,6 @@ def needs_calibration(options: Options) -> bool:
 def check(options: Options) -> None:
     """Refuse, when the recipe is read, what no checkpoint of this format can hold."""
     check_grid("gptq", options.group_size, options.damping)
-
-
-def check_grid(method: str, group_size: int, damping: float) -> None:
-    """The checks that AWQ's and GPTQ's options share."""
-    if group_size != -1 and (group_size < 16 or group_size % 16):
-        raise UserError(
-            f"{method}: group_size {group_size} cannot be: take a multiple of 16 (32, 64, 128), or -1 for whole rows"
-        )
-    if not 0 <= damping < 1:
-        raise UserError(
-            f"{method}: damping {damping} is a fraction of the mean diagonal: take one from 0 to 1, such as 0.01"
-        )
 
 
 def limits(options: Options) -> dict[str, str]:
@@ -186,171 +174,6 @@ def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, 
     return tensors, errors, warnings
 
 
-# --- shared with AWQ ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where weights may lie: w = (code - zero) x scale, code in 0 ... levels - 1.
-
-    `scale` (float32, exact in float16) and `zero` (float32 integers) are [groups, out].
-    """
-
-    scale: Any
-    zero: Any
-    bits: int
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """`codes` uint8 [in, out], `error` float32 [out]: each output channel's e G e^T, and the damping it took."""
-
-    codes: Any
-    error: Any
-    damping: float
-
-
-def stacked(layer: Layer, group: Group) -> Any:
-    """The weights of a group's linear layers side by side, transposed: [in, sum of out], contiguous."""
-    import torch
-
-    key = ("stacked", group.linears)
-    if key not in layer.shared:
-        layer.shared[key] = torch.cat([layer.tensors[f"{name}.weight"] for name in group.linears]).t().contiguous()
-    return layer.shared[key]
-
-
-def row_slices(layer: Layer, group: Group) -> list[tuple[str, slice]]:
-    """Where each linear layer of a group lies in `stacked`'s second axis."""
-    found, start = [], 0
-    for name in group.linears:
-        stop = start + layer.tensors[f"{name}.weight"].shape[0]
-        found.append((name, slice(start, stop)))
-        start = stop
-    return found
-
-
-def output_power(layer: Layer, group: Group) -> Any:
-    """w G w^T of each output channel, [sum of out]; computed once for all variants."""
-    key = ("power", group.linears)
-    if key not in layer.shared:
-        layer.shared[key] = quadratic(stacked(layer, group), layer.grams[group.linears[0]])
-    return layer.shared[key]
-
-
-def ratio(part: Any, whole: Any) -> float:
-    """A share as a float; 0 where there is nothing to lose."""
-    whole = float(whole)
-    return max(float(part), 0.0) / whole if whole > 0 else 0.0
-
-
-def quadratic(columns: Any, gram: Any) -> Any:
-    """v^T G v of every column v: [in, n] and [in, in] -> [n]. G is symmetric, so its lower half is not read."""
-    import torch
-
-    total = torch.zeros(columns.shape[1], dtype=columns.dtype, device=columns.device)
-    step = 256
-    for start in range(0, gram.shape[0], step):
-        stop = start + step
-        here = columns[start:stop]
-        side = gram[start:stop, start:stop] @ here
-        if stop < gram.shape[0]:
-            side.addmm_(gram[start:stop, stop:], columns[stop:], alpha=2.0)
-        total += side.mul_(here).sum(0)
-    return total
-
-
-def search_grid(
-    weight: Any, gram: Any, size: int, bits: int, *, symmetric: bool, blocks: bool = False, lowest_zero: int = 1
-) -> Grid:
-    """The scale and zero of every group of `size` inputs, by search over shrunken ranges and a least-squares step.
-
-    `weight` [in, out], `gram` [in, in]. The error minimised is weighted by diag(G), or with `blocks` by G's
-    diagonal blocks (what rounding to nearest leaves; error feedback spreads the rest). Groups without any
-    weight or any input get scale 1. `lowest_zero` is 1 where the format stores zeros less one.
-    """
-    import torch
-
-    inputs, outputs = weight.shape
-    groups, top = inputs // size, 2**bits - 1
-    middle = float(2 ** (bits - 1))
-    scale = torch.empty(groups, outputs, dtype=torch.float32, device=weight.device)
-    zero = torch.empty_like(scale)
-    diagonal = gram.diagonal()
-    # With few levels the best range is far inside the largest weight.
-    shrinks = [1.0 - 0.08 * i for i in range(-1 if symmetric else 0, 6 if bits > 3 else 9)]
-    for index in range(groups):
-        inside = slice(index * size, (index + 1) * size)
-        block = gram[inside, inside].contiguous() if blocks else None
-        importance = diagonal[inside]
-        for start in range(0, outputs, CHUNK):
-            part = weight[inside, start : start + CHUNK]
-            low, high = part.amin(0).clamp_(max=0), part.amax(0).clamp_(min=0)
-            best_scale, best_zero = _search(
-                part, block, importance, low, high, shrinks, top, middle, symmetric, lowest_zero
-            )
-            empty = (high - low) <= 0
-            scale[index, start : start + CHUNK] = torch.where(empty, torch.ones_like(low), best_scale)
-            zero[index, start : start + CHUNK] = torch.where(empty, torch.full_like(low, middle), best_zero)
-    return Grid(scale, zero, bits)
-
-
-def _search(
-    part: Any, block: Any, importance: Any, low: Any, high: Any, shrinks: list[float], top: int, middle: float,
-    symmetric: bool, lowest_zero: int,
-) -> tuple[Any, Any]:  # fmt: skip
-    """The best scale and zero of one group of inputs, [out] each: coarse, then finer, then two least-squares steps."""
-    import torch
-
-    work, codes = torch.empty_like(part), torch.empty_like(part)
-    reach = torch.maximum(-low, high) / middle if symmetric else (high - low) / top
-    error, shrink = torch.full_like(low, math.inf), torch.ones_like(low)
-    scale, zero = torch.ones_like(low), torch.full_like(low, middle)
-
-    def encode(scale: Any, zero: Any) -> None:
-        torch.div(part, scale, out=work)
-        torch.round(work, out=codes)
-        if symmetric:
-            codes.clamp_(-middle, top - middle)
-        else:
-            torch.clamp(codes, -zero, top - zero, out=codes)
-
-    def consider(new_scale: Any, new_zero: Any, new_shrink: Any) -> None:
-        nonlocal error, shrink, scale, zero
-        encode(new_scale, new_zero)
-        work.sub_(codes)
-        found = (block @ work).mul_(work).sum(0) if block is not None else importance @ work.mul_(work)
-        found.mul_(new_scale).mul_(new_scale)
-        better = found < error
-        error, shrink = torch.where(better, found, error), torch.where(better, new_shrink, shrink)
-        scale, zero = torch.where(better, new_scale, scale), torch.where(better, new_zero, zero)
-
-    def shrunk(by: Any) -> None:
-        new_scale = as_half(reach * by)
-        new_zero = zero if symmetric else (low * -by / new_scale).round_().clamp_(lowest_zero, top)
-        consider(new_scale, new_zero, by)
-
-    for factor in shrinks:
-        shrunk(torch.full_like(low, factor))
-    coarse = shrink
-    for step in (0.04, -0.04):
-        shrunk(coarse + step)
-    for _ in range(2):
-        # The best scale for the codes just found; rounding again with it is kept only where it is better.
-        encode(scale, zero)
-        weighted = block @ codes if block is not None else codes * importance[:, None]
-        fitted = (weighted * part).sum(0) / weighted.mul_(codes).sum(0)
-        consider(as_half(torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, scale)), zero, shrink)
-    return scale, zero
-
-
-def as_half(scale: Any) -> Any:
-    """Rounded to what the checkpoint can store, never below the smallest normal float16."""
-    import torch
-
-    return scale.clamp(min=TINY_SCALE, max=65504.0).to(torch.float16).to(torch.float32)
-
-
 def column_order(gram: Any, size: int, options: Options) -> Any:
     """The order in which columns are rounded: the most important first, groups kept together unless act-order."""
     import torch
@@ -361,129 +184,6 @@ def column_order(gram: Any, size: int, options: Options) -> Any:
     if options.order == "natural":
         return torch.arange(gram.shape[0], device=gram.device)
     return group_aware_order(diagonal, size)
-
-
-def group_aware_order(diagonal: Any, size: int) -> Any:
-    """Groups by their largest entry, entries inside a group by size; [in] -> permutation [in]."""
-    import torch
-
-    table = diagonal.view(-1, size)
-    inside = torch.argsort(table, dim=1, descending=True, stable=True)
-    groups = torch.argsort(table.amax(1), descending=True, stable=True)
-    return (inside + torch.arange(table.shape[0], device=table.device)[:, None] * size)[groups].reshape(-1)
-
-
-def nearest(weight: Any, grid: Grid) -> tuple[Any, Any]:
-    """Codes (uint8) of the nearest grid points and the error W - Q, both [in, out]."""
-    import torch
-
-    inputs, outputs = weight.shape
-    groups = grid.scale.shape[0]
-    size, top = inputs // groups, 2**grid.bits - 1
-    codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight.device)
-    error = torch.empty_like(weight)
-    for index in range(groups):
-        inside = slice(index * size, (index + 1) * size)
-        scale, zero = grid.scale[index], grid.zero[index]
-        code = torch.div(weight[inside], scale).round_().add_(zero).clamp_(0, top)
-        codes[inside] = code.to(torch.uint8)
-        torch.sub(weight[inside], code.sub_(zero).mul_(scale), out=error[inside])
-    return codes, error
-
-
-def singular(where: str, damping: float) -> str:
-    """The warning that a factorisation needed more damping than was asked for."""
-    return f"{where}: the Gram matrix is singular; damping raised to {damping:g}"
-
-
-def compensate(
-    weight: Any, gram: Any, grid: Grid, group_of: Any, order: Any, damping: float, where: str = "a layer"
-) -> Rounded:
-    """Round columns in `order`, each taking up the error of those before it (module docstring).
-
-    `weight` [in, out], `gram` [in, in], `group_of` [in]: the grid's row for each input, `order` a permutation.
-    Inputs that never fire have no say and get a unit diagonal. If the factorisation fails, the damping is raised
-    tenfold until it works; past 1 that is a `UserError`, which begins with `where`.
-    """
-    import torch
-
-    inputs, outputs = weight.shape
-    top = float(2**grid.bits - 1)
-    upper, spread, damping = _factor(gram[order][:, order], damping, where)
-    sorted_weight = weight[order]
-    error = torch.empty_like(sorted_weight)
-    residual = torch.empty_like(sorted_weight)
-    codes = torch.empty_like(sorted_weight)
-    rows = group_of[order].tolist()
-    last = -1
-    scale = zero = inverse = None
-    for block in range(0, inputs, BLOCK):
-        block_end = min(block + BLOCK, inputs)
-        target = sorted_weight[block:block_end].clone()
-        if block:
-            target.addmm_(upper[:block, block:block_end].t(), error[:block])
-        for sub in range(block, block_end, SUB_BLOCK):
-            sub_end = min(sub + SUB_BLOCK, block_end)
-            if sub > block:
-                target[sub - block : sub_end - block].addmm_(upper[block:sub, sub:sub_end].t(), error[block:sub])
-            for k in range(sub, sub_end):
-                if rows[k] != last:
-                    last = rows[k]
-                    scale, zero = grid.scale[last], grid.zero[last]
-                    inverse = 1.0 / scale
-                wanted = target[k - block]
-                if k > sub:
-                    wanted.addmv_(error[sub:k].t(), upper[sub:k, k])
-                code = codes[k]
-                torch.mul(wanted, inverse, out=code)
-                code.add_(zero).round_().clamp_(0.0, top)
-                value = torch.sub(code, zero).mul_(scale)
-                torch.sub(wanted, value, out=residual[k])
-                torch.sub(sorted_weight[k], value, out=error[k])
-    squared = residual.mul_(residual)
-    channel_error = spread @ squared
-    back = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight.device)
-    back[order] = codes.to(torch.uint8)
-    if damping:
-        # The factored matrix was damped; what the damping alone contributed is not error.
-        diagonal = gram.diagonal()
-        live = diagonal > 0
-        share = damping * float(diagonal[live].mean()) if bool(live.any()) else 0.0
-        live_error = error[live[order]]
-        channel_error = channel_error - share * live_error.mul_(live_error).sum(0)
-    return Rounded(back, channel_error, damping)
-
-
-def _factor(gram: Any, damping: float, where: str) -> tuple[Any, Any, float]:
-    """U (unit upper triangular), D (vector) with G + damping = U D U^T, and the damping it took."""
-    import torch
-
-    diagonal = gram.diagonal()
-    dead = diagonal <= 0
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    tried = damping
-    while True:
-        # Flipping both axes turns the lower factor into the upper one.
-        damped = gram.flip(0, 1)
-        damped.diagonal().add_(tried * mean)
-        damped.diagonal()[dead.flip(0)] = mean
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed) and bool(torch.isfinite(factor.diagonal()).all()):
-            break
-        tried = max(tried * 10, 1e-4)
-        if tried > 1:
-            raise UserError(
-                f"{where}: the Gram matrix cannot be factored even with damping 1: the calibration activations are "
-                "not usable; take more or other calibration text"
-            )
-    del damped
-    upper = factor.flip(0, 1)
-    del factor
-    root = upper.diagonal().clone()
-    upper.div_(root)
-    spread = root * root
-    spread[dead] = 0.0
-    return upper, spread, tried
 
 
 def pack(codes: Any, bits: int) -> Any:

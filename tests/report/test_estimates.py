@@ -1,0 +1,213 @@
+"""The estimators against closed forms, and the intervals against what they claim."""
+
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+
+from workbench.report import estimates as statistics
+
+
+def quality(nlls, klds=None, tops=None, dps=None):
+    """A quality dictionary of per-window lists, None for an excluded token."""
+    windows = []
+    for i, nll in enumerate(nlls):
+        finite = [v for v in nll if v is not None]
+        window = {
+            "count": len(finite),
+            "nonfinite": len(nll) - len(finite),
+            "nll_sum": sum(finite),
+            "nll": nll,
+        }
+        if klds is not None:
+            kept = [v for v in klds[i] if v is not None]
+            window |= {
+                "kld": klds[i],
+                "kld_count": len(kept),
+                "kld_sum": sum(kept),
+                "kld_low_sum": 0.95 * sum(kept),
+                "same_top_sum": sum(tops[i]),
+                "dp_square_sum": sum(d * d for d in dps[i]),
+            }
+        windows.append(window)
+    return {"windows": windows}
+
+
+def correlated(rng, windows, tokens, spread=0.4):
+    """Per-window nll: a level shared by the window, and noise; and a variant's, which shares both but for a
+    little."""
+    base, variant = [], []
+    for _ in range(windows):
+        level, extra = rng.gauss(2.5, spread), rng.gauss(0.05, 0.03)
+        base.append([max(0.0, level + rng.gauss(0, 1.0)) for _ in range(tokens)])
+        variant.append([max(0.0, x + extra + rng.gauss(0, 0.15)) for x in base[-1]])
+    return base, variant
+
+
+def test_perplexity_of_equal_tokens():
+    found = statistics.perplexity(quality([[math.log(7.0)] * 5] * 4))
+    assert found.value == pytest.approx(7.0)
+    assert found.se == pytest.approx(0.0, abs=1e-12)
+    assert found.windows == 4
+
+
+def test_clustered_error_by_hand():
+    # Two windows of two tokens with means 1 and 3: R = 2, residuals -2 and 2, Var = 2 * 8 / 16 = 1.
+    found = statistics.perplexity(quality([[1.0, 1.0], [3.0, 3.0]]))
+    assert found.value == pytest.approx(math.exp(2))
+    assert found.se == pytest.approx(math.exp(2) * 1.0)
+
+
+def test_a_broken_model_still_makes_json():
+    found = statistics.summarise(quality([[2000.0, 3000.0], [2500.0, 100.0]]), quality([[1.0, 2.0], [1.0, 2.0]]))
+    assert math.isfinite(found["perplexity_se"])
+    assert math.isfinite(found["perplexity_delta_se"])
+
+
+def test_one_window_has_no_error():
+    assert statistics.perplexity(quality([[1.0, 2.0]])).se is None
+    assert statistics.interval(statistics.perplexity(quality([[1.0, 2.0]]))) is None
+
+
+def test_error_of_the_difference_is_that_of_the_linearised_difference():
+    rng = random.Random(3)
+    base, variant = correlated(rng, 60, 40)
+    q, base_q = quality(variant), quality(base)
+    delta = statistics.perplexity_delta(q, base_q)
+    assert delta.value == pytest.approx(statistics.perplexity(q).value - statistics.perplexity(base_q).value)
+    assert delta.se < 0.2 * statistics.perplexity(q).se
+    # Against the jackknife over windows, which linearises nothing.
+    left_out = []
+    for i in range(60):
+        rest = [quality(side[:i] + side[i + 1 :]) for side in (variant, base)]
+        left_out.append(statistics.perplexity(rest[0]).value - statistics.perplexity(rest[1]).value)
+    mean = sum(left_out) / 60
+    jackknife = math.sqrt(59 / 60 * sum((x - mean) ** 2 for x in left_out))
+    assert delta.se == pytest.approx(jackknife, rel=0.05)
+
+
+def test_the_same_model_differs_by_nothing():
+    base, _ = correlated(random.Random(1), 5, 10)
+    delta = statistics.perplexity_delta(quality(base), quality(base))
+    assert (delta.value, delta.se) == (0.0, 0.0)
+
+
+def test_pairs_only_tokens_finite_in_both():
+    delta = statistics.perplexity_delta(
+        quality([[1.0, None, 2.0], [1.0, 1.0, 1.0]]), quality([[1.0, 9.0, 2.0], [1.0, 1.0, None]])
+    )
+    assert delta.value == pytest.approx(0.0)
+    bare = quality([[1.0, None], [2.0, 2.0], [3.0, 3.0]])
+    for window in bare["windows"]:
+        del window["nll"]
+    without = statistics.perplexity_delta(bare, quality([[5.0, 5.0], [2.0, 2.0], [3.0, 3.0]]))
+    assert (without.value, without.windows) == (0.0, 2)
+
+
+def test_refuses_other_evaluations():
+    with pytest.raises(ValueError, match="not the same evaluation"):
+        statistics.perplexity_delta(quality([[1.0]]), quality([[1.0], [2.0]]))
+    with pytest.raises(ValueError, match="window 0.*not the same evaluation"):
+        statistics.perplexity_delta(quality([[1.0]]), quality([[1.0, 2.0]]))
+
+
+def test_summary_holds_every_metric_and_only_json():
+    import json
+
+    klds = [[i / 1000 for i in range(1, 501)], [i / 1000 for i in range(501, 1001)]]
+    tops = [[1] * 400 + [0] * 100, [1] * 500]
+    dps = [[0.03] * 500, [-0.04] * 500]
+    q = quality([[1.0] * 500, [2.0] * 500], klds, tops, dps)
+    found = statistics.summarise(q, quality([[1.0] * 500, [1.9] * 500]), scored_bytes=4000)
+    json.dumps(found, allow_nan=False)
+    assert found["kld_mean"] == pytest.approx(0.5005)
+    assert found["kld_low"] == pytest.approx(0.95 * 0.5005)
+    assert found["kld_p50"] == pytest.approx(0.5005)
+    assert found["kld_p99"] == pytest.approx(0.99001)
+    assert found["kld_p999"] == pytest.approx(0.999001)
+    assert found["kld_max"] == 1.0
+    assert found["top1_agreement"] == pytest.approx(0.9)
+    assert found["top1_agreement_se"] == pytest.approx(0.1)
+    assert found["rms_dp"] == pytest.approx(math.sqrt((0.0009 + 0.0016) / 2))
+    assert found["bits_per_byte"] == pytest.approx(1.5 * 1000 / 4000 / math.log(2))
+    assert found["nonfinite"] == 0
+    assert None not in found.values()
+
+
+def test_without_a_reference_there_is_no_divergence():
+    q = quality([[1.0], [2.0]])
+    assert statistics.divergence(q) is statistics.agreement(q) is statistics.rms_dp(q) is None
+    assert statistics.summarise(q)["kld_mean"] is None
+
+
+def test_nothing_finite_says_nothing():
+    found = statistics.summarise(quality([[None, None], [None, None]]), quality([[1.0, 1.0], [1.0, 1.0]]), 10)
+    assert found.pop("nonfinite") == 4
+    assert set(found.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("p", "degrees", "tabled"),
+    [
+        (0.975, 1, 12.706),
+        (0.975, 2, 4.303),
+        (0.975, 3, 3.182),
+        (0.975, 9, 2.262),
+        (0.975, 19, 2.093),
+        (0.995, 4, 4.604),
+    ],
+)
+def test_t_quantile_is_the_table_s(p, degrees, tabled):
+    assert statistics.t_quantile(p, degrees) == pytest.approx(tabled, rel=5e-3)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "perplexity_delta", "kld_mean", "top1_agreement", "rms_dp"])
+def test_intervals_of_random_halves_cover_the_whole_as_often_as_they_claim(metric):
+    """1,000 random halves of 80 windows; a half of a finite set errs by sqrt(1 - 1/2) of the stated error."""
+    rng = random.Random(11)
+    windows, tokens, draws = 80, 30, 1000
+    base, variant = correlated(rng, windows, tokens)
+    klds, tops, dps = [], [], []
+    for _ in range(windows):
+        level = rng.lognormvariate(-3, 0.4)
+        klds.append([level * rng.expovariate(1) for _ in range(tokens)])
+        share = min(1.0, rng.betavariate(18, 2))
+        tops.append([int(rng.random() < share) for _ in range(tokens)])
+        dps.append([rng.gauss(0, math.sqrt(level)) for _ in range(tokens)])
+    q, base_q = quality(variant, klds, tops, dps), quality(base)
+
+    def estimate(chosen):
+        part = {"windows": [q["windows"][i] for i in chosen]}
+        if metric == "perplexity_delta":
+            return statistics.perplexity_delta(part, {"windows": [base_q["windows"][i] for i in chosen]})
+        if metric == "kld_mean":
+            return statistics.divergence(part)["mean"]
+        return getattr(statistics, {"top1_agreement": "agreement"}.get(metric, metric))(part)
+
+    truth = estimate(range(windows)).value
+    covered = naive = 0
+    for _ in range(draws):
+        chosen = rng.sample(range(windows), windows // 2)
+        found = estimate(chosen)
+        found = found._replace(se=found.se * math.sqrt(0.5))
+        low, high = statistics.interval(found)
+        covered += low <= truth <= high
+        if metric == "perplexity":
+            # What independence of tokens would claim: the same, from tokens instead of windows.
+            flat = [v for i in chosen for v in q["windows"][i]["nll"]]
+            mean = sum(flat) / len(flat)
+            se = math.exp(mean) * math.sqrt(0.5 * sum((v - mean) ** 2 for v in flat) / (len(flat) - 1) / len(flat))
+            naive += abs(found.value - truth) <= 1.96 * se
+    # 0.95 with a binomial error of 0.007; the skew of a perplexity costs a percent.
+    assert 0.93 <= covered / draws <= 0.97
+    if metric == "perplexity":
+        assert naive / draws < 0.80, "the correlation inside windows must matter, or the test shows nothing"
+
+
+def test_imports_no_engine():
+    code = "import sys, workbench.report.estimates; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,1 @@
+"""What others see of an artifact: its model card, its licence, its upload to the hub."""

@@ -1,0 +1,152 @@
+"""A model card: the front matter that the hub reads, the measured table, and where the files come from.
+
+The numbers are those of stored rows, the words those of `formats.py`; nothing is claimed that was not measured. The
+front matter is written as JSON, which is YAML, so that no name can break out of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from workbench.errors import UserError, unknown
+from workbench.hub.licences import licence as known_licence
+from workbench.hub.licences import refusal
+from workbench.records import Row
+from workbench.report.formats.markdown import markdown
+from workbench.report.selection import BASE
+from workbench.report.store import machine_of
+from workbench.report.table import build
+from workbench.report.verdicts import recommend
+
+LIBRARIES = {"gguf": "gguf", "awq": "transformers", "gptq": "transformers"}
+"""What opens an artifact's format, in the hub's words."""
+
+
+def find(rows: Sequence[Row], variant: str, recipe: str | None = None) -> Row:
+    """The newest row with an artifact of that variant. Raises `UserError` with the nearest name."""
+    own = [row for row in rows if row.artifact.path and recipe in (None, row.recipe)]
+    made = [row for row in own if row.artifact.variant == variant and row.artifact.method != BASE]
+    if not made:
+        raise unknown(
+            "variant", variant, {row.artifact.variant for row in own if row.artifact.method != BASE}, "results"
+        )
+    models = {row.base for row in made}
+    if len(models) > 1:
+        raise UserError(
+            f"{variant} is there of {len(models)} bases ({', '.join(sorted(models))}): name one with --recipe"
+        )
+    return max(made, key=lambda row: (row.measurement is not None, row.started_at))
+
+
+def base_model(row: Row) -> str | None:
+    """The base's name on the hub, if it came from there."""
+    source = row.artifact.provenance.get("source") or {}
+    return source.get("hub")
+
+
+def front_matter(row: Row, licence: str | None, author: str = "") -> dict[str, Any]:
+    """What the hub reads of a card."""
+    base = base_model(row)
+    known = known_licence(licence)
+    found: dict[str, Any] = {}
+    if base:
+        found |= {"base_model": base, "base_model_relation": "quantized"}
+    if author:
+        found["quantized_by"] = author
+    if known and known.standard:
+        found["license"] = known.id
+    elif licence:
+        found |= {"license": "other", "license_name": licence}
+        if known:
+            found["license_link"] = known.link
+    found["library_name"] = LIBRARIES.get(row.artifact.format, "transformers")
+    found["pipeline_tag"] = "text-generation"
+    method = {"awq": ["awq", "4-bit"], "gptq": ["gptq"], "gguf": ["gguf"]}.get(row.artifact.format, [])
+    found["tags"] = ["quantized", *method, "workbench"]
+    return found
+
+
+def card(rows: Sequence[Row], row: Row, licence: str | None = None, author: str = "") -> str:
+    """The card of the artifact that `row` is of, with the rows of all engines beside the base's."""
+    artifact = row.artifact
+    base = base_model(row)
+    shown = [
+        each
+        for each in rows
+        if each.base == row.base
+        and machine_of(each) == machine_of(row)
+        and (each.artifact.digest == artifact.digest or (each.artifact.method == BASE and each.measurement))
+        and not each.unsupported
+    ]
+    matter = "\n".join(
+        f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front_matter(row, licence, author).items()
+    )
+    known = known_licence(licence)
+    bits = f"{artifact.bits_per_weight:.2f} bits a weight, " if artifact.bits_per_weight else ""
+    of = f"[{_text(base)}](https://huggingface.co/{_link(base)})" if base else _text(row.base)
+    lines = [
+        "---",
+        matter,
+        "---",
+        "",
+        f"# {_text(row.base)}, {_text(artifact.variant)}",
+        "",
+        f"A quantized form of {of}: {bits}{artifact.disk_bytes / 2**20:,.1f} MiB of weights, format {artifact.format}.",
+    ]
+    lines += [f"\n- {_text(warning)}" for warning in artifact.warnings]
+    command = recommend.serve(row)
+    if command:
+        name = artifact.path.rstrip("/").rpartition("/")[2]
+        shell = re.sub(r"(serve|--model) \S+", lambda found: f"{found[1]} {name}", command)
+        lines += ["", "```sh", shell.replace("`", "'"), "```"]
+    if any(each.measurement for each in shown):
+        lines += ["", "## Measured", "", markdown(build(shown)).strip()]
+    lines += ["", "## Where it comes from", ""]
+    lines += [f"- {name}: {_text(value)}" for name, value in _provenance(row) if value]
+    lines += ["", "## Licence", ""]
+    if known:
+        lines.append(f"The base is under the [{known.name}]({known.link}). It asks whoever passes this on to:")
+        lines += ["", *(f"- {ask}" for ask in known.asks)]
+    else:
+        reason = refusal(licence, row.base) or ""
+        lines.append(_text(reason[:1].upper() + reason[1:]))
+    return "\n".join(lines) + "\n"
+
+
+def _provenance(row: Row) -> list[tuple[str, str]]:
+    found = row.artifact.provenance
+    versions = found.get("versions") or {}
+    options = found.get("options") or {}
+    return [
+        ("method", f"{row.artifact.method}, {', '.join(f'{k} {v}' for k, v in options.items() if v is not None)}"),
+        ("base", f"digest {found.get('base', '')}, revision {found.get('revision') or 'not known'}"),
+        ("calibration tokens", str(found.get("calibration") or "none")),
+        ("recipe", f"{found.get('recipe', row.recipe)} ({found.get('recipe_digest', row.recipe_digest)})"),
+        ("made with", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("blocks", _encoder(found.get("encoder") or {})),
+        ("artifact", row.artifact.digest),
+    ]
+
+
+def _encoder(by: dict[str, Any]) -> str:
+    """Who made a GGUF's blocks; nothing for other formats, and for files from before there was a choice."""
+    if not by:
+        return ""
+    compared = (
+        f", {by['rows_equal']} of {by['rows_checked']} rows compared are llama.cpp's" if "rows_checked" in by else ""
+    )
+    return f"made by {by.get('name')} on {by.get('device')}{compared}"
+
+
+def _text(words: Any) -> str:
+    """Text that markdown and HTML show as it is, on one line."""
+    plain = "".join(mark if mark.isprintable() else " " for mark in str(words))
+    plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"[\\`*\[\]|]", r"\\\g<0>", plain)
+
+
+def _link(words: str) -> str:
+    return re.sub(r"[^\w./-]", "", words)

@@ -1,0 +1,100 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from typing import Any
+
+from workbench.plan.need import Need, Plan
+from workbench.records import to_json
+
+
+def objects(plan: Plan) -> list[dict[str, Any]]:
+    """One flat object a variant and engine, SI units, None where a pair cannot run."""
+    top = {
+        "recipe": plan.recipe,
+        "base": plan.model,
+        "device": plan.device,
+        "context_tokens": plan.context_tokens,
+        "batch": plan.batch,
+        "memory_bytes": plan.memory_bytes,
+    }
+    return [top | to_json(asdict(need)) for need in plan.needs]
+
+
+def json_text(plan: Plan) -> str:
+    """`objects` as a JSON list."""
+    return json.dumps(objects(plan), indent=2, allow_nan=False) + "\n"
+
+
+def terminal(plan: Plan) -> str:
+    """A table for people, with what does not fit, cannot run or falls back in footnotes."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    axis = any("kv_cache" in need.options and need.options["kv_cache"] not in (None, "auto") for need in plan.needs)
+    left = ["variant", "backend", *(["kv cache"] if axis else [])]
+    for heading in left:
+        grid.add_column(heading, no_wrap=True)
+    for heading in ("bpw", "disk", "weights", "KV cache", "workspace", "runtime", "need"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    grid.add_column("fits", no_wrap=True)
+    grid.add_column("note", no_wrap=True)
+    footnotes: dict[str, int] = {}
+    for need in plan.needs:
+        words = list(need.notes)
+        if need.unsupported:
+            words.append(need.unsupported)
+        if need.fallbacks:
+            words.append(_fallback_words(need))
+        if need.fits is False:
+            fitting = need.fits_context_tokens
+            words.append(f"a context of {fitting:,} tokens would fit" if fitting else "does not fit at any context")
+        marks = ",".join(str(footnotes.setdefault(word, len(footnotes) + 1)) for word in words)
+        sizes = (need.weights_bytes, need.kv_cache_bytes, need.workspace_bytes, need.runtime_bytes, need.need_bytes)
+        grid.add_row(
+            need.variant,
+            need.backend,
+            *([str(need.options.get("kv_cache") or "auto")] if axis else []),
+            f"{need.bits_per_weight:.2f}",
+            size_text(need.disk_bytes),
+            *map(size_text, sizes),
+            "cannot run" if need.unsupported else "yes" if need.fits else "NO",
+            marks,
+        )
+    sequences = " or ".join(dict.fromkeys(f"{point.batch} x {point.tokens:,}" for point in plan.points))
+    console = Console(highlight=False, width=160)
+    with console.capture() as captured:
+        console.print(
+            f"{plan.model}: {plan.parameters / 1e6:,.1f} million weights; {sequences} tokens; "
+            f"{size_text(plan.memory_bytes)} of {'GPU' if plan.device == 'cuda' else 'host'} memory\n"
+        )
+        console.print(grid)
+        console.print(f"\ndisk for all of it: {size_text(plan.disk_bytes)}, {size_text(plan.free_disk_bytes)} free")
+        if plan.disk_bytes > plan.free_disk_bytes:
+            console.print("  not enough: make room, or set WORKBENCH_HOME to a larger disk")
+        for text, number in footnotes.items():
+            console.print(f"[{number}] {text}", markup=False)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().split("\n")) + "\n"
+
+
+FORMATS = {"terminal": terminal, "json": json_text}
+
+
+def size_text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20)) if value >= 2**p or p == 20)
+    return f"{value / 2**power:.2f} {unit}" if power == 30 else f"{value / 2**power:.0f} {unit}"
+
+
+def _fallback_words(need: Need) -> str:
+    kinds: dict[str, int] = {}
+    for name in need.fallbacks:
+        kinds[re.sub(r"^blk\.\d+\.", "", name)] = kinds.get(re.sub(r"^blk\.\d+\.", "", name), 0) + 1
+    listed = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in kinds.items())
+    return f"{need.variant}: rows no multiple of 256, so another type for {listed}"

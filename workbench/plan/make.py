@@ -1,0 +1,182 @@
+"""What a recipe will need before any of it is made: bytes of weights, KV cache and workspace, and what fits.
+
+Pure arithmetic on a shape, which a worker reads from `config.json` and headers (`worker/base/headers.py`); no
+weights are fetched and nothing is loaded. Weights are exact (each method's layout, and llama.cpp's own rules of which
+tensor gets which type, in `mixtures.py`). The KV cache is
+
+    2 x layers x kv_heads x head_dim x tokens x bytes a value
+
+and the workspace what the widest step of a forward keeps at once. What an engine's libraries and an interpreter
+take beside that (`RUNTIME_BYTES`) is measured, not derived. `benchmarks/plan_vs_measured.py` compares a plan with
+stored rows.
+
+Rejected: a safety factor over everything. It would hide an error, and tell people to buy twice the memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+from typing import Any
+
+from workbench.errors import UserError, WorkFailed
+from workbench.home import home
+from workbench.machine import isolate
+from workbench.plan.formats import size_text
+from workbench.plan.need import Need, Plan, Point, need_of, stored_bytes
+from workbench.plan.tensors import shape_of
+from workbench.recipe.choices import BackendChoice
+from workbench.recipe.load import Recipe
+from workbench.records import Variant
+from workbench.shape import DTYPE_BYTES, Shape
+
+
+def make(
+    recipe: Recipe,
+    *,
+    memory_bytes: int | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    cuda: bool | None = None,
+    shape: Shape | None = None,
+) -> Plan:
+    """The plan of a recipe, for this machine unless told otherwise.
+
+    `context`: tokens of a sequence, prompt and new ones; `batch`: sequences at once; by default every point of the
+    workload is looked at. `shape`: the base's, where it was read before. Raises `UserError` for a context longer
+    than the model's, or a GPU that is not here.
+    """
+    from workbench.machine.identity import has_cuda, machine
+
+    here = machine()
+    cuda = has_cuda() if cuda is None else cuda
+    if memory_bytes is None:
+        if cuda and not here["gpus"]:
+            raise UserError("--device cuda: there is no GPU here; say how much memory it has: --memory 24GiB")
+        memory_bytes = min(gpu["memory_bytes"] for gpu in here["gpus"]) if cuda else here["memory_bytes"]
+    shape = shape or shape_of(_read(recipe), f"{recipe.path}: base")
+    load = recipe.workload
+    for value, name in ((context, "context"), (batch, "batch")):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: at least 1")
+    points = [Point(prompt_tokens + load.new_tokens, many, prompt_tokens) for prompt_tokens, many in load.points]
+    if load.requests:
+        points += [Point(load.prompt_tokens + load.longest_answer, many, load.prompt_tokens) for many in load.batches]
+    if context is not None or batch is not None:
+        tokens = load.longest if context is None else context
+        points = [Point(tokens, load.batch if batch is None else batch, min(max(load.prompts), tokens))]
+    longest = max(point.tokens for point in points)
+    check_context(longest, shape.context_tokens, f"{recipe.path}: {'--context' if context else 'workload'}")
+    window = recipe.evaluation.window if recipe.evaluation else 0
+    needs = []
+    for choice in recipe.backends:
+        for variant in recipe.variants:
+            if choice.takes(variant.name):
+                each = [need_of(shape, variant, choice, *point, window, cuda) for point in points]
+                place = max(range(len(points)), key=lambda i: each[i].need_bytes or 0)
+                needs.append(_fitted(each[place], shape, variant, choice, points[place], window, cuda, memory_bytes))
+    return Plan(
+        recipe=recipe.name,
+        model=recipe.model,
+        parameters=shape.parameters,
+        context_tokens=longest,
+        batch=max(point.batch for point in points),
+        points=tuple(points),
+        device="cuda" if cuda else "cpu",
+        memory_bytes=int(memory_bytes),
+        disk_bytes=_all_disk(recipe, shape),
+        free_disk_bytes=shutil.disk_usage(_existing(home())).free,
+        needs=tuple(needs),
+    )
+
+
+def advice(recipe: Recipe, choice: BackendChoice, name: str) -> str:
+    """For a job that ran out of memory: what the plan says it needs, and the batch that would fit; empty if nothing."""
+    try:
+        shape = shape_of(_read(recipe), f"{recipe.path}: base")
+        made = make(recipe, shape=shape)
+        need = next(n for n in made.needs if (n.variant, n.backend, n.options) == (name, choice.name, choice.options))
+        if need.need_bytes is None:
+            return ""
+        needs, has = size_text(need.need_bytes), size_text(made.memory_bytes)
+        said = f"; by the plan a batch of {made.batch} needs {needs} of {has} here"
+        if need.fits:
+            return said
+        low, high = 0, made.batch
+        while low < high:
+            middle = (low + high + 1) // 2
+            tried = make(recipe, batch=middle, shape=shape).needs[made.needs.index(need)]
+            low, high = (middle, high) if tried.fits else (low, middle - 1)
+    except (UserError, WorkFailed, StopIteration):
+        return ""
+    what = f"a batch of {low}" if low else "no batch, but fewer tokens or a smaller variant"
+    return f"{said}, and {what} would fit"
+
+
+def check_context(tokens: int, context_tokens: int, where: str) -> None:
+    """Refuse sequences that are longer than the model takes."""
+    if context_tokens and tokens > context_tokens:
+        raise UserError(
+            f"{where}: sequences of {tokens:,} tokens are longer than the model's context of {context_tokens:,}: "
+            f"use fewer `prompt_tokens` or `new_tokens`"
+        )
+
+
+def _read(recipe: Recipe) -> dict[str, Any]:
+    """Ask a worker for the shape; it takes a moment of one core, so it does not wait for the machine."""
+    payload = {
+        "source": recipe.base.source(recipe.path.parent),
+        "equivalent": recipe.base.equivalent.model_dump() if recipe.base.equivalent else None,
+        "offline": False,
+    }
+    folder = home() / "logs" / f"plan-{time.time_ns()}"
+    reply = isolate.call("workbench.worker.base.headers:read", payload, workdir=folder, time_limit_s=600)
+    value = isolate.answer(reply, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return dict(value)
+
+
+def _fitted(
+    need: Need,
+    shape: Shape,
+    variant: Variant,
+    choice: BackendChoice,
+    point: Point,
+    window: int,
+    cuda: bool,
+    memory_bytes: float,
+) -> Need:
+    """Whether it fits, and if not, the longest context that would."""
+    if need.need_bytes is None:
+        return need
+    # Tensor parallelism divides weights and cache; what it repeats on each GPU is small.
+    memory_bytes *= int(choice.options.get("tensor_parallel") or 1)
+    if need.need_bytes <= memory_bytes:
+        return replace(need, fits=True)
+    low, high = 0, point.tokens
+    while low < high:
+        middle = (low + high + 1) // 2
+        prompt_tokens = min(point.prompt_tokens, middle)
+        tried = need_of(shape, variant, choice, middle, point.batch, prompt_tokens, window, cuda)
+        if tried.need_bytes is not None and tried.need_bytes <= memory_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return replace(need, fits=False, fits_context_tokens=low or None)
+
+
+def _all_disk(recipe: Recipe, shape: Shape) -> int:
+    """Everything a recipe writes: the base where it is rewritten, one conversion, each variant once."""
+    total = 0 if recipe.base.hub is None and recipe.base.path else shape.parameters * DTYPE_BYTES[shape.dtype]
+    if any(v.method == "gguf" for v in recipe.variants) or any(c.name == "llamacpp" for c in recipe.backends):
+        total += shape.parameters * DTYPE_BYTES[shape.dtype]
+        if shape.dtype == "float32":
+            total += stored_bytes(shape, Variant("base", "base"), "llamacpp")[0]
+    return total + sum(stored_bytes(shape, v, "")[0] for v in recipe.variants if v.method != "base")
+
+
+def _existing(folder: Any) -> Any:
+    while not folder.exists():
+        folder = folder.parent
+    return folder

@@ -1,0 +1,114 @@
+"""From a config.json or from headers to a shape: tensors under GGUF's names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from workbench.errors import UserError, did_you_mean
+from workbench.shape import NamedShape, Shape, Traits
+from workbench.worker.architectures import ARCHITECTURES, FUSED, SEPARATE, Sizes, sizes_of
+
+
+def shape_of(read: dict[str, Any], where: str) -> Shape:
+    """What `worker/base/headers.py` answered, in the plan's terms. Raises `UserError` for a shape it cannot tell."""
+    config = read["config"]
+    text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+    try:
+        sizes = sizes_of(text)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: its config.json does not say {error}: the plan needs a decoder's sizes") from None
+    experts = int(text.get("num_local_experts") or text.get("num_experts") or text.get("n_routed_experts") or 0)
+    if read["tensors"] is None:
+        tensors = _tensors_of(text, sizes, where)
+    elif read["naming"] == "gguf":
+        tensors = [NamedShape(name, tuple(shape)) for name, shape in read["tensors"].items()]
+    else:
+        tensors = _renamed(read["tensors"])
+    compressed = text.get("kv_lora_rank")
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    return Shape(
+        tensors=tuple(tensors),
+        traits=Traits(sizes.layers, sizes.heads, sizes.kv_heads, experts, sizes.model_type),
+        hidden=sizes.hidden,
+        head_dim=sizes.head_dim,
+        inner=sizes.inner,
+        vocab_size=sizes.vocab_size,
+        context_tokens=int(text.get("max_position_embeddings") or 0),
+        dtype=read["dtype"],
+        sliding_window=int(window) if window else None,
+        latent=int(compressed) + int(text.get("qk_rope_head_dim") or 0) if compressed else None,
+    )
+
+
+_NAMES = (
+    (r"model\.embed_tokens\.", "token_embd."),
+    (r"lm_head\.", "output."),
+    (r"model\.norm\.", "output_norm."),
+    *((rf"\.{re.escape(name)}\.", f".{linear.gguf}.") for name, linear in (SEPARATE | FUSED).items()),
+    (r"\.self_attn\.q_norm\.", ".attn_q_norm."),
+    (r"\.self_attn\.k_norm\.", ".attn_k_norm."),
+    (r"\.mlp\.gate\.|\.block_sparse_moe\.gate\.", ".ffn_gate_inp."),
+    (r"\.input_layernorm\.", ".attn_norm."),
+    (r"\.post_attention_layernorm\.", ".ffn_norm."),
+    (r"\.pre_feedforward_layernorm\.", ".ffn_norm."),
+)
+_EXPERT = re.compile(
+    r"(.*\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight"
+)
+_EXPERT_NAMES = {
+    "gate_proj": "ffn_gate_exps",
+    "up_proj": "ffn_up_exps",
+    "down_proj": "ffn_down_exps",
+    "w1": "ffn_gate_exps",
+    "w2": "ffn_down_exps",
+    "w3": "ffn_up_exps",
+}
+
+
+def _renamed(tensors: dict[str, Sequence[int]]) -> list[NamedShape]:
+    """Hugging Face's names in GGUF's; a layer's experts become one tensor, as the converter writes them."""
+    gemma = any("pre_feedforward_layernorm" in name for name in tensors)
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in tensors.items():
+        expert = _EXPERT.fullmatch(name)
+        if expert:
+            layer = expert[1].rpartition(".")[2]
+            whole = f"blk.{layer}.{_EXPERT_NAMES[expert[2]]}.weight"
+            found[whole] = (found.get(whole, (0,))[0] + 1, *shape)
+            continue
+        new = name.replace(".language_model.", ".") if ".language_model." in name else name
+        for pattern, word in _NAMES:
+            if gemma and "post_attention_layernorm" in new:
+                new = new.replace("post_attention_layernorm", "post_attention_norm")
+            new = re.sub(pattern, word, new)
+        found[re.sub(r"^model\.layers\.(\d+)\.", r"blk.\1.", new)] = tuple(shape)
+    return [NamedShape(name, shape) for name, shape in found.items()]
+
+
+def _tensors_of(config: Mapping[str, Any], sizes: Sizes, where: str) -> list[NamedShape]:
+    """The tensors of a dense decoder by its configuration, for the architectures whose layers the table describes."""
+    kind, axes = sizes.model_type, sizes.axes
+    family = ARCHITECTURES.get(kind)
+    if family is None:
+        raise UserError(
+            f"{where}: the tensors of a '{kind}' do not follow from its config.json here. "
+            f"{did_you_mean(kind, ARCHITECTURES)} Give the base as `hub:` or `path:`, whose files say them"
+        )
+    embedding = (sizes.vocab_size, sizes.hidden)
+    found: dict[str, tuple[int, ...]] = {"token_embd.weight": embedding, "output_norm.weight": (sizes.hidden,)}
+    if not config.get("tie_word_embeddings", family.tied):
+        found["output.weight"] = embedding
+    norms = ("attn_norm", "ffn_norm", *(("post_attention_norm", "post_ffw_norm") if family.norms_around else ()))
+    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": (sizes.hidden,) for name in norms}
+    if family.head_norms:
+        layer |= {"attn_q_norm.weight": (sizes.head_dim,), "attn_k_norm.weight": (sizes.head_dim,)}
+    for linear in family.linears.values():
+        layer[f"{linear.gguf}.weight"] = (axes[linear.rows], axes[linear.columns])
+        by_default = family.qkv_bias and linear.gguf in ("attn_q", "attn_k", "attn_v")
+        if by_default or config.get("attention_bias" if linear.gguf.startswith("attn") else "mlp_bias"):
+            layer[f"{linear.gguf}.bias"] = (axes[linear.rows],)
+    for index in range(sizes.layers):
+        found |= {f"blk.{index}.{name}": shape for name, shape in layer.items()}
+    return [NamedShape(name, shape) for name, shape in found.items()]

@@ -1,0 +1,141 @@
+"""The jobs of a recipe: which pairs of variant and engine there are, and each one's row before it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from workbench.home import interpreter
+from workbench.machine.identity import has_cuda, machine, program, versions
+from workbench.quantize.make import Made
+from workbench.recipe.choices import BackendChoice, limits_of
+from workbench.recipe.load import Recipe
+from workbench.records import MEASUREMENT_VERSION, Artifact, Row, digest
+from workbench.worker.backends import BACKENDS
+
+HARNESS = ("lm-eval",)
+"""The package of lm-evaluation-harness."""
+
+
+def harness_missing(made: Made, backends: Collection[str]) -> dict[str, str]:
+    """Backend -> why it cannot run tasks of lm-evaluation-harness, which has to be installed beside it."""
+    if not any(task.harness for task in made.tasks.values()):
+        return {}
+    names = sorted(name for name in backends if not versions(HARNESS, interpreter(name, sys.executable)))
+    reason = (
+        "tasks of lm-evaluation-harness are left out, it is not installed here. Install it with: pip install lm-eval"
+    )
+    return dict.fromkeys(names, reason)
+
+
+def pairs_of(
+    recipe: Recipe, backends: list[str] | None, variants: list[str] | None
+) -> Iterator[tuple[BackendChoice, str]]:
+    """Backend by backend, the base first: every delta is against the base on the same backend.
+
+    A variant that is named runs also where the recipe does not send it; of those that a pattern means, none does.
+    """
+    choices = [choice for name in backends for choice in recipe.choices(name)] if backends else list(recipe.backends)
+    named = {"base", *variants} if variants else set()
+    wanted = recipe.matching(variants or ["*"])
+    for choice in choices:
+        for variant in recipe.variants:
+            if variant.name in named or (variant.name in wanted and choice.takes(variant.name)):
+                yield choice, variant.name
+
+
+def already_measured(rows: list[Row], since: str, failed: Collection[tuple[str, str]] | None = None) -> dict[str, Row]:
+    """Rows that need not be measured again.
+
+    Failures are tried again: all of them, or those in `failed` (key and start), which were there before this run.
+    """
+    # That a pair cannot run needs no saying every night.
+    recent = [row for row in rows if row.started_at >= since or row.unsupported]
+    settled = [
+        row for row in recent if not row.error or (failed is not None and (row.key, row.started_at) not in failed)
+    ]
+    return {row.key: row for row in settled}
+
+
+def is_scored(row: Row) -> bool:
+    """Whether the job of a planned row would look at the evaluation."""
+    return row.evaluation is not None and row.error is None and row.unsupported is None
+
+
+def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, reference: str | None) -> Row:
+    """The row as far as it is known before anything runs: all but the measurement.
+
+    `reference` is the key of what the divergence is to be measured from, a part of the row's own key.
+    """
+    module = importlib.import_module(BACKENDS[choice.name])
+    error = unsupported = None
+    artifacts = made.artifacts.get(name, [])
+    if artifacts:
+        reasons = [module.unsupported(artifact, has_cuda()) for artifact in artifacts]
+        best = reasons.index(None) if None in reasons else 0
+        artifact = artifacts[best]
+        unsupported = reasons[best] or limits_of(recipe.variant(name)).get(choice.name)
+        if unsupported is None and hasattr(module, "refuses"):
+            unsupported = module.refuses(choice.options, has_cuda())
+        if unsupported and name in made.failures:
+            # The form that this engine reads could have been made, and was not.
+            error, unsupported = made.failures[name], None
+    else:
+        variant = recipe.variant(name)
+        artifact = Artifact(
+            variant=name, method=variant.method, format="", path="", digest="", disk_bytes=0, parameters=0
+        )
+        error = made.failures.get(name, "it was not made")
+    evaluation = made.evaluation
+    options = {**choice.options}
+    if recipe.base.trust_remote_code and "trust_remote_code" in options:
+        options["trust_remote_code"] = True
+    found = versions(module.PACKAGES, interpreter(choice.name, sys.executable))
+    causes = [
+        recipe.model,
+        name,
+        artifact.digest,
+        choice.name,
+        found,
+        options,
+        recipe.workload,
+        evaluation.digest if evaluation else None,
+        MEASUREMENT_VERSION,
+        unsupported,
+    ]
+    missing = harness_missing(made, [choice.name]).get(choice.name)
+    tasks = {name: task for name, task in made.tasks.items() if not (task.harness and missing)}
+    if made.evaluations or tasks:
+        causes.append([{name: each.digest for name, each in (made.evaluations | tasks).items()}])
+    if any(task.harness for task in tasks.values()):
+        found = found | versions(HARNESS, interpreter(choice.name, sys.executable))
+        causes.append(found)
+    row = Row(
+        key="",
+        base=recipe.model,
+        recipe=recipe.name,
+        recipe_digest=recipe.digest,
+        artifact=artifact,
+        backend=choice.name,
+        workload=recipe.workload,
+        evaluation=evaluation,
+        measurement=None,
+        machine=machine(),
+        versions=found | program(),
+        started_at=now(),
+        duration_s=0.0,
+        options=options,
+        error=error,
+        unsupported=unsupported,
+        evaluations=made.evaluations,
+        tasks=tasks,
+        warnings=[missing] if missing else [],
+    )
+    return replace(row, key=digest([*causes, reference] if reference and is_scored(row) else causes))
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

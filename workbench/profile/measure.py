@@ -1,0 +1,118 @@
+"""One job: run in its engine's interpreter, its row filled in."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from workbench.console import Show
+from workbench.errors import UserError, WorkFailed
+from workbench.home import entry, interpreter, portable
+from workbench.machine import monitor
+from workbench.machine.identity import has_cuda, machine
+from workbench.machine.work import turns, work
+from workbench.plan.make import advice
+from workbench.profile.jobs import now
+from workbench.profile.reference import REFERENCE_MAKER
+from workbench.profile.turns import TURNS, Turns
+from workbench.quantize.make import Made
+from workbench.recipe.choices import BackendChoice
+from workbench.recipe.load import Recipe
+from workbench.records import Job, Measurement, Row, digest, from_json, to_json
+from workbench.worker.backends import BACKENDS
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|memoryerror|cannot allocate|could not make a context|n_seq_max|enough memory|no available memory",
+    re.IGNORECASE,
+)
+"""Engines' words for a workload that does not fit."""
+
+
+def run_job(recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, show: Show) -> Turns:
+    """Run the job in its engine's interpreter and fill the row in; yields between its turns."""
+    module = importlib.import_module(BACKENDS[row.backend])
+    job = Job(
+        base=recipe.model,
+        artifact=row.artifact,
+        backend=row.backend,
+        options=row.options,
+        workload=row.workload,
+        evaluation=row.evaluation,
+        reference=base["path"] if base else None,
+        base_digest=made.base["digest"],
+        evaluations=row.evaluations,
+        tasks=row.tasks,
+        references={name: each["path"] for name, each in base["further"].items()} if base else {},
+        turns=1 if has_cuda() else TURNS,
+    )
+    threads = str(row.options.get("threads") or len(os.sched_getaffinity(0)))
+    environment = {**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    started_at, started = now(), time.monotonic()
+    duration_s: float | None = None
+    measurement, error, doubts = None, None, list[str]()
+    here = row.machine | {"copy_bytes_per_s": _copy_bandwidth(show)}
+    try:
+        value, cost = yield from turns(
+            "workbench.worker.measure.job:measure",
+            {"job": to_json(job)},
+            show,
+            f"{row.backend}: {row.artifact.variant}",
+            python=interpreter(row.backend, sys.executable),
+            limit_s=recipe.limits.profile_s,
+            environment=environment,
+        )
+        duration_s = cost["seconds"]  # Without the wait for another run to end.
+        measurement = from_json(Measurement, value)
+        conditions = measurement.conditions | cost["conditions"]
+        doubts = monitor.warnings(conditions)
+        measurement = replace(measurement, memory=measurement.memory | cost["memory"], conditions=conditions)
+    except (WorkFailed, UserError) as problem:
+        error = str(problem)
+        if OUT_OF_MEMORY.search(error):
+            error += advice(recipe, BackendChoice(row.backend, row.options), row.artifact.variant)
+    return replace(
+        row,
+        measurement=measurement,
+        error=error,
+        started_at=started_at,
+        machine=here,
+        warnings=[*row.warnings, *doubts],
+        duration_s=round(time.monotonic() - started, 3) if duration_s is None else duration_s,
+    )
+
+
+def portable_row(row: Row) -> Row:
+    """The row as others may read it: rows are published, and the folders of this machine are nobody's business."""
+    plain: Row = from_json(Row, json.loads(portable(json.dumps(to_json(row)))))
+    return plain
+
+
+def _copy_bandwidth(show: Show) -> float | None:
+    """Bytes a second that this machine copies, measured once; None where it cannot be."""
+    here, device = machine(), "cuda" if has_cuda() else "cpu"
+    facts = [here["cpu"], here["threads"], here["memory_bytes"], here["gpus"], here["driver"], device]
+
+    def build(folder: Path) -> dict[str, Any]:
+        python = interpreter(REFERENCE_MAKER, sys.executable) if device == "cuda" else sys.executable
+        value, _ = work(
+            "workbench.worker.measure.bandwidth:copy_bandwidth",
+            {"threads": here["threads"], "device": device},
+            show,
+            "copy bandwidth",
+            python=python,
+            limit_s=300,
+        )
+        return dict(value)
+
+    try:
+        return float(entry("bandwidth", digest(facts), build)[1]["bytes_per_s"])
+    except (WorkFailed, UserError) as problem:
+        show.say(f"no fraction of the memory's bandwidth: copying could not be measured: {problem}")
+        return None

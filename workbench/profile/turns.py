@@ -1,0 +1,76 @@
+"""Interleaved rounds: the repeats of a job lie apart in time, and between them others are measured."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator
+
+import psutil
+
+from workbench.machine.identity import has_cuda
+from workbench.records import Row
+
+TURNS = 5
+"""In how many turns a job's repeats are timed, at the most."""
+
+APART_S = 60.0
+"""Seconds between two turns of a job: longer than a slow spell of a shared machine lasts."""
+
+Turns = Generator[None, None, Row]
+"""A job: yields where it waits for its next turn, returns its row."""
+
+ENGINE_BYTES = 2 << 30
+"""What an engine takes beside the weights, at the most, before another is loaded beside it."""
+
+
+class Together:
+    """Jobs measured in turns, one at work at a time: while one waits for its next turn, the others have theirs.
+
+    A turn is due `APART_S` after the one before. So repeats of one job lie that far apart at the least, except at the
+    end, when nobody is left to come between. Leaving ends whatever has not come to its end.
+    """
+
+    def __init__(self, ended: Callable[[Row], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._ended, self._clock = ended, clock
+        self._waiting: list[tuple[float, Turns, contextlib.ExitStack]] = []
+        """Since when, what, and the locks it holds; the longest first."""
+
+    def __enter__(self) -> Together:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _since, job, locks in self._waiting:
+            job.close()
+            locks.close()
+
+    def start(self, job: Turns, locks: contextlib.ExitStack) -> None:
+        """The first turn of a job, then every turn that is due. `locks` are held until its row is stored."""
+        self._turn(job, locks)
+        while self._waiting and self._clock() - self._waiting[0][0] >= APART_S:
+            self._next()
+
+    def finish(self) -> None:
+        """The rest of every job, still in turns."""
+        while self._waiting:
+            self._next()
+
+    def _next(self) -> None:
+        _since, job, locks = self._waiting.pop(0)
+        self._turn(job, locks)
+
+    def _turn(self, job: Turns, locks: contextlib.ExitStack) -> None:
+        with contextlib.ExitStack() as held:
+            held.push(locks)
+            try:
+                next(job)
+            except StopIteration as end:
+                self._ended(end.value)
+            else:
+                self._waiting.append((self._clock(), job, held.pop_all()))
+
+
+def room_beside(row: Row) -> bool:
+    """Whether a job may be loaded while others wait: not on a GPU, whose memory engines take as a whole, and only if
+    the machine has room for its weights in float32 and its engine."""
+    return not has_cuda() and psutil.virtual_memory().available > 4 * row.artifact.parameters + ENGINE_BYTES

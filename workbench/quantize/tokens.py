@@ -1,0 +1,128 @@
+"""A recipe's token ids: evaluation sets, calibration and tasks, made once and the same for every engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from workbench.console import Show
+from workbench.errors import UserError
+from workbench.home import entry
+from workbench.machine.work import work
+from workbench.recipe.load import Recipe
+from workbench.records import Evaluation, Task, digest, from_json
+
+TASKS_VERSION = 1
+"""Of the way a task's file becomes token ids."""
+
+
+def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Any]:
+    """`evaluation` (an `Evaluation`), `evaluations` (further ones by name) and `calibration` (`path`, `digest`, ...) of
+    a recipe, as far as it has them."""
+    folder = recipe.path.parent
+    sets: list[dict[str, Any]] = []
+    tests = [recipe.evaluation, *recipe.evaluations] if recipe.evaluation else []
+    for test in tests:
+        sets.append(
+            {
+                "role": "evaluation",
+                "name": test.name or "evaluation",
+                "source": test.source.resolved(folder),
+                "window": test.window,
+                "windows": test.windows,
+                "score": test.score,
+                "stride": test.stride,
+                "seed": 0,
+            }
+        )
+    if recipe.calibration:
+        look = recipe.calibration
+        sets.append(
+            {
+                "role": "calibration",
+                "name": "calibration",
+                "source": look.source.resolved(folder),
+                "window": look.window,
+                "windows": look.windows,
+                "score": "all",
+                "stride": None,
+                "seed": look.seed,
+            }
+        )
+    if not sets or base.get("tokenizer") is False:
+        return {}
+    overlap = bool(recipe.calibration and recipe.calibration.allow_overlap)
+    stamps = [_stamp(entry["source"]) for entry in sets]
+    key = digest([base["digest"], sets, overlap, stamps])
+    # The first set is "evaluation", whatever it is called.
+    further = [f"evaluation-{i}" for i in range(2, len(tests) + 1)]
+    places = (["evaluation", *further] if tests else []) + (["calibration"] if recipe.calibration else [])
+
+    def build(partial: Path) -> dict[str, Any]:
+        payload = {
+            "base": base["path"],
+            "allow_overlap": overlap,
+            "allow_remote_code": recipe.base.trust_remote_code,
+            "sets": [
+                {**entry, "out": str(partial / f"{where}.json")} for entry, where in zip(sets, places, strict=True)
+            ],
+        }
+        made, cost = work(
+            "workbench.worker.tokens.windows:build", payload, show, "tokens", limit_s=recipe.limits.quantize_s
+        )
+        return {"sets": dict(zip(places, made["sets"], strict=True)), "cost": cost}
+
+    place, record = entry("tokens", key, build)
+    found: dict[str, Any] = {}
+    for role, answer in record["sets"].items():
+        answer = {**answer, "path": str(place / f"{role}.json")}
+        found[role] = answer
+    found["evaluations"] = {}
+    for where, test in zip(places, tests, strict=False):
+        # Two recipes may name the same tokens differently.
+        made = from_json(Evaluation, {**found.pop(where), "name": test.name or "evaluation"})
+        if where == "evaluation":
+            found[where] = made
+        else:
+            found["evaluations"][made.name] = made
+    return found
+
+
+def tasks(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Task]:
+    """The recipe's tasks by name, tokenized."""
+    if not recipe.tasks:
+        return {}
+    if base.get("tokenizer") is False:
+        raise UserError(
+            f"{recipe.path}: tasks: the base has no tokenizer to spell them with. Give it one, or remove them"
+        )
+    given = {name: task.resolved(recipe.path.parent) for name, task in recipe.tasks.items()}
+    stamps = [_stamp(task) for task in given.values()]
+    key = digest([base["digest"], given, stamps, TASKS_VERSION, recipe.base.trust_remote_code])
+
+    def build(partial: Path) -> dict[str, Any]:
+        payload = {
+            "base": base["path"],
+            "tasks": given,
+            "out": str(partial),
+            "allow_remote_code": recipe.base.trust_remote_code,
+        }
+        made, cost = work(
+            "workbench.worker.tokens.tasks:build", payload, show, "tasks", limit_s=recipe.limits.quantize_s
+        )
+        return {**made, "cost": cost}
+
+    place, record = entry("tasks", key, build)
+    made = {name: {**task, "path": str(place / task["path"])} for name, task in record["tasks"].items()}
+    return {name: from_json(Task, task) for name, task in made.items()}
+
+
+def _stamp(source: dict[str, Any]) -> list[Any]:
+    """Size and time of a local file, so that an edited text is tokenized again."""
+    if "file" not in source or "package" in source:
+        return []
+    try:
+        status = Path(source["file"]).stat()
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]

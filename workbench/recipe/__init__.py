@@ -1,0 +1,1 @@
+"""From YAML to a validated, frozen recipe. Loading one touches nothing but the file itself."""

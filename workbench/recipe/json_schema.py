@@ -1,0 +1,65 @@
+"""The JSON Schema of a recipe, for editors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from workbench.recipe.choices import import_named
+from workbench.recipe.model import NAME, Document, Evaluation
+from workbench.worker.backends import BACKENDS
+from workbench.worker.methods import METHODS
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors; generated from the same types that validate."""
+    top = TypeAdapter(Document).json_schema(ref_template="#/$defs/{model}")
+    definitions = top.setdefault("$defs", {})
+
+    def options_of(kind: type, name: str) -> dict[str, Any]:
+        own = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
+        definitions.update(own.pop("$defs", {}))
+        own["title"] = name
+        return own
+
+    forms: list[dict[str, Any]] = []
+    for word, module in METHODS.items():
+        options = options_of(import_named(module).Options, f"{word} options")
+        forms_of_value: list[dict[str, Any]] = [options]
+        if word == "gguf":
+            forms_of_value.append(options["properties"]["type"])
+        if not options.get("required"):
+            forms_of_value.append({"type": "null"})
+            forms.append({"const": word})
+        forms.append(
+            {
+                "type": "object",
+                "properties": {word: {"anyOf": forms_of_value}, "name": {"type": "string"}},
+                "required": [word],
+                "additionalProperties": False,
+            }
+        )
+    backends = {}
+    for word, module in BACKENDS.items():
+        options = options_of(import_named(module).Options, f"{word} options")
+        options["properties"]["variants"] = {"type": "array", "items": {"type": "string"}}
+        if "kv_cache" in options["properties"]:
+            single = options["properties"]["kv_cache"]
+            several = {"type": "array", "items": single, "minItems": 1, "uniqueItems": True}
+            options["properties"]["kv_cache"] = {"anyOf": [single, several]}
+        backends[word] = {"anyOf": [options, {"type": "null"}]}
+    one_set = {"$ref": "#/$defs/Evaluation"}
+    several = {"type": "object", "additionalProperties": one_set, "minProperties": 1}
+    several |= {"propertyNames": {"pattern": NAME, "not": {"enum": list(Evaluation.model_fields)}}}
+    top["properties"]["evaluation"] = {"anyOf": [one_set, several, {"type": "null"}], "default": None}
+    top["properties"]["variants"] = {"type": "array", "items": {"anyOf": forms}, "minItems": 1}
+    top["properties"]["backends"] = {
+        "anyOf": [
+            {"type": "object", "properties": backends, "additionalProperties": False},
+            {"type": "array", "items": {"enum": list(BACKENDS)}, "minItems": 1},
+        ]
+    }
+    top["required"] = ["base", "variants"]
+    top["title"] = "Workbench recipe"
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top}

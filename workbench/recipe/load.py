@@ -1,0 +1,169 @@
+"""A recipe: YAML read into validated, frozen objects. Loading one touches nothing but the file itself.
+
+Keys are strict, and every name that a person can mistype is answered with the nearest known one. The options
+of a method or backend are the dataclass in its own module, so a new one needs no change here. Values are
+validated as JSON in pydantic's strict mode: "4" is not 4.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from workbench.errors import UserError, did_you_mean, unknown
+from workbench.recipe.choices import BackendChoice, meant_by, method_of, parse_backends, parse_variants
+from workbench.recipe.messages import validate
+from workbench.recipe.model import NAME, Base, Calibration, Document, Evaluation, Limits, TaskModel
+from workbench.recipe.yaml_text import MAX_BYTES, parse_yaml
+from workbench.records import Variant, Workload, digest, to_json
+from workbench.worker.backends import BACKENDS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe. `path` is where it was read from; relative paths in it are relative to that."""
+
+    name: str
+    model: str
+    path: Path
+    base: Base
+    variants: tuple[Variant, ...]
+    backends: tuple[BackendChoice, ...]
+    calibration: Calibration | None
+    evaluation: Evaluation | None
+    workload: Workload
+    limits: Limits
+    digest: str
+    warnings: tuple[str, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+    """Further sets, each with a name; `evaluation` is the first."""
+    tasks: dict[str, TaskModel] = field(default_factory=dict)
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name, or a `UserError` with the nearest one."""
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise unknown("variant", name, [v.name for v in self.variants], str(self.path))
+
+    def matching(self, patterns: list[str]) -> set[str]:
+        """The variants that any of the names or patterns (`gguf-*`) means; a `UserError` for one that means none."""
+        return meant_by(patterns, self.variants, str(self.path))
+
+    def backend(self, name: str) -> BackendChoice:
+        """The backend of that name, with its defaults if the recipe does not list it."""
+        if name not in BACKENDS:
+            raise unknown("backend", name, BACKENDS)
+        return self.choices(name)[0]
+
+    def choices(self, name: str) -> list[BackendChoice]:
+        """The same for each value of an option that is an axis (`kv_cache: [f16, q8_0]`)."""
+        if name not in BACKENDS:
+            raise unknown("backend", name, BACKENDS)
+        return [choice for choice in self.backends if choice.name == name] or [BackendChoice(name, {})]
+
+
+def load(path: str | Path) -> Recipe:
+    """Read and check a recipe. Raises `UserError` with file, place and remedy."""
+    file = Path(path)
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+        text = data.decode("utf-8") if len(data) <= MAX_BYTES else ""
+    except FileNotFoundError:
+        folders = (file.parent, file.parent / "recipes")
+        near = [str(p) for folder in folders for p in folder.glob("[!.]*.y*ml")]
+        raise UserError(f"{path}: no such recipe. {did_you_mean(str(path), near)}".rstrip()) from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, not a recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}: too large for a recipe (at most {MAX_BYTES} bytes)")
+    return parse(parse_yaml(text, str(path)), file)
+
+
+def parse(data: Any, path: Path) -> Recipe:
+    """A recipe from its plain data; `path` names it in messages and anchors relative paths."""
+    where = str(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: a recipe is a mapping with at least `base` and `variants`")
+    data = dict(data)
+    extra = {"variants", "backends"}
+    for key in data:
+        if key not in Document.model_fields and key not in extra:
+            known = set(Document.model_fields) | extra
+            raise UserError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")
+    data["evaluation"], further = _evaluations(data.get("evaluation"), where)
+    raw_variants, raw_backends = data.pop("variants", None), data.pop("backends", None)
+    document = validate(TypeAdapter(Document), data, where, "")
+    variants = parse_variants(raw_variants, where)
+    backends = parse_backends(raw_backends, where, variants)
+    warnings = []
+    if document.calibration is None:
+        # The base stands before what the recipe lists.
+        for i, variant in enumerate(variants):
+            module, options = method_of(variant)
+            if module.needs_calibration(options):
+                raise UserError(
+                    f"{where}: variants[{i - 1}] ({variant.name}) looks at calibration tokens: add a `calibration`"
+                )
+    for variant in variants:
+        if variant.method == "base":
+            continue
+        module, options = method_of(variant)
+        for backend, reason in module.limits(options).items():
+            if any(choice.name == backend and choice.takes(variant.name) for choice in backends):
+                warnings.append(f"{variant.name} will not run on {backend}: {reason}")
+    return Recipe(
+        name=document.name or path.stem,
+        model=document.model or document.base.stem(),
+        path=path,
+        base=document.base,
+        variants=variants,
+        backends=backends,
+        calibration=document.calibration,
+        evaluation=document.evaluation,
+        evaluations=further,
+        tasks=document.tasks,
+        workload=document.workload.workload(),
+        limits=document.limits,
+        digest=digest(
+            [
+                document.model_dump(mode="json"),
+                to_json(variants),
+                to_json(backends),
+                *(each.model_dump(mode="json") for each in further),
+            ]
+        ),
+        warnings=tuple(warnings),
+    )
+
+
+def _evaluations(raw: Any, where: str) -> tuple[Any, tuple[Evaluation, ...]]:
+    """The first evaluation set as it stands in the recipe, still to be checked, and the further ones of a mapping
+    from names to sets."""
+    keys = set(Evaluation.model_fields)
+    several = (
+        isinstance(raw, dict)
+        and raw
+        and not keys & set(raw)
+        and all(isinstance(value, dict) for value in raw.values())
+        and any(keys & set(value) for value in raw.values())
+    )
+    if not several:
+        return raw, ()
+    checked = []
+    for name, value in raw.items():
+        place = f"evaluation.{name}"
+        if not re.fullmatch(NAME, str(name)):
+            raise UserError(f"{where}: {place}: a name has letters, digits, '.', '_' and '-' only, not {name!r}")
+        if "name" in value:
+            raise UserError(f"{where}: {place}: '{name}' is its name; leave the `name` inside out")
+        checked.append(validate(TypeAdapter(Evaluation), {**value, "name": str(name)}, where, place))
+    first = next(iter(raw.items()))
+    return {**first[1], "name": str(first[0])}, tuple(checked[1:])

@@ -1,0 +1,284 @@
+"""A recipe's fixed parts as pydantic models: what may stand in each, and what each key means."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from workbench.records import Workload
+from workbench.worker.tokens.conventions import CONVENTIONS, DEFAULT
+
+Word = Annotated[str, Field(min_length=1)]
+if TYPE_CHECKING:
+    Score = str
+else:
+    Score = Literal[tuple(CONVENTIONS)]
+NAME = r"^[A-Za-z0-9][\w.-]*$"
+"""What a person may call a recipe, a model, an evaluation set or a task."""
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; objects do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _exactly_one(record: BaseModel, names: tuple[str, ...]) -> None:
+    given = [name for name in names if getattr(record, name) is not None]
+    if len(given) != 1:
+        found = f"found {' and '.join(given)}" if given else "found none"
+        raise ValueError(f"give exactly one of {', '.join(names)} ({found})")
+
+
+def _one_of(*names: str) -> dict[str, Any]:
+    """The same for editors; a package's `file` is not a source of its own."""
+    forms = [{"required": [name]} for name in names if name != "file"]
+    alone = {"required": ["file"], "not": {"required": ["package"]}}
+    return {"oneOf": [*forms, alone] if "file" in names else forms}
+
+
+class Equivalent(Strict):
+    """An exact, function-preserving rewrite of a Llama: rescaled off its grid, zero-padded to `hidden`."""
+
+    hidden: int = Field(gt=0)
+    seed: int = 0
+
+
+class Base(Strict):
+    """Where the unquantized model comes from: exactly one of hub, path, package, config."""
+
+    model_config = ConfigDict(json_schema_extra=_one_of("hub", "path", "package", "config"))
+
+    hub: Word | None = None
+    """A repository on the Hugging Face hub, `owner/name`."""
+    revision: Word | None = None
+    path: Word | None = None
+    """A Hugging Face directory or a `.gguf` file, relative to the recipe."""
+    package: Word | None = None
+    """An installed Python package that ships the model as `file`."""
+    file: Word | None = None
+    config: dict[str, Any] | Word | None = None
+    """A `config.json`, or its contents, for random weights of that shape."""
+    init: Literal["random"] | None = None
+    tokenizer: str | None = None
+    seed: int = 0
+    equivalent: Equivalent | None = None
+    trust_remote_code: bool = False
+
+    @field_validator("config", mode="after")
+    @classmethod
+    def _numbers(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
+        """A `config.json` pasted into YAML says 1e-05, which YAML 1.1 takes for a word."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: float(item) if isinstance(item, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", item) else item
+            for key, item in value.items()
+        }
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        _exactly_one(self, ("hub", "path", "package", "config"))
+        if self.package and not self.file:
+            raise ValueError("a package also needs `file`, the model inside it")
+        if self.config and self.init != "random":
+            raise ValueError("a config alone has no weights: add `init: random`")
+        return self
+
+    def source(self, folder: Path) -> dict[str, Any]:
+        """As `worker/base/prepare.py` wants it, with paths made absolute against the recipe's folder."""
+        if self.hub:
+            return {"hub": self.hub, "revision": self.revision or "main"}
+        if self.path:
+            return {"path": str(_absolute(self.path, folder))}
+        if self.package:
+            return {"package": self.package, "file": self.file}
+        config = self.config
+        if isinstance(config, str):
+            config = str(_absolute(config, folder))
+        return {"config": config, "init": self.init, "seed": self.seed, "tokenizer": self.tokenizer}
+
+    def stem(self) -> str:
+        """The model's name as file names carry it: `SmolLM2-135M-Instruct`."""
+        if isinstance(self.config, dict):
+            name = str(self.config.get("model_type", "random"))
+        else:
+            name = Path(self.hub or self.file or self.path or str(self.config)).name
+        if name.endswith(".gguf"):
+            name = re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", name.removesuffix(".gguf"), flags=re.IGNORECASE)
+        # It becomes a file's name: `path: ..` or a model type with a slash must not lead anywhere else.
+        return re.sub(r"[^\w.-]+", "-", name.removesuffix(".json")).lstrip(".-") or "model"
+
+
+class Source(Strict):
+    """Text: exactly one of module, package, file, dataset, text."""
+
+    model_config = ConfigDict(json_schema_extra=_one_of("module", "package", "dataset", "text", "file"))
+
+    module: Word | None = None
+    package: Word | None = None
+    file: Word | None = None
+    dataset: Word | None = None
+    config: str | None = None
+    split: str | None = None
+    field: str | None = None
+    text: Word | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        names = ("module", "package", "dataset", "text")
+        _exactly_one(self, names if self.package else (*names, "file"))
+        if self.package and not self.file:
+            raise ValueError("a package also needs `file`, the text inside it")
+        return self
+
+    def resolved(self, folder: Path) -> dict[str, Any]:
+        """As `worker/tokens/windows.py` wants it, with paths made absolute against the recipe's folder."""
+        given = {name: value for name, value in self.model_dump().items() if value is not None}
+        if "file" in given and "package" not in given:
+            given["file"] = str(_absolute(given["file"], folder))
+        return given
+
+
+class Evaluation(Strict):
+    """Tokens for perplexity: `windows` windows of `window` tokens, scored by a convention."""
+
+    name: str | None = None
+    source: Source
+    window: int = Field(default=512, ge=8)
+    windows: int = Field(default=20, ge=1)
+    score: Score = DEFAULT
+    stride: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _strided(self) -> Self:
+        takes_stride = CONVENTIONS[self.score].stride
+        if takes_stride and not (self.stride and self.stride < self.window):
+            raise ValueError(f"`score: {self.score}` needs a `stride` from 1 to {self.window - 1}")
+        if not takes_stride and self.stride is not None:
+            takers = " or ".join(f"`score: {name}`" for name, each in CONVENTIONS.items() if each.stride)
+            raise ValueError(f"a `stride` belongs to {takers}")
+        return self
+
+
+class Calibration(Strict):
+    """Tokens that methods may look at; never the evaluation's unless `allow_overlap` says so."""
+
+    source: Source
+    window: int = Field(default=512, ge=8)
+    windows: int = Field(default=32, ge=1)
+    seed: int = 0
+    allow_overlap: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the pass's matrix products. `auto`: float32 where the recipe makes an importance matrix, whose smallest
+    entries bfloat16 would move by a tenth; else bfloat16 where the processor has it, in two thirds of the time."""
+
+
+class TaskModel(Strict):
+    """Prompts with expected answers: a file of one's own, or a task of lm-evaluation-harness."""
+
+    model_config = ConfigDict(json_schema_extra=_one_of("file", "lm_eval"))
+
+    file: Word | None = None
+    """YAML or JSONL, relative to the recipe; `recipes/tasks/everyday.yaml` shows every form."""
+    lm_eval: Word | None = None
+    """The name of a task that the harness knows."""
+    include: Word | None = None
+    """A folder of the harness's own YAML files, relative to the recipe."""
+    shots: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first so many items."""
+    new_tokens: int | None = Field(default=None, ge=1)
+    """The longest answer that is let grow, where an item says nothing else (default 32)."""
+    chat: bool = False
+    """Put each prompt into the model's chat template, as a user's message."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        _exactly_one(self, ("file", "lm_eval"))
+        theirs = [name for name in ("include", "shots") if getattr(self, name) is not None]
+        if self.file and theirs:
+            raise ValueError(f"`{theirs[0]}` belongs to `lm_eval`")
+        if self.lm_eval and (self.new_tokens or self.chat):
+            raise ValueError(f"`{'chat' if self.chat else 'new_tokens'}` belongs to `file`")
+        return self
+
+    def resolved(self, folder: Path) -> dict[str, Any]:
+        """As `worker/tokens/tasks.py` wants it, with paths made absolute against the recipe's folder."""
+        given = {name: value for name, value in self.model_dump().items() if value not in (None, False)}
+        return given | {name: str(_absolute(given[name], folder)) for name in ("file", "include") if name in given}
+
+
+class Limits(Strict):
+    """Seconds after which a worker is stopped and its job becomes a failed row."""
+
+    quantize_s: float = Field(default=6 * 3600, gt=0)
+    profile_s: float = Field(default=3600, gt=0)
+
+
+Count = Annotated[int, Field(ge=1)]
+OneOrSeveral = Annotated[
+    Annotated[Count, Tag("one")] | Annotated[list[Count], Field(min_length=1, max_length=16), Tag("several")],
+    # Told apart before they are checked, so that a wrong number in a list is not answered with "not a number".
+    Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+]
+"""A number, or a list of numbers."""
+
+
+def _several(value: int | list[int]) -> list[int]:
+    return [value] if isinstance(value, int) else value
+
+
+class WorkloadModel(Strict):
+    """What is run for speed. Of a list the first entry is what tables show; the others are measured beside it."""
+
+    prompt_tokens: OneOrSeveral = 512
+    new_tokens: int = Field(default=64, ge=2)
+    batch: OneOrSeveral = 1
+    repeats: int = Field(default=3, ge=1)
+    warmup: int = Field(default=1, ge=0)
+    seed: int = 0
+    requests: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        for name in ("prompt_tokens", "batch"):
+            values = _several(getattr(self, name))
+            if len(set(values)) < len(values):
+                raise ValueError(f"`{name}` names a value twice")
+        return self
+
+    def workload(self) -> Workload:
+        """As the rest of the program has it."""
+        prompts, batches = _several(self.prompt_tokens), _several(self.batch)
+        return Workload(
+            prompt_tokens=prompts[0],
+            new_tokens=self.new_tokens,
+            batch=batches[0],
+            repeats=self.repeats,
+            warmup=self.warmup,
+            seed=self.seed,
+            more_prompt_tokens=prompts[1:],
+            more_batch=batches[1:],
+            requests=self.requests,
+        )
+
+
+class Document(Strict):
+    """The fixed part of a recipe; variants and backends are checked against their own modules."""
+
+    name: Annotated[str, Field(pattern=NAME)] | None = None
+    model: Annotated[str, Field(pattern=NAME)] | None = None
+    base: Base
+    calibration: Calibration | None = None
+    evaluation: Evaluation | None = None
+    tasks: dict[Annotated[str, Field(pattern=NAME)], TaskModel] = Field(default_factory=dict)
+    workload: WorkloadModel = WorkloadModel()
+    limits: Limits = Limits()
+
+
+def _absolute(path: str, folder: Path) -> Path:
+    return Path(folder, Path(path).expanduser()).absolute()

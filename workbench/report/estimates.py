@@ -1,0 +1,260 @@
+"""Values and standard errors of what `worker/scoring/reducer.py` measured. Standard library only.
+
+Tokens of one window share a context and are not independent: treating them so (as llama.cpp's `sqrt(var / (n
+- 1))` does) understates the error. Here the window is the sampling unit, a cluster. A mean over tokens is
+then a ratio of two sums over windows, R = sum(s_w) / sum(n_w), with the linearised variance
+
+    Var(R) = W / (W - 1) * sum((s_w - R n_w)^2) / (sum n_w)^2
+
+(W. G. Cochran, Sampling Techniques, 3rd ed. 1977, sections 2.11 and 9A; the same as the cluster-robust "CR1"
+sandwich of Liang & Zeger, Biometrika 73, 1986, for a mean). Functions of means take their error by the delta
+method. The errors are of a draw of windows from a text far larger than the set; for statements on the set
+itself multiply by sqrt(1 - W / W_all) (Cochran, 2.6). What they do not cover is that windows cut from one
+document resemble each other.
+
+Rejected: a bootstrap over windows (the same answer for means, a seed and a thousand passes dearer) and errors
+of quantiles (they would need it).
+
+A quality is the dictionary that `Reducer.result()` returns, in full or as `quality.compact` stores it. An
+`Estimate` carries the number of windows, since with few of them 1.96 standard errors are not a 95 % interval;
+`interval` takes Student's t.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+Quality = dict[str, Any]
+
+
+class Estimate(NamedTuple):
+    """A value and its standard error, in the same unit; the error is None where it cannot be known (one
+    window)."""
+
+    value: float
+    se: float | None
+    windows: int
+
+
+def perplexity(q: Quality) -> Estimate:
+    """exp(mean negative log-likelihood), and exp(R) se(R). Raises `ValueError` if no token is finite."""
+    mean = _mean(_pairs(q, "nll_sum", "count"))
+    value = _exp(mean.value)
+    return Estimate(value, None if mean.se is None else value * mean.se, mean.windows)
+
+
+def perplexity_delta(q: Quality, base_q: Quality) -> Estimate:
+    """Perplexity of `q` less the base's on the same tokens, with the error of the difference.
+
+    Per window z_w = PPL (s_w - R n_w) - PPL0 (s0_w - R0 n_w): what the windows have in common cancels before
+    it is squared, which is why the error is far below that of either perplexity. Only tokens finite in both
+    count (where a window has others and either lacks its per-token list, the whole window does not). Raises
+    `ValueError` if the two are not of the same tokens.
+    """
+    variant, base = _paired(q, base_q)
+    count = sum(n for _, n in variant)
+    r, r0 = (_mean(pairs).value for pairs in (variant, base))
+    ppl, ppl0 = _exp(r), _exp(r0)
+    residuals = [ppl * (s - r * n) - ppl0 * (s0 - r0 * n0) for (s, n), (s0, n0) in zip(variant, base, strict=True)]
+    return Estimate(ppl - ppl0, _error(residuals, count), len(residuals))
+
+
+def divergence(q: Quality) -> dict[str, Any] | None:
+    """KL divergence from the base in nats a token: `{"mean": Estimate, "low": float, "p50", "p90", "p99",
+    "p999", "max"}`.
+
+    `low` is the mean's lower bound that no sampling enters. Quantiles are over tokens, interpolated linearly
+    between order statistics (type 7 of Hyndman & Fan, The American Statistician 50, 1996), and None without
+    per-token lists. None if `q` was not compared with a reference.
+    """
+    if "kld_sum" not in (q["windows"] or [{}])[0]:
+        return None
+    mean = _mean(_pairs(q, "kld_sum", "kld_count"))
+    count = sum(window["kld_count"] for window in q["windows"])
+    values = sorted(v for window in q["windows"] for v in unpacked(window.get("kld", ())) if v is not None)
+    named = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "max": 1.0}
+    return {
+        "mean": mean,
+        "low": math.fsum(window["kld_low_sum"] for window in q["windows"]) / count,
+        **{name: quantile(values, p) if values else None for name, p in named.items()},
+    }
+
+
+def agreement(q: Quality) -> Estimate | None:
+    """Share of tokens whose likeliest id is the base's; None if `q` was not compared with a reference."""
+    if "same_top_sum" not in (q["windows"] or [{}])[0]:
+        return None
+    return _mean(_pairs(q, "same_top_sum", "kld_count"))
+
+
+def rms_dp(q: Quality) -> Estimate | None:
+    """Root mean square of the correct token's change in probability; se = se(mean square) / (2 rms)."""
+    if "dp_square_sum" not in (q["windows"] or [{}])[0]:
+        return None
+    mean = _mean(_pairs(q, "dp_square_sum", "kld_count"))
+    root = math.sqrt(mean.value)
+    se = None if mean.se is None else (mean.se / (2 * root) if root else 0.0)
+    return Estimate(root, se, mean.windows)
+
+
+def accuracy(correct: Sequence[float]) -> Estimate | None:
+    """Share of a task's items that were right, with the error of a mean of independent items (which for ones and
+    zeros is sqrt(p (1 - p) / (n - 1))); None of nothing. `windows` is the number of items."""
+    return _mean([(score, 1) for score in correct]) if correct else None
+
+
+def accuracy_delta(correct: Sequence[float], base: Sequence[float]) -> Estimate | None:
+    """The same of the differences item by item: what both get wrong cancels. Raises `ValueError` for other items."""
+    return accuracy([own - other for own, other in zip(correct, base, strict=True)])
+
+
+def bits_per_byte(q: Quality, scored_bytes: int) -> Estimate:
+    """Bits the model needs for a byte of the scored text, comparable between vocabularies.
+
+    mean nll / ln 2 * scored tokens / `scored_bytes` (The Pile, arXiv 2101.00027, section 3.1). Excluded
+    tokens are taken to cost the mean. The error takes the text's tokens a byte as given, since bytes of a
+    window are not stored.
+    """
+    mean = _mean(_pairs(q, "nll_sum", "count"))
+    tokens = sum(window["count"] + window["nonfinite"] for window in q["windows"])
+    scale = tokens / scored_bytes / math.log(2)
+    return Estimate(mean.value * scale, None if mean.se is None else mean.se * scale, mean.windows)
+
+
+def unpacked(stored: str | Sequence[float | None]) -> Sequence[float | None]:
+    """A per-token list, which a row keeps as base64 of little-endian float16; None for an excluded token."""
+    if not isinstance(stored, str):
+        return stored
+    packed = base64.b64decode(stored)
+    values = struct.unpack(f"<{len(packed) // 2}e", packed)
+    return [None if math.isnan(value) else value for value in values]
+
+
+def nonfinite(q: Quality) -> int:
+    """Scored tokens whose logits were not all finite; they are in no other number."""
+    return sum(window["nonfinite"] for window in q["windows"])
+
+
+def summarise(q: Quality, base_q: Quality | None = None, scored_bytes: int | None = None) -> dict[str, Any]:
+    """All of the above, flat, under the names of the table's metrics; None where there is nothing to say.
+
+    With every token non-finite, everything but `nonfinite` is None.
+    """
+    estimates = ("perplexity", "perplexity_delta", "kld_mean", "top1_agreement", "rms_dp", "bits_per_byte")
+    names = [name for estimate in estimates for name in (estimate, f"{estimate}_se")]
+    names += ["kld_low", "kld_p50", "kld_p90", "kld_p99", "kld_p999", "kld_max"]
+    summary: dict[str, Any] = dict.fromkeys(names) | {"nonfinite": nonfinite(q)}
+
+    def put(name: str, estimate: Estimate | None) -> None:
+        if estimate is not None:
+            summary[name], summary[f"{name}_se"] = estimate.value, estimate.se
+
+    if any(window["count"] for window in q["windows"]):
+        put("perplexity", perplexity(q))
+        if base_q is not None and any(n for _, n in _paired(q, base_q)[0]):
+            put("perplexity_delta", perplexity_delta(q, base_q))
+        if scored_bytes:
+            put("bits_per_byte", bits_per_byte(q, scored_bytes))
+    if any(window.get("kld_count") for window in q["windows"]):
+        found = divergence(q) or {}
+        put("kld_mean", found.pop("mean"))
+        summary |= {f"kld_{name}": value for name, value in found.items()}
+        put("top1_agreement", agreement(q))
+        put("rms_dp", rms_dp(q))
+    return summary
+
+
+def interval(estimate: Estimate, level: float = 0.95) -> tuple[float, float] | None:
+    """Two-sided confidence interval by Student's t with windows - 1 degrees of freedom; None without an
+    error."""
+    if estimate.se is None:
+        return None
+    half = t_quantile((1 + level) / 2, estimate.windows - 1) * estimate.se
+    return estimate.value - half, estimate.value + half
+
+
+def t_quantile(p: float, degrees: int) -> float:
+    """Quantile of Student's t.
+
+    Exact for one and two degrees of freedom, else the expansion around the normal quantile (Abramowitz &
+    Stegun 26.7.5), which is within 0.5 % for three or more at p up to 0.995.
+    """
+    if degrees < 1:
+        raise ValueError(f"degrees of freedom must be at least 1, got {degrees}")
+    if degrees == 1:
+        return math.tan(math.pi * (p - 0.5))
+    if degrees == 2:
+        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
+    x = NormalDist().inv_cdf(p)
+    v = degrees
+    return (
+        x
+        + (x**3 + x) / (4 * v)
+        + (5 * x**5 + 16 * x**3 + 3 * x) / (96 * v**2)
+        + (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / (384 * v**3)
+        + (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / (92160 * v**4)
+    )
+
+
+def quantile(ordered: Sequence[float], p: float) -> float:
+    """The p-quantile of ascending values, interpolated linearly; raises `ValueError` for none."""
+    if not ordered:
+        raise ValueError("a quantile of no values")
+    place = p * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def _exp(nats: float) -> float:
+    """exp, but at most exp(300): beyond it a model is broken, and its row must still be JSON."""
+    return math.exp(min(nats, 300.0))
+
+
+def _pairs(q: Quality, total: str, count: str) -> list[tuple[float, int]]:
+    """(sum, tokens) of every window that has any token left."""
+    return [(window[total], window[count]) for window in q["windows"] if window[count]]
+
+
+def _mean(pairs: list[tuple[float, int]]) -> Estimate:
+    """Mean a token of per-window (sum, tokens), with the clustered error of the module docstring."""
+    tokens = sum(n for _, n in pairs)
+    if not tokens:
+        raise ValueError("no scored token with finite logits")
+    ratio = math.fsum(s for s, _ in pairs) / tokens
+    return Estimate(ratio, _error([s - ratio * n for s, n in pairs], tokens), len(pairs))
+
+
+def _error(residuals: list[float], tokens: int) -> float | None:
+    windows = len(residuals)
+    if windows < 2:
+        return None
+    return math.sqrt(windows / (windows - 1) * math.fsum(z * z for z in residuals)) / tokens
+
+
+def _paired(q: Quality, base_q: Quality) -> tuple[list[tuple[float, int]], list[tuple[float, int]]]:
+    """Per-window (nll sum, tokens) of both over the tokens that are finite in both."""
+    one: list[tuple[float, int]] = []
+    two: list[tuple[float, int]] = []
+    if len(q["windows"]) != len(base_q["windows"]):
+        raise ValueError(f"{len(q['windows'])} windows against {len(base_q['windows'])}: not the same evaluation")
+    for i, (a, b) in enumerate(zip(q["windows"], base_q["windows"], strict=True)):
+        if a["count"] + a["nonfinite"] != b["count"] + b["nonfinite"]:
+            raise ValueError(f"window {i}: the two passes scored different numbers of tokens: not the same evaluation")
+        if a["nonfinite"] == b["nonfinite"] == 0:
+            pair = (a["nll_sum"], a["count"]), (b["nll_sum"], b["count"])
+        elif "nll" in a and "nll" in b:
+            lists = zip(unpacked(a["nll"]), unpacked(b["nll"]), strict=True)
+            both = [(x, y) for x, y in lists if x is not None and y is not None]
+            pair = (math.fsum(x for x, _ in both), len(both)), (math.fsum(y for _, y in both), len(both))
+        else:
+            continue
+        if pair[0][1]:
+            one.append(pair[0])
+            two.append(pair[1])
+    return one, two

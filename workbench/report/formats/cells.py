@@ -1,0 +1,305 @@
+"""What a table looks like: on a terminal, in markdown, as CSV, as JSON.
+
+CSV and JSON are for programs: `objects(table)` in SI units, nothing rounded. Terminal and markdown are
+for people and share their cells; only here do GiB and MiB exist, one unit a column so that numbers can be
+compared by eye, and the field's shorthand (`pp512`, `tg64 @ d512`, `t/s`, as llama-bench prints them).
+Whatever comes out of a recipe or an engine is text to be shown, not markup: it is escaped for the format.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.records import Evaluation
+from workbench.report.metrics import METRICS
+from workbench.report.selection import BASE
+from workbench.report.speeds import points
+from workbench.report.table import Line, Score, Table, quality_missing, workload
+
+MISSING = "–"
+LONGEST_REASON = 400
+"""Characters of an error or warning shown to people; CSV and JSON have all of it."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Heading lines and one cell for each line of the table."""
+
+    heading: tuple[str, ...]
+    cells: tuple[str, ...]
+    number: bool = True
+
+
+def shown_columns(table: Table, detail: int) -> list[_Column]:
+    """`detail` 3: all; 2: without the spread of the speeds and the errors of the divergence; 1: without divergence
+    and agreement; 0: without the perplexity's error too."""
+    lines = table.lines
+    points = {workload(line.row) for line in lines}
+    if len(points) == 1:
+        prompt_tokens, new_tokens, batch = points.pop()
+        many = f" b{batch}" if batch > 1 else ""
+        prefill: tuple[str, ...] = (f"pp{prompt_tokens}{many}",)
+        decode: tuple[str, ...] = (f"tg{new_tokens}{many}", f"@ d{prompt_tokens}")
+    else:
+        prefill, decode = ("prefill",), ("decode",)
+
+    columns = [
+        _Column(("variant",), tuple(_plain(line.row.artifact.variant) for line in lines), number=False),
+        _Column(("backend",), tuple(_plain(line.row.backend) for line in lines), number=False),
+    ]
+    for column in table.varying:
+        cells = tuple(_plain(column.text(line.row)) or MISSING for line in lines)
+        columns.append(_Column((_plain(column.name),), cells, number=False))
+    columns.append(_Column(("bpw",), _numbers(lines, "bits_per_weight")))
+    columns.append(_bytes(lines, "disk_bytes", "size"))
+    columns.append(_Column(("load", "s"), _numbers(lines, "load_s")))
+    columns.append(_bytes(lines, "peak_rss_bytes", "peak", "RSS"))
+    if any(line.values["peak_vram_bytes"] for line in lines):
+        columns.append(_bytes(lines, "peak_vram_bytes", "peak", "VRAM"))
+    for name, heading in (("prefill_tok_s", prefill), ("decode_tok_s", decode)):
+        cells = _numbers(lines, name)
+        if detail > 2:
+            spreads = [_spread(line, name) for line in lines]
+            cells = tuple(f"{cell} {spread}".strip() for cell, spread in zip(cells, _padded(spreads), strict=True))
+        columns.append(_Column((*heading, "t/s"), cells))
+    own = (_plain(table.evaluation.name),) if table.evaluation and table.further else ()
+    columns += _quality(lines, detail, own)
+    for name, further in table.further.items():
+        columns += _quality(further.lines, detail, (_plain(name),))
+    for name in table.tasks:
+        scores = [line.tasks.get(name) for line in lines]
+        columns.append(_Column((_plain(name), "acc %"), tuple(_accuracy(score, detail > 1) for score in scores)))
+        if detail > 0:
+            cells = tuple(_accuracy_delta(line, score) for line, score in zip(lines, scores, strict=True))
+            columns.append(_Column((_plain(name), "Δ acc"), cells))
+    # A line that has no numbers says why in the last place for one.
+    reasons = ["cannot run" if line.row.unsupported else "failed" if line.row.error else None for line in lines]
+    last = columns[-1]
+    columns[-1] = _Column(last.heading, tuple(why or cell for why, cell in zip(reasons, last.cells, strict=True)))
+    if table.footnotes:
+        marks = tuple(",".join(map(str, line.footnotes)) for line in lines)
+        columns.append(_Column(("note",), marks, number=False))
+    return columns
+
+
+def _quality(lines: Sequence[Line], detail: int, name: tuple[str, ...]) -> list[_Column]:
+    """The columns of one evaluation set, headed by its name where there are several."""
+    columns = [
+        _Column((*name, "ppl"), tuple(_perplexity(line, detail > 0) for line in lines)),
+        _Column((*name, "Δ ppl"), _marked(lines)),
+    ]
+    if detail > 1 and any(line.values["kld_mean"] is not None for line in lines):
+        columns.append(_Column((*name, "KLD"), tuple(_divergence(line, detail > 2) for line in lines)))
+        columns.append(_Column((*name, "same top", "%"), tuple(_agreement(line, detail > 2) for line in lines)))
+    return columns
+
+
+def _numbers(lines: Sequence[Line], name: str, scale: float = 1.0) -> tuple[str, ...]:
+    spec = METRICS[name].text
+    values = [line.values[name] for line in lines]
+    return tuple(MISSING if value is None else format(value / scale, spec) for value in values)
+
+
+def _bytes(lines: Sequence[Line], name: str, *heading: str) -> _Column:
+    largest = max((line.values[name] or 0 for line in lines), default=0)
+    unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if largest >= 2 * 2**p or p == 10)
+    return _Column((*heading, unit), _numbers(lines, name, 2.0**power))
+
+
+def _spread(line: Line, name: str) -> str:
+    interval = line.prefill_interval if name == "prefill_tok_s" else line.decode_interval
+    middle = line.values[name]
+    if interval is None or not middle:
+        return ""
+    percent = 100 * max(interval[1] - middle, middle - interval[0]) / middle
+    return f"±{percent:.1f}%" if percent < 9.95 else f"±{percent:.0f}%" if percent < 100 else "±100%+"
+
+
+def _padded(texts: Sequence[str]) -> list[str]:
+    breadth = max(map(len, texts), default=0)
+    return [text.rjust(breadth) for text in texts]
+
+
+def _perplexity(line: Line, with_error: bool) -> str:
+    value = line.values["perplexity"]
+    if value is None:
+        return MISSING
+    spec = _spec(value)
+    se = line.errors["perplexity"]
+    error = f" ±{se:{spec}}" if with_error and se is not None else ""
+    return f"{value:{spec}}{error}"
+
+
+def _marked(lines: Sequence[Line]) -> tuple[str, ...]:
+    """The deltas, `~` before those below the noise floor."""
+    return tuple(f"~{_delta(line)}" if _in_the_noise(line) else _delta(line) for line in lines)
+
+
+def _in_the_noise(line: Line) -> bool:
+    return bool(line.below_noise_floor) and line.row.artifact.method != BASE
+
+
+def _delta(line: Line) -> str:
+    if line.delta is None:
+        return MISSING
+    if line.row.artifact.method == BASE:
+        return "0"
+    spec = _spec(line.delta.value)
+    error = f" ±{line.delta.se:{spec}}" if line.delta.se is not None else ""
+    return f"{line.delta.value:+{spec}}{error}"
+
+
+def _divergence(line: Line, with_error: bool) -> str:
+    value, se = line.values["kld_mean"], line.errors["kld_mean"]
+    if value is None:
+        return MISSING
+    if not value:
+        return "0"
+    # From what rounding costs to what ruins a model are nine powers of ten.
+    spec = ".4f" if value >= 5e-4 else ".1e"
+    error = f" ±{se:{spec}}" if with_error and se is not None else ""
+    return f"{value:{spec}}{error}"
+
+
+def _agreement(line: Line, with_error: bool) -> str:
+    value, se = line.values["top1_agreement"], line.errors["top1_agreement"]
+    if value is None:
+        return MISSING
+    error = f" ±{100 * se:.2f}" if with_error and se is not None else ""
+    return f"{100 * value:.2f}{error}"
+
+
+def _accuracy(score: Score | None, with_error: bool) -> str:
+    if score is None:
+        return MISSING
+    error = f" ±{100 * score.accuracy.se:.1f}" if with_error and score.accuracy.se is not None else ""
+    return f"{100 * score.accuracy.value:.1f}{error}"
+
+
+def _accuracy_delta(line: Line, score: Score | None) -> str:
+    if score is None or score.delta is None:
+        return MISSING
+    if line.row.artifact.method == BASE:
+        return "0"
+    error = f" ±{100 * score.delta.se:.1f}" if score.delta.se is not None else ""
+    return f"{'~' if score.below_noise_floor else ''}{100 * score.delta.value:+.1f}{error}"
+
+
+def _spec(value: float) -> str:
+    size = abs(value)
+    return ".3f" if size < 100 else ".1f" if size < 1e5 else ".2e"
+
+
+def title_of(table: Table) -> str:
+    bases = dict.fromkeys(line.row.base for line in table.lines)
+    devices = dict.fromkeys(line.row.measurement.device for line in table.lines if line.row.measurement)
+    where = f" ({', '.join(devices)})" if devices else ""
+    return _plain(f"{', '.join(bases)} on {table.machine}{where}")
+
+
+def subtitle(table: Table) -> list[str]:
+    texts = []
+    points = {workload(line.row) for line in table.lines}
+    repeats = {line.row.workload.repeats for line in table.lines}
+    if len(points) == 1:
+        prompt_tokens, new_tokens, batch = points.pop()
+        count = f", {repeats.pop()} repeats" if len(repeats) == 1 else ""
+        texts.append(f"speed: {prompt_tokens} prompt tokens, then {new_tokens} new ones, batch {batch}{count}")
+    for e in [table.evaluation, *(further.evaluation for further in table.further.values())]:
+        if e:
+            windows = f"{e.windows} windows of {e.window} tokens"
+            texts.append(f"perplexity: {e.name}, {windows}, {_convention(e)}, {e.scored_tokens} tokens")
+    if table.tasks:
+        asked = {
+            name: max((line.tasks[name].accuracy.windows for line in table.lines if name in line.tasks), default=0)
+            for name in table.tasks
+        }
+        counts = ", ".join(f"{name}, {count} items" for name, count in asked.items())
+        texts.append(f"accuracy: {counts}; Δ acc: to the base, paired by item")
+    texts.append("± after a speed: 95 % interval of the median; elsewhere: one standard error, by windows")
+    if any(line.values["kld_mean"] is not None for line in table.lines):
+        texts.append("KLD: mean divergence from the base, nats a token; same top: its likeliest token is the base's")
+    sets = [table.lines, *(further.lines for further in table.further.values())]
+    doubtful = any(_in_the_noise(line) for lines in sets for line in lines)
+    rest = [line for line in table.lines if line.row.artifact.method != BASE]
+    if doubtful or any(score.below_noise_floor for line in rest for score in line.tasks.values()):
+        texts.append("~: below the noise floor, within the base's spread over the engines or not distinct from 0")
+    return [_plain(text) for text in texts]
+
+
+def _convention(e: Evaluation) -> str:
+    """Which positions were scored, as a recipe says it, and whose custom that is."""
+    if e.score == "strided" and e.windows > 1:
+        # The first window is scored whole, each later one in the tokens new to it.
+        stride = (e.scored_tokens - (e.window - 1)) / (e.windows - 1)
+        return f"strided by {stride:g} scored"
+    customs = {"second-half": " (llama.cpp's convention)", "all": " (the papers' convention)"}
+    return f"{e.score} scored{customs.get(e.score, '')}"
+
+
+def remarks_of(table: Table) -> list[str]:
+    texts = []
+    floors = [("", floor) for floor in table.noise_floors]
+    floors += [(f" on {name}", floor) for name, further in table.further.items() for floor in further.noise_floors]
+    for where, floor in floors:
+        texts.append(
+            f"noise floor{where}: {floor.base} has perplexity {floor.low:.4f} to {floor.high:.4f} on "
+            f"{', '.join(floor.backends)}: {100 * floor.relative:.3f} % apart"
+        )
+        if floor.divergences:
+            each = [f"{backend} {format(value, '.1e') if value else 0}" for backend, value in floor.divergences]
+            texts.append(f"noise floor{where}: divergence of {floor.base} from its own reference: {', '.join(each)}")
+    missing = dict.fromkeys(why for line in table.lines if (why := quality_missing(line.row)))
+    return [_plain(text) for text in (*texts, *missing, *_points(table), *_settings(table), *table.notes)]
+
+
+def _share(part: float | None) -> str:
+    return "" if part is None else f" ±{part:.1%}" if part < 1 else " ±100%+"
+
+
+def _points(table: Table) -> list[str]:
+    """A line for each row that was timed at further points (llama-bench's shorthand)."""
+    texts = []
+    for line in table.lines:
+        found = []
+        for point in points(line.row):
+            half = max(point.interval[1] - point.median, point.median - point.interval[0]) if point.interval else None
+            found.append(f"{point.name} {point.median:.1f}" + _share(half / point.median if half else None))
+        if found:
+            texts.append(f"{line.row.artifact.variant} on {line.row.backend}, t/s: {', '.join(found)}")
+    return texts
+
+
+def _settings(table: Table) -> list[str]:
+    """For each backend, what all its measured lines really ran with."""
+    by_backend: dict[str, list[dict[str, Any]]] = {}
+    for line in table.lines:
+        if line.row.measurement:
+            by_backend.setdefault(line.row.backend, []).append(line.row.measurement.settings)
+    texts = []
+    for backend, settings in by_backend.items():
+        shared = [
+            f"{key} {value}"
+            for key, value in settings[0].items()
+            if isinstance(value, str | int) and all(other.get(key) == value for other in settings)
+        ]
+        if shared:
+            texts.append(f"{backend}: {', '.join(shared)}")
+    return texts
+
+
+def _plain(text: str) -> str:
+    """One line that a terminal can only print: no control characters, nothing that cannot be encoded."""
+    one_line = " ".join(re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", text).split())
+    return "".join(mark if mark.isprintable() else "\N{REPLACEMENT CHARACTER}" for mark in one_line)
+
+
+def short_text(reason: str) -> str:
+    text = _plain(reason)
+    if len(text) <= LONGEST_REASON:
+        return text
+    # A log's first words say what failed, its last ones why.
+    return f"{text[: LONGEST_REASON // 2]} … {text[-LONGEST_REASON // 2 :]}"

@@ -1,0 +1,136 @@
+"""The table as data: CSV and JSON, SI units, one flat object a row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+from workbench.records import Task
+from workbench.report import metrics, speeds
+from workbench.report.store import machine_of
+from workbench.report.table import Line, Score, Table, device, quality_missing, workload
+
+
+def comma_separated(table: Table) -> str:
+    """CSV with a header: one record a line, empty where not measured, a pair as two columns."""
+    records = [_flat(record) for record in objects(table)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def json_text(table: Table) -> str:
+    """A JSON list of `objects(table)`: SI units, null where not measured, ASCII only."""
+    return json.dumps(objects(table), indent=2, allow_nan=False) + "\n"
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if key == "points":
+            spoken = (f"{name} {point['median']:.1f}" for name, point in value.items())
+            flat[key] = "; ".join(spoken)
+        elif key.endswith("_ci"):
+            flat[f"{key}_low"], flat[f"{key}_high"] = value or (None, None)
+        elif isinstance(value, list):
+            flat[key] = "; ".join(value)
+        elif isinstance(value, dict):
+            flat |= {f"{key}.{name}.{inner}": item for name, held in value.items() for inner, item in held.items()}
+        else:
+            flat[key] = value
+    return {key: _encodable(value) if isinstance(value, str) else value for key, value in flat.items()}
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+OF_QUALITY = ("perplexity", *metrics.OF_THE_REFERENCE, "bits_per_byte")
+"""The metrics that an evaluation set gives."""
+
+
+def objects(table: Table) -> list[dict[str, Any]]:
+    """One flat object a line: SI units, None where not measured, never NaN.
+
+    `*_ci` are pairs (95 %, of the median), `*_se` one standard error. `evaluations` has the quality on further sets by
+    name, under the keys of the first; `tasks` accuracies by name, None for what a row was not asked.
+    """
+    found = []
+    for place, line in enumerate(table.lines):
+        record = _object(line)
+        record["evaluations"] = {name: _quality(each.lines[place]) for name, each in table.further.items()}
+        record["tasks"] = {name: _score(line.tasks.get(name), task) for name, task in table.tasks.items()}
+        found.append(record)
+    return found
+
+
+def _quality(line: Line) -> dict[str, Any]:
+    """What `_object` says of quality."""
+    test = line.row.evaluation
+    return {
+        **{name: line.values[name] for name in OF_QUALITY},
+        **{f"{name}_se": error for name, error in line.errors.items()},
+        "perplexity_delta": line.delta.value if line.delta else None,
+        "perplexity_delta_se": line.delta.se if line.delta else None,
+        "below_noise_floor": line.below_noise_floor,
+        "nonfinite_tokens": metrics.nonfinite(line.row),
+        "evaluation_digest": test.digest if test else None,
+        "window": test.window if test else None,
+        "score": test.score if test else None,
+        "scored_tokens": test.scored_tokens if test else None,
+    }
+
+
+def _score(score: Score | None, task: Task) -> dict[str, Any]:
+    delta = score.delta if score else None
+    return {
+        "accuracy": score.accuracy.value if score else None,
+        "accuracy_se": score.accuracy.se if score else None,
+        "accuracy_delta": delta.value if delta else None,
+        "accuracy_delta_se": delta.se if delta else None,
+        "below_noise_floor": score.below_noise_floor if score else None,
+        "items": score.accuracy.windows if score else None,
+        "task_digest": task.digest,
+    }
+
+
+def _object(line: Line) -> dict[str, Any]:
+    row = line.row
+    prompt_tokens, new_tokens, batch = workload(row)
+    return {
+        "machine": machine_of(row),
+        "recipe": row.recipe,
+        "base": row.base,
+        "variant": row.artifact.variant,
+        "method": row.artifact.method,
+        "format": row.artifact.format,
+        "backend": row.backend,
+        "device": device(row),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "batch": batch,
+        **line.values,
+        **{f"{name}_se": error for name, error in line.errors.items()},
+        "perplexity_delta": line.delta.value if line.delta else None,
+        "perplexity_delta_se": line.delta.se if line.delta else None,
+        "below_noise_floor": line.below_noise_floor,
+        "nonfinite_tokens": metrics.nonfinite(row),
+        "points": {
+            point.name: {"median": point.median, "ci": list(point.interval) if point.interval else None}
+            for point in speeds.points(row)
+        },
+        "quality_missing": quality_missing(row),
+        "prefill_tok_s_ci": list(line.prefill_interval) if line.prefill_interval else None,
+        "decode_tok_s_ci": list(line.decode_interval) if line.decode_interval else None,
+        "warnings": list(line.warnings),
+        "error": row.error,
+        "unsupported": row.unsupported,
+        "evaluation": row.evaluation.name if row.evaluation else None,
+        "evaluation_digest": row.evaluation.digest if row.evaluation else None,
+        "started_at": row.started_at,
+        "key": row.key,
+    }

@@ -1,0 +1,43 @@
+"""The table as Markdown."""
+
+from __future__ import annotations
+
+import re
+
+from workbench.report.formats.cells import remarks_of, short_text, shown_columns, subtitle, title_of
+from workbench.report.table import Table
+
+
+def markdown(table: Table) -> str:
+    """The same as a GitHub-flavoured table, aligned in the source too, with its footnotes as a numbered list."""
+    columns = []
+    for column in shown_columns(table, detail=3):
+        name, unit = column.heading[:-1], column.heading[-1]
+        heading = f"{' '.join(name)} ({unit})" if name else unit
+        columns.append([_escaped(heading), *map(_escaped, column.cells)])
+    numbers = [column.number for column in shown_columns(table, detail=3)]
+    widths = [max(3, *map(len, column)) for column in columns]
+    lines = [f"### {_escaped(title_of(table))}", "", *(f"{_escaped(text)}  " for text in subtitle(table)), ""]
+    for place in range(len(table.lines) + 1):
+        cells = [
+            column[place].rjust(width) if number else column[place].ljust(width)
+            for column, width, number in zip(columns, widths, numbers, strict=True)
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        if place == 0:
+            rules = [
+                "-" * (width - 1) + (":" if number else "-") for width, number in zip(widths, numbers, strict=True)
+            ]
+            lines.append(f"| {' | '.join(rules)} |")
+    remarks = remarks_of(table)
+    if remarks:
+        lines += ["", *(f"- {_escaped(text)}" for text in remarks)]
+    if table.footnotes:
+        lines += ["", *(f"{n}. {_escaped(short_text(text))}" for n, text in enumerate(table.footnotes, start=1))]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Text that markdown shows as it is; an underscore inside a word never marks emphasis and stays."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"[\\`*\[\]|~#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)

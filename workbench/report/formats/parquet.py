@@ -1,0 +1,91 @@
+"""Rows for other programs' data frames: one Parquet file that pandas, Polars and DuckDB read as it is.
+
+Unlike a printed table it holds all machines, recipes and evaluations, each row with the deltas it has in its own
+table, since a query chooses for itself what to put side by side. Rejected: a database file (this one is read by
+every database), pandas to write it (pyarrow alone is enough).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from workbench.errors import install_with
+from workbench.records import Row
+from workbench.report.formats.data import objects
+from workbench.report.metrics import METRICS
+from workbench.report.store import machine_of
+from workbench.report.table import build
+
+NUMBERS = ("_se", "_delta", "_s", "_bytes", "_low", "_high")
+WHOLE = ("prompt_tokens", "new_tokens", "batch", "nonfinite_tokens")
+
+
+def parquet(rows: Sequence[Row]) -> bytes:
+    """A Parquet file of `records(rows)`. Raises `UserError` if pyarrow is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise install_with("pyarrow, which writes Parquet,", 'pip install "quant-workbench[parquet]"') from None
+    found = records(rows)
+    columns = dict.fromkeys(name for record in found for name in record)
+    kinds = {
+        name: pyarrow.list_(pyarrow.string())
+        if name == "warnings"
+        else pyarrow.bool_()
+        if name == "below_noise_floor"
+        else pyarrow.int64()
+        if name in WHOLE
+        else pyarrow.float64()
+        if name in METRICS or name.endswith(NUMBERS)
+        else pyarrow.string()
+        for name in columns
+    }
+    # Explicit types: a column in which nothing was measured yet is still one of numbers.
+    schema = pyarrow.schema([pyarrow.field(name, kinds[name]) for name in columns])
+    whole = pyarrow.Table.from_pylist(found, schema=schema)
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(whole, file, compression="zstd")
+    return file.getvalue()
+
+
+def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """`table.objects` of every table that the rows make, with the versions and the commit of each row.
+
+    Superseded measurements are left out, as in a table; `*_ci` become `*_ci_low` and `*_ci_high`.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for group in _comparable(rows):
+        versions = {(machine_of(row), row.key): row.versions for row in group}
+        for record in objects(build(group)):
+            name = (record["machine"], record["key"])
+            flat: dict[str, Any] = {}
+            for key, value in record.items():
+                if key.endswith("_ci"):
+                    flat[f"{key}_low"], flat[f"{key}_high"] = value or (None, None)
+                else:
+                    # Further evaluation sets and tasks, whose names are the recipe's own: as JSON, not as columns.
+                    flat[key] = json.dumps(value) if isinstance(value, dict) else value
+            own = versions[name]
+            flat["commit"] = own.get("commit")
+            flat["versions"] = ", ".join(f"{k} {v}" for k, v in own.items() if k != "commit")
+            found.setdefault(name, flat)
+    return list(found.values())
+
+
+def _comparable(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows by what may stand in one table; those that were to be scored on nothing go with each of their base."""
+    groups: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        evaluation = row.evaluation.digest if row.evaluation else ""
+        groups.setdefault((machine_of(row), row.measurement_version, evaluation), []).append(row)
+    whole = []
+    for (machine, version, evaluation), group in groups.items():
+        bases = {row.base for row in group}
+        bare = groups.get((machine, version, ""), []) if evaluation else []
+        # The scored ones decide which evaluation the table is of.
+        whole.append(group + [row for row in bare if row.base in bases])
+    return whole

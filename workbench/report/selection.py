@@ -1,0 +1,159 @@
+"""Which rows belong together: of one recipe, one machine, one evaluation; the latest of each pair."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from workbench.errors import unknown
+from workbench.records import Row, digest, to_json
+
+
+class Pair(NamedTuple):
+    """What makes two rows measurements of the same thing."""
+
+    base: str
+    variant: str
+    backend: str
+    how: str
+    """A digest of options and workload."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.variant} on {self.backend}"
+
+
+def pair_of(row: Row) -> Pair:
+    """Base, variant, engine, and how it was run; an option that says nothing is as good as none, as in older rows."""
+    options = {name: value for name, value in row.options.items() if value is not None}
+    return Pair(row.base, row.artifact.variant, row.backend, digest([options, to_json(row.workload)]))
+
+
+def labels_of(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
+    """Names of pairs, each told by a row of it; those of one variant and engine also say which options differ."""
+    alike: dict[tuple[str, str, str], list[Pair]] = {}
+    for pair in rows:
+        alike.setdefault(pair[:3], []).append(pair)
+    found = {}
+    for group in alike.values():
+        told = [rows[pair].options | to_json(rows[pair].workload) for pair in group]
+        names = [
+            name
+            for name in dict.fromkeys(n for each in told for n in each)
+            if len({str(t.get(name)) for t in told}) > 1
+        ]
+        for pair, each in zip(group, told, strict=True):
+            words = ", ".join(f"{name} {each[name]}" for name in names if each.get(name) is not None)
+            found[pair] = f"{pair.label} ({words})" if words else pair.label
+    return found
+
+
+BASE = "base"
+"""The method of the unquantized model."""
+
+
+def named_rows(rows: list[Row], thing: str, wanted: str, name: Callable[[Row], str]) -> list[Row]:
+    kept = [row for row in rows if name(row) == wanted]
+    if not kept:
+        raise unknown(thing, wanted, (name(row) for row in rows if name(row)), "results")
+    return kept
+
+
+def of_recipe(rows: Sequence[Row], own: Sequence[Row]) -> list[Row]:
+    """A recipe's own rows, and its bases' rows from other recipes: work done once is not done again."""
+    recipe, bases = own[0].recipe, {row.base for row in own}
+    return [row for row in rows if row.recipe == recipe or (row.artifact.method == BASE and row.base in bases)]
+
+
+def comparable_rows(rows: list[Row], lead: Row, thing: str, name: Callable[[Row], str], notes: list[str]) -> list[Row]:
+    """The rows that agree with `lead` in what `name` says; the others are counted in a note."""
+    others = Counter(name(row) for row in rows if name(row) != name(lead))
+    if others:
+        notes.append(_left_out(sum(others.values()), f"of another {thing} ({', '.join(others)})"))
+    return [row for row in rows if name(row) == name(lead)]
+
+
+def like_evaluation(rows: list[Row], lead: Row, notes: list[str]) -> list[Row]:
+    """The rows scored on the tokens of `lead`, and those of the same bases that were to be scored on none."""
+    wanted = evaluation_digest(lead)
+    bases = {row.base for row in rows if wanted and evaluation_digest(row) == wanted} or {lead.base}
+    kept: list[Row] = []
+    others: list[Row] = []
+    for row in rows:
+        own = evaluation_digest(row)
+        comparable = own == wanted if own else row.base in bases
+        (kept if comparable else others).append(row)
+    if others:
+        names = dict.fromkeys(
+            f"{row.evaluation.name} {row.evaluation.digest}" if row.evaluation else row.base for row in others
+        )
+        notes.append(_left_out(len(others), f"of another evaluation or base ({', '.join(names)})"))
+    return kept
+
+
+def evaluation_digest(row: Row) -> str:
+    return row.evaluation.digest if row.evaluation else ""
+
+
+def latest_of_each_pair(rows: list[Row], notes: list[str]) -> list[Row]:
+    pairs: dict[str, Row] = {}
+    measured: dict[str, Row] = {}
+    for row in rows:
+        # An option at its engine's default is null, and absent from rows that are older than the option.
+        chosen = {key: value for key, value in row.options.items() if value is not None}
+        name = digest([row.base, row.artifact.variant, row.backend, chosen, to_json(row.workload)])
+        if name not in pairs or age_of(row) >= age_of(pairs[name]):
+            pairs[name] = row
+        if row.measurement and (name not in measured or age_of(row) >= age_of(measured[name])):
+            measured[name] = row
+    for name, row in pairs.items():
+        good = measured.get(name)
+        if row.error and good and good.artifact.digest == row.artifact.digest:
+            pairs[name] = good
+            notes.append(
+                f"{row.artifact.variant} on {row.backend} was tried again and failed ({row.error}): what was measured "
+                "before is shown"
+            )
+    if len(pairs) < len(rows):
+        notes.append(_left_out(len(rows) - len(pairs), "superseded by a later one of the same variant and backend"))
+    return list(pairs.values())
+
+
+def _left_out(count: int, why: str) -> str:
+    return f"{count} row{'s' if count > 1 else ''} not shown: {why}"
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    """Bases first, then variants and backends as their recipe has them, whatever order they were measured in."""
+    recipes = _places(row.recipe for row in rows)
+    rows = sorted(rows, key=lambda row: (recipes[row.recipe], row.place))
+    bases, variants, backends = (
+        _places(row.base for row in rows),
+        _places(row.artifact.variant for row in rows),
+        _places(row.backend for row in rows),
+    )
+    return sorted(
+        rows,
+        key=lambda row: (
+            bases[row.base],
+            row.artifact.method != BASE,
+            variants[row.artifact.variant],
+            backends[row.backend],
+        ),
+    )
+
+
+def _places(names: Iterable[str]) -> dict[str, int]:
+    return {name: place for place, name in enumerate(dict.fromkeys(names))}
+
+
+def age_of(row: Row) -> float:
+    """Seconds since 1970; a row without a readable time is the oldest."""
+    try:
+        moment = datetime.fromisoformat(row.started_at)
+    except ValueError:
+        return -math.inf
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

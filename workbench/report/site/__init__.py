@@ -1,0 +1,1 @@
+"""The pages that people read in a browser: one report, or a static site with history."""

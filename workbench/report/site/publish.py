@@ -1,0 +1,192 @@
+"""A static site from stored rows: the latest tables, their history, regressions, a feed and a badge.
+
+    index.html                  machines and recipes, open regressions
+    <machine>/<recipe>.html     the page of `page.py`, with plots over time
+    feed.json                   regressions, as JSON Feed 1.1 (jsonfeed.org)
+    badge.svg, badge.json       how many regressions are open; the latter for shields.io's endpoint badge
+    data.json                   the latest tables in SI units
+
+Nothing in it depends on when or where it was made, so that publishing the same rows twice changes no file. Each file
+is renamed into place when whole, the index last.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError
+from workbench.records import Row, digest
+from workbench.report import units
+from workbench.report.formats.data import objects
+from workbench.report.metrics import METRICS
+from workbench.report.site import page
+from workbench.report.store import machine_of
+from workbench.report.table import Table, build
+from workbench.report.verdicts.steps import Series, Step, series_like, series_of, steps_of
+
+GREEN, RED, GREY = "#15803d", "#b91c1c", "#5c6675"
+
+
+def publish(rows: Sequence[Row], folder: Path, home_url: str = "") -> list[Step]:
+    """Write the site of `store.history`'s rows into a folder; the regressions that are open, newest first.
+
+    `home_url` is where it will be served; the feed names its items by it. Raises `UserError` if there is no row or
+    the folder cannot be written.
+    """
+    if not rows:
+        raise UserError("nothing measured yet, so nothing to publish: run `workbench run RECIPE`")
+    series = series_of(rows)
+    steps = [step for one in series for step in steps_of(one)]
+    worse = sorted((step for step in steps if step.worse), key=lambda step: step.first.at, reverse=True)
+    tables = _tables(rows)
+    files: dict[str, str] = {}
+    for (machine, recipe), table in tables.items():
+        own = [one for one in series_like(table, series) if one.recipe == recipe]
+        mine = [step for step in steps if any(step.series is one for one in own)]
+        files[path_of(machine, recipe)] = page.page(
+            table, own, mine, title=f"{recipe} on {machine}", back="../index.html"
+        )
+    still = [step for step in worse if step.open]
+    files["feed.json"] = json.dumps(feed(worse, home_url), indent=1)
+    files["badge.svg"] = badge(still)
+    files["badge.json"] = json.dumps(
+        {"schemaVersion": 1, "label": "nightly", "message": _message(still), "color": "red" if still else "green"}
+    )
+    files["data.json"] = json.dumps(
+        [{"machine": m, "recipe": r, "rows": objects(table)} for (m, r), table in tables.items()], allow_nan=False
+    )
+    files["index.html"] = index(tables, series, worse)
+    for name, content in files.items():
+        _write(folder / name, content)
+    return still
+
+
+def path_of(machine: str, recipe: str) -> str:
+    """Where the page of a machine and recipe is, relative to the site."""
+    return f"{_slug(machine)}/{_slug(recipe)}.html"
+
+
+def index(tables: dict[tuple[str, str], Table], series: Sequence[Series], worse: Sequence[Step]) -> str:
+    """The first page: what there is, and what got worse."""
+    still = [step for step in worse if step.open]
+    items = []
+    for (machine, recipe), table in tables.items():
+        newest = max(line.row.started_at for line in table.lines)
+        nights = {p.at[:10] for one in series if (one.machine, one.recipe) == (machine, recipe) for p in one.points}
+        count = sum((step.series.machine, step.series.recipe) == (machine, recipe) for step in still)
+        failed = sum(bool(line.row.error) for line in table.lines)
+        items.append(
+            f"<tr><th scope=row><a href='{_e(path_of(machine, recipe))}'>{_e(recipe)}</a></th><td>{_e(machine)}</td>"
+            f"<td>{_e(newest[:10])}</td><td class=n>{len(nights)}</td><td class=n>{len(table.lines)}</td>"
+            f"<td class=n>{failed}</td><td class=n>{count}</td></tr>"
+        )
+    heads = ("recipe", "machine", "latest", "nights", "pairs", "failed", "open regressions")
+    titles = "".join(f"<th scope=col{' class=n' if place > 2 else ''}>{head}</th>" for place, head in enumerate(heads))
+    body = (
+        "<header><h1>Workbench, measured nightly</h1><p class=soft>Every variant of every recipe in every engine. "
+        "<a href=feed.json>Feed of regressions</a> · <a href=data.json>data</a></p>"
+        "<p><img src=badge.svg alt=''></p></header><main><section><h2>Tables</h2><div class=scroll tabindex=0><table>"
+        f"<thead><tr>{titles}</tr></thead>"
+        f"<tbody>{''.join(items)}</tbody></table></div></section><section><h2>Regressions</h2>"
+        + (page.steps_list(worse) if worse else "<p>None.</p>")
+        + "</section></main>"
+    )
+    return page.document("Workbench, measured nightly", body)
+
+
+def feed(worse: Sequence[Step], home_url: str) -> dict[str, Any]:
+    """Regressions as JSON Feed 1.1."""
+    home = home_url.rstrip("/")
+    items = []
+    for step in worse:
+        one = step.series
+        unit = METRICS[step.metric].unit
+        url = f"{home}/{path_of(one.machine, one.recipe)}" if home else path_of(one.machine, one.recipe)
+        items.append(
+            {
+                "id": digest([one.machine, one.recipe, *one.pair, step.metric, step.first.at]),
+                "url": url,
+                "title": f"{one.label}: {METRICS[step.metric].title} {100 * step.relative:+.1f} %",
+                "content_text": (
+                    f"{one.pair.base}, {one.label}, on {one.machine}: {step.metric} "
+                    f"{units.amount(step.before, unit)} -> {units.amount(step.after, unit)} since {step.first.at} "
+                    f"(last good {step.last.at})."
+                ),
+                "date_published": step.first.at,
+                "tags": ["open" if step.open else "mended", step.metric, one.pair.backend],
+                "_workbench": {
+                    "machine": one.machine,
+                    "recipe": one.recipe,
+                    "variant": one.pair.variant,
+                    "backend": one.pair.backend,
+                    "metric": step.metric,
+                    "before": step.before,
+                    "after": step.after,
+                    "open": step.open,
+                    "commit": step.first.commit,
+                    "last_good_commit": step.last.commit,
+                    "changed": {name: list(pair) for name, pair in step.changed.items()},
+                },
+            }
+        )
+    whole: dict[str, Any] = {"version": "https://jsonfeed.org/version/1.1", "title": "Workbench regressions"}
+    if home:
+        whole |= {"home_page_url": f"{home}/index.html", "feed_url": f"{home}/feed.json"}
+    return whole | {"items": items}
+
+
+def badge(still: Sequence[Step]) -> str:
+    """A small SVG that says how many regressions are open."""
+    words, colour = _message(still), RED if still else GREEN
+    left, right = 52, 14 + 7 * len(words)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20" role="img" '
+        f'aria-label="nightly: {words}"><title>nightly: {words}</title>'
+        f'<rect width="{left}" height="20" fill="{GREY}"/>'
+        f'<rect x="{left}" width="{right}" height="20" fill="{colour}"/>'
+        '<g fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11" text-anchor="middle">'
+        f'<text x="{left / 2:g}" y="14">nightly</text><text x="{left + right / 2:g}" y="14">{words}</text></g></svg>\n'
+    )
+
+
+def _message(still: Sequence[Step]) -> str:
+    return f"{len(still)} regression{'s' if len(still) > 1 else ''}" if still else "no regressions"
+
+
+def _tables(rows: Sequence[Row]) -> dict[tuple[str, str], Table]:
+    """The latest table of each machine and recipe."""
+    by_machine: dict[str, list[Row]] = {}
+    for row in rows:
+        by_machine.setdefault(machine_of(row), []).append(row)
+    found = {}
+    for machine, own in sorted(by_machine.items()):
+        # Of each job only the newest: a table would find it too, but by hashing ten thousand rows.
+        newest = list({row.key: row for row in own}.values())
+        for recipe in sorted({row.recipe for row in newest}):
+            found[machine, recipe] = build(newest, machine=machine, recipe=recipe)
+    return found
+
+
+def _slug(name: str) -> str:
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "x"
+    return safe if safe == name else f"{safe[:60]}-{digest(name)[:8]}"
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(content, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}). Name another folder to publish to") from None
+
+
+def _e(text: str) -> str:
+    return html.escape(text, quote=True)

@@ -1,0 +1,244 @@
+"""The parts that every chart is drawn from: scales, axes, labels, legends, as SVG text."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FONT = 11
+"""Pixels, of every text in a plot."""
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+"""By engine, beside the colour: not everybody sees colours, and not every printer has them."""
+WIDE, NARROW = 560, 340
+"""Pixels: a column of a desktop's page, and a phone's."""
+
+STYLE = (
+    "--ink:#1c2430;--soft:#5c6675;--rule:#d7dce3;--paper:#fff;"
+    "--c0:#1f6feb;--c1:#c2410c;--c2:#15803d;--c3:#7e22ce;--c4:#a16207;"
+    "--p0:#1f6feb;--p1:#7aa7e9;--p2:#c2410c;--p3:#e0a07d;--p4:#15803d;--p5:#8a94a3"
+)
+STYLE_DARK = (
+    "--ink:#e6eaf0;--soft:#9aa5b4;--rule:#343c48;--paper:#12161c;"
+    "--c0:#6ea8fe;--c1:#fb923c;--c2:#4ade80;--c3:#c084fc;--c4:#facc15;"
+    "--p0:#6ea8fe;--p1:#3d6198;--p2:#fb923c;--p3:#95562a;--p4:#4ade80;--p5:#7b8595"
+)
+RULES = (
+    f"svg text{{font-size:{FONT}px;font-family:system-ui,'DejaVu Sans',sans-serif;fill:var(--ink)}}"
+    "svg .t{fill:var(--soft)}"
+    "svg .g{stroke:var(--rule);stroke-width:1;fill:none}svg .e{stroke-width:1.2;fill:none;opacity:.55}"
+    "svg .f{stroke:var(--soft);stroke-width:1.2;stroke-dasharray:4 3;fill:none}svg .h{stroke:var(--paper)}"
+    + "".join(f"svg .c{i}{{fill:var(--c{i});stroke:var(--c{i})}}" for i in range(5))
+    + "".join(f"svg .n{i}{{fill:none;stroke:var(--c{i})}}" for i in range(5))
+    + "".join(f"svg .p{i}{{fill:var(--p{i})}}" for i in range(6))
+)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How numbers of one kind are shown."""
+
+    label: str
+    scale: float = 1.0
+    """What a stored number is divided by."""
+    log: bool = False
+    """Asked for; granted where the values span more than a factor of four."""
+
+
+def standalone(svg: str) -> str:
+    """The plot as a file of its own, on white; its colours spelt out, since few programs know CSS variables."""
+    colours = dict(pair.split(":") for pair in STYLE.split(";"))
+    rules = re.sub(r"var\((--\w+)\)", lambda found: colours[found[1]], RULES).replace("svg ", "")
+    head, _, rest = svg.partition(">")
+    paper = f'<rect width="100%" height="100%" fill="{colours["--paper"]}"/>'
+    return (
+        f'<?xml version="1.0" encoding="UTF-8"?>\n{head} xmlns="http://www.w3.org/2000/svg">'
+        f"<style>{rules}</style>{paper}{rest}\n"
+    )
+
+
+def png(svg: str) -> bytes | None:
+    """A standalone plot as PNG, twice as many pixels; None where resvg-py is not installed."""
+    try:
+        import resvg_py
+    except ImportError:
+        return None
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=2))
+
+
+class Scale:
+    """Stored number -> pixel, and the ticks between. A class for what three loops share."""
+
+    def __init__(self, values: Sequence[float], axis: Axis, start: float, end: float) -> None:
+        finite = [value / axis.scale for value in values if math.isfinite(value)] or [0.0, 1.0]
+        low, high = min(finite), max(finite)
+        positive = [value for value in finite if value > 0]
+        self._log = axis.log and low > 0 and high / low > 4
+        if axis.log and not self._log and low <= 0 and positive and high / min(positive) > 4:
+            # Zero has no logarithm; it stands at the left edge.
+            self._log, low = True, min(positive)
+        if low == high:
+            low, high = (low * 0.9, high * 1.1) if low else (-0.5, 0.5)
+        if not self._log and low > 0 and low < 0.35 * high:
+            low = 0.0
+        if not self._log and low:
+            low, high = low - 0.06 * (high - low), high + 0.06 * (high - low)
+        self._axis, self._start, self._end = axis, start, end
+        self._low, self._high = (math.log(low), math.log(high)) if self._log else (low, high)
+        if self._log:
+            margin = 0.04 * (self._high - self._low)
+            self._low, self._high = self._low - margin, self._high + margin
+        steps = max(2, round(abs(end - start) / (70 if end > start else 46)))
+        marks = self._log_ticks() if self._log else _nice(low, high, steps)
+        self.ticks = [(self._place(mark), number_text(mark)) for mark in marks]
+        if self._log and end < start:
+            kept: list[tuple[float, str]] = []
+            for place, text in self.ticks:
+                if not kept or abs(kept[-1][0] - place) > FONT + 6:
+                    kept.append((place, text))
+            self.ticks = kept
+
+    def __call__(self, value: float) -> float:
+        return self._place(value / self._axis.scale)
+
+    def _place(self, shown: float) -> float:
+        if self._log:
+            shown = math.log(shown) if shown > 0 else self._low
+        share = (shown - self._low) / (self._high - self._low)
+        return self._start + min(max(share, 0.0), 1.0) * (self._end - self._start)
+
+    def _log_ticks(self) -> list[float]:
+        low, high = math.exp(max(self._low, -700.0)), math.exp(min(self._high, 700.0))
+        decades = range(math.floor(math.log10(low)), min(math.ceil(math.log10(high)), 307) + 1)
+        few = math.log10(high / low) > 3
+        steps = (1.0,) if few else (1.0, 2.0, 5.0)
+        found = [step * 10.0**power for power in decades for step in steps]
+        return [mark for mark in found if low <= mark <= high] or [low, high]
+
+
+def _nice(low: float, high: float, steps: int) -> list[float]:
+    """Round numbers between, `steps` of them at most."""
+    raw = (high - low) / steps
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def x_ticks(scale: Scale, bottom: float, top: float, width: float) -> list[str]:
+    out, free = [], -math.inf
+    for place, text in scale.ticks:
+        out.append(f'<path class="g" d="M{place:.1f} {top}V{bottom}"/>')
+        half = text_width(text) / 2
+        middle = min(max(place, half + 1), width - half - 1)
+        if middle - half > free + 5:
+            out.append(text_element(middle, bottom + 16, text, "t", "middle"))
+            free = middle + half
+    return out
+
+
+Box = tuple[float, float, float, float]
+
+
+def label_text(name: str, x: float, y: float, taken: list[Box], bounds: Box) -> tuple[float, float] | None:
+    """A free place for a name near its point, (left, baseline), which is then taken; None if there is none."""
+    wide = text_width(name)
+    places = [
+        (x + 8, y + 4),
+        (x - 8 - wide, y + 4),
+        (x - wide / 2, y - 9),
+        (x - wide / 2, y + 17),
+        (x + 7, y - 6),
+        (x + 7, y + 15),
+        (x - 7 - wide, y - 6),
+        (x - 7 - wide, y + 15),
+    ]
+    for px, py in places:
+        box = (px - 2, py - FONT, px + wide + 2, py + 4)
+        inside = box[0] >= bounds[0] and box[1] >= bounds[1] and box[2] <= bounds[2] and box[3] <= bounds[3]
+        if inside and not any(_meet(box, other) for other in taken):
+            taken.append(box)
+            return px, py
+    return None
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def draw_legend(groups: Sequence[str], left: float, y: float) -> list[str]:
+    out, x = [], 10.0
+    for place, group in enumerate(groups):
+        out += [shape_of_mark(place, x, y - 4), text_element(x + 9, y, group, "t")]
+        x += 26 + text_width(group)
+    return out
+
+
+def legend_keys(keys: Sequence[tuple[str, str]], width: int) -> tuple[list[tuple[str, int]], int]:
+    """(SVG with `@` for its height, line) of each, and how many lines that is."""
+    out, x, line = [], 10.0, 0
+    for colour, name in keys:
+        wide = 28 + text_width(name)
+        if x + wide > width - 4 and x > 10:
+            x, line = 10.0, line + 1
+        out.append((f'<circle class="{colour}" cx="{x + 4:.0f}" cy="@" r="4"/>', line))
+        out.append((f'<text class="t" x="{x + 13:.0f}" y="@" dy="4">{escape_text(name)}</text>', line))
+        x += wide
+    return out, line + 1
+
+
+def shape_of_mark(group: int, x: float, y: float) -> str:
+    colour = f"c{group % 5}"
+    match SHAPES[group % 5]:
+        case "circle":
+            return f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+        case "square":
+            return f'<rect class="{colour}" x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7"/>'
+        case "triangle":
+            return f'<path class="{colour}" d="M{x:.1f} {y - 5:.1f}l5 9h-10z"/>'
+        case "diamond":
+            return f'<path class="{colour}" d="M{x:.1f} {y - 5.5:.1f}l5 5.5l-5 5.5l-5 -5.5z"/>'
+        case _:
+            return f'<path class="n{group % 5}" stroke-width="2" d="M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"/>'
+
+
+def marked(row: str, words: str, body: str, data: str = "") -> str:
+    return f'<g data-r="{row}"{data}><title>{escape_text(words)}</title>{body}</g>'
+
+
+def open_svg(width: int, height: int, title: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="{escape_text(title)}">'
+    )
+
+
+def text_element(x: float, y: float, words: str, kind: str, anchor: str = "start", row: str = "") -> str:
+    more = f' text-anchor="{anchor}"' if anchor != "start" else ""
+    more += f' data-r="{row}"' if row else ""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{more}>{escape_text(words)}</text>'
+
+
+def text_width(words: str) -> float:
+    """Pixels that a text takes at most, in the widest of the usual fonts."""
+    return 0.66 * FONT * len(words)
+
+
+def cut_text(words: str, room: float) -> str:
+    most = max(4, math.floor(room / (0.66 * FONT)))
+    return words if len(words) <= most else words[: most - 1] + "…"
+
+
+def number_text(value: float) -> str:
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e6 or abs(value) < 1e-4:
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def escape_text(words: str) -> str:
+    """Text in XML: markup escaped, and the characters that XML does not know left out."""
+    return html.escape("".join(mark for mark in words if mark.isprintable()), quote=True)

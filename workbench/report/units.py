@@ -1,0 +1,15 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def amount(value: float, unit: str) -> str:
+    """A number with its unit as people read it: bytes as MiB."""
+    if unit == "B":
+        return f"{value / 2**20:.1f} MiB"
+    return f"{value:.4g} {unit}".rstrip()
+
+
+def plain_number(words: str) -> str:
+    """One line without control characters: names come out of files."""
+    return "".join(mark if mark.isprintable() else " " for mark in words)

@@ -1,0 +1,421 @@
+"""Two sets of rows, metric by metric: better, worse, same, or undecided.
+
+A difference counts only if a test on the raw samples finds it *and* it has a size that matters. Both are read off
+one interval, the 95 % confidence interval of the relative change, against a threshold t:
+
+    better / worse   the interval excludes zero, and the change is at least t
+    same             the whole interval lies within (-t, t)
+    undecided        anything else, and whatever has too few samples for an interval
+
+So "same" is a finding too (an equivalence test: Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15, 1987) and
+not the mere lack of one. The samples are: of speeds the repeats, by Welch's t on their logarithms, since times scatter
+in proportion (with three runs or more on a side, a median each, because repeats of one process resemble each other);
+of quality the windows, paired, as in `statistics.py`; of load and memory one figure a run, so that two runs on each
+side are the least that can tell; sizes on disk are exact. Repeats within one process do not see what differs from
+process to process: that is what the threshold is for.
+
+Rejected: Mann-Whitney's test on the repeats, as asv has it (three against three cannot reach 5 %), and a threshold
+alone, which calls noise a regression every other night.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics as plain
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from workbench.errors import UserError, unknown
+from workbench.records import Row
+from workbench.report import estimates as statistics
+from workbench.report import metrics, speeds
+from workbench.report.metrics import METRICS
+from workbench.report.selection import Pair, labels_of, pair_of
+from workbench.report.store import machine_of
+from workbench.report.units import amount, plain_number
+
+Verdict = Literal["better", "worse", "same", "undecided"]
+
+THRESHOLDS = {
+    "decode_tok_s": 0.05,
+    "prefill_tok_s": 0.05,
+    "perplexity": 0.005,
+    "kld_mean": 0.10,
+    "top1_agreement": 0.005,
+    "peak_rss_bytes": 0.05,
+    "peak_vram_bytes": 0.05,
+    "load_s": 0.25,
+    "disk_bytes": 0.001,
+    "bits_per_weight": 0.001,
+}
+"""The compared metrics, and which relative change of each matters unless somebody says otherwise."""
+
+EXACT = ("disk_bytes", "bits_per_weight")
+SPEEDS: dict[str, Callable[[Row], list[float]]] = {
+    "decode_tok_s": speeds.decode_samples,
+    "prefill_tok_s": speeds.prefill_samples,
+}
+MEANS = {"kld_mean": ("kld_sum", "kld_count"), "top1_agreement": ("same_top_sum", "kld_count")}
+"""Metrics that are a mean a token of sums that each window has."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of one pair, old to new."""
+
+    metric: str
+    old: float
+    new: float
+    relative: float
+    """(new - old) / old."""
+    interval: tuple[float, float] | None
+    """95 %, of the relative change; None where there are too few samples for one."""
+    threshold: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All pairs of two sets of rows."""
+
+    machine: str
+    changes: dict[Pair, tuple[Change, ...]]
+    lost: dict[Pair, str]
+    """Pairs measured in the old set that failed or cannot run in the new one, with the reason."""
+    only_old: tuple[Pair, ...]
+    only_new: tuple[Pair, ...]
+    notes: tuple[str, ...] = ()
+    labels: dict[Pair, str] = field(default_factory=dict)
+    """What people read of each pair."""
+
+
+def compare(
+    old: Sequence[Row],
+    new: Sequence[Row],
+    *,
+    thresholds: dict[str, float] | None = None,
+    machine: str | None = None,
+    evaluation: str | None = None,
+    measurement_version: int | None = None,
+    recipe: str | None = None,
+) -> Comparison:
+    """Every pair of two sets of rows. Either set may hold several runs of a pair, in any order.
+
+    Raises `UserError` if a set is empty, or if together they hold more than one machine, evaluation or measurement
+    version and it was not told which.
+    """
+    if recipe is not None:
+        known = {row.recipe for row in (*old, *new)}
+        if recipe not in known:
+            raise unknown("recipe", recipe, known, "results")
+        old, new = ([row for row in rows if row.recipe == recipe] for rows in (old, new))
+    wanted: list[tuple[str, str, str | None, Callable[[Row], str]]] = [
+        ("machine", "--machine", machine, machine_of),
+        ("evaluation", "--evaluation", evaluation, lambda row: row.evaluation.digest if row.evaluation else ""),
+        (
+            "measurement version",
+            "--measurement-version",
+            None if measurement_version is None else str(measurement_version),
+            lambda row: str(row.measurement_version),
+        ),
+    ]
+    for thing, option, chosen, name in wanted:
+        old, new = _one(old, new, thing, option, chosen, name)
+    if not old or not new:
+        raise UserError(f"nothing to compare: the {'first' if not old else 'second'} set holds no row")
+    limits = THRESHOLDS | (thresholds or {})
+    before, after = _by_pair(old), _by_pair(new)
+    labels = labels_of({pair: rows[-1] for pair, rows in (before | after).items()})
+    changes: dict[Pair, tuple[Change, ...]] = {}
+    lost: dict[Pair, str] = {}
+    notes: list[str] = []
+    for pair in before:
+        if pair not in after:
+            continue
+        measured_old = [row for row in before[pair] if row.measurement]
+        measured_new = [row for row in after[pair] if row.measurement]
+        if measured_old and not measured_new:
+            last = after[pair][-1]
+            lost[pair] = last.error or last.unsupported or "it was not measured"
+        elif measured_old and measured_new:
+            changes[pair] = tuple(changes_of(measured_old, measured_new, limits))
+            references = {metrics.reference(rows[-1]) for rows in (measured_old, measured_new)} - {None}
+            if len(references) > 1:
+                notes.append(f"{labels[pair]}: divergences are from two references of the base and not compared")
+    return Comparison(
+        machine=machine_of(new[0]),
+        changes=changes,
+        lost=lost,
+        only_old=tuple(pair for pair in before if pair not in after),
+        only_new=tuple(pair for pair in after if pair not in before),
+        notes=tuple(notes),
+        labels=labels,
+    )
+
+
+def changes_of(old: Sequence[Row], new: Sequence[Row], thresholds: dict[str, float]) -> Iterable[Change]:
+    """Each metric that both sides have, of the runs of one pair in the order of their time."""
+    for name, threshold in thresholds.items():
+        metric = METRICS[name]
+        if name in MEANS or name == "perplexity":
+            found = _quality_change(name, old[-1], new[-1])
+        elif name in SPEEDS:
+            found = _ratio(*(_speed_samples(SPEEDS[name], rows) for rows in (old, new)))
+        else:
+            sides = [[v for row in rows if (v := metric.value(row)) is not None] for rows in (old, new)]
+            if name in EXACT:
+                sides = [values[-1:] for values in sides]
+            found = _ratio(*sides)
+        if found is None:
+            continue
+        before, after, interval = found
+        if not before:
+            continue
+        relative = (after - before) / before
+        exact = name in EXACT
+        verdict = _verdict(relative, (relative, relative) if exact else interval, threshold, metric.better)
+        yield Change(name, before, after, relative, None if exact else interval, threshold, verdict)
+
+
+def failures(comparison: Comparison, limits: dict[str, float]) -> list[str]:
+    """What `--fail` is about: a line for each pair that is worse by a limit or more, or that was lost."""
+    lines = [
+        f"{comparison.labels[pair]}: {change.metric} {change.relative:+.2%}, limit {change.threshold:.2%}"
+        for pair, changes in comparison.changes.items()
+        for change in changes
+        if change.metric in limits and change.verdict == "worse"
+    ]
+    if limits:
+        lines += [
+            f"{comparison.labels[pair]}: no longer measured: {reason}" for pair, reason in comparison.lost.items()
+        ]
+    return lines
+
+
+def doubts(comparison: Comparison, limits: dict[str, float]) -> list[str]:
+    """A line for each pair that looks worse by a limit or more, but has too few samples to say so."""
+    return [
+        f"{comparison.labels[pair]}: {describe(change)}"
+        for pair, changes in comparison.changes.items()
+        for change in changes
+        if change.metric in limits
+        and change.verdict == "undecided"
+        and (change.relative > 0) == (METRICS[change.metric].better == "lower")
+        and abs(change.relative) >= change.threshold
+    ]
+
+
+def parse_limit(text: str) -> tuple[str, float]:
+    """`decode_tok_s:5%` as (metric, 0.05). Raises `UserError` for anything else."""
+    name, colon, size = text.partition(":")
+    if name not in THRESHOLDS:
+        raise unknown("metric", name, THRESHOLDS, f"--fail {text}")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", size.strip()) if colon else None
+    if match is None:
+        raise UserError(f"--fail {text}: write METRIC:PERCENT, such as {name}:5%")
+    return name, float(match[1]) / 100
+
+
+def select(rows: Sequence[Row], spec: str) -> list[Row]:
+    """The rows of a date (`2026-11-20`, or longer, or `2026-11`) or of a commit (its first digits).
+
+    Raises `UserError` with what there is if nothing matches.
+    """
+    dated = bool(re.fullmatch(r"\d{4}-\d\d(-\d\d(T[\d:]*Z?)?)?", spec))
+    if dated:
+        found = [row for row in rows if row.started_at.startswith(spec)]
+    elif re.fullmatch(r"[0-9a-f]{4,40}(-dirty)?", spec):
+        found = [row for row in rows if _same_commit(row.versions.get("commit", ""), spec)]
+    else:
+        raise UserError(f"{spec}: neither a file, nor a date such as 2026-11-20, nor a commit")
+    if not found:
+        what = "dates" if dated else "commits"
+        known = dict.fromkeys(row.started_at[:10] if dated else row.versions.get("commit", "") for row in rows)
+        last = ", ".join([name for name in known if name][-8:]) or "none"
+        raise UserError(f"{spec}: no row of that {what[:-1]}. The latest {what}: {last}")
+    return found
+
+
+def objects(comparison: Comparison) -> list[dict[str, Any]]:
+    """One flat object a change, and one a lost pair."""
+    found: list[dict[str, Any]] = []
+    for pair, changes in comparison.changes.items():
+        for change in changes:
+            found.append(
+                {
+                    "machine": comparison.machine,
+                    "base": pair.base,
+                    "variant": pair.variant,
+                    "backend": pair.backend,
+                    "label": comparison.labels[pair],
+                    "metric": change.metric,
+                    "unit": METRICS[change.metric].unit,
+                    "old": change.old,
+                    "new": change.new,
+                    "relative": change.relative,
+                    "interval": list(change.interval) if change.interval else None,
+                    "threshold": change.threshold,
+                    "verdict": change.verdict,
+                }
+            )
+    for pair, reason in comparison.lost.items():
+        found.append(
+            {
+                "machine": comparison.machine,
+                "base": pair.base,
+                "variant": pair.variant,
+                "backend": pair.backend,
+                "metric": None,
+                "verdict": "lost",
+                "reason": reason,
+            }
+        )
+    return found
+
+
+def json_text(comparison: Comparison) -> str:
+    """`objects` as a JSON list."""
+    return json.dumps(objects(comparison), indent=2, allow_nan=False) + "\n"
+
+
+def text(comparison: Comparison, everything: bool = False) -> str:
+    """Lines for people: what is better or worse, what was lost, and the count of the rest (or all of it)."""
+    counts = dict.fromkeys(("worse", "better", "undecided", "same"), 0)
+    lines: list[str] = []
+    for pair, changes in comparison.changes.items():
+        shown = []
+        for change in sorted(changes, key=lambda c: list(counts).index(c.verdict)):
+            counts[change.verdict] += 1
+            if everything or change.verdict in ("worse", "better"):
+                shown.append(f"  {change.verdict:9} {describe(change)}")
+        if shown:
+            lines += [plain_number(comparison.labels[pair]), *shown]
+    for pair, reason in comparison.lost.items():
+        lines += [plain_number(comparison.labels[pair]), f"  lost      {plain_number(reason)[:200]}"]
+    for title, pairs in (("only in the first", comparison.only_old), ("only in the second", comparison.only_new)):
+        if pairs:
+            lines.append(f"{title}: {', '.join(plain_number(comparison.labels[pair]) for pair in pairs)}")
+    lines += [f"note: {plain_number(note)}" for note in comparison.notes]
+    total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    head = f"{len(comparison.changes)} pairs on {plain_number(comparison.machine)}: {total}"
+    if comparison.lost:
+        head += f", {len(comparison.lost)} lost"
+    return "\n".join([head, *lines]) + "\n"
+
+
+def describe(change: Change) -> str:
+    """`decode_tok_s 61.2 -> 55.0 tok/s, -10.1 % (95 %: -11.0 to -9.3 %)`."""
+    unit = METRICS[change.metric].unit
+    words = f"{change.metric} {amount(change.old, unit)} -> {amount(change.new, unit)}, {100 * change.relative:+.2f} %"
+    if change.interval:
+        words += f" (95 %: {100 * change.interval[0]:+.1f} to {100 * change.interval[1]:+.1f} %)"
+    return words
+
+
+def _one(
+    old: Sequence[Row], new: Sequence[Row], thing: str, option: str, chosen: str | None, name: Callable[[Row], str]
+) -> tuple[list[Row], list[Row]]:
+    """The rows of the one value of `name` that both sets share; those without any (not scored) stay."""
+    known = dict.fromkeys(name(row) for row in (*old, *new))
+    known.pop("", None)
+    if chosen is None:
+        if len(known) > 1:
+            raise UserError(
+                f"the rows are of {len(known)} {thing}s ({', '.join(known)}), which are not comparable: "
+                f"choose one with {option}"
+            )
+        return list(old), list(new)
+    matching = [value for value in known if value == chosen or (thing == "evaluation" and value.startswith(chosen))]
+    if len(matching) != 1:
+        raise unknown(thing, chosen, known, "results")
+    return [r for r in old if name(r) in (matching[0], "")], [r for r in new if name(r) in (matching[0], "")]
+
+
+def _by_pair(rows: Sequence[Row]) -> dict[Pair, list[Row]]:
+    found: dict[Pair, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.started_at):
+        found.setdefault(pair_of(row), []).append(row)
+    return found
+
+
+def _speed_samples(samples: Callable[[Row], list[float]], rows: Sequence[Row]) -> list[float]:
+    each = [found for row in rows if (found := samples(row))]
+    if len(each) >= 3:
+        return [plain.median(found) for found in each]
+    return [sample for found in each for sample in found]
+
+
+Found = tuple[float, float, tuple[float, float] | None]
+"""Old value, new value, interval of the relative change."""
+
+
+def _ratio(old: Sequence[float], new: Sequence[float]) -> Found | None:
+    """Medians, and Welch's interval of the ratio of geometric means."""
+    if not old or not new:
+        return None
+    before, after = plain.median(old), plain.median(new)
+    if len(old) < 2 or len(new) < 2 or min(*old, *new) <= 0:
+        return before, after, None
+    logs = [[math.log(value) for value in side] for side in (old, new)]
+    center = plain.fmean(logs[1]) - plain.fmean(logs[0])
+    parts = [plain.variance(side) / len(side) for side in logs]
+    total = sum(parts)
+    if not total:
+        return before, after, (math.expm1(center), math.expm1(center))
+    # Welch & Satterthwaite's degrees of freedom, rounded down so that the interval is not too narrow.
+    degrees = total**2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, logs, strict=True))
+    half = statistics.t_quantile(0.975, max(1, math.floor(degrees))) * math.sqrt(total)
+    if abs(center) + half > 300:
+        return before, after, None
+    return before, after, (math.expm1(center - half), math.expm1(center + half))
+
+
+def _quality_change(name: str, old: Row, new: Row) -> Found | None:
+    before, after = METRICS[name].value(old), METRICS[name].value(new)
+    if before is None or after is None or not before or not metrics.same_tokens(new, old):
+        return None
+    if name == "perplexity":
+        difference = metrics.perplexity_delta(new, old)
+    elif metrics.reference(old) != metrics.reference(new):
+        return None
+    else:
+        difference = _paired_mean(old, new, *MEANS[name])
+    if difference is None:
+        return None
+    interval = statistics.interval(difference)
+    return before, before + difference.value, (interval[0] / before, interval[1] / before) if interval else None
+
+
+def _paired_mean(old: Row, new: Row, total: str, count: str) -> statistics.Estimate | None:
+    """The change of a mean a token, with the error of the difference over windows (Cochran, as in `statistics`)."""
+    sides = [row.measurement.quality["windows"] for row in (old, new) if row.measurement and row.measurement.quality]
+    if len(sides) < 2 or len(sides[0]) != len(sides[1]):
+        return None
+    means, residuals = [], [0.0] * len(sides[0])
+    for sign, windows in zip((-1, 1), sides, strict=True):
+        tokens = sum(window.get(count, 0) for window in windows)
+        if not tokens:
+            return None
+        mean = math.fsum(window[total] for window in windows) / tokens
+        means.append(mean)
+        for place, window in enumerate(windows):
+            residuals[place] += sign * (window[total] - mean * window[count]) / tokens
+    windows = len(residuals)
+    se = math.sqrt(windows / (windows - 1) * math.fsum(r * r for r in residuals)) if windows > 1 else None
+    return statistics.Estimate(means[1] - means[0], se, windows)
+
+
+def _verdict(relative: float, interval: tuple[float, float] | None, threshold: float, better: str | None) -> Verdict:
+    if interval is None:
+        return "undecided"
+    low, high = interval
+    if (low > 0 or high < 0) and abs(relative) >= threshold:
+        return "better" if (relative > 0) == (better == "higher") else "worse"
+    return "same" if -threshold < low and high < threshold else "undecided"
+
+
+def _same_commit(commit: str, spec: str) -> bool:
+    return bool(commit) and (commit.startswith(spec) or spec.startswith(commit))

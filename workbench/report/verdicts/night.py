@@ -1,0 +1,232 @@
+"""What a night's rows mean, next to the good nights before it: the decisions of `workbench nightly`, and no more.
+
+A metric of a pair is suspect if tonight's value is worse than the level of up to seven good nights (their median) by
+more than a size that matters and by more than three standard errors of such a difference. How much nights differ by
+themselves is learnt from them: the spread of the pair's own nights and the median spread of all pairs, half and half
+in variance, because seven points alone know their spread badly (the idea of moderated variances: Smyth, Statistical
+Applications in Genetics and Molecular Biology 3, 2004). With fewer than four nights nothing is known of it: then a
+speed must also fail the test on the repeats (`compare.py`).
+
+A suspect is measured again, and only the median of three is believed: one busy minute of the machine is no
+regression. A pair that was measured on a good night and cannot be measured tonight is broken. Good nights are those
+without an alarm; of the others, the pairs that had none count too. So a regression is told every night until it is
+mended or accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics as plain
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from workbench.records import Row
+from workbench.report import metrics, selection, units
+from workbench.report.metrics import METRICS
+from workbench.report.selection import Pair, pair_of
+from workbench.report.verdicts import compare
+
+LIMITS = {
+    "decode_tok_s": 0.05,
+    "prefill_tok_s": 0.10,
+    "perplexity": 0.005,
+    "kld_mean": 0.10,
+    "top1_agreement": 0.01,
+    "peak_rss_bytes": 0.10,
+    "peak_vram_bytes": 0.05,
+    "disk_bytes": 0.01,
+}
+"""Relative change for the worse that matters on a night."""
+
+NIGHTS = 7
+"""Good nights that make the level."""
+ENOUGH = 4
+"""Nights from which a spread is read."""
+ERRORS = 3.0
+TIMES = 3
+"""Measurements that a suspect gets in all."""
+NIGHTS_NOTE = "nights"
+"""The name of the notes (`store.append_note`) that remember nights."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One thing that got worse."""
+
+    pair: Pair
+    metric: str | None
+    """None: it could not be measured at all."""
+    old: float | None
+    new: float | None
+    reason: str
+    """In words, with the numbers."""
+    label: str = ""
+    """What people read of the pair."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be said of a night, as far as it has been measured."""
+
+    alarms: tuple[Alarm, ...]
+    suspects: tuple[Pair, ...]
+    """To be measured again before anything is said of them."""
+    compared: int
+    """Pairs that had a level to be compared with."""
+
+    @property
+    def word(self) -> str:
+        """`first`, `good`, `regressed` or `broken`."""
+        if any(alarm.metric is None for alarm in self.alarms):
+            return "broken"
+        return "regressed" if self.alarms else "good" if self.compared else "first"
+
+
+def judge(before: Sequence[Row], tonight: Sequence[Row], notes: Sequence[dict[str, Any]] = ()) -> Verdict:
+    """A night against the good ones before it; all rows are of one machine and one recipe's base.
+
+    `tonight` may hold several measurements of a pair; `notes` are those of `note_of`, and say which nights were bad.
+    """
+    levels = good_nights(before, notes)
+    now: dict[Pair, list[Row]] = {}
+    for row in tonight:
+        now.setdefault(pair_of(row), []).append(row)
+    alarms: list[Alarm] = []
+    suspects: list[Pair] = []
+    compared = 0
+    spreads = _spreads(levels)
+    for pair, rows in now.items():
+        measured = [row for row in rows if row.measurement]
+        nights = [night for night in levels.get(pair, []) if not measured or _alike(night[-1], measured[-1])]
+        if not nights:
+            continue
+        compared += 1
+        if not measured:
+            reason = rows[-1].error or rows[-1].unsupported or "it was not measured"
+            alarms.append(Alarm(pair, None, None, None, reason))
+            continue
+        found = [alarm for name in LIMITS if (alarm := _worse(pair, name, nights, measured, spreads))]
+        if found and len(measured) < TIMES:
+            suspects.append(pair)
+        else:
+            alarms += found
+    labels = selection.labels_of({pair: rows[-1] for pair, rows in now.items()})
+    told = tuple(replace(alarm, label=labels[alarm.pair]) for alarm in alarms)
+    return Verdict(told, tuple(suspects), compared)
+
+
+def good_nights(rows: Sequence[Row], notes: Sequence[dict[str, Any]]) -> dict[Pair, list[list[Row]]]:
+    """For each pair its last good nights, oldest first, each with its measurements.
+
+    Rows that were stored by hand, outside any night, count as a night a day.
+    """
+    accepted = max((note["since"] for note in notes if note.get("accepted")), default="")
+    spans = [(note["since"], note["until"], note) for note in notes if not note.get("accepted")]
+    nights: dict[Pair, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row.measurement is None or row.started_at < accepted:
+            continue
+        pair = pair_of(row)
+        name = row.started_at[:10]
+        bad = False
+        for since, until, note in spans:
+            if since <= row.started_at <= until:
+                name = since
+                bad = since != accepted and [pair.variant, pair.backend] in note["alarmed"]
+        if not bad:
+            nights.setdefault(pair, {}).setdefault(name, []).append(row)
+    return {pair: [found[name] for name in sorted(found)][-NIGHTS:] for pair, found in nights.items()}
+
+
+def note_of(recipe: str, since: str, until: str, verdict: Verdict) -> dict[str, Any]:
+    """What is remembered of a night."""
+    return {
+        "recipe": recipe,
+        "since": since,
+        "until": until,
+        "verdict": verdict.word,
+        "alarmed": [[alarm.pair.variant, alarm.pair.backend] for alarm in verdict.alarms],
+        "alarms": [alarm.reason for alarm in verdict.alarms],
+    }
+
+
+def text(verdict: Verdict, recipe: str, machine: str) -> str:
+    """The night in lines of markdown, for a log and for an issue."""
+    lines = [f"{recipe} on {machine}: {verdict.word}, {verdict.compared} pairs compared with the good nights before."]
+    for alarm in verdict.alarms:
+        what = alarm.reason if alarm.metric else f"broken: {alarm.reason}"
+        lines.append(f"- {_plain(alarm.label)}: {_plain(what)[:400]}")
+    return "\n".join(lines) + "\n"
+
+
+def _alike(one: Row, other: Row) -> bool:
+    """Whether two rows of a pair may be compared at all."""
+    digests = [row.evaluation.digest if row.evaluation else "" for row in (one, other)]
+    return digests[0] == digests[1] and one.measurement_version == other.measurement_version
+
+
+def _value(name: str, rows: Sequence[Row]) -> float | None:
+    """A night's value: the median of its measurements."""
+    values = [value for row in rows if (value := METRICS[name].value(row)) is not None]
+    return plain.median(values) if values else None
+
+
+def _worse(
+    pair: Pair, name: str, nights: Sequence[Sequence[Row]], tonight: Sequence[Row], spreads: dict[str, float]
+) -> Alarm | None:
+    new = _value(name, tonight)
+    if name in metrics.OF_THE_REFERENCE:
+        # Another reference of the base is another measure.
+        own = metrics.reference(tonight[-1])
+        nights = [night for night in nights if metrics.reference(night[-1]) == own]
+    known = [value for night in nights if (value := _value(name, night))]
+    if not new or not known:
+        return None
+    old = plain.median(known)
+    sign = 1 if METRICS[name].better == "lower" else -1
+    change = sign * math.log(new / old)
+    if change < math.log1p(LIMITS[name]) * 0.999:
+        return None
+    if len(known) >= ENOUGH:
+        spread = math.sqrt((_spread(known) ** 2 + spreads.get(name, 0.0) ** 2) / 2)
+        # A median's error is sqrt(pi / 2) of a mean's.
+        error = spread * math.sqrt(1 / min(len(tonight), 2) + math.pi / 2 / len(known))
+        if change < ERRORS * error:
+            return None
+    elif name in compare.SPEEDS:
+        last = [row for night in nights for row in night]
+        changes = compare.changes_of(last, tonight, {name: LIMITS[name]})
+        if any(found.verdict != "worse" for found in changes):
+            return None
+    unit = METRICS[name].unit
+    words = (
+        f"{name} {units.amount(old, unit)} -> {units.amount(new, unit)} ({100 * (new / old - 1):+.1f} %, "
+        f"limit {100 * LIMITS[name]:g} %, median of {len(tonight)} against {len(known)} good nights)"
+    )
+    return Alarm(pair, name, old, new, words)
+
+
+def _spreads(levels: dict[Pair, list[list[Row]]]) -> dict[str, float]:
+    """By metric, the median over pairs of how much nights differ by themselves."""
+    found: dict[str, float] = {}
+    for name in LIMITS:
+        each = []
+        for nights in levels.values():
+            values = [value for night in nights if (value := _value(name, night))]
+            if len(values) >= ENOUGH:
+                each.append(_spread(values))
+        if each:
+            found[name] = plain.median(each)
+    return found
+
+
+def _spread(values: Sequence[float]) -> float:
+    """A standard deviation of logarithms that one odd night does not move: 1.4826 times the median deviation."""
+    logs = [math.log(value) for value in values]
+    middle = plain.median(logs)
+    return 1.4826 * plain.median(abs(log - middle) for log in logs)
+
+
+def _plain(words: str) -> str:
+    return "".join(mark if mark.isprintable() else " " for mark in words)

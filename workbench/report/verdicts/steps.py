@@ -1,0 +1,211 @@
+"""The same job over many nights: series, and the steps in them.
+
+A series is one variant on one engine, one machine, one evaluation and one way of measuring. A step is where its
+level changed, not a single noisy point: the median of up to seven points before differs from that of up to seven,
+at least three, after it, by more than a size that matters and by more than four standard errors of such a
+difference, the noise taken from the whole series' night-to-night changes (their median, which steps do not move).
+Among neighbouring places the one is taken that leaves the least absolute deviation from the two medians.
+
+Rejected: binary segmentation by means (a regression that was mended a week later leaves both halves alike), and
+asv's optimal partitioning (quadratic in the number of nights, and its penalty has no unit a person could choose).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics as plain
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from workbench.records import Row
+from workbench.report import metrics
+from workbench.report.metrics import METRICS
+from workbench.report.selection import Pair, labels_of, pair_of
+from workbench.report.store import machine_of
+from workbench.report.table import Table
+from workbench.report.verdicts.compare import THRESHOLDS
+
+WINDOW = 7
+"""Points on each side that a level is read from."""
+AFTER = 3
+"""As many as a new level needs to be one."""
+ERRORS = 4.0
+"""Standard errors that a step must have."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One night of a series: what the row says, as numbers."""
+
+    at: str
+    values: dict[str, float]
+    """By metric; those that were measured."""
+    versions: dict[str, str]
+    key: str
+    error: str | None
+
+    @property
+    def commit(self) -> str:
+        return self.versions.get("commit", "")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One variant on one engine over time, oldest first."""
+
+    machine: str
+    recipe: str
+    pair: Pair
+    evaluation: str
+    measurement_version: int
+    points: tuple[Point, ...]
+    label: str = ""
+    """What people read: variant and engine, and which options differ where a recipe has several."""
+
+    def values(self, metric: str) -> list[tuple[Point, float]]:
+        """The points that have the metric."""
+        return [(point, point.values[metric]) for point in self.points if metric in point.values]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change of level, and what changed with it."""
+
+    series: Series
+    metric: str
+    before: float
+    """The level: a median."""
+    after: float
+    last: Point
+    """The last night of the old level."""
+    first: Point
+    """The first night of the new one: here it began."""
+    worse: bool
+    open: bool
+    """Whether the newest nights are still at least as far from the old level as matters."""
+
+    @property
+    def relative(self) -> float:
+        return self.after / self.before - 1
+
+    @property
+    def changed(self) -> dict[str, tuple[str, str]]:
+        """The versions (and the commit) that differ between the two nights."""
+        names = dict.fromkeys([*self.last.versions, *self.first.versions])
+        both = {name: (self.last.versions.get(name, ""), self.first.versions.get(name, "")) for name in names}
+        return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+
+
+def series_of(rows: Sequence[Row]) -> list[Series]:
+    """Every series of the rows of `store.history`, in the order first seen."""
+    found: dict[tuple[str, str, Pair, str, int], list[Row]] = {}
+    for row in rows:
+        if row.unsupported:
+            continue
+        digest = row.evaluation.digest if row.evaluation else ""
+        name = (machine_of(row), row.recipe, pair_of(row), digest, row.measurement_version)
+        found.setdefault(name, []).append(row)
+    kinds: dict[tuple[str, str], dict[Pair, Row]] = {}
+    for (machine, recipe, pair, *_), group in found.items():
+        kinds.setdefault((machine, recipe), {})[pair] = group[-1]
+    labels = {kind: labels_of(pairs) for kind, pairs in kinds.items()}
+    return [
+        Series(
+            *name,
+            points=tuple(point_of(row) for row in sorted(group, key=lambda row: row.started_at)),
+            label=labels[name[:2]][name[2]],
+        )
+        for name, group in found.items()
+    ]
+
+
+def series_like(table: Table, series: Sequence[Series]) -> list[Series]:
+    """Those that a table's lines are the latest points of."""
+    pairs = {pair_of(line.row) for line in table.lines}
+    versions = {line.row.measurement_version for line in table.lines}
+    digest = table.evaluation.digest if table.evaluation else ""
+    return [
+        one
+        for one in series
+        if one.machine == table.machine
+        and one.pair in pairs
+        and one.measurement_version in versions
+        and one.evaluation in (digest, "")
+    ]
+
+
+def point_of(row: Row) -> Point:
+    """A row as a point of its series."""
+    values = {}
+    if row.measurement:
+        for name in THRESHOLDS:
+            value = METRICS[name].value(row)
+            if value is not None and value > 0:
+                values[name] = value
+    reference = metrics.reference(row)
+    if reference is not None:
+        # Not a version of anything, but where it changed, divergences are not comparable.
+        return Point(row.started_at, values, row.versions | {"reference": reference}, row.key, row.error)
+    return Point(row.started_at, values, row.versions, row.key, row.error)
+
+
+def steps_of(series: Series) -> list[Step]:
+    """The steps of every metric of a series, oldest first."""
+    found = []
+    for metric, threshold in THRESHOLDS.items():
+        measured = series.values(metric)
+        values = [value for _, value in measured]
+        for place in find_steps(values, threshold):
+            before, after = levels(values, place)
+            better = METRICS[metric].better
+            now = plain.median(values[-AFTER:])
+            worse = (after > before) == (better == "lower")
+            still = (now / before - 1) * (1 if after > before else -1) >= threshold * 0.999
+            found.append(
+                Step(series, metric, before, after, measured[place - 1][0], measured[place][0], worse, worse and still)
+            )
+    return sorted(found, key=lambda step: step.first.at)
+
+
+def levels(values: Sequence[float], place: int) -> tuple[float, float]:
+    """The medians of the points before and from a place."""
+    return plain.median(values[max(0, place - WINDOW) : place]), plain.median(values[place : place + WINDOW])
+
+
+def find_steps(values: Sequence[float], threshold: float) -> list[int]:
+    """The indices at which a new level begins; `values` are positive, `threshold` is relative."""
+    if len(values) < 2 * AFTER or max(values) < min(values) * (1 + threshold):
+        return []
+    logs = [math.log(value) for value in values]
+    changes = [abs(b - a) for a, b in zip(logs, logs[1:], strict=False)]
+    # The median of |N(0, 2 s^2)| is 0.6745 sqrt(2) s.
+    noise = plain.median(changes) / (0.6745 * math.sqrt(2))
+    least = math.log1p(threshold)
+    jumps: dict[int, float] = {}
+    for place in range(AFTER, len(logs) - AFTER + 1):
+        left, right = logs[max(0, place - WINDOW) : place], logs[place : place + WINDOW]
+        level, other = plain.median(left), plain.median(right)
+        jump = abs(other - level)
+        if abs(logs[place] - other) > abs(logs[place] - level):
+            continue  # the new level has not begun: two later nights make this median
+        # A median's error is sqrt(pi / 2) of a mean's.
+        error = noise * math.sqrt(math.pi / 2 * (1 / len(left) + 1 / len(right)))
+        if jump >= least * 0.999 and jump > ERRORS * error:
+            jumps[place] = jump
+    found: list[int] = []
+    cluster: list[int] = []
+    for place in [*jumps, -1]:
+        if cluster and place != cluster[-1] + 1:
+            best = min(cluster, key=lambda k: _deviation(logs, k, cluster[0], cluster[-1]))
+            if not found or best - found[-1] >= AFTER:
+                found.append(best)
+            cluster = []
+        cluster.append(place)
+    return found
+
+
+def _deviation(logs: Sequence[float], place: int, first: int, last: int) -> float:
+    """Of all points around a cluster from the level of their side."""
+    left, right = logs[max(0, first - WINDOW) : place], logs[place : last + WINDOW]
+    levels = plain.median(left), plain.median(right)
+    return math.fsum(abs(x - levels[0]) for x in left) + math.fsum(abs(x - levels[1]) for x in right)

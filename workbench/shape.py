@@ -1,0 +1,81 @@
+"""The shape of a model as far as memory goes: names and sizes of its tensors, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NamedShape:
+    """One tensor by its name in a GGUF file. `shape`: rows first, the length of a row last."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def weights(self) -> int:
+        """How many."""
+        return math.prod(self.shape)
+
+    @property
+    def layer(self) -> int | None:
+        """Of which decoder layer, if of any."""
+        match = re.match(r"blk\.(\d+)\.", self.name)
+        return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the rules ask of a model beside its tensors' shapes."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    experts: int = 0
+    model_type: str = "llama"
+
+    @property
+    def sharing(self) -> int:
+        """Query heads that share a key and value head."""
+        return self.heads // max(self.kv_heads, 1)
+
+    @property
+    def is_70b(self) -> bool:
+        """llama.cpp knows the 70B models by their 80 layers, and gives their small value matrices more bits."""
+        if self.layers != 80:
+            return False
+        return self.model_type == "qwen2" or (self.model_type == "llama" and self.heads != self.kv_heads)
+
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+UBATCH_TOKENS = 512
+"""Tokens that llama.cpp computes at once (`backends/llamacpp.py`)."""
+SCORE_CHUNK_BYTES = 4 << 20
+"""Working memory of one pass of `worker/scoring/reducer.py` on a processor."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A base as far as memory goes."""
+
+    tensors: tuple[NamedShape, ...]
+    """Under GGUF's names; tied embeddings once."""
+    traits: Traits
+    hidden: int
+    head_dim: int
+    inner: int
+    """Channels between the two halves of an MLP."""
+    vocab_size: int
+    context_tokens: int
+    """0 if the configuration does not say."""
+    dtype: str
+    sliding_window: int | None = None
+    latent: int | None = None
+    """Values a token and layer, where keys and values are kept compressed (multi-head latent attention)."""
+
+    @property
+    def parameters(self) -> int:
+        """Weights, tied embeddings once."""
+        return sum(tensor.weights for tensor in self.tensors)

@@ -1,0 +1,352 @@
+"""A quantized artifact in transformers with its weights left packed, by the kernels of `kernels/`.
+
+transformers builds the model from the artifact's configuration, empty; every linear layer (and embedding) whose weight
+is packed in the file is replaced by a module that computes with it as it is, and the other tensors are put in their
+places. A tensor without a place and a place without a tensor are both refused: half a model gives numbers too.
+
+A GGUF file needs three things mapped back. Its configuration and the names of its tensors are asked of
+transformers' own reader. Some tensors were also rearranged when the file was made (Llama's query and key heads);
+transformers undoes that on de-quantized values, so its undoing is tried on the row numbers instead: where it only
+moves rows, packed rows are moved the same way, and where it does more, that tensor is de-quantized.
+
+Rejected: a quantizer registered with transformers (its hooks change between minor versions, and a GGUF's fixed
+quantizer cannot be replaced), an own table of GGUF names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError
+from workbench.worker.base.checkpoint import StoredTensor, checked_weights, read_json
+from workbench.worker.base.dequantize import mended, open_gguf, parsed_once
+from workbench.worker.kernels import import_kernels
+
+FORMATS = ("awq", "gptq", "gguf")
+PLAIN_TYPES = ("F32", "F16", "BF16")
+WITHOUT_PLACE = ("rope_freqs.", "rope_factors_")
+"""Tensors of a GGUF file that are part of the configuration in transformers."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`model` in eval mode; `packed` and `dense`: how many weight matrices stay packed, and how many do not."""
+
+    model: Any
+    packed: int
+    dense: int
+
+
+def load(
+    path: Path, format: str, *, dtype: str | None, device: str, attention: str = "sdpa", trust_remote_code: bool = False
+) -> Loaded:
+    """The model of a checkpoint directory (`awq`, `gptq`) or of a GGUF file, its weights packed, on `device`.
+
+    `dtype` of activations and of what is not packed; None: the checkpoint's own, for a GGUF the one the
+    architecture is safe in. Raises `UserError` that names the tensor for what is not covered or not whole.
+    """
+    import_kernels()
+    read = _read_gguf if format == "gguf" else _read_checkpoint
+    return read(path, dtype, device, attention, trust_remote_code)
+
+
+# --- safetensors --------------------------------------------------------------------------------
+
+
+def _read_checkpoint(path: Path, dtype: str | None, device: str, attention: str, remote_code: bool) -> Loaded:
+    from transformers import AutoConfig
+    from workbench_kernels.modules import AwqLinear, GptqLinear
+
+    where = checked_weights(path)
+    # Before transformers: it fills in, and warns of, what it will not be asked to do.
+    quantization = _quantization(path)
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=remote_code, local_files_only=True)
+    del config.quantization_config
+    stems = sorted(name.removesuffix(".qweight") for name in where if name.endswith(".qweight"))
+    if not stems:
+        raise UserError(f"{path}: no tensor ends in `.qweight`: it is no AWQ or GPTQ checkpoint")
+    model, kind = _empty(config, dtype or _own_dtype(config), attention, remote_code)
+    tensors = _safetensors(where, device)
+
+    def take(name: str) -> Any:
+        if name not in tensors:
+            raise UserError(f"{path}: tensor {name} is missing. Make the variant again.")
+        return tensors.pop(name)
+
+    for stem in stems:
+        _linear(model, path, stem)
+        bias = tensors.pop(f"{stem}.bias", None)
+        qweight, qzeros, scales = (take(f"{stem}.{part}") for part in ("qweight", "qzeros", "scales"))
+        bias = None if bias is None else bias.to(kind)
+        try:
+            if quantization["quant_method"] == "awq":
+                module: AwqLinear | GptqLinear = AwqLinear(qweight, qzeros, scales, bias)
+            else:
+                module = GptqLinear(qweight, qzeros, scales, take(f"{stem}.g_idx"), int(quantization["bits"]), bias)
+        except ValueError as error:
+            raise UserError(f"{path}: {stem}: {error}. Leave `kernel: workbench` out.") from None
+        _replace(model, path, stem, module)
+    for name in list(tensors):
+        _place(model, path, name, tensors.pop(name), kind)
+    return _finished(model, path, device, len(stems))
+
+
+def _quantization(path: Path) -> dict[str, Any]:
+    """The checkpoint's `quantization_config`, of a layout that there are kernels for."""
+    file = path / "config.json"
+    found = read_json(file).get("quantization_config") or {}
+    method, version = found.get("quant_method"), found.get("version", "gemm")
+    layout = found.get("checkpoint_format") or found.get("format") or "gptq"
+    good = (method == "awq" and str(version).lower() == "gemm" and found.get("bits") == 4) or (
+        method == "gptq" and layout == "gptq"
+    )
+    if not good:
+        said = {key: found[key] for key in ("quant_method", "version", "checkpoint_format", "bits") if key in found}
+        raise UserError(
+            f"{file}: quantization_config {said or 'is missing'}; `kernel: workbench` supports awq (version gemm, "
+            "4 bits) and gptq (checkpoint_format gptq). Leave it out."
+        )
+    if method == "awq" and not found.get("zero_point", True):
+        raise UserError(f"{file}: awq with zero_point false; supported: true. Leave `kernel: workbench` out.")
+    return found
+
+
+def _own_dtype(config: Any) -> str:
+    return str(config.dtype or "float16").removeprefix("torch.")
+
+
+class _safetensors(dict[str, Any]):
+    """Tensors by name, each read from its file onto the device when it is taken."""
+
+    def __init__(self, where: dict[str, StoredTensor], device: str) -> None:
+        super().__init__(where)
+        self._device, self._open = device, dict[Path, Any]()
+
+    def pop(self, name: str, *default: Any) -> Any:
+        from safetensors import safe_open
+
+        if name not in self:
+            return super().pop(name, *default)
+        file = super().pop(name).file
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt", device=self._device)
+        return self._open[file].get_tensor(name)
+
+
+# --- GGUF ---------------------------------------------------------------------------------------
+
+
+def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remote_code: bool) -> Loaded:
+    import torch
+    from gguf.quants import dequantize
+    from transformers import AutoConfig
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+    from workbench_kernels.gguf.types import block_type
+    from workbench_kernels.modules import BlockEmbedding, BlockLinear
+
+    try:
+        reader = open_gguf(path)
+    except UserError as error:
+        cut = _first_cut_tensor(path)
+        raise UserError(f"{error} The first tensor beyond its end is {cut}.") if cut else error from None
+    architecture = str(reader.get_field("general.architecture").contents())
+    with parsed_once(path, reader):
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    config = mended(config, path, reader, architecture)
+    model, kind = _empty(config, dtype or _safe_dtype(config), attention, remote_code)
+    kind_of: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    processor = kind_of(config=config.to_dict())
+    with parsed_once(path, reader):
+        names = get_gguf_hf_weights_map(model, processor)
+
+    def dense(tensor: Any) -> Any:
+        """As transformers has it: de-quantized, rearranged, of the model's dtype."""
+        values = dequantize(tensor.data, tensor.tensor_type)
+        done = processor.process(
+            weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
+        )
+        return torch.from_numpy(done.weights.copy()).to(device=device, dtype=kind)
+
+    packed: dict[str, tuple[Any, str]] = {}
+    values: dict[str, Any] = {}
+    for tensor in reader.tensors:
+        if "_exps." in tensor.name:
+            raise UserError(
+                f"{path}: tensor {tensor.name} is of experts, which `kernel: workbench` does not support. Leave it out."
+            )
+        if tensor.name not in names:
+            if tensor.name.startswith(WITHOUT_PLACE):
+                continue
+            raise UserError(f"{path}: tensor {tensor.name} has no place in transformers' {type(model).__name__}")
+        name, type_name = names[tensor.name], tensor.tensor_type.name
+        order = None
+        if type_name not in PLAIN_TYPES:
+            try:
+                block_type(type_name, tensor.name)
+            except ValueError as error:
+                raise UserError(f"{path}: {error}. Leave `kernel: workbench` out: it is then de-quantized.") from None
+            order = _row_order(processor, tensor) if _packable(model, name) else None
+        if order is None:
+            values[name] = dense(tensor)
+        else:
+            packed[name] = torch.from_numpy(tensor.data[order]).to(device), type_name
+    for name, (data, type_name) in packed.items():
+        stem = name.removesuffix(".weight")
+        try:
+            if type(model.get_submodule(stem)) is torch.nn.Embedding:
+                module: BlockEmbedding | BlockLinear = BlockEmbedding(data, type_name, kind)
+            else:
+                module = BlockLinear(data, type_name, values.pop(f"{stem}.bias", None))
+            _replace(model, path, stem, module)
+        except ValueError as error:
+            raise UserError(f"{path}: tensor {name}: {error}") from None
+    for name, tensor in values.items():
+        _place(model, path, name, tensor, kind)
+    return _finished(model, path, device, len(packed))
+
+
+def _first_cut_tensor(path: Path) -> str | None:
+    """The name of the first tensor that a file is too short for, if its list of tensors is whole."""
+    from transformers.integrations.gguf.reader import GgufHeader
+
+    try:
+        header = GgufHeader.from_file(str(path))
+    except Exception:  # damaged in any way: then there is no name to give
+        return None
+    size_bytes = path.stat().st_size
+    ends = ((t.name, header.data_start + t.offset + t.nbytes) for t in sorted(header.tensors, key=lambda t: t.offset))
+    return next((name for name, end in ends if end > size_bytes), None)
+
+
+def _safe_dtype(config: Any) -> str:
+    """float16 unless the architecture is known to leave its range, or is not known."""
+    from workbench.worker.architectures import describe
+
+    try:
+        return describe(config.to_dict()).family.dtype
+    except UserError:
+        return "bfloat16"
+
+
+def _packable(model: Any, name: str) -> bool:
+    """Whether a parameter is the weight of a plain linear layer or embedding (a subclass may do more than look up)."""
+    import torch
+
+    stem, _, leaf = name.rpartition(".")
+    return leaf == "weight" and type(model.get_submodule(stem)) in (torch.nn.Linear, torch.nn.Embedding)
+
+
+def _row_order(processor: Any, tensor: Any) -> Any:
+    """The order in which transformers wants a tensor's rows; None if it does more to them than move them."""
+    import numpy as np
+
+    rows = tensor.data.shape[0]
+    probe = np.arange(2 * rows).reshape(rows, 2)
+    try:
+        done = processor.process(
+            weights=probe.copy(), name=tensor.name, tensor_key_mapping={}, parsed_parameters={"tensors": {}}
+        )
+    except (ValueError, KeyError, IndexError):
+        return None
+    moved = done.weights
+    if done.name != tensor.name or moved.shape != probe.shape or not np.array_equal(moved[:, 1], moved[:, 0] + 1):
+        return None
+    order = moved[:, 0] // 2
+    return order if np.array_equal(np.sort(order), np.arange(rows)) and not (moved[:, 0] % 2).any() else None
+
+
+# --- shared -------------------------------------------------------------------------------------
+
+
+def _empty(config: Any, dtype: str, attention: str, remote_code: bool) -> tuple[Any, Any]:
+    """The model without weights (its buffers are real), and its dtype."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    kind = getattr(torch, dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=kind, attn_implementation=attention, trust_remote_code=remote_code
+        )
+    return model, kind
+
+
+def _linear(model: Any, path: Path, stem: str) -> Any:
+    """The plain linear layer of that name."""
+    import torch
+
+    try:
+        module = model.get_submodule(stem)
+    except AttributeError:
+        raise UserError(f"{path}: tensor {stem}.qweight has no place in transformers' {type(model).__name__}") from None
+    if type(module) is not torch.nn.Linear:
+        raise UserError(
+            f"{path}: {stem} is a {type(module).__name__}; `kernel: workbench` supports plain linear layers"
+        )
+    return module
+
+
+def _replace(model: Any, path: Path, stem: str, module: Any) -> None:
+    """Put a packed module in a place of the same sizes."""
+    old = model.get_submodule(stem)
+    wanted = tuple(old.weight.shape)
+    sizes = [getattr(module, key, None) for key in ("out_features", "in_features", "num_embeddings", "embedding_dim")]
+    found = tuple(size for size in sizes if size is not None)
+    if found != wanted:
+        raise UserError(f"{path}: tensor {stem}.weight is {found}, the configuration says {wanted}. Make it again.")
+    if getattr(old, "bias", None) is not None and module.bias is None:
+        raise UserError(f"{path}: tensor {stem}.bias is missing. Make the variant again.")
+    model.set_submodule(stem, module)
+
+
+def _place(model: Any, path: Path, name: str, tensor: Any, kind: Any) -> None:
+    """Put a tensor that is not packed into its parameter or buffer."""
+    import torch
+
+    stem, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(stem)
+        old = getattr(module, leaf)
+    except AttributeError:
+        raise UserError(f"{path}: tensor {name} has no place in transformers' {type(model).__name__}") from None
+    if tuple(old.shape) != tuple(tensor.shape):
+        raise UserError(f"{path}: tensor {name} is {tuple(tensor.shape)}, the configuration says {tuple(old.shape)}")
+    tensor = tensor.to(kind) if tensor.is_floating_point() else tensor
+    if leaf in module._parameters:
+        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _finished(model: Any, path: Path, device: str, packed: int) -> Loaded:
+    """Tie the head, see that nothing is missing, move what is left to the device."""
+    import torch
+    from workbench_kernels.modules import BlockEmbedding, BlockLinear
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if type(head) is torch.nn.Linear and head.weight.is_meta and model.config.tie_word_embeddings:
+        stem = next(name for name, module in model.named_modules() if module is head)
+        if isinstance(embedding, BlockEmbedding):
+            model.set_submodule(stem, BlockLinear(embedding.data, embedding.kind, head.bias))
+        else:
+            head.weight = embedding.weight
+    absent = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise UserError(f"{path}: tensor {absent[0]}{more} missing. Make the variant again.")
+    model.to(device).eval()
+    dense = sum(tensor.ndim == 2 for tensor in model.parameters())
+    return Loaded(model, packed, dense)
+
+
+def _all_tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

@@ -1,0 +1,150 @@
+"""A hub repository's safetensors, configuration and tokenizer, fetched into the hub's own cache.
+
+The cache is the hub client's, shared with every other program of the user, so what is there is not fetched
+twice and nothing is copied. Most of this module is what can go wrong on the way, each with what to do about it.
+
+Rejected: fetching whole repositories (many hold the weights two or three times, in other formats).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError, install_with
+from workbench.worker import Progress
+from workbench.worker.base.checkpoint import (
+    CONFIG_FILES,
+    MISTRAL_FORMAT,
+    PICKLES,
+    TOKENIZER_FILES,
+    checked_weights,
+    only_pickles,
+    read_json,
+)
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids asking the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def download(repo: str, revision: str, offline: bool, progress: Progress, weights: bool = True) -> Path:
+    """A snapshot of a hub repository's safetensors, configuration and tokenizer, in the hub's own cache."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise install_with("huggingface_hub", "pip install huggingface_hub") from None
+
+    patterns = [*TOKENIZER_FILES, *CONFIG_FILES, *(["*.safetensors", "*.safetensors.index.json"] if weights else [])]
+    where = f"hub repository '{repo}' at '{revision}'"
+    progress(0, 1, f"fetching {repo}")
+    with _hub_faults(repo, revision, offline):
+        path = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=patterns,
+            # Sub-folders hold other formats (onnx/, original/); `consolidated` repeats all weights once more.
+            ignore_patterns=["*/*", f"{MISTRAL_FORMAT}*"],
+            local_files_only=offline,
+        )
+    progress(1, 1, f"fetched {repo}")
+    found = Path(path)
+    if weights and not any(found.glob("*.safetensors")):
+        held = _hub_files(repo, revision, offline)
+        pickled = [n for n in held if n.endswith(PICKLES)]
+        if pickled:
+            raise only_pickles(where, pickled)
+        if any(n.endswith(".gguf") for n in held):
+            raise UserError(
+                f"{where} holds only GGUF files: fetch one with `hf download {repo} NAME.gguf` and give it as `path:`."
+            )
+        raise UserError(
+            f"{where} holds no *.safetensors: it is not a model's repository, or the download was cut short."
+        )
+    return found
+
+
+def _hub_files(repo: str, revision: str, offline: bool) -> list[str]:
+    import huggingface_hub
+
+    try:
+        return [] if offline else huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
+    except Exception:  # only to word an error better: whatever it is, the error itself is already certain
+        return []
+
+
+def fetch_headers(repo: str, revision: str, offline: bool) -> tuple[dict[str, Any], dict[str, tuple[list[int], str]]]:
+    """A repository's `config.json`, and (shape, safetensors dtype) of every tensor, without its weights.
+
+    What a snapshot in the hub's cache holds is read from there; else the headers are fetched by range requests, a
+    few hundred KB a file.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise install_with("huggingface_hub", "pip install huggingface_hub") from None
+
+    with _hub_faults(repo, revision, offline):
+        file = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision, local_files_only=offline))
+        config = read_json(file)
+        if any(file.parent.glob("*.safetensors")):
+            return config, {name: (list(t.shape), t.dtype) for name, t in checked_weights(file.parent).items()}
+        if offline:
+            raise UserError(
+                f"hub repository '{repo}': its config.json is in the local cache but no safetensors header, and the "
+                "hub is off (HF_HUB_OFFLINE): unset it, or give the recipe a `config:` with `init: random`."
+            )
+        try:
+            found = huggingface_hub.get_safetensors_metadata(repo, revision=revision)
+        except huggingface_hub.errors.NotASafetensorsRepoError:
+            raise UserError(f"hub repository '{repo}' holds no safetensors. Use a revision that does.") from None
+    tensors: dict[str, tuple[list[int], str]] = {}
+    for part in found.files_metadata.values():
+        tensors |= {name: (list(info.shape), str(info.dtype)) for name, info in part.tensors.items()}
+    return config, tensors
+
+
+@contextlib.contextmanager
+def _hub_faults(repo: str, revision: str, offline: bool) -> Iterator[None]:
+    """What can go wrong between here and a hub, each as a `UserError` with what to do."""
+    from huggingface_hub import errors
+
+    where = f"hub repository '{repo}' at '{revision}'"
+    by_hand = f"fetch it elsewhere with `hf download {repo}` and give the directory as `path:`"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{where} is gated: accept its license on its page on the hub, then set HF_TOKEN to a token of "
+            f"that account; or {by_hand}."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(
+            f"{where}: the repository has no such revision. Use a branch, a tag or a full commit sha."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{where} does not exist, or is private: check the spelling, or set HF_TOKEN to a token that may read it."
+        ) from None
+    except errors.HFValidationError:
+        raise UserError(
+            f"'{repo}' is not a repository's name. Write `owner/name`, or use `path:` for a local directory."
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if offline:
+            raise UserError(
+                f"{where} is not in the local cache and the hub is off (HF_HUB_OFFLINE or `offline`): "
+                f"unset it, or {by_hand}."
+            ) from None
+        reason = re.sub(r"\s+", " ", str(error.__cause__ or error))[:120]
+        raise UserError(
+            f"{where} cannot be reached ({reason}): check the connection and HF_TOKEN, or {by_hand}."
+        ) from None
+    except (errors.HfHubHTTPError, ConnectionError, TimeoutError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:120]
+        raise UserError(f"{where} cannot be fetched ({reason}): try again, set HF_TOKEN, or {by_hand}.") from None

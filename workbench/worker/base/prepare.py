@@ -1,0 +1,150 @@
+"""From any source of a base model to one Hugging Face directory that every method and engine reads.
+
+A base comes from a hub repository (`hub`), a local directory or a file inside an installed Python package
+(`sources`), a GGUF file (`dequantize`), or a bare configuration (`random_base`). `prepare` checks what it finds
+(`checkpoint`) and, where asked, rewrites it as the same function with other weights (`equivalent`). What is
+already a directory is used in place; nothing is copied, so a base from a hub costs no disk twice.
+
+Rejected: leaving each engine to read each kind of source. A variant would then be compared with a base that
+went through another reader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from workbench.disk import disk_faults
+from workbench.errors import UserError
+from workbench.records import digest as short_digest
+from workbench.worker import Progress
+from workbench.worker.base.checkpoint import (
+    CONFIG_FILES,
+    PICKLES,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    checked_config,
+    checked_weights,
+    context_tokens,
+    license_of,
+    main_dtype,
+    only_pickles,
+    parameters_of,
+    text_config,
+)
+from workbench.worker.base.dequantize import dequantized_directory
+from workbench.worker.base.equivalent import write_equivalent
+from workbench.worker.base.hub import download, is_offline
+from workbench.worker.base.random_weights import config_of, random_directory, tokenizer_source
+from workbench.worker.base.sources import content_digest, distribution_of, kind_of, local_path, package_file, stamps
+
+PREPARE_VERSION = 1
+"""Of the bytes that `prepare` writes for a given source. Raise it when they change."""
+
+
+def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Make the base ready to read, and say what it is.
+
+    `payload`: `source` (one of `sources.SOURCES`), `equivalent` (`{"seed", "hidden"}` or null), `out` (an
+    empty directory, written only if the source is not already a Hugging Face directory, or `equivalent` is
+    asked for), `allow_remote_code`, `offline`.
+
+    Returns `path`, `architecture`, `dtype`, `parameters` and `weight_bytes` (tied embeddings once), `revision`,
+    `vocab_size`, `context_length` (tokens), `license`, `tokenizer` (whether it has one), and `digest`, which changes
+    whenever a weight does.
+    Raises `UserError` for all that a user can mend.
+    """
+    source, out = payload["source"], Path(payload["out"])
+    equivalent, remote_code = payload.get("equivalent"), bool(payload.get("allow_remote_code"))
+    offline = bool(payload.get("offline")) or is_offline()
+    out.mkdir(parents=True, exist_ok=True)
+    plain = out / ".plain" if equivalent else out
+
+    with disk_faults(out):
+        path, revision, license_name = _directory(source, plain, remote_code, offline, progress)
+        config = checked_config(path, remote_code)
+        tensors = checked_weights(path)
+        if equivalent:
+            write_equivalent(path, config, tensors, equivalent, out, progress)
+            license_name = license_name or license_of(path)
+            shutil.rmtree(plain, ignore_errors=True)
+            path = out
+            config, tensors = checked_config(out, remote_code), checked_weights(out)
+
+    counted = parameters_of(config, tensors)
+    identity = {"version": PREPARE_VERSION, "content": revision, "equivalent": equivalent}
+    return {
+        "path": str(path),
+        "architecture": config["architectures"][0],
+        "dtype": main_dtype(counted),
+        "parameters": sum(math.prod(t.shape) for t in counted.values()),
+        "weight_bytes": sum(t.size_bytes for t in counted.values()),
+        "revision": revision,
+        "vocab_size": int(text_config(config)["vocab_size"]),
+        "context_length": context_tokens(config),
+        "license": license_name or license_of(path),
+        "tokenizer": any((path / name).is_file() for name in VOCABULARY_FILES),
+        "digest": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def identify(source: dict[str, Any]) -> str:
+    """A cheap name for the present state of a source, for a cache key: nothing is downloaded or read through.
+
+    Files are known by name, size and time of change; a hub repository by its revision as written, so that a
+    branch name stands for whatever it pointed at when the base was prepared.
+    """
+    return f"v{PREPARE_VERSION}:{_state(source)}"
+
+
+def _state(source: dict[str, Any]) -> str:
+    kind = kind_of(source)
+    if kind == "hub":
+        return f"hub:{source['hub']}@{source.get('revision') or 'main'}"
+    if kind == "package":
+        distribution = distribution_of(source["package"])
+        return f"package:{source['package']}=={distribution.version}/{source.get('file') or ''}"
+    if kind == "config":
+        tokenizer = source.get("tokenizer")
+        facts = {
+            "config": config_of(source["config"]),
+            "seed": int(source.get("seed") or 0),
+            "tokenizer": _state(tokenizer_source(tokenizer)) if tokenizer else None,
+        }
+        return f"config:{short_digest(facts)}"
+    path = local_path(source[kind])
+    return f"path:{path}:{short_digest(stamps(path))}"
+
+
+def _directory(
+    source: dict[str, Any], out: Path, remote_code: bool, offline: bool, progress: Progress
+) -> tuple[Path, str, str | None]:
+    """A Hugging Face directory for the source, the revision or digest of its content, and its license."""
+    kind = kind_of(source)
+    if kind == "hub":
+        path = download(source["hub"], source.get("revision") or "main", offline, progress)
+        return path, path.name, None
+    if kind == "config":
+        return random_directory(source, out, remote_code, offline, progress)
+    if kind == "package":
+        path, license_name = package_file(source["package"], source.get("file"))
+    else:
+        path, license_name = local_path(source[kind]), None
+    if path.is_dir():
+        checked_config(path, remote_code)
+        files = sorted({t.file for t in checked_weights(path).values()})
+        files += [path / n for n in (*CONFIG_FILES[:2], *TOKENIZER_FILES) if (path / n).is_file()]
+        return path, content_digest(files, progress), license_name
+    if path.suffix.lower() in PICKLES:
+        raise only_pickles(path, [path.name])
+    if path.suffix.lower() != ".gguf":
+        raise UserError(
+            f"{path} is a file but not a GGUF file. Name a Hugging Face directory (with config.json and "
+            "*.safetensors) or a .gguf file."
+        )
+    from_file = dequantized_directory(path, out, progress)
+    return out, content_digest([path], progress), from_file or license_name

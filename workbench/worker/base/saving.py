@@ -1,0 +1,98 @@
+"""A Hugging Face directory, written so that every reader of the field takes it.
+
+Tensors are asked for one at a time and written a shard at a time, so a model is never whole in memory. The
+configuration says rope and dtype in the words of transformers 4 and of 5.
+
+Rejected: saving with transformers' own config writer (readers built on transformers 4 do not know
+`rope_parameters` and fall back to a rope theta of 10000 without a word).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from workbench.disk import need_space
+from workbench.worker import Progress
+
+SHARD_BYTES = 2_000_000_000
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def for_both_readers(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that transformers 4 and 5 both read: `rope_theta` and `rope_scaling` beside `rope_parameters`,
+    `torch_dtype` beside `dtype`. Rope parameters that differ by layer type have no older form and stay as they are.
+    """
+    config = dict(config)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        if scaling.get("rope_type", "default") != "default":
+            # Newer readers let `rope_scaling` win over `rope_parameters`, so it must say all of it.
+            config["rope_scaling"] = dict(rope)
+    elif config.get("rope_theta") and not rope:
+        scaling = config.get("rope_scaling") or {}
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        config["rope_parameters"] = {**scaling, "rope_type": kind, "rope_theta": config["rope_theta"]}
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype:
+        config["dtype"] = config["torch_dtype"] = dtype
+    return config
+
+
+def write_weights(
+    out: Path, shapes: dict[str, tuple[int, ...]], dtype: str, make: Callable[[str], Any], progress: Progress, text: str
+) -> None:
+    """Write tensors one shard at a time, sharded and indexed as transformers does; `make(name)` gives each."""
+    import torch
+    from safetensors.torch import save_file
+
+    item_bytes = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    sizes = {name: math.prod(shape) * item_bytes for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    total = sum(sizes.values())
+    need_space(out, total)
+    weight_map, done = {}, 0
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        content = {}
+        for name in names:
+            tensor = make(name)
+            if tuple(tensor.shape) != shapes[name]:
+                raise AssertionError(f"{name} came out as {tuple(tensor.shape)}, planned {shapes[name]}")
+            content[name] = tensor.to(getattr(torch, dtype)).contiguous()
+            weight_map[name] = file
+            done += sizes[name]
+            progress(done, total, text)
+        save_file(content, out / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def copy_side_files(source: Path, out: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def write_card(out: Path, name: str, license_name: str | None, text: str) -> None:
+    """A model card: converters take the model's name and license from it."""
+    head = [f"license: {license_name.lower()}"] if license_name else []
+    (out / "README.md").write_text(
+        "\n".join(["---", *head, f"model_name: {name}", "---", "", text, ""]), encoding="utf-8"
+    )

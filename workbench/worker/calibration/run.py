@@ -1,0 +1,252 @@
+"""The one pass over the base: AWQ, GPTQ and the importance matrix from the same Gram matrices.
+
+For each decoder layer: read its weights from the memory-mapped safetensors, push the hidden states of all
+calibration tokens through transformers' own layer class, accumulate G = mean(x x^T) for each distinct linear input,
+let every variant quantize the layer from it, write, free, go on. The base is read once whatever the number of
+variants. What is in memory is a layer, its Grams and a batch of activations; the hidden states lie on the disk,
+memory-mapped. Each step is a module of `calibration/`.
+
+Rejected: the quantized layers' outputs as the next layer's inputs. It needs a pass for every variant and ties them
+to each other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.disk import disk_faults
+from workbench.errors import UserError, unknown
+from workbench.worker import Progress
+from workbench.worker.architectures import LAYERS, Layer, on_cpu
+from workbench.worker.calibration.device import (
+    choose_device,
+    choose_precision,
+    exact_products,
+    synchronize,
+    with_cpu_fallback,
+)
+from workbench.worker.calibration.layout import Checkpoint, check_shapes, finish, plan_of
+from workbench.worker.calibration.resume import Work, key_of, open_work
+from workbench.worker.calibration.walk import Skeleton, forward
+from workbench.worker.calibration.weights import Weights, open_weights, read_layer
+from workbench.worker.calibration.windows import Windows, read_windows
+from workbench.worker.ggml import imatrix
+
+METHODS = ("awq", "gptq")
+
+
+def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Worker: make all calibrated variants of a base in one pass.
+
+    Payload: `base` (directory), `tokens` (JSON file `{"windows": [[id, ...], ...]}`), `tokens_digest`, `variants`
+    (`name`, `method`, `options`, `out`: a directory, empty or with interrupted work), `imatrix_out` (file or null),
+    `state` (directory that an interrupted run goes on from), `device` (`auto`, `cpu`, `cuda`, `cuda:1`), `threads`,
+    `seed`, and optionally `precision` (`auto`, `float32`, `bfloat16`).
+
+    Returns `seconds` by phase, `peak_rss_bytes`, `peak_device_bytes` (None on a CPU), `variants` (name ->
+    `seconds`, `tensor_errors`, `tensor_types`, `warnings`), `refused` (name -> why its options do not fit this
+    base; the others are made), `imatrix`, `device`, `precision`. Raises `UserError` for input that cannot be
+    calibrated on, and where there is nothing left to make.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    started = time.perf_counter()
+    if payload.get("threads"):
+        torch.set_num_threads(int(payload["threads"]))
+    torch.manual_seed(int(payload.get("seed") or 0))
+    exact_products()
+    device = choose_device(payload.get("device") or "auto")
+    precision = choose_precision(payload.get("precision") or "auto", device)
+    weights = open_weights(Path(payload["base"]))
+    windows = read_windows(Path(payload["tokens"]), weights)
+    wants_imatrix = payload["imatrix_out"] is not None
+    variants, refused = _variants(payload["variants"], weights)
+    if refused and not variants and not wants_imatrix:
+        raise UserError("; ".join(refused.values()))
+
+    state, written = Path(payload["state"]), None
+    with torch.inference_mode(), disk_faults(state, "The finished layers are kept."):
+        checkpoints = {variant.name: variant.checkpoint for variant in variants}
+        work = open_work(state, key_of(payload, weights, device, precision), windows, weights, checkpoints)
+        seconds = work.seconds
+        model = Skeleton(weights, windows, device)
+        if work.layer == 0:
+            with _timed(seconds, "read"):
+                model.embed(work.hidden(0))
+        bar = _Bar(progress, weights.layers, variants, work.layer)
+        for index in range(work.layer, weights.layers):
+            with _timed(seconds, "read"):
+                tensors = read_layer(weights, index, device)
+            bar.text(f"layer {index + 1} of {weights.layers}: forward pass")
+            try:
+                grams = forward(model, weights, index, tensors, work.hidden, precision, seconds, bar.step)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"layer {index} and its Gram matrices do not fit into the free memory of {device}: free some, or "
+                    "set CUDA_VISIBLE_DEVICES to another device, or to nothing for the CPU; finished layers are kept"
+                ) from None
+            if wants_imatrix:
+                work.keep_importance(index, grams)
+            layer = Layer(index, tensors, grams, weights.architecture)
+            for variant in variants:
+                bar.text(f"layer {index + 1} of {weights.layers}: {variant.name}")
+                with _timed(seconds, variant.name):
+                    made = _quantize(layer, variant, work, device)
+                with _timed(seconds, "write"):
+                    for name, tensor in made.items():
+                        variant.checkpoint.write(f"{LAYERS}.{index}.{name}", tensor)
+                del made
+                bar.step(variant.cost)
+            del layer, tensors, grams
+            work.finished(index)
+        with _timed(seconds, "write"):
+            for variant in variants:
+                finish(variant.checkpoint, weights, variant.module, variant.options)
+            if wants_imatrix:
+                out = Path(payload["imatrix_out"])
+                written = _write_imatrix(out, work, weights, windows, payload["tokens_digest"])
+    seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - started
+    too_short = _too_short(windows, weights)
+    return {
+        "seconds": seconds,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_device_bytes": int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None,
+        "device": str(device),
+        "precision": precision,
+        "variants": {
+            variant.name: {
+                "seconds": seconds.get(variant.name, 0.0),
+                "tensor_errors": work.errors[variant.name],
+                "tensor_types": _tensor_types(variant),
+                "warnings": work.warnings[variant.name] + too_short,
+            }
+            for variant in variants
+        },
+        "refused": refused,
+        "imatrix": written,
+    }
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One thing to make: a method's module, its options, and where the result goes."""
+
+    name: str
+    module: Any
+    options: Any
+    checkpoint: Checkpoint
+
+    @property
+    def cost(self) -> float:
+        """Its share of a layer's time, the forward pass and Grams being 1; only for the progress bar."""
+        return 0.8 if getattr(self.options, "rounding", "nearest") == "compensated" else 0.5
+
+
+def _variants(entries: list[dict[str, Any]], weights: Weights) -> tuple[list[_Variant], dict[str, str]]:
+    """What can be made, and the reasons of what cannot."""
+    made, refused = [], {}
+    for entry in entries:
+        try:
+            made.append(_variant(entry, weights))
+        except UserError as error:
+            refused[entry["name"]] = str(error)
+    return made, refused
+
+
+def _variant(entry: dict[str, Any], weights: Weights) -> _Variant:
+    name, method = entry["name"], entry["method"]
+    if method not in METHODS:
+        raise unknown("method", method, METHODS, name)
+    module = importlib.import_module(f"workbench.worker.methods.{method}")
+    options = module.Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["options"].items()})
+    module.check(options)
+    if options.engine != "workbench":
+        raise UserError(f"{name}: `engine: {options.engine}` does not take part in the calibration pass")
+    check_shapes(weights, name, module, options)
+    return _Variant(name, module, options, Checkpoint(Path(entry["out"]), plan_of(weights, module, options)))
+
+
+def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> dict[str, Any]:
+    """A layer's tensors as a variant stores them; its errors and warnings go into `work`."""
+    prefix = f"{LAYERS}.{layer.index}."
+    (made, errors, warnings), moved = with_cpu_fallback(
+        lambda: variant.module.quantize(layer, variant.options),
+        lambda: variant.module.quantize(on_cpu(layer), variant.options),
+        device,
+    )
+    synchronize(device)
+    if moved:
+        warnings = [*warnings, f"layer {layer.index} was quantized in host memory: {device} does not hold it"]
+    work.errors[variant.name] |= {prefix + name: value for name, value in errors.items()}
+    work.warnings[variant.name] += warnings
+    return dict(made)
+
+
+def _write_imatrix(out: Path, work: Work, weights: Weights, windows: Windows, dataset: str) -> dict[str, Any]:
+    """The importance matrix from the stored diagonals; `entries` and `bytes` of what was written."""
+    means = {}
+    for index in range(weights.layers):
+        diagonals = work.importance(index)
+        for group in weights.architecture.groups:
+            for name in group.linears:
+                tensor = imatrix.tensor_name(index, weights.architecture.gguf[name])
+                means[tensor] = diagonals[group.linears[0]].numpy()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    count, longest = len(windows.lengths), max(windows.lengths)
+    imatrix.write(out, means, tokens=windows.tokens, windows=count, window=longest, dataset=dataset)
+    return {"path": str(out), "entries": len(means), "bytes": out.stat().st_size}
+
+
+def _tensor_types(variant: _Variant) -> dict[str, str]:
+    """What each tensor of the base became."""
+    kinds = {}
+    for name, (kind, _) in variant.checkpoint.plan.items():
+        if name.endswith(".qweight"):
+            kinds[name.removesuffix(".qweight") + ".weight"] = variant.module.tensor_type(variant.options)
+        elif not name.endswith((".qzeros", ".scales", ".g_idx")):
+            kinds[name] = kind
+    return kinds
+
+
+def _too_short(windows: Windows, weights: Weights) -> list[str]:
+    if windows.tokens >= weights.widest:
+        return []
+    return [
+        f"{windows.tokens} calibration tokens are fewer than the widest layer's {weights.widest} inputs: "
+        "its Gram matrix is singular and the result leans on the damping; take more"
+    ]
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - begun
+
+
+class _Bar:
+    """Work done and to do, in forward passes of one layer; every layer costs the same."""
+
+    def __init__(self, progress: Progress, layers: int, variants: list[_Variant], done: int) -> None:
+        self.progress = progress
+        layer = 1.0 + sum(variant.cost for variant in variants)
+        self.total, self.done, self.words = layers * layer, done * layer, ""
+
+    def text(self, words: str) -> None:
+        self.words = words
+        self.progress(self.done, self.total, words)
+
+    def step(self, amount: float) -> None:
+        self.done += amount
+        self.progress(self.done, self.total, self.words)

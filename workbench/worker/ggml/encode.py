@@ -1,0 +1,250 @@
+"""A GGUF file whose blocks are made by this project's own encoders (`kernels/`), on the GPU where there is one.
+
+The file is llama.cpp's but for who made the blocks: its quantizer is asked in a dry run which type each tensor gets and
+in which order they stand, and the metadata are copied as it copies them. In memory at once are one tensor's blocks and
+a slab of its weights. Rejected: an own copy of llama.cpp's rules of types (`mixtures.py` has one for plans, which need
+no file; a file is to have what llama.cpp would give it today).
+
+Some rows of every tensor are also given to llama.cpp's own functions, and the blocks compared: equality is tested on a
+processor, and whoever encodes on a GPU is told whether it holds there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError, cannot_import
+from workbench.worker import Progress
+from workbench.worker.ggml.index import library
+
+PLAIN = ("F32", "F16", "BF16")
+"""Types of a source, which are read as float32."""
+
+SLAB = 2**26
+"""Weights that are float32 at once, in whole rows."""
+
+CHECKED_ROWS = 2
+"""Of every slab, spread over it."""
+
+SET_BY_THE_QUANTIZER = ("general.quantization_version", "general.file_type")
+LEFT_OUT = ("split.no", "split.count", "split.tensors.count")
+WITHOUT_IMPORTANCES = ("output.weight", "token_embd.weight", "per_layer_token_embd.weight")
+"""What no calibration pass sees as an input; llama.cpp quantizes these blindly in any mixture."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the encoders run: torch's `device`, and its `name` for people."""
+
+    device: str
+    name: str
+
+
+def place_of(encoder: str) -> Place | None:
+    """Where `encoder: workbench | auto | llamacpp` lets the encoders run; None: llama.cpp is to make the blocks.
+
+    `auto` takes a CUDA GPU that torch sees, and no processor. Raises `UserError` if `workbench` is asked for and torch
+    is missing.
+    """
+    if encoder == "llamacpp":
+        return None
+    try:
+        import torch
+
+        from workbench.worker.kernels import import_kernels
+
+        import_kernels()
+    except (ImportError, UserError) as problem:
+        if encoder == "auto":
+            return None
+        if isinstance(problem, UserError):
+            raise
+        raise cannot_import("torch (encoder: workbench)", problem, "pip install torch") from None
+    if torch.cuda.is_available():
+        return Place("cuda", torch.cuda.get_device_name())
+    return Place("cpu", "cpu") if encoder == "workbench" else None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How many rows were compared with llama.cpp's, and how many of them had the same bytes."""
+
+    rows: int
+    equal: int
+
+
+def not_covered(types: dict[str, str | None], names: set[str]) -> list[str]:
+    """What hinders the encoders: types of a dry run that they do not make, tensors that it did not name."""
+    from workbench_kernels.encoders.encode import ENCODERS
+
+    return [
+        *sorted({kind for kind in types.values() if kind and kind not in ENCODERS and kind != "F16"}),
+        *(f"{name} of no known type" for name in sorted(names - types.keys())),
+    ]
+
+
+def write(
+    source: Path,
+    out: Path,
+    kind: str,
+    file_type: int,
+    types: dict[str, str | None],
+    matrix: Path | None,
+    place: Place,
+    threads: int,
+    progress: Progress,
+) -> Checked | None:
+    """`out`, the mixture `kind` of the GGUF file `source`; None, and half a file, where the GPU has no room.
+
+    `file_type`: llama.cpp's number of the mixture. `types`: the tensors in the order of `out`, each with its type, or
+    None where it stays as it is. `matrix`: an importance matrix. `threads`: where a processor encodes. Raises
+    `UserError` that names the tensor for what cannot be encoded.
+    """
+    import gguf
+    import numpy as np
+    import torch
+    from gguf.quants import quant_shape_to_byte_shape
+
+    from workbench.worker.ggml import imatrix
+
+    torch.set_num_threads(threads)
+    reader = gguf.GGUFReader(str(source))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    means = imatrix.load(matrix) if matrix else {}
+    importances = {
+        name: _importance(means.get(name), tensors[name], wanted, kind) for name, wanted in types.items() if wanted
+    }
+    writer = gguf.GGUFWriter(str(out), reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
+    _copy_metadata(reader, writer)
+    writer.add_uint32(SET_BY_THE_QUANTIZER[0], gguf.GGML_QUANT_VERSION)
+    writer.add_uint32(SET_BY_THE_QUANTIZER[1], file_type)
+    for name, wanted in types.items():
+        shape, dtype = tensors[name].data.shape, tensors[name].data.dtype
+        stored = tensors[name].tensor_type if wanted is None else gguf.GGMLQuantizationType[wanted]
+        if wanted:
+            size = [int(length) for length in reversed(tensors[name].shape)]
+            shape, dtype = quant_shape_to_byte_shape(size, stored), np.dtype(np.uint8)
+        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, raw_dtype=stored)
+    rows = equal = 0
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for i, (name, wanted) in enumerate(types.items()):
+            progress(i, len(types), f"{kind} on {place.name}")
+            tensor = tensors[name]
+            if wanted is None:
+                writer.write_tensor_data(tensor.data)
+                continue
+            try:
+                made, checked = _encoded(tensor, wanted, importances[name], place.device)
+            except ValueError as problem:
+                raise UserError(f"{source}: tensor {name} cannot be made {wanted}: {problem}") from None
+            except torch.OutOfMemoryError:
+                return None
+            writer.write_tensor_data(made)
+            rows, equal = rows + checked.rows, equal + checked.equal
+    finally:
+        writer.close()
+    return Checked(rows, equal)
+
+
+def same_as_llama_cpp(kind: str, rows: Any, importance: Any, made: Any) -> int:
+    """How many of `rows` (numpy float32 [n, in], importances float32 [in] or None) llama.cpp's quantizer makes the same
+    bytes of as `made`, uint8 [n, bytes of a row]."""
+    import gguf
+    import numpy as np
+
+    quantize = library().ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    quantize.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p)
+    rows, theirs = np.ascontiguousarray(rows), np.zeros_like(made)
+    pointer = None if importance is None else importance.ctypes.data
+    number = int(gguf.GGMLQuantizationType[kind])
+    quantize(number, rows.ctypes.data, theirs.ctypes.data, 0, *rows.shape, pointer)
+    return int((theirs == made).all(1).sum())
+
+
+def _copy_metadata(reader: Any, writer: Any) -> None:
+    """Every field of the source but those that the quantizer sets or leaves out; strings by their bytes, which in a
+    vocabulary need not be text."""
+    import gguf
+
+    skipped = (gguf.Keys.General.ARCHITECTURE, *SET_BY_THE_QUANTIZER, *LEFT_OUT)
+    for name, field in reader.fields.items():
+        if name in skipped or name.startswith("GGUF."):
+            continue
+        held = field.types[-1] if len(field.types) > 1 else None
+        if field.types[-1] != gguf.GGUFValueType.STRING:
+            value = field.contents()
+        elif held:
+            value = [field.parts[i].tobytes() for i in field.data]
+        else:
+            value = field.parts[-1].tobytes()
+        writer.add_key_value(name, value, field.types[0], sub_type=held)
+
+
+def _importance(means: Any, tensor: Any, wanted: str, kind: str) -> Any:
+    """A tensor's importances, float32 [experts, in], or None; the quantizer's refusals, in its words."""
+    name = tensor.name
+    columns, experts = int(tensor.shape[0]), int(tensor.shape[2]) if len(tensor.shape) > 2 else 1
+    if means is not None and means.size != columns * experts:
+        if name not in WITHOUT_IMPORTANCES[1:]:
+            raise UserError(
+                f"imatrix size {means.size} is different from tensor size {columns * experts} for {name}: "
+                "it is of another model"
+            )
+        means = None
+    if means is None:
+        if kind == "Q2_K_S" and wanted == "Q2_K" and name not in WITHOUT_IMPORTANCES:
+            raise UserError(f"Q2_K_S: tensor {name} requires an imatrix, which has no entry for it")
+        return None
+    return means.reshape(experts, columns)
+
+
+def _encoded(tensor: Any, wanted: str, importance: Any, device: str) -> tuple[Any, Checked]:
+    """A tensor's blocks (or float16 numbers), uint8 [experts x out, bytes of a row], and what their check said."""
+    import numpy as np
+    import torch
+    from workbench_kernels.encoders.encode import encode
+
+    rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+    columns, of_expert = int(tensor.shape[0]), int(tensor.shape[1])
+    step = max(1, SLAB // columns)
+    make: Callable[..., Any] = encode if wanted != "F16" else _half
+    parts, checked, equal = [], 0, 0
+    for start in range(0, rows.shape[0], of_expert):
+        means = None if importance is None or wanted == "F16" else importance[start // of_expert].copy()
+        weights = None if means is None else torch.from_numpy(means).to(device)
+        for first in range(start, start + of_expert, step):
+            slab = _float32(np.array(rows[first : min(first + step, start + of_expert)]), tensor, device)
+            parts.append(make(wanted, slab, weights).cpu().numpy())
+            picked = torch.linspace(0, len(slab) - 1, min(CHECKED_ROWS, len(slab))).long()
+            some = slab[picked.to(device)].cpu().numpy()
+            checked += len(picked)
+            equal += same_as_llama_cpp(wanted, some, means, parts[-1][picked.numpy()])
+    return np.concatenate(parts), Checked(checked, equal)
+
+
+def _float32(slab: Any, tensor: Any, device: str) -> Any:
+    import torch
+
+    if tensor.tensor_type.name not in PLAIN:
+        raise ValueError(f"it is {tensor.tensor_type.name}; supported: {', '.join(PLAIN)}")
+    stored = torch.from_numpy(slab)
+    if tensor.tensor_type.name == "BF16":
+        stored = stored.view(torch.bfloat16)
+    return stored.to(device).float()
+
+
+def _half(wanted: str, weight: Any, importance: None) -> Any:
+    import torch
+
+    made = weight.half()
+    if not bool(made.isfinite().all()):
+        raise ValueError("it holds numbers that float16 does not; supported: smaller ones")
+    return made.view(torch.uint8)

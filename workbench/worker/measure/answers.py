@@ -1,0 +1,70 @@
+"""A task's answers, generated and judged."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from workbench.records import Task
+from workbench.worker.measure.likelihoods import decoder_of, log_likelihoods
+
+SHOWN = 160
+"""Characters of an answer that a row keeps."""
+
+
+def answer(engine: Any, task: Task) -> dict[str, Any]:
+    """Put a task to an engine: `correct` (1 or 0 an item, in the order of its file), `given` (what was answered: the
+    choice's index, or the text's beginning) and `warnings`.
+
+    A choice whose log-probability is not finite is never taken; an item without any that is counts as wrong.
+    A task of the harness: see `harness.run`.
+    """
+    path = Path(task.path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if task.harness:
+        from workbench.worker.measure import harness
+
+        return harness.run(engine, content, path.with_name("tokenizer.json"))
+    items = content["items"]
+    given: list[Any] = [None] * len(items)
+    spoken = [i for i, item in enumerate(items) if "windows" not in item]
+    chosen = [i for i, item in enumerate(items) if "windows" in item]
+    if spoken:
+        answers = engine.complete(
+            [items[i]["prompt"] for i in spoken], [items[i]["new_tokens"] for i in spoken], content["stop"]
+        )
+        decoder = decoder_of(path.with_name("tokenizer.json"))
+        for i, ids in zip(spoken, answers, strict=True):
+            given[i] = cut(decoder.decode(ids, skip_special_tokens=True), items[i]["stop"])
+    lost = 0
+    if chosen:
+        asked = [(window, items[i]["first"]) for i in chosen for window in items[i]["windows"]]
+        sums = iter(log_likelihoods(engine, asked, content["vocab_size"]))
+        for i in chosen:
+            scores = [next(sums) for _ in items[i]["windows"]]
+            finite = [score for score, _ in scores if score is not None]
+            lost += len(scores) - len(finite)
+            given[i] = [score for score, _ in scores].index(max(finite)) if finite else None
+    correct = [int(right(item, said)) for item, said in zip(items, given, strict=True)]
+    shown = [said[:SHOWN] if isinstance(said, str) else said for said in given]
+    warnings = [f"{lost} choices had NaN or infinite logits and were not taken"] if lost else []
+    return {"correct": correct, "given": shown, "warnings": warnings}
+
+
+def right(item: dict[str, Any], said: Any) -> bool:
+    """Whether what was answered is what the item expects."""
+    if "choices" in item:
+        return said is not None and item["choices"] == said
+    if "exact" in item:
+        return said.strip() in item["exact"]
+    if "contains" in item:
+        return any(word in said for word in item["contains"])
+    return any(re.search(pattern, said) for pattern in item["regex"])
+
+
+def cut(text: str, stop: list[str]) -> str:
+    """The text up to the first of `stop` that has something before it."""
+    begin = len(text) - len(text.lstrip())
+    return text[: min([place for word in stop if (place := text.find(word, begin)) >= 0], default=len(text))]

@@ -1,0 +1,176 @@
+"""One job, measured: what is done in which order; the clocks are in `timing.py`.
+
+Load, score, warm up, time. Scoring first makes the engine run every kernel it has before anything is timed. The
+repeats come in turns, between which other jobs work: a machine drifts within seconds, and repeats made in one go
+agree with each other, not with tomorrow's. All engines get the same ids. Raw samples are returned, one a repeat,
+and beside them what the machine did meanwhile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+from workbench.errors import cannot_import
+from workbench.records import Evaluation, Job, Measurement, from_json, to_json
+from workbench.worker.backends import BACKENDS
+from workbench.worker.measure import answers, resident, timing
+from workbench.worker.measure.energy import Meter
+from workbench.worker.scoring.reducer import compact
+from workbench.worker.tokens.spelling import check_spelling
+
+
+def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
+    """Worker: payload `{"job": Job}`; returns a `Measurement` as JSON."""
+    job: Job = from_json(Job, payload["job"])
+    windows = _windows(job)
+    workload = job.workload
+    rounds = len(workload.points) + (len(workload.batches) if workload.requests else 0)
+    steps = len(windows) + rounds * workload.repeats + 1
+    progress(0, steps, "loading")
+    start = timing.now()
+    module = _engine(job)
+    import_s = timing.now() - start
+    memory = {"runtime": resident.resident_bytes()}
+    conditions: dict[str, Any] = {"page_cache_before": resident.cached_fraction(job.artifact.path)}
+
+    start = timing.now()
+    engine = module.Backend(job)
+    load_s = timing.now() - start
+    memory["peak_load"] = resident.peak_bytes()
+
+    quality, score_s = None, None
+    if job.evaluation is not None:
+        check_spelling(job.evaluation.path, engine.spell, job.artifact.variant)
+        spec = {"windows": job.evaluation.path, "reference": job.reference, "base": job.base_digest}
+        progress(1, steps, "scoring")
+        start = timing.now()
+        found = engine.score(_watched(windows, progress, steps), spec)
+        score_s = timing.now() - start
+        quality = compact(found, job.artifact.method == "base")
+    qualities = {}
+    for name, further in job.evaluations.items():
+        progress(1, steps, f"scoring {name}")
+        spec = {"windows": further.path, "reference": job.references.get(name), "base": job.base_digest}
+        qualities[name] = compact(engine.score(_windows_of(further), spec), job.artifact.method == "base")
+    answered = {}
+    for name, task in job.tasks.items():
+        progress(1, steps, f"task {name}")
+        answered[name] = answers.answer(engine, task)
+    done = len(windows)
+
+    def stepped() -> None:
+        nonlocal done
+        done += 1
+        progress(done, steps, "timing")
+
+    text = [token for _, ids, _ in windows for token in ids]
+    before = resident.resident_bytes()
+    exact = resident.forget_peak()
+    meter, speeds, served, probes = Meter(), [], [], list[float]()
+    for share in timing.shares(workload.repeats, job.turns):
+        if share.start:
+            progress.turn()
+        timed, probed = timing.speeds(
+            engine, workload, text, stepped, meter=meter, probe=timing.work_probe, share=share
+        )
+        speeds.append(timed)
+        served.append(timing.served(engine, workload, text, stepped, share=share))
+        probes += probed
+    memory["peak_timing"] = resident.peak_bytes() if exact else None
+    conditions["probe_s"] = probes
+    settings = engine.settings()
+    warnings = settings.pop("warnings", [])
+    for name, each in (({"": quality} if quality else {}) | qualities).items():
+        bad = sum(window["nonfinite"] for window in each["windows"])
+        total = bad + sum(window["count"] for window in each["windows"])
+        where = f" of {name}" if name else ""
+        if bad == total:
+            raise ValueError(f"all {total} scored positions{where} have NaN or infinite logits")
+        if bad:
+            warnings.append(f"{bad} of {total} scored positions{where} have NaN or infinite logits; left out")
+    warnings += [f"task {name}: {text}" for name, each in answered.items() for text in each.pop("warnings", [])]
+    settings |= {"import_s": import_s, "score_s": score_s}
+    measurement = Measurement(
+        device=settings.pop("device_name", settings.pop("device", "cpu")),
+        load_s=load_s,
+        speeds=timing.joined(speeds),
+        served=timing.joined(served),
+        quality=quality,
+        qualities=qualities,
+        tasks=answered,
+        memory=_memory(engine.memory(), memory, before),
+        conditions=conditions,
+        settings=settings,
+        warnings=warnings,
+    )
+    return dict(to_json(measurement))
+
+
+def refer(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
+    """Worker: payload `{"job": Job, "out": path}`; scores the job's artifact, the base, once and writes the
+    reference that every other job is compared with (`quality.Reducer`, `make_reference`).
+
+    Nothing is timed. Returns its content's `digest`, and `settings`: dtype and device it was made with. Raises
+    `ValueError` if no scored position has finite logits: nothing could be compared with that.
+    """
+    job: Job = from_json(Job, payload["job"])
+    assert job.evaluation is not None
+    windows = _windows(job)
+    progress(0, len(windows), "loading")
+    engine = _engine(job).Backend(job)
+    spec = {
+        "windows": job.evaluation.path,
+        "make_reference": payload["out"],
+        "base": job.base_digest,
+        "per_token": False,
+    }
+    made = engine.score(_watched(windows, progress, len(windows)), spec)
+    if not any(window["count"] for window in made["windows"]):
+        raise ValueError("the base gives NaN or infinite logits at every scored position")
+    return {"digest": made["made_reference_digest"], "settings": engine.settings()}
+
+
+def _engine(job: Job) -> Any:
+    """The job's backend module, its engine imported."""
+    module = importlib.import_module(BACKENDS[job.backend])
+    try:
+        module.load_engine()
+    except ImportError as error:
+        raise cannot_import(job.backend, error, module.INSTALL) from None
+    return module
+
+
+def _windows(job: Job) -> list[tuple[int, list[int], int]]:
+    """(index, ids, first scored position) of every evaluation window."""
+    return _windows_of(job.evaluation) if job.evaluation else []
+
+
+def _windows_of(evaluation: Evaluation) -> list[tuple[int, list[int], int]]:
+    with open(evaluation.path) as file:
+        stored = json.load(file)
+    return [(i, ids, first) for i, (ids, first) in enumerate(zip(stored["windows"], stored["score_from"], strict=True))]
+
+
+class _watched(list):  # type: ignore[type-arg]
+    """The windows, reporting progress as an engine walks over them."""
+
+    def __init__(self, windows: list[Any], progress: Any, steps: int) -> None:
+        super().__init__(windows)
+        self._progress, self._steps = progress, steps
+
+    def __iter__(self) -> Any:
+        for i, window in enumerate(super().__iter__()):
+            self._progress(i, self._steps, "scoring")
+            yield window
+
+
+def _memory(said: dict[str, int], seen: dict[str, int | None], before: int | None) -> dict[str, int]:
+    """What the engine says, the phases' peaks, and the workspace: what timing took beyond what was there before and
+    the KV cache. An engine that reserves its cache had it before."""
+    peak = seen["peak_timing"]
+    if "workspace" not in said and peak is not None and before is not None:
+        grown = 0 if "kv_cache_reserved" in said else said.get("kv_cache", 0)
+        said = {**said, "workspace": max(0, peak - before - grown)}
+    return said | {name: value for name, value in seen.items() if value is not None}

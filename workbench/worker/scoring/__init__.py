@@ -1,0 +1,1 @@
+"""From logits to sums: log-likelihood, divergence from the reference, agreement."""

@@ -1,0 +1,316 @@
+"""From text to token ids, once a recipe, so that every engine sees the same tokens.
+
+A set of windows is for evaluation (what a variant is scored on) or for calibration (what a method may look
+at); tokens of the one never appear in the other. Evaluation takes consecutive windows; calibration draws
+windows at random, and where both come from one text, only from what evaluation leaves.
+
+Where windows begin and what of them is scored is the convention's business (`conventions.py`). A window begins with
+BOS if the tokenizer adds one: it takes the first token's place, as in llama.cpp.
+
+Rejected: re-tokenizing in each engine (their tokenizers differ in corners, and the comparison would measure
+that), and special tokens around every document (no engine's perplexity tool does it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError, unknown
+from workbench.worker import Progress
+from workbench.worker.tokens.conventions import CONVENTIONS, DEFAULT, Spans
+from workbench.worker.tokens.text import describe, one_line, read_text
+
+CORPUS_VERSION = 1
+"""Of the way text becomes windows. Raise it when the same recipe would give other ids."""
+
+OVERLAP_TOKENS = 32
+"""A run of equal ids this long in both sets is shared text, not chance."""
+ROLES = ("evaluation", "calibration")
+
+DRAW_FROM = 8
+"""A streamed dataset is read until it holds this many times the tokens that calibration draws."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A source's text as token ids, with each token's place in the text where the tokenizer tells it."""
+
+    text: str
+    ids: list[int]
+    begins: array[int] | None
+    ends: array[int] | None
+
+
+def build(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Write the windows of every set of a recipe.
+
+    `payload`: `base` (a Hugging Face directory), `sets` (each with `role`, `name`, `source`, `window`, `windows`,
+    `score`, `stride`, `seed`, `out`), `allow_overlap`, `allow_remote_code`.
+
+    Each file holds `windows` (lists of `window` ids), `score_from` (one position a window: positions from it to
+    window - 2 are scored), `vocab_size`, `bos` (an id, or null if none is added) and `digest`. Returns
+    `{"sets": [...]}` in the order asked for, each with `name`, `role`, `path`, `digest`, `window`, `windows`, `score`,
+    `scored_tokens` and `scored_bytes` (UTF-8 bytes of the text that the scored tokens spell).
+    Raises `UserError` for all that a user can mend.
+    """
+    base, sets = Path(payload["base"]), payload["sets"]
+    for entry in sets:
+        _check_set(entry)
+    tokenizer, vocab_size, bos = open_tokenizer(base, bool(payload.get("allow_remote_code")))
+    needs = _needed_tokens(sets)
+    sources: dict[str, Tokens] = {}
+    for done, (key, need) in enumerate(needs.items()):
+        progress(done, len(needs) + 1, f"reading {describe(json.loads(key))}")
+        sources[key] = _tokens(json.loads(key), tokenizer, need)
+
+    chosen: dict[int, Spans] = {}
+    read: dict[str, list[tuple[int, int]]] = {}
+    for index, entry in enumerate(sets):
+        if entry["role"] == "evaluation":
+            key = _key(entry["source"])
+            chosen[index] = _evaluation_spans(entry, len(sources[key].ids))
+            read.setdefault(key, []).extend((start, start + entry["window"]) for start, _ in chosen[index])
+    evaluated = _runs_of(sources[key].ids[a:b] for key, spans in read.items() for a, b in _merged(spans))
+    overlap = bool(payload.get("allow_overlap"))
+    for index, entry in enumerate(sets):
+        if entry["role"] == "calibration":
+            key = _key(entry["source"])
+            ids, used = sources[key].ids, _merged(read.get(key, []))
+            starts = _calibration_starts(entry, ids, used, set() if overlap else evaluated)
+            if not overlap:
+                _refuse_overlap(entry, [ids[start : start + entry["window"]] for start in starts], evaluated)
+            [(_, first)] = _spans(entry, entry["window"])
+            chosen[index] = [(start, first) for start in starts]
+
+    replies = []
+    for index, entry in enumerate(sets):
+        source = sources[_key(entry["source"])]
+        replies.append(_write(entry, source, chosen[index], tokenizer, vocab_size, bos))
+    progress(1, 1, "token windows written")
+    return {"sets": replies}
+
+
+# --- what is asked for --------------------------------------------------------------------------
+
+
+def _check_set(entry: dict[str, Any]) -> None:
+    name = entry.get("name") or entry.get("role", "set")
+    if entry.get("role") not in ROLES:
+        raise unknown("role", str(entry.get("role")), ROLES, name)
+    score = entry.get("score") or DEFAULT
+    if score not in CONVENTIONS:
+        raise unknown("score", score, CONVENTIONS, name)
+    window = entry.get("window")
+    if not isinstance(window, int) or window < 4:
+        raise UserError(f"{name}: window {window} is too short; 512 is usual.")
+    windows = entry.get("windows")
+    if windows is not None and windows < 1:
+        raise UserError(f"{name}: windows must be 1 or more.")
+    if entry["role"] == "calibration" and windows is None:
+        raise UserError(f"{name}: say how many `windows` to draw for calibration.")
+    if CONVENTIONS[score].stride:
+        stride = entry.get("stride")
+        if not isinstance(stride, int) or not 1 <= stride < window:
+            raise UserError(f"{name}: `score: {score}` needs a `stride` from 1 to {window - 1}, not {stride}.")
+
+
+def _key(source: dict[str, Any]) -> str:
+    return json.dumps(source, sort_keys=True)
+
+
+def _spans(entry: dict[str, Any], tokens: int) -> Spans:
+    """The windows of so many tokens by the set's convention."""
+    convention = CONVENTIONS[entry.get("score") or DEFAULT]
+    return convention.spans(tokens, int(entry["window"]), int(entry.get("stride") or 0))
+
+
+def _needed_tokens(sets: list[dict[str, Any]]) -> dict[str, int | None]:
+    """How many tokens of each distinct source are wanted; None for all of them."""
+    needs: dict[str, int | None] = {}
+    for entry in sets:
+        key = _key(entry["source"])
+        if entry.get("windows") is None:
+            needs[key] = None
+            continue
+        count = int(entry["windows"]) * int(entry["window"]) * (DRAW_FROM if entry["role"] == "calibration" else 1)
+        before = needs.get(key, 0)
+        needs[key] = None if before is None else before + count
+    return needs
+
+
+# --- tokens -------------------------------------------------------------------------------------
+
+
+def open_tokenizer(base: Path, remote_code: bool) -> tuple[Any, int, int | None]:
+    """The base's tokenizer, the model's vocabulary size, and the BOS id if the tokenizer adds one."""
+    from transformers import AutoTokenizer
+
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        tokenizer = AutoTokenizer.from_pretrained(str(base), trust_remote_code=remote_code, local_files_only=True)
+        probe = tokenizer("a")["input_ids"]
+    except Exception as error:  # transformers raises whatever a broken file led to
+        raise UserError(f"{base}: its tokenizer cannot be loaded ({one_line(error)}). Is the base complete?") from None
+    sizes = config if "vocab_size" in config else config.get("text_config", {})
+    if not sizes.get("vocab_size"):
+        raise UserError(f"{base / 'config.json'} has no `vocab_size`. Is the base complete?")
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and bool(probe) and probe[0] == bos
+    return tokenizer, int(sizes["vocab_size"]), int(bos) if adds_bos else None
+
+
+def _tokens(source: dict[str, Any], tokenizer: Any, need_tokens: int | None) -> Tokens:
+    text = read_text(source, need_tokens)
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    ids = list(encoded["input_ids"])
+    if not fast:
+        return Tokens(text, ids, None, None)
+    offsets = encoded["offset_mapping"]
+    return Tokens(text, ids, array("q", (a for a, _ in offsets)), array("q", (b for _, b in offsets)))
+
+
+def _evaluation_spans(entry: dict[str, Any], count: int) -> Spans:
+    """The evaluation's windows in a text of `count` tokens, which must hold as many as were asked for."""
+    window, spans = int(entry["window"]), _spans(entry, count)
+    wanted = entry.get("windows") or len(spans)
+    if len(spans) < max(1, wanted):
+        room = f"{len(spans)} windows of {window} fit" if spans else f"no window of {window} fits"
+        fewer = f"Ask for {len(spans)} or fewer" if spans else f"Use a window of {count} or fewer"
+        raise UserError(
+            f"evaluation '{entry.get('name')}': {describe(entry['source'])} has {count} tokens, so {room}, "
+            f"but {wanted or 'at least one'} asked for. {fewer}, or name a longer text."
+        )
+    return spans[:wanted]
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _grams(ids: list[int]) -> list[bytes]:
+    """Every run of `OVERLAP_TOKENS` ids, as bytes."""
+    packed = array("I", ids)
+    data, size = packed.tobytes(), packed.itemsize
+    return [data[i * size : (i + OVERLAP_TOKENS) * size] for i in range(len(ids) - OVERLAP_TOKENS + 1)]
+
+
+def _runs_of(texts: Iterable[list[int]]) -> set[bytes]:
+    return {gram for ids in texts for gram in _grams(ids)}
+
+
+def _calibration_starts(
+    entry: dict[str, Any], ids: list[int], used: list[tuple[int, int]], evaluated: set[bytes]
+) -> list[int]:
+    """Random windows that overlap neither each other nor, in a text shared with evaluation, any of its tokens.
+
+    In a shared text, windows that repeat a passage of the evaluation (boilerplate does) are passed over too.
+    """
+    window, wanted = int(entry["window"]), int(entry["windows"])
+    edges = [0, *(edge for span in used for edge in span), len(ids)]
+    free = [
+        start
+        for begin, end in zip(edges[::2], edges[1::2], strict=True)
+        for start in range(begin, end - window + 1, window)
+    ]
+    random.Random(int(entry.get("seed") or 0)).shuffle(free)
+    starts: list[int] = []
+    for start in free:
+        if len(starts) == wanted:
+            break
+        if used and not evaluated.isdisjoint(_grams(ids[start : start + window])):
+            continue
+        starts.append(start)
+    if len(starts) < wanted:
+        left = " that evaluation does not use" if used else ""
+        raise UserError(
+            f"calibration '{entry.get('name')}': {describe(entry['source'])} has {len(ids)} tokens and "
+            f"{len(starts)} windows "
+            f"of {window}{left}, but {wanted} asked for. Ask for fewer or shorter ones, or name a longer "
+            "text."
+        )
+    return starts
+
+
+def _refuse_overlap(entry: dict[str, Any], windows: list[list[int]], evaluated: set[bytes]) -> None:
+    runs = 0
+    for ids in windows:
+        inside = False
+        for gram in _grams(ids):
+            hit = gram in evaluated
+            runs += hit and not inside
+            inside = hit
+    if runs:
+        raise UserError(
+            f"calibration '{entry.get('name')}' shares {runs} passages of {OVERLAP_TOKENS} tokens or more "
+            "with the evaluation "
+            "text, which makes any method look better than it is. Calibrate on another text, or set "
+            "`allow_overlap: true`."
+        )
+
+
+def _write(
+    entry: dict[str, Any], source: Tokens, spans: Spans, tokenizer: Any, vocab_size: int, bos: int | None
+) -> dict[str, Any]:
+    window, score = int(entry["window"]), entry.get("score") or DEFAULT
+    windows = [source.ids[start : start + window] for start, _ in spans]
+    largest = max(map(max, windows))
+    if largest >= vocab_size or min(map(min, windows)) < 0:
+        raise UserError(
+            f"{entry['role']} '{entry.get('name')}': the tokenizer gives id {largest}, but the model's "
+            f"vocabulary has {vocab_size}: "
+            "tokenizer and weights are not of the same model."
+        )
+    if bos is not None:
+        windows = [[bos, *ids[1:]] for ids in windows]
+    score_from = [first for _, first in spans]
+    scored = [(start + first + 1, start + window) for start, first in spans]
+    facts = [CORPUS_VERSION, windows, score_from, score, bos]
+    digest = hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
+    out = Path(entry["out"])
+    used = sorted({token for ids in windows for token in ids})
+    content = {
+        "windows": windows,
+        "score_from": score_from,
+        "vocab_size": vocab_size,
+        "bos": bos,
+        "digest": digest,
+        "spelling": dict(zip(map(str, used), tokenizer.convert_ids_to_tokens(used), strict=True)),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when whole, so that a killed run leaves no half of it.
+    whole = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    whole.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+    os.replace(whole, out)
+    return {
+        "name": entry.get("name"),
+        "role": entry["role"],
+        "path": str(out),
+        "digest": digest,
+        "window": window,
+        "windows": len(windows),
+        "score": score,
+        "scored_tokens": sum(end - begin for begin, end in scored),
+        "scored_bytes": sum(_bytes_of(source, begin, end, tokenizer) for begin, end in scored),
+    }
+
+
+def _bytes_of(source: Tokens, begin: int, end: int, tokenizer: Any) -> int:
+    """UTF-8 bytes of the text between two tokens."""
+    if source.begins is None or source.ends is None:
+        return len(tokenizer.decode(source.ids[begin:end], clean_up_tokenization_spaces=False).encode())
+    return len(source.text[source.begins[begin] : source.ends[end - 1]].encode())
