@@ -26,13 +26,13 @@ LIMIT = 5e-4
 
 
 def dequantized(path: Path, format: str) -> Any:
-    """The artifact's model in float32, without kernels: a GGUF by transformers, the others by the methods' modules."""
+    """The artifact's model in float32, without kernels: a GGUF by transformers, the others by the tests' unpackers."""
     import torch
     from accelerate import init_empty_weights
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from workbench.worker.methods import awq, gptq
+    from tests.worker.unpackers import dequantize_awq, dequantize_gptq
 
     if format == "gguf":
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
@@ -45,7 +45,7 @@ def dequantized(path: Path, format: str) -> Any:
         stem, _, suffix = name.rpartition(".")
         if suffix == "qweight":
             parts = {s: tensors.get(f"{stem}.{s}") for s in ("qweight", "qzeros", "scales", "g_idx")}
-            state[f"{stem}.weight"] = awq.dequantize(parts) if format == "awq" else gptq.dequantize(parts, bits)
+            state[f"{stem}.weight"] = dequantize_awq(parts) if format == "awq" else dequantize_gptq(parts, bits)
         elif suffix not in ("qzeros", "scales", "g_idx"):
             state[name] = tensor.float()
     with init_empty_weights(include_buffers=False):

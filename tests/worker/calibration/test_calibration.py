@@ -523,7 +523,7 @@ def test_gptqmodel_unpacks_to_the_same_bits(
     gptqmodel = pytest.importorskip("gptqmodel")
     from safetensors.torch import load_file
 
-    from workbench.worker.methods import gptq
+    from tests.worker.unpackers import dequantize_gptq
 
     base = write_model(tmp_path / "base", "llama")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -538,7 +538,7 @@ def test_gptqmodel_unpacks_to_the_same_bits(
         if f"{name}.qweight" in stored:
             parts = {suffix: stored[f"{name}.{suffix}"] for suffix in ("qweight", "qzeros", "scales", "g_idx")}
             theirs = module.dequantize_weight().t()
-            assert torch.equal(gptq.dequantize(parts, options.get("bits", 4)).to(theirs.dtype), theirs), name
+            assert torch.equal(dequantize_gptq(parts, options.get("bits", 4)).to(theirs.dtype), theirs), name
             seen += 1
     assert seen == 14
 
@@ -549,7 +549,7 @@ def test_autoawqs_unpacking_gives_the_same_bits(tmp_path: Path) -> None:
     packing = pytest.importorskip("gptqmodel.quantization.awq.utils.packing_utils")
     from safetensors.torch import load_file
 
-    from workbench.worker.methods import awq
+    from tests.worker.unpackers import dequantize_awq
 
     base = write_model(tmp_path / "base", "llama")
     run(base, tmp_path / "work", {"awq": VARIANTS["awq"]})
@@ -559,4 +559,4 @@ def test_autoawqs_unpacking_gives_the_same_bits(tmp_path: Path) -> None:
     for stem in stems:
         parts = {suffix: stored[f"{stem}.{suffix}"] for suffix in ("qweight", "qzeros", "scales")}
         theirs = packing.dequantize_gemm(parts["qweight"], parts["qzeros"], parts["scales"], 4, 32)
-        assert torch.equal(awq.dequantize(parts).half(), theirs.t()), stem
+        assert torch.equal(dequantize_awq(parts).half(), theirs.t()), stem

@@ -12,6 +12,8 @@ from workbench.worker.methods import gptq, rounding
 
 torch = pytest.importorskip("torch")
 
+from tests.worker.unpackers import unpack_gptq  # noqa: E402
+
 
 def problem(inputs: int = 96, outputs: int = 40, tokens: int = 400, seed: int = 0):
     """Correlated inputs of very different sizes, as activations are: (weight [in, out], gram)."""
@@ -26,7 +28,7 @@ def test_pack_and_unpack_are_inverse(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (96, 5), dtype=torch.uint8)
     packed = gptq.pack(codes, bits)
     assert packed.shape == (96 * bits // 32, 5) and packed.dtype == torch.int32
-    assert torch.equal(gptq.unpack(packed, bits), codes)
+    assert torch.equal(unpack_gptq(packed, bits), codes)
 
 
 def test_packed_word_is_lowest_first() -> None:
