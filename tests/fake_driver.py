@@ -29,6 +29,9 @@ class FakeGpu:
     used: int = 1 << 30
     processes: dict[int, int | None] = field(default_factory=dict)
     joules: float = 0.0
+    clock_mhz: int = 1980
+    reasons: int = 0
+    """NVML's bits for lower clocks."""
 
 
 @dataclass
@@ -78,10 +81,10 @@ class NVML:
         return SimpleNamespace(gpu=90)
 
     def _nvmlDeviceGetClockInfo(self, gpu: FakeGpu, which: int) -> int:
-        return 1980
+        return gpu.clock_mhz
 
     def _nvmlDeviceGetCurrentClocksThrottleReasons(self, gpu: FakeGpu) -> int:
-        return 0
+        return gpu.reasons
 
     def _nvmlDeviceGetTotalEnergyConsumption(self, gpu: FakeGpu) -> int:
         return int(gpu.joules * 1000)

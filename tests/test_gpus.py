@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.fake_driver import NVML, FakeGpu
-from workbench.gpus import Gpu, Watch, driver_version, gpus, joules, visible
+from workbench.gpus import Gpu, Watch, driver_version, for_a_job, gpus, joules, visible
 
 GIB = 1 << 30
 EVERY = ("nvmlDeviceGetUUID", "nvmlDeviceGetName", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses")
@@ -98,3 +98,12 @@ def test_only_the_job_s_gpus_are_watched(driver: NVML) -> None:
     assert joules(chosen[0]) == 7.0
     driver.refused = ["nvmlDeviceGetTotalEnergyConsumption"]
     assert joules(chosen[0]) is None
+
+
+def test_a_job_gets_one_gpu_unless_it_asks_for_more(driver: NVML, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.gpus = [FakeGpu(uuid=f"GPU-{n}") for n in range(4)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert for_a_job() == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "GPU-3"}
+    assert for_a_job(2)["CUDA_VISIBLE_DEVICES"] == "GPU-3,GPU-1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert for_a_job() == {}

@@ -93,6 +93,19 @@ class Watch:
             return None
         return self._grown()
 
+    def clocks(self) -> tuple[list[float], int | None]:
+        """Hertz of each GPU that is at work, and NVML's reasons for lower clocks, over all; None if none tells them."""
+        at_work, told = [], None
+        for handle in self.handles:
+            used = _asked(self._nvml.nvmlDeviceGetUtilizationRates, handle)
+            megahertz = _asked(self._nvml.nvmlDeviceGetClockInfo, handle, self._nvml.NVML_CLOCK_SM)
+            if megahertz is not None and used is not None and used.gpu > 50:
+                at_work.append(megahertz * 1e6)
+            reasons = _asked(self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+            if reasons is not None:
+                told = (told or 0) | int(reasons)
+        return at_work, told
+
     def strangers(self) -> int | None:
         """The most processes of others at once; None where the job's own were never recognized among them."""
         return self._most_strangers if self._recognized else None
@@ -109,6 +122,17 @@ class Watch:
     def _used(self, handle: Any) -> int | None:
         memory = _asked(self._nvml.nvmlDeviceGetMemoryInfo, handle)
         return None if memory is None else int(memory.used)
+
+
+def for_a_job(count: int = 1) -> dict[str, str]:
+    """Variables that give a worker the first `count` of the GPUs that are visible here, and no others; empty without.
+
+    An engine that sees several spreads a model over all of them (llama.cpp) or takes the first (the others), so that
+    two engines would not be measured on the same.
+    """
+    chosen = gpus()[:count]
+    named = [gpu.uuid if gpu.uuid.startswith(("GPU-", "MIG-")) else str(gpu.index) for gpu in chosen]
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(named)} if chosen else {}
 
 
 def joules(gpu: Gpu) -> float | None:
