@@ -69,7 +69,7 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         config = checked_config(path, remote_code)
         tensors = checked_weights(path)
         if equivalent:
-            write_equivalent(path, config, tensors, equivalent, out, progress)
+            write_equivalent(path, config, tensors, int(equivalent["hidden"]), int(equivalent["seed"]), out, progress)
             license_name = license_name or license_of(path)
             shutil.rmtree(plain, ignore_errors=True)
             path = out
