@@ -57,15 +57,15 @@ class Dtype(NamedTuple):
     size_bytes: int
 
 
-DTYPES = {
+FLOATS = {
     "F64": Dtype("float64", 8),
     "F32": Dtype("float32", 4),
     "F16": Dtype("float16", 2),
     "BF16": Dtype("bfloat16", 2),
-    "I32": Dtype("int32", 4),
-    "U16": Dtype("uint16", 2),
 }
-"""By safetensors' names, which GGUF has for floats too."""
+"""Types of unquantized weights by safetensors' and GGUF's names."""
+DTYPES = FLOATS | {"I32": Dtype("int32", 4), "U16": Dtype("uint16", 2)}
+"""The same, with those that packed weights and ids are stored in."""
 DTYPE_BYTES = {dtype.name: dtype.size_bytes for dtype in DTYPES.values()}
 DTYPE_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 UBATCH_TOKENS = 512

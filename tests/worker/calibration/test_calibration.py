@@ -336,7 +336,7 @@ def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         real(descriptor, start, size)
 
     monkeypatch.setattr(layout.os, "posix_fallocate", small_disk)
-    with pytest.raises(UserError, match="no space left"):
+    with pytest.raises(UserError, match="the disk is full"):
         run(base, tmp_path / "work", {"gptq": VARIANTS["gptq"]})
 
 
@@ -355,7 +355,7 @@ def test_a_disk_that_fills_half_way_keeps_the_finished_layers(tmp_path: Path) ->
             file.rename(aside)
             file.symlink_to("/dev/full")
 
-    with pytest.raises(UserError, match=r"no space left on the disk of .*The finished layers are kept\.$") as caught:
+    with pytest.raises(UserError, match=r"the disk is full .*The finished layers are kept\.$") as caught:
         calibrate.run(request, fills)
     assert "\n" not in str(caught.value)
     file.unlink()

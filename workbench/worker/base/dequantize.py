@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from workbench.disk import need_space
+from workbench.disk import need_room
 from workbench.errors import UserError, install_with
-from workbench.shape import DTYPES
+from workbench.shape import FLOATS
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import context_tokens, read_json
 from workbench.worker.base.saving import SHARD_BYTES, for_both_readers, write_card, write_json
@@ -37,10 +37,10 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> str | No
     architecture = str(field_of(reader, "general.architecture"))
     types = bytes_by_type(reader)
     main = max(types, key=lambda kind: types[kind])
-    dtype = DTYPES[main].name if main in DTYPES and _fits(reader, types, main) else "float32"
+    dtype = FLOATS[main].name if main in FLOATS and _fits(reader, types, main) else "float32"
     parameters = sum(int(t.n_elements) for t in reader.tensors)
     out.mkdir(parents=True, exist_ok=True)
-    need_space(out, parameters * (4 if dtype == "float32" else 2))
+    need_room(out, parameters * (4 if dtype == "float32" else 2))
 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -156,7 +156,7 @@ def _fits(reader: Any, types: dict[str, int], main: str) -> bool:
 
     if set(types) - {"F32", main}:
         return False
-    kind = getattr(torch, DTYPES[main].name)
+    kind = getattr(torch, FLOATS[main].name)
     wider = (torch.tensor(t.data.copy()) for t in reader.tensors if t.tensor_type.name == "F32")
     return all(torch.equal(t.to(kind).float(), t.float()) for t in wider)
 

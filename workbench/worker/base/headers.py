@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
-from workbench.shape import DTYPES, Described
+from workbench.shape import FLOATS, Described
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import StoredTensor, checked_weights, main_dtype, parameters_of, read_json
 from workbench.worker.base.dequantize import bytes_by_type, field_of, open_gguf
@@ -86,5 +86,5 @@ def _of_gguf(path: Path) -> Described:
         "num_local_experts": number("expert_count", 0),
     }
     # Quantized weights become float32, 16-bit ones stay what they are (`dequantize.py`).
-    dtype = DTYPES[main].name if main in DTYPES else "float32"
+    dtype = FLOATS[main].name if main in FLOATS else "float32"
     return Described(config=config, dtype=dtype, tensors=tensors, naming="gguf")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from workbench.disk import write_whole
 from workbench.records import digest
 from workbench.worker import Tensors
 from workbench.worker.calibration.device import name_of
@@ -62,9 +62,7 @@ class Work:
     def finished(self, layer: int) -> None:
         """Note that a layer is done and written; whoever is interrupted after this goes on with the next."""
         self.note.layer = layer + 1
-        fresh = self.folder / "progress.json.new"
-        fresh.write_text(json.dumps(asdict(self.note)), encoding="utf-8")
-        os.replace(fresh, self.folder / "progress.json")
+        write_whole(self.folder / "progress.json", json.dumps(asdict(self.note)))
 
     def keep_importance(self, layer: int, grams: Tensors) -> None:
         """Store the diagonals of a layer's Gram matrices."""

@@ -80,5 +80,7 @@ def read_layer(weights: Weights, index: int, device: Any) -> Tensors:
         with safe_open(path, framework="pt") as file:
             for name in (name for where, name in wanted if where == path):
                 tensor = file.get_tensor(name).to(device=device, dtype=torch.float32, copy=True)
+                if not torch.isfinite(tensor).all():
+                    raise UserError(f"{path}: tensor '{name}' has NaN or infinite weights. Fetch it again.")
                 tensors[name.removeprefix(prefix)] = tensor
     return tensors
