@@ -135,8 +135,8 @@ def job(model: Path, variant: str, made: dict[str, Any], reference: Path | None 
                 backend="llamacpp",
                 options={},
                 workload=Workload(repeats=0),
-                evaluation=from_json(Evaluation, made),
-                reference=str(reference) if reference else None,
+                evaluations={"evaluation": from_json(Evaluation, made)},
+                references={"evaluation": str(reference)} if reference else {},
                 base_digest="benchmark",
             )
         )
@@ -206,7 +206,17 @@ def main() -> int:
 
     def measured(kind: str) -> dict[str, Any]:
         found, _ = call("workbench.worker.measure.job:measure", {"job": job(files[kind], kind, made, reference)}, work)
-        return statistics.summarise(found["quality"])
+        quality = found["qualities"]["evaluation"]
+        means = {
+            "perplexity": statistics.perplexity(quality),
+            "kld_mean": statistics.divergence(quality),
+            "top1_agreement": statistics.agreement(quality),
+            "rms_dp": statistics.rms_dp(quality),
+        }
+        quantiles = {"kld_p50": 0.5, "kld_p99": 0.99, "kld_max": 1.0}
+        return {name: mean.value for name, mean in means.items() if mean} | {
+            name: statistics.divergence_quantile(quality, p) for name, p in quantiles.items()
+        }
 
     def line(name: str, own: float, other: float, limit: float | None, digits: int = 5) -> bool:
         apart = own / other - 1

@@ -41,7 +41,7 @@ def a_row(
         device="cpu",
         load_s=1.5,
         speeds=[speed],
-        quality=quality if evaluation else None,
+        qualities={"prose": quality} if evaluation else {},
         memory={"peak_rss": 300 * 2**20} if memory is None else memory,
     )
     values: dict[str, Any] = {
@@ -59,8 +59,10 @@ def a_row(
             parameters=1_000_000,
         ),
         "backend": backend,
-        "workload": Workload(prompt_tokens=100, new_tokens=3, batch=batch),
-        "evaluation": Evaluation("prose", "e.json", evaluation, 8, "second-half", 3, 12) if evaluation else None,
+        "workload": Workload(prompt_tokens=[100], new_tokens=3, batches=[batch]),
+        "evaluations": {"prose": Evaluation("prose", "e.json", evaluation, 8, "second-half", 3, 12)}
+        if evaluation
+        else {},
         "measurement": measurement if measured else None,
         "machine": {"name": machine},
         "versions": {"toy": "1.0"},
@@ -107,7 +109,7 @@ def wide_rows() -> list[Row]:
 
 def compared(row: Row, kld: float, reference: str = "r1") -> Row:
     """The row as if compared with a reference: `kld` nats a token, every second top token the base's."""
-    assert row.measurement is not None and row.measurement.quality is not None
+    assert row.measurement is not None and row.quality is not None
     windows = [
         window
         | {
@@ -117,10 +119,10 @@ def compared(row: Row, kld: float, reference: str = "r1") -> Row:
             "same_top_sum": window["count"] / 2,
             "dp_square_sum": 0.01 * window["count"],
         }
-        for window in row.measurement.quality["windows"]
+        for window in row.quality["windows"]
     ]
     quality = {"windows": windows, "reference_digest": reference}
-    return replace(row, measurement=replace(row.measurement, quality=quality))
+    return replace(row, measurement=replace(row.measurement, qualities={"prose": quality}))
 
 
 def a_house(count: int, seed: int = 0) -> list[Row]:
@@ -143,7 +145,7 @@ def a_house(count: int, seed: int = 0) -> list[Row]:
                 "peak_rss_file": chance.randrange(10**9),
             },
         )
-        assert row.measurement is not None and row.measurement.quality is not None
+        assert row.measurement is not None and row.quality is not None
         windows = [
             window
             | {
@@ -154,8 +156,8 @@ def a_house(count: int, seed: int = 0) -> list[Row]:
                 "dp_square_sum": 1.0,
                 "kld": [chance.lognormvariate(-2, 1) for _ in range(255)],
             }
-            for window in row.measurement.quality["windows"]
+            for window in row.quality["windows"]
         ]
         quality = {"windows": windows, "reference_digest": "r"}
-        rows.append(replace(row, measurement=replace(row.measurement, quality=quality)))
+        rows.append(replace(row, measurement=replace(row.measurement, qualities={"prose": quality})))
     return rows

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.places import ROOT
 from workbench.errors import UserError
 from workbench.plan import formats, need, tensors
 from workbench.plan import make as plan
@@ -17,6 +25,7 @@ from workbench.recipe.load import Recipe, parse
 from workbench.records import Variant
 from workbench.shape import Shape
 
+SHA = "0123456789abcdef0123456789abcdef01234567"
 LLAMA_8B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -219,6 +228,85 @@ def test_a_directory_is_planned_from_its_headers(tiny_llama: Path) -> None:
     base = next(need for need in made.needs if (need.variant, need.backend) == ("base", "transformers"))
     files = sum(path.stat().st_size for path in tiny_llama.glob("*.safetensors"))
     assert 0 < files - base.disk_bytes < 8192  # The rest is the file's header.
+
+
+def hub_plan(tmp_path: Path, **env: str) -> list[dict[str, Any]]:
+    """What `workbench plan` prints as JSON for a base on the hub, with a hub cache of its own."""
+    (tmp_path / "r.yaml").write_text("base: {hub: owner/name}\nvariants: [{gguf: Q8_0}]\n")
+    own = {"WORKBENCH_HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "workbench.cli", "plan", str(tmp_path / "r.yaml"), "--device", "cpu", "-f", "json"],
+        env={**os.environ, **own, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+def base_needs(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the base needs, engine by engine, by whatever name."""
+    return [{**need, "base": ""} for need in made if need["variant"] == "base"]
+
+
+def by_path(model: Path) -> list[dict[str, Any]]:
+    """The same of a plan of the files themselves."""
+    return base_needs(json.loads(formats.json_text(plan.make(recipe(base={"path": str(model)}), cuda=False))))
+
+
+def test_a_base_on_the_hub_is_planned_from_its_snapshot(tiny_llama: Path, tmp_path: Path) -> None:
+    """`plan` failed for every base on the hub: a tensor's type and shape had changed places."""
+    repo = tmp_path / "hf" / "hub" / "models--owner--name"
+    shutil.copytree(tiny_llama, repo / "snapshots" / SHA)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(SHA)
+    made = hub_plan(tmp_path, HF_HUB_OFFLINE="1")
+    assert base_needs(made) == by_path(tiny_llama)
+
+
+@pytest.fixture
+def headers_hub(tiny_llama: Path) -> Iterator[tuple[str, list[str]]]:
+    """A hub on loopback with one model, whose weights can be had by range requests only; and what was asked of it."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            file = tiny_llama / self.path.rpartition("/")[2]
+            found = self.path.startswith("/owner/name/resolve/main/") and file.is_file()
+            ranged = (self.headers.get("range") or "").removeprefix("bytes=")
+            asked.append(f"{self.command} {file.name} {ranged}".strip())
+            content = file.read_bytes() if found else b""
+            first, _, last = ranged.partition("-")
+            part = content[int(first) : int(last) + 1] if ranged else content
+            self.send_response(404 if not found else 206 if ranged else 200)
+            for name, value in {"X-Repo-Commit": SHA, "ETag": f'"{file.name}"'}.items() if found else ():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(part)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_a_base_on_the_hub_is_planned_from_headers_alone(
+    tiny_llama: Path, tmp_path: Path, headers_hub: tuple[str, list[str]]
+) -> None:
+    endpoint, asked = headers_hub
+    made = hub_plan(tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint)
+    assert base_needs(made) == by_path(tiny_llama)
+    assert [line for line in asked if line.startswith("GET model.safetensors")] == ["GET model.safetensors 0-100000"], (
+        "no weights but what came with the header"
+    )
 
 
 def test_nothing_is_fetched_for_a_base_that_is_not_there(tmp_path: Path) -> None:

@@ -70,10 +70,10 @@ def test_each_convention_scores_the_positions_it_says(
         artifact=a_row().artifact,
         backend="fake",
         options={},
-        workload=Workload(prompt_tokens=8, new_tokens=2, repeats=1),
-        evaluation=from_json(Evaluation, made),
+        workload=Workload(prompt_tokens=[8], new_tokens=2, repeats=1),
+        evaluations={"e": from_json(Evaluation, made)},
     )
-    measured = profile.measure({"job": to_json(job)}, lambda *_: None)["quality"]
+    measured = profile.measure({"job": to_json(job)}, lambda *_: None)["qualities"]["e"]
 
     stored = json.loads((tmp_path / "e.json").read_text())
     assert stored["score_from"] == first
@@ -130,12 +130,17 @@ def test_a_row_of_2550_tokens_is_small_and_says_the_same() -> None:
     }
     assert len(json.dumps(full, separators=(",", ":"))) > 70_000
     assert size[0] < 10_000 and size[1] < 17_000
-    before = statistics.summarise(full, base, 10_000)
-    after = statistics.summarise(compact(full, False), compact(base, True), 10_000)
-    for name, value in before.items():
+    small, small_base = compact(full, False), compact(base, True)
+    for p in (0.5, 0.9, 0.99, 0.999, 1.0):
         # What is read from a list is rounded to float16, whose step is 2^-11 of the value at most; the rest is not.
-        in_list = name.startswith("kld_") and name not in ("kld_mean", "kld_mean_se", "kld_low")
-        assert after[name] == pytest.approx(value, rel=2**-11 if in_list else 1e-12), name
+        expected = statistics.divergence_quantile(full, p)
+        assert statistics.divergence_quantile(small, p) == pytest.approx(expected, rel=2**-11)
+    for name in ("perplexity", "divergence", "agreement", "rms_dp"):
+        assert getattr(statistics, name)(small) == pytest.approx(getattr(statistics, name)(full), rel=1e-12), name
+    assert statistics.bits_per_byte(small, 10_000) == pytest.approx(statistics.bits_per_byte(full, 10_000), rel=1e-12)
+    expected_delta = statistics.perplexity_delta(full, base)
+    assert statistics.perplexity_delta(small, small_base) == pytest.approx(expected_delta, rel=1e-12)
+    assert statistics.nonfinite(small) == statistics.nonfinite(full)
 
 
 def test_a_lost_token_is_paired_as_it_was_before() -> None:
@@ -163,12 +168,12 @@ def test_a_broken_models_divergence_still_fits() -> None:
 def test_rows_of_a_lost_reference_are_measured_again_beside_new_ones() -> None:
     def row(key: str, reference: str | None) -> Any:
         found = a_row(key=key)
-        assert found.measurement is not None and found.measurement.quality is not None
-        quality = found.measurement.quality | {"reference_digest": reference}
-        return replace(found, measurement=replace(found.measurement, quality=quality))
+        assert found.measurement is not None and found.quality is not None
+        quality = found.quality | {"reference_digest": reference}
+        return replace(found, measurement=replace(found.measurement, qualities={"prose": quality}))
 
     rows = {"a": row("a", "new"), "b": row("b", "old"), "c": row("c", None), "d": a_row(key="d", measured=False)}
-    assert set(reference.with_reference(rows, {"digest": "new"})) == {"a", "c", "d"}
+    assert set(reference.with_reference(rows, {"prose": reference.Reference("r", "new")})) == {"a", "c", "d"}
     assert set(reference.with_reference(rows, None)) == set(rows)  # nothing is measured: nothing to stand beside
 
 
@@ -227,7 +232,9 @@ def test_the_reference_is_made_once_and_only_for_jobs(tmp_path: Path, tiny_llama
     record = json.loads((made / "reference.json").read_text())
     assert sorted(file.name for file in made.iterdir()) == ["reference.json", "reference.safetensors"]
     assert record["settings"]["dtype"] == "float32" or record["settings"]["device"] == "cuda"
-    assert rows_in(tmp_path)[-1]["measurement"]["quality"]["reference_digest"] == record["digest"]
+    assert (
+        next(iter(rows_in(tmp_path)[-1]["measurement"]["qualities"].values()))["reference_digest"] == record["digest"]
+    )
 
     # Nothing to measure: nothing made, even if the reference is gone.
     made.rename(tmp_path / "gone")
@@ -245,4 +252,4 @@ def test_the_reference_is_made_once_and_only_for_jobs(tmp_path: Path, tiny_llama
     assert answer.returncode == 0, answer.stderr
     assert "no divergence: scoring the base for it failed: the worker ended with exit code 3" in answer.stderr
     assert json.loads(answer.stdout)[0]["kld_mean"] is None
-    assert rows_in(tmp_path)[-1]["measurement"]["quality"]["reference_digest"] is None
+    assert next(iter(rows_in(tmp_path)[-1]["measurement"]["qualities"].values()))["reference_digest"] is None

@@ -67,7 +67,7 @@ def test_shipped_recipes_load(path: Path) -> None:
     assert loaded.name == path.stem
     assert loaded.variants[0].name == loaded.variants[0].method == "base"
     assert list(dict.fromkeys(choice.name for choice in loaded.backends)) == ["transformers", "vllm", "llamacpp"]
-    assert loaded.evaluation is not None or loaded.base.init == "random"
+    assert loaded.evaluations or loaded.base.init == "random"
 
 
 def test_at_least_the_three_promised_recipes() -> None:
@@ -81,8 +81,8 @@ def test_defaults_are_filled_in() -> None:
         ("base", "base", {}),
         ("gguf-Q4_0", "gguf", {"type": "Q4_0", "imatrix": False, "encoder": "auto"}),
     ]
-    assert (loaded.workload.prompt_tokens, loaded.workload.new_tokens, loaded.workload.repeats) == (512, 64, 3)
-    assert loaded.evaluation is not None and loaded.evaluation.window == 512
+    assert (loaded.workload.prompt_tokens, loaded.workload.new_tokens, loaded.workload.repeats) == ([512], 64, 3)
+    assert [test.window for test in loaded.evaluations.values()] == [512]
     assert all(choice.takes("gguf-Q4_0") for choice in loaded.backends)
 
 
@@ -130,8 +130,9 @@ def test_yaml_anchors_and_merges_are_allowed(tmp_path: Path) -> None:
         "evaluation: {<<: *tokens, windows: 2}\n"
     )
     loaded = load(written(tmp_path, text))
-    assert loaded.evaluation is not None and loaded.calibration is not None
-    assert (loaded.evaluation.windows, loaded.evaluation.window, loaded.calibration.windows) == (2, 64, 4)
+    assert loaded.calibration is not None
+    (test,) = loaded.evaluations.values()
+    assert (test.windows, test.window, loaded.calibration.windows) == (2, 64, 4)
 
 
 @pytest.mark.parametrize(
@@ -485,7 +486,7 @@ def test_a_workload_of_lists_is_a_headline_and_further_points() -> None:
     load_ = parse(
         recipe(workload={"prompt_tokens": [512, 128], "batch": [1, 4], "requests": 2}), Path("r.yaml")
     ).workload
-    assert (load_.prompt_tokens, load_.batch) == (512, 1)
+    assert (load_.prompt_tokens, load_.batches) == ([512, 128], [1, 4])
     assert load_.points == [(512, 1), (128, 1), (512, 4)]
     assert (load_.longest, load_.most_tokens) == (512 + 96, 4 * (512 + 96))
     single = parse(recipe(workload={"prompt_tokens": 512, "batch": 1}), Path("r.yaml")).workload

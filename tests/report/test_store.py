@@ -22,7 +22,7 @@ from tests.places import ROOT
 from tests.rows import a_row
 from workbench.errors import UserError
 from workbench.records import SCHEMA_VERSION, to_json
-from workbench.report import store
+from workbench.report import migrate, store
 
 
 def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -135,12 +135,12 @@ def test_an_older_schema_is_migrated_step_by_step(tmp_path: Path, monkeypatch: p
     def renamed(record: dict[str, Any]) -> dict[str, Any]:
         return {"backend" if name == "engine" else name: value for name, value in record.items()}
 
-    monkeypatch.setitem(store.MIGRATIONS, SCHEMA_VERSION - 1, renamed)
+    monkeypatch.setitem(migrate.MIGRATIONS, SCHEMA_VERSION - 1, renamed)
     assert store.read(file) == ([a_row(key="a")], [])
     steps = {1: lambda r: r | {"a": 1}, 2: lambda r: r | {"b": r["a"] + 1}}
-    assert store.migrate({}, 1, 3, steps) == {"a": 1, "b": 2, "schema_version": 3}
+    assert migrate.migrate({}, 1, 3, steps) == {"a": 1, "b": 2, "schema_version": 3}
     with pytest.raises(ValueError, match="no migration from schema version 3"):
-        store.migrate({}, 1, 4, steps)
+        migrate.migrate({}, 1, 4, steps)
 
 
 WRITER = """
@@ -149,7 +149,7 @@ from dataclasses import replace
 from pathlib import Path
 sys.path[:0] = [{root!r}]
 from tests.rows import a_row
-from workbench.report import store
+from workbench.report import migrate, store
 row = a_row(warnings=["x" * 3000])
 for number in range({count}):
     store.append(Path({results!r}), "desk", replace(row, key=f"{name}-{{number}}"))
@@ -223,11 +223,17 @@ def test_a_full_disk_is_a_clear_line_and_leaves_the_file_as_it_was(tmp_path: Pat
     assert file.read_bytes() == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_a_clear_line(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot store a row"):
-        store.append(tmp_path, "desk", a_row())
+def test_a_folder_without_permission_is_a_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o555)
+    monkeypatch.chdir(tmp_path)
+    me = os.geteuid()
+    if me == 0:  # root may write everywhere, and others may not even enter the folders above: so from within
+        os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match=r"cannot store a row \(.*Permission denied"):
+            store.append(Path("results"), "desk", a_row())
+    finally:
+        os.seteuid(me)
 
 
 def test_a_results_path_that_is_a_file_is_a_clear_line(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def _job(backend: str, model: dict[str, Any]) -> Any:
         variant="x", method="x", format=model["format"], path=model["path"], digest="", disk_bytes=0, parameters=0
     )
     test = Evaluation("x", "", "", window=TOKENS_LIMIT, score="all", windows=1, scored_tokens=TOKENS_LIMIT)
-    load = Workload(prompt_tokens=TOKENS_LIMIT // 2, new_tokens=1, repeats=0)
-    return Job("x", artifact, backend, model.get("options", {}), load, test)
+    load = Workload(prompt_tokens=[TOKENS_LIMIT // 2], new_tokens=1, repeats=0)
+    return Job("x", artifact, backend, model.get("options", {}), load, {"x": test})
 
 
 def convert_and_quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def dequantized(base: Path, out: Path, method: str, bits: int) -> Any:
     import transformers
     from safetensors.torch import load_file
 
-    from tests.worker.unpackers import dequantize_awq, dequantize_gptq
+    from tests.worker.unpacking import dequantize_awq, dequantize_gptq
 
     tensors = load_file(out / "model.safetensors")
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from workbench.disk import write_whole
 from workbench.errors import UserError, WorkFailed
 
 Progress = Callable[[float, float, str], None]
@@ -328,12 +329,7 @@ def serve(request: Path, reply: Path, to_parent: int, from_parent: int) -> None:
         said = str(error).strip().splitlines()
         summary = f"{type(error).__name__}: {said[0] if said else ''}".strip().rstrip(":")
         text = json.dumps({"error": summary[:500]})
-    temporary = reply.with_suffix(".partial")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(reply)
+    write_whole(reply, text)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

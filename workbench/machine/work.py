@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -9,7 +10,8 @@ from collections.abc import Generator
 from typing import Any
 
 from workbench.console import Show
-from workbench.disk import disk_error
+from workbench.disk import disk_faults
+from workbench.gpus import gpus
 from workbench.home import home, machine_lock
 from workbench.machine import isolate
 from workbench.machine.monitor import Monitor
@@ -55,7 +57,7 @@ def turns(
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = home() / "logs" / f"{stamp}-{digest([function, text, time.time_ns()])[:8]}"
-    monitor, reply, turn = Monitor(), None, 1
+    monitor, reply, turn = Monitor(watched=gpus(os.environ | (environment or {}))), None, 1
     with isolate.Worker(function, payload, workdir=folder, python=python, environment=environment) as worker:
         while reply is None:
             if turn > 1:
@@ -66,11 +68,9 @@ def turns(
             with (
                 machine_lock(lambda: show.say("waiting for another workbench run to end")),
                 show.task(what) as progress,
+                disk_faults(home()),
             ):
-                try:
-                    reply = worker.resume(time_limit_s=limit_s, on_progress=progress, on_sample=monitor)
-                except OSError as error:
-                    raise disk_error(error, home()) or error from None
+                reply = worker.resume(time_limit_s=limit_s, on_progress=progress, on_sample=monitor)
             turn += 1
     value = isolate.answer(reply, folder)
     shutil.rmtree(folder, ignore_errors=True)

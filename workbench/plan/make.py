@@ -18,18 +18,18 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from workbench.errors import UserError, WorkFailed
 from workbench.home import home
 from workbench.machine import isolate
-from workbench.plan.formats import size_text
 from workbench.plan.need import Need, Plan, Point, need_of, stored_bytes
 from workbench.plan.tensors import shape_of
 from workbench.recipe.choices import BackendChoice
 from workbench.recipe.load import Recipe
 from workbench.records import Variant
-from workbench.shape import DTYPE_BYTES, Shape
+from workbench.shape import DTYPE_BYTES, Described, Shape
+from workbench.sizes import size_text
 
 
 def make(
@@ -61,14 +61,15 @@ def make(
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1")
     points = [Point(prompt_tokens + load.new_tokens, many, prompt_tokens) for prompt_tokens, many in load.points]
+    first, many = load.points[0]
     if load.requests:
-        points += [Point(load.prompt_tokens + load.longest_answer, many, load.prompt_tokens) for many in load.batches]
+        points += [Point(first + load.longest_answer, many, first) for many in load.batches]
     if context is not None or batch is not None:
         tokens = load.longest if context is None else context
-        points = [Point(tokens, load.batch if batch is None else batch, min(max(load.prompts), tokens))]
+        points = [Point(tokens, many if batch is None else batch, min(max(load.prompt_tokens), tokens))]
     longest = max(point.tokens for point in points)
     check_context(longest, shape.context_tokens, f"{recipe.path}: {'--context' if context else 'workload'}")
-    window = recipe.evaluation.window if recipe.evaluation else 0
+    window = next((test.window for test in recipe.evaluations.values()), 0)
     needs = []
     for choice in recipe.backends:
         for variant in recipe.variants:
@@ -123,7 +124,7 @@ def check_context(tokens: int, context_tokens: int, where: str) -> None:
         )
 
 
-def _read(recipe: Recipe) -> dict[str, Any]:
+def _read(recipe: Recipe) -> Described:
     """Ask a worker for the shape; it takes a moment of one core, so it does not wait for the machine."""
     payload = {
         "source": recipe.base.source(recipe.path.parent),
@@ -134,7 +135,7 @@ def _read(recipe: Recipe) -> dict[str, Any]:
     reply = isolate.call("workbench.worker.base.headers:read", payload, workdir=folder, time_limit_s=600)
     value = isolate.answer(reply, folder)
     shutil.rmtree(folder, ignore_errors=True)
-    return dict(value)
+    return cast(Described, value)
 
 
 def _fitted(

@@ -143,7 +143,7 @@ class Source(Strict):
         return given
 
 
-class Evaluation(Strict):
+class EvaluationModel(Strict):
     """Tokens for perplexity: `windows` windows of `window` tokens, scored by a convention."""
 
     name: str | None = None
@@ -253,18 +253,8 @@ class WorkloadModel(Strict):
 
     def workload(self) -> Workload:
         """As the rest of the program has it."""
-        prompts, batches = _several(self.prompt_tokens), _several(self.batch)
-        return Workload(
-            prompt_tokens=prompts[0],
-            new_tokens=self.new_tokens,
-            batch=batches[0],
-            repeats=self.repeats,
-            warmup=self.warmup,
-            seed=self.seed,
-            more_prompt_tokens=prompts[1:],
-            more_batch=batches[1:],
-            requests=self.requests,
-        )
+        given = self.model_dump(exclude={"prompt_tokens", "batch"})
+        return Workload(prompt_tokens=_several(self.prompt_tokens), batches=_several(self.batch), **given)
 
 
 class Document(Strict):
@@ -274,7 +264,7 @@ class Document(Strict):
     model: Annotated[str, Field(pattern=NAME)] | None = None
     base: Base
     calibration: Calibration | None = None
-    evaluation: Evaluation | None = None
+    evaluation: EvaluationModel | None = None
     tasks: dict[Annotated[str, Field(pattern=NAME)], TaskModel] = Field(default_factory=dict)
     workload: WorkloadModel = WorkloadModel()
     limits: Limits = Limits()

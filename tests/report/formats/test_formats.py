@@ -180,7 +180,7 @@ def test_a_delta_in_the_noise_is_marked_and_the_mark_explained() -> None:
     ],
 )
 def test_the_table_names_its_convention(score: str, windows: int, scored: int, said: str) -> None:
-    row = replace(a_row(), evaluation=Evaluation("prose", "e.json", "e1", 512, score, windows, scored))
+    row = replace(a_row(), evaluations={"prose": Evaluation("prose", "e.json", "e1", 512, score, windows, scored)})
     for name in ("terminal", "markdown"):
         assert f"perplexity: prose, {said}" in FORMATS[name](build([row]))
 
@@ -256,7 +256,7 @@ def test_vram_is_a_column_where_there_is_some() -> None:
 
 def test_workloads_that_vary_are_a_column_not_a_heading() -> None:
     longer = replace(
-        a_row(measured=False, error="too long"), workload=Workload(prompt_tokens=200, new_tokens=3, batch=4)
+        a_row(measured=False, error="too long"), workload=Workload(prompt_tokens=[200], new_tokens=3, batches=[4])
     )
     text = FORMATS["markdown"](build([a_row(), longer]))
     assert "| workload     |" in text and "prefill (t/s)" in text

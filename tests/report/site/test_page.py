@@ -77,9 +77,9 @@ def known_numbers(table: Table, rows: list[Row]) -> set[float]:
     known: set[float] = set()
     for record in objects(table):
         known |= {float(v) for v in record.values() if isinstance(v, int | float) and not isinstance(v, bool)}
-    for further in table.further.values():
-        known |= {value for line in further.lines for value in line.values.values() if value is not None}
-    for floor in table.noise_floors:
+    for own in table.sets.values():
+        known |= {value for line in own.lines for value in line.values.values() if value is not None}
+    for floor in table.first.noise_floors:
         known |= {floor.low, floor.high, *(value for _, value in floor.divergences)}
     for row in rows:
         if row.measurement is None:
@@ -314,7 +314,6 @@ def test_the_command_writes_page_and_plots(tmp_path: Path) -> None:
 
 
 def test_png_of_a_plot() -> None:
-    pytest.importorskip("resvg_py")
     made = svg.png(svg.standalone(plots.plots(build(a_house(9)))[0].wide))
     assert made is not None and made.startswith(b"\x89PNG")
 
@@ -328,12 +327,14 @@ def test_other_evaluation_sets_and_tasks_have_columns() -> None:
         rows.append(
             replace(
                 row,
-                evaluations={"code": replace(row.evaluation, name="code", digest="e9")},
-                measurement=replace(row.measurement, qualities={"code": {"windows": windows}}),
+                evaluations=row.evaluations | {"code": replace(row.evaluation, name="code", digest="e9")},
+                measurement=replace(
+                    row.measurement, qualities=row.measurement.qualities | {"code": {"windows": windows}}
+                ),
             )
         )
     table = build(rows)
     text = page.page(table)
     assert "perplexity, code" in text
-    value = table.further["code"].lines[1].values["perplexity"]
+    value = table.sets["code"].lines[1].values["perplexity"]
     assert value == pytest.approx(math.exp(17.4 / 8)) and f'data-v="{value!r}"' in text

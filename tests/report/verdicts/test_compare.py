@@ -106,7 +106,7 @@ def test_perplexity_is_paired_over_windows(shift: list[float], verdict: Verdict)
 
 
 def compared(row: Row, klds: list[float], reference: str = "r1") -> Row:
-    assert row.measurement is not None and row.measurement.quality is not None
+    assert row.measurement is not None and row.quality is not None
     windows = [
         window
         | {
@@ -116,10 +116,10 @@ def compared(row: Row, klds: list[float], reference: str = "r1") -> Row:
             "same_top_sum": window["count"] * (1 - kld),
             "dp_square_sum": 0.0,
         }
-        for window, kld in zip(row.measurement.quality["windows"], klds, strict=True)
+        for window, kld in zip(row.quality["windows"], klds, strict=True)
     ]
     quality = {"windows": windows, "reference_digest": reference}
-    return replace(row, measurement=replace(row.measurement, quality=quality))
+    return replace(row, measurement=replace(row.measurement, qualities={"prose": quality}))
 
 
 def test_divergence_is_paired_and_of_one_reference() -> None:

@@ -19,7 +19,8 @@ from workbench.records import Row
 from workbench.report import store
 from workbench.report.table import build
 from workbench.report.verdicts import recommend as wing
-from workbench.report.verdicts.recommend import Recommendation, Wishes, parse_share, parse_size, recommend
+from workbench.report.verdicts.recommend import Recommendation, Wishes, parse_share, recommend
+from workbench.sizes import parse_size
 
 MIB = 2**20
 BASE_NATS = [900.0, 960.0, 880.0, 930.0]

@@ -121,7 +121,7 @@ def test_generating_with_packed_weights(made: Path) -> None:
 @pytest.mark.parametrize("made", ["llama-biases"], indirect=True)
 def test_a_worker_of_its_own_measures_packed_weights(made: Path, tmp_path: Path) -> None:
     """As the pipeline runs it: another process, which must find the kernels, and a row that says what ran."""
-    workload = Workload(prompt_tokens=8, new_tokens=3, repeats=1)
+    workload = Workload(prompt_tokens=[8], new_tokens=3, repeats=1)
     job = Job("b", artifact(made / "awq", "awq"), "transformers", {"device": "cpu", "kernel": "workbench"}, workload)
     reply = isolate.call(
         "workbench.worker.measure.job:measure", {"job": to_json(job)}, workdir=tmp_path, time_limit_s=120

@@ -15,6 +15,7 @@ import pytest
 
 from tests.places import ROOT
 from tests.worker.small_models import MODELS, dequantized, relative, write_model, write_tokens
+from tests.worker.unpacking import dequantize_awq, dequantize_gptq
 from workbench.errors import UserError
 from workbench.worker.calibration import layout
 from workbench.worker.calibration import run as calibrate
@@ -335,7 +336,7 @@ def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         real(descriptor, start, size)
 
     monkeypatch.setattr(layout.os, "posix_fallocate", small_disk)
-    with pytest.raises(UserError, match="no space left"):
+    with pytest.raises(UserError, match="the disk is full"):
         run(base, tmp_path / "work", {"gptq": VARIANTS["gptq"]})
 
 
@@ -354,7 +355,7 @@ def test_a_disk_that_fills_half_way_keeps_the_finished_layers(tmp_path: Path) ->
             file.rename(aside)
             file.symlink_to("/dev/full")
 
-    with pytest.raises(UserError, match=r"no space left on the disk of .*The finished layers are kept\.$") as caught:
+    with pytest.raises(UserError, match=r"the disk is full .*The finished layers are kept\.$") as caught:
         calibrate.run(request, fills)
     assert "\n" not in str(caught.value)
     file.unlink()
@@ -523,8 +524,6 @@ def test_gptqmodel_unpacks_to_the_same_bits(
     gptqmodel = pytest.importorskip("gptqmodel")
     from safetensors.torch import load_file
 
-    from tests.worker.unpackers import dequantize_gptq
-
     base = write_model(tmp_path / "base", "llama")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tiny_llama / name, base / name)
@@ -548,8 +547,6 @@ def test_autoawqs_unpacking_gives_the_same_bits(tmp_path: Path) -> None:
     """By the copy of AutoAWQ's functions that GPTQModel carries."""
     packing = pytest.importorskip("gptqmodel.quantization.awq.utils.packing_utils")
     from safetensors.torch import load_file
-
-    from tests.worker.unpackers import dequantize_awq
 
     base = write_model(tmp_path / "base", "llama")
     run(base, tmp_path / "work", {"awq": VARIANTS["awq"]})

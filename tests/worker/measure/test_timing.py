@@ -68,7 +68,7 @@ class Engine:
 
 
 def decode_rates(engine: Engine, repeats: int = 5, new_tokens: int = 8) -> list[float]:
-    load = Workload(prompt_tokens=16, new_tokens=new_tokens, repeats=repeats)
+    load = Workload(prompt_tokens=[16], new_tokens=new_tokens, repeats=repeats)
     speed = timing.speeds(engine, load, [], clock=engine.clock)[0][0]
     return [len(steps) / sum(steps) for steps in speed.step_s]
 
@@ -108,7 +108,7 @@ def test_an_interval_holds_the_truth_in_95_of_100_cases(repeats: int) -> None:
 
 def test_every_point_is_timed_after_a_warm_up_of_its_own() -> None:
     engine = Engine(noise=0.0, warming=50.0)
-    load = Workload(prompt_tokens=100, more_prompt_tokens=[10], more_batch=[3], new_tokens=5, repeats=2)
+    load = Workload(prompt_tokens=[100, 10], batches=[1, 3], new_tokens=5, repeats=2)
     found, probes = timing.speeds(engine, load, [], clock=engine.clock, probe=lambda: 0.25)
     assert [(s.prompt_tokens, s.batch) for s in found] == [(100, 1), (10, 1), (100, 3)]
     assert engine.ready == [(1, 104), (1, 14), (3, 104)]
@@ -121,52 +121,54 @@ def test_every_point_is_timed_after_a_warm_up_of_its_own() -> None:
 
 
 def test_prompts_are_fresh_in_every_repeat_and_the_same_for_every_engine() -> None:
-    load, text = Workload(prompt_tokens=32, batch=2, new_tokens=2, repeats=4), list(range(5000))
+    load, text = Workload(prompt_tokens=[32], batches=[2], new_tokens=2, repeats=4), list(range(5000))
     one, two, other = Engine(seed=1), Engine(seed=2), Engine()
     timing.speeds(one, load, text, clock=one.clock)
     timing.speeds(two, load, text, clock=two.clock)
     assert one.asked == two.asked
     seen = [tuple(ids) for batch in one.asked for ids in batch]
     assert len(seen) == len(set(seen)) == 10 and all(len(ids) == 32 for ids in seen)
-    timing.speeds(other, Workload(prompt_tokens=32, batch=2, new_tokens=2, repeats=4, seed=1), text, clock=other.clock)
+    timing.speeds(
+        other, Workload(prompt_tokens=[32], batches=[2], new_tokens=2, repeats=4, seed=1), text, clock=other.clock
+    )
     assert not set(seen) & {tuple(ids) for batch in other.asked for ids in batch}
 
 
 @pytest.mark.parametrize(
-    ("repeats", "turns", "sizes"),
+    ("repeats", "rounds", "sizes"),
     [(3, 3, [1, 1, 1]), (2, 3, [1, 1]), (1, 3, [1]), (20, 3, [6, 7, 7]), (5, 1, [5]), (4, 2, [2, 2])],
 )
-def test_a_turn_has_its_share_of_the_repeats(repeats: int, turns: int, sizes: list[int]) -> None:
-    shares = timing.shares(repeats, turns)
+def test_a_round_has_its_share_of_the_repeats(repeats: int, rounds: int, sizes: list[int]) -> None:
+    shares = timing.shares(repeats, rounds)
     assert [len(share) for share in shares] == sizes
     assert [repeat for share in shares for repeat in share] == list(range(repeats))
 
 
-def test_turns_time_the_same_prompts_as_one_go() -> None:
-    load = Workload(prompt_tokens=100, more_batch=[3], new_tokens=5, repeats=3, requests=2)
+def test_rounds_time_the_same_prompts_as_one_go() -> None:
+    load = Workload(prompt_tokens=[100], batches=[1, 3], new_tokens=5, repeats=3, requests=2)
     one, three = Engine(noise=0.0, warming=50.0), Engine(noise=0.0, warming=50.0)
     whole = timing.speeds(one, load, [], clock=one.clock)[0]
     parts = [timing.speeds(three, load, [], clock=three.clock, share=share)[0] for share in timing.shares(3, 3)]
     joined = timing.joined(parts)
-    assert [speed.turns for speed in joined] == [[1, 1, 1]] * 2 and [speed.turns for speed in whole] == [[3]] * 2
+    assert [speed.rounds for speed in joined] == [[1, 1, 1]] * 2 and [speed.rounds for speed in whole] == [[3]] * 2
     for mine, theirs in zip(joined, whole, strict=True):
         assert mine.first_token_s == pytest.approx(theirs.first_token_s)
         assert mine.step_tokens == theirs.step_tokens and mine.energy_j == theirs.energy_j
-    # What is timed is the same; a later turn is woken by the beginning of a prompt, so that no clock sees the first.
+    # What is timed is the same; a later round is woken by the beginning of a prompt, so that no clock sees the first.
     long = [[ids for ids in batch if len(ids) == 100] for engine in (one, three) for batch in engine.asked]
     timed = {tuple(ids) for batch in long for ids in batch}
     assert len(timed) == 4 * (1 + 3)
     assert {len(ids) for batch in three.asked for ids in batch} == {100, timing.WAKE_TOKENS}
     served = timing.joined([timing.served(three, load, [], clock=three.clock, share=s) for s in timing.shares(3, 3)])
     again = timing.served(one, load, [], clock=one.clock)
-    assert [each.turns for each in served] == [[1, 1, 1]] * 2
+    assert [each.rounds for each in served] == [[1, 1, 1]] * 2
     for mine, theirs in zip(served, again, strict=True):
         assert mine.seconds == pytest.approx(theirs.seconds) and mine.new_tokens == theirs.new_tokens
 
 
 def test_throughput_counts_every_token_of_every_request() -> None:
     engine = Engine(noise=0.0)
-    load = Workload(prompt_tokens=4, new_tokens=8, more_batch=[4], requests=3, repeats=2)
+    load = Workload(prompt_tokens=[4], new_tokens=8, batches=[1, 4], requests=3, repeats=2)
     one, four = timing.served(engine, load, [], clock=engine.clock)
     assert (one.slots, len(one.new_tokens)) == (1, 3) and (four.slots, len(four.new_tokens)) == (4, 12)
     assert all(4 <= length <= 12 for length in four.new_tokens) and len(set(four.new_tokens)) > 2
@@ -217,16 +219,17 @@ def test_joules_are_the_counters_difference_through_their_wrap(tmp_path) -> None
     (zone / "energy_uj").write_text("999000000\n")
     (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the package, which would be counted twice
     (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("5\n")
-    meter = Meter(tmp_path, gpus=False)
+    meter = Meter(tmp_path, count_gpus=False)
     before = meter.read()
     (zone / "energy_uj").write_text("2000000\n")
     assert meter.works and meter.since(before) == pytest.approx(3.0)
-    nothing = Meter(tmp_path / "absent", gpus=False)
+    nothing = Meter(tmp_path / "absent", count_gpus=False)
     assert not nothing.works and nothing.read() is None and nothing.since(None) is None
 
 
 def test_a_row_of_the_first_version_still_reads() -> None:
     from workbench.records import from_json
+    from workbench.report.migrate import from_schema_1
 
     old = {
         "prompt_tokens": 5,
@@ -237,4 +240,5 @@ def test_a_row_of_the_first_version_still_reads() -> None:
         "step_tokens": [[1]],
     }
     assert from_json(Speed, old).energy_j == []
-    assert from_json(Workload, {"prompt_tokens": 5}).points == [(5, 1)]
+    row = from_schema_1({"workload": {"prompt_tokens": 5}, "measurement": None})
+    assert from_json(Workload, row["workload"]).points == [(5, 1)]

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.worker.unpacking import dequantize_awq, unpack_awq
 from workbench.errors import UserError
 from workbench.recipe.load import parse
 from workbench.worker.architectures import Layer, Producer, describe
 from workbench.worker.methods import awq, rounding
 
 torch = pytest.importorskip("torch")
-
-from tests.worker.unpackers import dequantize_awq, unpack_awq  # noqa: E402
 
 NORM = Producer("norm", "norm")
 

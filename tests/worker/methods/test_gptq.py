@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.worker.unpacking import unpack_gptq
 from workbench.errors import UserError
 from workbench.recipe.load import parse
 from workbench.worker.methods import gptq, rounding
 
 torch = pytest.importorskip("torch")
-
-from tests.worker.unpackers import unpack_gptq  # noqa: E402
 
 
 def problem(inputs: int = 96, outputs: int = 40, tokens: int = 400, seed: int = 0):

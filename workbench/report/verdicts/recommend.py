@@ -26,10 +26,12 @@ from typing import Any
 
 from workbench.errors import UserError, unknown
 from workbench.records import Row
-from workbench.report import estimates as statistics
-from workbench.report import metrics
+from workbench.report import estimates
+from workbench.report.quality import perplexity_delta
 from workbench.report.selection import BASE
 from workbench.report.table import Line, Table, device
+from workbench.report.units import printable
+from workbench.sizes import size_text
 
 ORDERS = {
     "speed": ("speed", "quality", "memory", "size"),
@@ -39,21 +41,6 @@ ORDERS = {
 }
 """What `--sort` may be, and what decides where it does not."""
 
-UNITS = {
-    "B": 1,
-    "kB": 1e3,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "TB": 1e12,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-    "K": 2**10,
-    "M": 2**20,
-    "G": 2**30,
-}
 TOLERANCE = 0.01
 """Relative: memory and size nearer than this are alike."""
 
@@ -112,7 +99,7 @@ def recommend(table: Table, wishes: Wishes, home: str = "$WORKBENCH_HOME") -> Re
     known = {line.row.backend for line in table.lines}
     if wishes.backend is not None and wishes.backend not in known:
         raise unknown("backend", wishes.backend, known, "results")
-    floors = {floor.base: floor.spread for floor in table.noise_floors}
+    floors = {floor.base: floor.spread for floor in table.first.noise_floors}
     fitting: list[Candidate] = []
     measured: list[Candidate] = []
     rejected: dict[str, tuple[str, ...]] = {}
@@ -188,14 +175,6 @@ def memory_bytes(line: Line) -> float | None:
     return vram if vram and device(line.row) != "cpu" else line.values["peak_rss_bytes"]
 
 
-def parse_size(text: str, option: str) -> float:
-    """`8GiB`, `8 GB`, `800M` in bytes; a bare number is refused, because nobody knows what it means."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if match is None or match[2] not in UNITS:
-        raise UserError(f"{option} {text}: write a size with its unit, such as 8GiB or 800MB")
-    return float(match[1]) * UNITS[match[2]]
-
-
 def parse_share(text: str, option: str) -> tuple[float | None, float | None]:
     """`1%` as (0.01, None): more than the base's; `12.5` as (None, 12.5): the value itself."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
@@ -224,16 +203,16 @@ def json_text(found: Recommendation) -> str:
 def text(found: Recommendation) -> str:
     """The front, the choice, the command, and what each of the others failed on."""
     lines = [f"Pareto front (quality, speed, memory, size), by {found.wishes.sort}:"]
-    lines += [f"  {_plain(one.name):40} {_numbers(one.line)}" for one in found.front] or ["  nothing was measured"]
+    lines += [f"  {printable(one.name):40} {_numbers(one.line)}" for one in found.front] or ["  nothing was measured"]
     if found.rejected:
         lines += ["", "Rejected:"]
-        lines += [f"  {_plain(name):40} {_plain('; '.join(why))[:300]}" for name, why in found.rejected.items()]
+        lines += [f"  {printable(name):40} {printable('; '.join(why))[:300]}" for name, why in found.rejected.items()]
     if found.choice is None:
         lines += ["", "Nothing fits. The limits above say by how much."]
         return "\n".join(lines) + "\n"
-    lines += ["", f"Choice: {_plain(found.choice.name)}", f"  {_numbers(found.choice.line)}"]
+    lines += ["", f"Choice: {printable(found.choice.name)}", f"  {_numbers(found.choice.line)}"]
     if found.tied:
-        lines.append(f"  by {found.wishes.sort} alone not to be told from: {_plain(', '.join(found.tied))}")
+        lines.append(f"  by {found.wishes.sort} alone not to be told from: {printable(', '.join(found.tied))}")
     lines += [f"  note: {doubt}" for doubt in found.choice.doubts]
     if found.command:
         lines += ["", "Serve it with:", f"  {found.command}"]
@@ -269,8 +248,8 @@ def _limits(line: Line, wishes: Wishes, spread: float) -> tuple[list[str], list[
         elif value > limit:
             doubts.append(f"{what} {show(value)} is over {show(limit)}, but by no more than noise")
 
-    at_most(memory_bytes(line), wishes.memory_bytes, "memory", _bytes, 0.0)
-    at_most(line.values["disk_bytes"], wishes.size_bytes, "size", _bytes, 0.0)
+    at_most(memory_bytes(line), wishes.memory_bytes, "memory", size_text, 0.0)
+    at_most(line.values["disk_bytes"], wishes.size_bytes, "size", size_text, 0.0)
     perplexity = line.values["perplexity"]
     if wishes.max_perplexity is not None:
         relative, noise = None, 0.0
@@ -278,7 +257,7 @@ def _limits(line: Line, wishes: Wishes, spread: float) -> tuple[list[str], list[
             base = perplexity - line.delta.value
             noise = spread / base
             relative = line.delta.value / base
-            interval = statistics.interval(line.delta)
+            interval = estimates.interval(line.delta)
             if interval and interval[0] / base < wishes.max_perplexity < interval[1] / base:
                 doubts.append(
                     f"too few windows to be sure of {wishes.max_perplexity:.2%}: perplexity "
@@ -289,8 +268,8 @@ def _limits(line: Line, wishes: Wishes, spread: float) -> tuple[list[str], list[
     kld_se = line.errors.get("kld_mean") or 0.0
     at_most(line.values["kld_mean"], wishes.max_kld, "divergence", lambda value: f"{value:.4f} nat", 1.96 * kld_se)
     for name, what, limit, interval in (
-        ("decode_tok_s", "decode", wishes.min_decode_tok_s, line.decode_interval),
-        ("prefill_tok_s", "prefill", wishes.min_prefill_tok_s, line.prefill_interval),
+        ("decode_tok_s", "decode", wishes.min_decode_tok_s, line.intervals["decode_tok_s"]),
+        ("prefill_tok_s", "prefill", wishes.min_prefill_tok_s, line.intervals["prefill_tok_s"]),
     ):
         value = line.values[name]
         if limit is None:
@@ -309,8 +288,8 @@ def _slower(one: Line, other: Line) -> bool:
     a, b = one.values["decode_tok_s"], other.values["decode_tok_s"]
     if a is None or b is None:
         return a is None and b is not None
-    high = one.decode_interval[1] if one.decode_interval else a
-    low = other.decode_interval[0] if other.decode_interval else b
+    high = one.intervals["decode_tok_s"][1] if one.intervals["decode_tok_s"] else a
+    low = other.intervals["decode_tok_s"][0] if other.intervals["decode_tok_s"] else b
     return high < low
 
 
@@ -320,10 +299,10 @@ def _less_alike(floors: dict[str, float]) -> Callable[[Line, Line], bool]:
             return one.values["perplexity"] is None and other.values["perplexity"] is not None
         if one.row.base != other.row.base:
             return one.values["perplexity"] > other.values["perplexity"]
-        difference = metrics.perplexity_delta(one.row, other.row)
+        difference = perplexity_delta(one.row, other.row)
         if difference is None or difference.value <= floors.get(one.row.base, 0.0):
             return False
-        interval = statistics.interval(difference)
+        interval = estimates.interval(difference)
         return interval is None or interval[0] > 0
 
     return worse
@@ -382,15 +361,7 @@ def _numbers(line: Line) -> str:
         else:
             parts.append(f"perplexity {perplexity:.3f}")
     if memory is not None:
-        parts.append(f"{_bytes(memory)} memory")
+        parts.append(f"{size_text(memory)} memory")
     if line.values["disk_bytes"]:
-        parts.append(f"{_bytes(line.values['disk_bytes'])} on disk")
+        parts.append(f"{size_text(line.values['disk_bytes'])} on disk")
     return ", ".join(parts)
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB" if value >= 2 * 2**30 else f"{value / 2**20:.0f} MiB"
-
-
-def _plain(words: str) -> str:
-    return "".join(mark if mark.isprintable() else " " for mark in words)

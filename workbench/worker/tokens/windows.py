@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from array import array
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workbench.disk import write_whole
 from workbench.errors import UserError, unknown
 from workbench.worker import Progress
 from workbench.worker.tokens.conventions import CONVENTIONS, DEFAULT, Spans
@@ -292,10 +292,7 @@ def _write(
         "spelling": dict(zip(map(str, used), tokenizer.convert_ids_to_tokens(used), strict=True)),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole, so that a killed run leaves no half of it.
-    whole = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    whole.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-    os.replace(whole, out)
+    write_whole(out, json.dumps(content, separators=(",", ":")))
     return {
         "name": entry.get("name"),
         "role": entry["role"],

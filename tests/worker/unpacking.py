@@ -1,13 +1,15 @@
-"""AWQ's and GPTQ's layouts read back, apart from the kernels: methods and kernels are both held against them."""
+"""AWQ's and GPTQ's layouts read back, independently of `kernels/`: what packed tensors are held against."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import torch
+import pytest
 
 from workbench.worker.methods.awq import NIBBLES
+
+torch = pytest.importorskip("torch")
 
 
 def unpack_awq(packed: Any) -> Any:
