@@ -16,7 +16,7 @@ import psutil
 
 from workbench import __version__
 from workbench.home import instance
-from workbench.records import Gpu, Machine
+from workbench.records import Accelerator, Machine
 
 
 @lru_cache(maxsize=1)
@@ -51,7 +51,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpus() -> tuple[list[Gpu], str | None]:
+def _gpus() -> tuple[list[Accelerator], str | None]:
     try:
         import pynvml
 
@@ -61,7 +61,7 @@ def _gpus() -> tuple[list[Gpu], str | None]:
         for i in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(i)
             name = pynvml.nvmlDeviceGetName(handle)
-            found.append(Gpu(name, pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+            found.append(Accelerator(name, pynvml.nvmlDeviceGetMemoryInfo(handle).total))
         return found, driver
     except Exception:  # No library, no driver, no permission: all mean "no GPU to speak of".
         return [], None

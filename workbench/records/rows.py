@@ -257,8 +257,8 @@ class Conditions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """An accelerator."""
+class Accelerator:
+    """A GPU as rows name it."""
 
     name: str = ""
     memory_bytes: int = 0
@@ -273,7 +273,7 @@ class Machine:
     cpu: str = ""
     threads: int = 0
     memory_bytes: int = 0
-    gpus: list[Gpu] = field(default_factory=list)
+    gpus: list[Accelerator] = field(default_factory=list)
     driver: str | None = None
     system: str = ""
     python: str = ""
