@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from workbench.errors import UserError, unknown
@@ -16,13 +17,10 @@ from workbench.hub.licences import licence as known_licence
 from workbench.hub.licences import refusal
 from workbench.records import Row
 from workbench.report.formats.markdown import markdown
-from workbench.report.selection import BASE
 from workbench.report.store import machine_of
 from workbench.report.table import build
-from workbench.report.verdicts import recommend
-
-LIBRARIES = {"gguf": "gguf", "awq": "transformers", "gptq": "transformers"}
-"""What opens an artifact's format, in the hub's words."""
+from workbench.worker.backends import serving_command
+from workbench.worker.methods import BASE, METHODS, method_named
 
 
 def find(rows: Sequence[Row], variant: str, recipe: str | None = None) -> Row:
@@ -62,10 +60,10 @@ def front_matter(row: Row, licence: str | None, author: str = "") -> dict[str, A
         found |= {"license": "other", "license_name": licence}
         if known:
             found["license_link"] = known.link
-    found["library_name"] = LIBRARIES.get(row.artifact.format, "transformers")
+    method = method_named(row.artifact.method if row.artifact.method in METHODS else BASE)
+    found["library_name"] = method.LIBRARY
     found["pipeline_tag"] = "text-generation"
-    method = {"awq": ["awq", "4-bit"], "gptq": ["gptq"], "gguf": ["gguf"]}.get(row.artifact.format, [])
-    found["tags"] = ["quantized", *method, "workbench"]
+    found["tags"] = ["quantized", *method.TAGS, "workbench"]
     return found
 
 
@@ -97,11 +95,10 @@ def card(rows: Sequence[Row], row: Row, licence: str | None = None, author: str 
         f"A quantized form of {of}: {bits}{artifact.disk_bytes / 2**20:,.1f} MiB of weights, format {artifact.format}.",
     ]
     lines += [f"\n- {_text(warning)}" for warning in artifact.warnings]
-    command = recommend.serve(row)
+    name = artifact.path.rstrip("/").rpartition("/")[2]
+    command = serving_command(replace(row, artifact=replace(artifact, path=name)))
     if command:
-        name = artifact.path.rstrip("/").rpartition("/")[2]
-        shell = re.sub(r"(serve|--model) \S+", lambda found: f"{found[1]} {name}", command)
-        lines += ["", "```sh", shell.replace("`", "'"), "```"]
+        lines += ["", "```sh", command.replace("`", "'"), "```"]
     if any(each.measurement for each in shown):
         lines += ["", "## Measured", "", markdown(build(shown)).strip()]
     lines += ["", "## Where it comes from", ""]
