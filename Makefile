@@ -1,11 +1,20 @@
 # make demo: set up, then quantize, profile and print the table.   make test: set up, then all tests.
 PYTHON ?= python3
 VENV := .venv
+GPU := .venv-gpu
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lock lock-cuda clean
+.PHONY: demo gpu test check lock lock-cuda clean
 demo: $(READY)
 	$(VENV)/bin/workbench run recipes/smollm2-135m.yaml
+
+# The same on an NVIDIA GPU: CUDA environments beside the other one (about 16 GB), then the default recipe.
+gpu: $(GPU)/.ready
+	WORKBENCH_PYTHON_VLLM=$(CURDIR)/$(GPU)/vllm/bin/python $(GPU)/workbench/bin/workbench run recipes/smollm2-135m.yaml
+
+$(GPU)/.ready: requirements/install-gpu.sh requirements/cuda.lock requirements/cuda-vllm.lock requirements/cuda-build.lock
+	requirements/install-gpu.sh $(if $(filter python3,$(PYTHON)),python3.12,$(PYTHON)) $(GPU)
+	touch $@
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -q --durations=10
@@ -22,9 +31,9 @@ lock:
 		--python-version 3.11 requirements/cpu.in -o requirements/cpu.lock
 
 lock-cuda:
-	for set in cuda cuda-vllm; do $(VENV)/bin/uv pip compile --generate-hashes --no-header --no-annotate \
+	for set in cuda cuda-vllm cuda-build; do $(VENV)/bin/uv pip compile --generate-hashes --no-header --no-annotate \
 		--python-version 3.12 --python-platform x86_64-manylinux_2_39 \
 		requirements/$$set.in -o requirements/$$set.lock || exit 1; done
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(GPU)

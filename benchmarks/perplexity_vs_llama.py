@@ -135,8 +135,8 @@ def job(model: Path, variant: str, made: dict[str, Any], reference: Path | None 
                 backend="llamacpp",
                 options={},
                 workload=Workload(repeats=0),
-                evaluation=from_json(Evaluation, made),
-                reference=str(reference) if reference else None,
+                evaluations={"evaluation": from_json(Evaluation, made)},
+                references={"evaluation": str(reference)} if reference else {},
                 base_digest="benchmark",
             )
         )
@@ -206,7 +206,7 @@ def main() -> int:
 
     def measured(kind: str) -> dict[str, Any]:
         found, _ = call("workbench.worker.measure.job:measure", {"job": job(files[kind], kind, made, reference)}, work)
-        return statistics.summarise(found["quality"])
+        return statistics.summarise(found["qualities"]["evaluation"])
 
     def line(name: str, own: float, other: float, limit: float | None, digits: int = 5) -> bool:
         apart = own / other - 1

@@ -57,7 +57,7 @@ def decoding(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """Worker: seconds of every round of both loops, and the worker's own anonymous memory in bytes."""
     from workbench.worker.backends import llamacpp
 
-    load = Workload(prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS)
+    load = Workload(prompt_tokens=[PROMPT_TOKENS], new_tokens=NEW_TOKENS)
     artifact = Artifact("v", "gguf", "gguf", payload["file"], "", 0, 0)
     engine = llamacpp.Engine(Job("m", artifact, "llamacpp", {"threads": payload["threads"]}, load))
     timing.run(engine, [payload["prompt"]], NEW_TOKENS)

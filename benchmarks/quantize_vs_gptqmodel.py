@@ -79,12 +79,20 @@ def perplexity(path: Path, form: str, backend: str, evaluation: Path, workdir: P
         # Compiling takes vLLM a minute and changes no logit that matters here.
         options={"enforce_eager": True} if backend == "vllm" else {},
         workload=Workload(repeats=0),
-        evaluation=Evaluation(
-            "evaluation", str(whole), "0", max(map(len, content["windows"])), "second-half", len(content["windows"]), 0
-        ),
+        evaluations={
+            "evaluation": Evaluation(
+                "evaluation",
+                str(whole),
+                "0",
+                max(map(len, content["windows"])),
+                "second-half",
+                len(content["windows"]),
+                0,
+            )
+        },
     )
     found, _ = call("workbench.worker.measure.job:measure", {"job": to_json(job)}, workdir)
-    windows = found["quality"]["windows"]
+    windows = found["qualities"]["evaluation"]["windows"]
     return math.exp(sum(w["nll_sum"] for w in windows) / sum(w["count"] for w in windows))
 
 

@@ -38,14 +38,14 @@ def timed(payload: dict[str, Any], progress: Any) -> dict[str, list[float]]:
     from workbench.worker.backends import BACKENDS
 
     job: Job = from_json(Job, payload["job"])
-    assert job.evaluation is not None
-    stored = json.loads(Path(job.evaluation.path).read_text(encoding="utf-8"))
+    (evaluation,) = job.evaluations.values()
+    stored = json.loads(Path(evaluation.path).read_text(encoding="utf-8"))
     windows = [
         (i, ids, first) for i, (ids, first) in enumerate(zip(stored["windows"], stored["score_from"], strict=True))
     ]
     module = importlib.import_module(BACKENDS[job.backend])
     engine = module.Engine(job)
-    spec = {"windows": job.evaluation.path, "base": job.base_digest}
+    spec = {"windows": evaluation.path, "base": job.base_digest}
 
     def peers() -> None:
         """vLLM's own scoring: every prompt token's log-probability, as it hands them out."""
@@ -110,7 +110,9 @@ def main() -> int:
             options=options,
             workload=Workload(repeats=0),
             base_digest="benchmark",
-            evaluation=Evaluation("evaluation", str(file), "0", max(map(len, kept)), "second-half", len(kept), 0),
+            evaluations={
+                "evaluation": Evaluation("evaluation", str(file), "0", max(map(len, kept)), "second-half", len(kept), 0)
+            },
         )
         return dict(to_json(described))
 

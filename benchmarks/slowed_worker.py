@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=20)
     given = parser.parse_args()
-    load = Workload(prompt_tokens=32, new_tokens=33)
+    load = Workload(prompt_tokens=[32], new_tokens=33)
     artifact = Artifact("v", "gguf", "gguf", given.file, "", 0, 0)
     engine = llamacpp.Engine(Job("m", artifact, "llamacpp", {"threads": given.threads}, load))
     workers = {"one": engine, "other": engine, "slowed": Slowed(engine)}

@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=40)
     given = parser.parse_args()
-    load = Workload(prompt_tokens=given.prompt, new_tokens=given.new)
+    load = Workload(prompt_tokens=[given.prompt], new_tokens=given.new)
     artifact = Artifact("base", "base", "safetensors", given.model, "", 0, 0)
     threads = len(os.sched_getaffinity(0))
     engine = backend.Engine(Job("m", artifact, "transformers", {"threads": threads}, load))

@@ -101,19 +101,19 @@ def ours(given: dict[str, Any]) -> None:
 
     what, many = given["what"], given["prompts"]
     batch = given["batch"] if what == "latency" else given["slots"]
-    load = Workload(prompt_tokens=given["prompt"], new_tokens=given["new"], batch=batch, repeats=1)
+    load = Workload(prompt_tokens=[given["prompt"]], new_tokens=given["new"], batches=[batch], repeats=1)
     artifact = Artifact("base", "base", "safetensors", given["model"], "", 0, 1)
     engine = vllm.Engine(Job("m", artifact, "vllm", {"enforce_eager": True}, load))
 
     def turn() -> dict[str, float]:
         if what == "latency":
-            for fresh in timing.prompts(load, [], load.prompt_tokens, batch, 2, 0):
+            for fresh in timing.prompts(load, [], given["prompt"], batch, 2, 0):
                 first_s, step_s, _ = timing.run(engine, fresh, load.new_tokens)
             return {what: first_s + sum(step_s)}
-        fresh = timing.prompts(load, [], load.prompt_tokens, many, 1, 0)[0]
+        fresh = timing.prompts(load, [], given["prompt"], many, 1, 0)[0]
         started = timing.now()
         sum(engine.serve(fresh, [load.new_tokens] * many, batch))
-        return {what: many * (load.prompt_tokens + load.new_tokens) / (timing.now() - started)}
+        return {what: many * (given["prompt"] + load.new_tokens) / (timing.now() - started)}
 
     paired.answer(turn)
 

@@ -8,12 +8,14 @@ import signal
 import string
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.bench import Bench
+from tests.places import ROOT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -162,3 +164,16 @@ def real_base(real_home: Path) -> Path:
     )
     assert answer.returncode == 0, answer.stderr
     return Path(answer.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli") / "home"
+
+
+@pytest.fixture
+def bench(shared_home: Path, tmp_path: Path, tiny_llama: Path) -> Iterator[Bench]:
+    """The cache is shared by the tests, as it is by people's runs; results are each test's own."""
+    place = Bench(shared_home, tmp_path, tiny_llama)
+    yield place
+    assert not place.workers()

@@ -7,7 +7,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,16 +15,14 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.bench import Bench
+from tests.places import ROOT
+
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 4
 PROMISED = {
     "base",
@@ -48,97 +45,6 @@ PROMISED = {
 }
 """What issue 2 promises of `table --format json`."""
 EVALUATION = {"source": {"text": TEXT}, "window": 32, "windows": 3}
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One place to work in: a cache, a folder of results, a model, and the command."""
-
-    home: Path
-    folder: Path
-    model: Path
-
-    @property
-    def results(self) -> Path:
-        return self.folder / "results"
-
-    def environment(self, **more: str) -> dict[str, str]:
-        # A TMPDIR of our own: its lock is not that of a run that goes on beside these tests.
-        own = {"WORKBENCH_HOME": str(self.home), "WORKBENCH_FAKE_BACKEND": "1", "HF_HUB_OFFLINE": "1"}
-        return {**os.environ, **own, "TMPDIR": str(self.home.parent), "PYTHONPATH": str(ROOT), "COLUMNS": "200", **more}
-
-    def recipe(self, file: str = "r", **parts: Any) -> str:
-        """Write a recipe; by default the base and a Q8_0 on the fake engine, nothing scored."""
-        whole = {
-            "base": {"path": str(self.model)},
-            "model": "Tiny",
-            "variants": [{"gguf": "Q8_0"}],
-            "workload": {"prompt_tokens": 8, "new_tokens": 4, "repeats": 2},
-            "backends": {"fake": {}},
-            **parts,
-        }
-        path = self.folder / f"{file}.yaml"
-        path.write_text(yaml.safe_dump({key: part for key, part in whole.items() if part is not None}))
-        return str(path)
-
-    def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
-        place = [] if words[0] in ("quantize", "schema", "doctor", "clean") else ["--results", str(self.results)]
-        return subprocess.Popen(
-            [sys.executable, "-m", "workbench.cli", *words, *place],
-            cwd=self.folder,
-            env=self.environment(**more),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        child = self.start(*words, **more)
-        try:
-            out, err = child.communicate(timeout=300)
-        finally:
-            child.kill()
-        assert "Traceback" not in err, err
-        return subprocess.CompletedProcess(words, child.returncode, out, err)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Every line ever stored, in order."""
-        files = sorted(self.results.glob("*/rows.jsonl"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
-
-    def measured(self) -> list[str]:
-        """Variants that were measured, sorted: jobs run in a random order."""
-        return sorted(row["artifact"]["variant"] for row in self.rows() if row["error"] is None)
-
-    def workers(self) -> list[psutil.Process]:
-        """Processes of ours that still run."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE and str(self.home) in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def wait_for(self, true: Callable[[], bool], child: subprocess.Popen[str]) -> None:
-        limit = time.monotonic() + 120
-        while not true():
-            assert time.monotonic() < limit and child.poll() is None, "it never came to that"
-            time.sleep(0.02)
-
-
-@pytest.fixture(scope="session")
-def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cli") / "home"
-
-
-@pytest.fixture
-def bench(shared_home: Path, tmp_path: Path, tiny_llama: Path) -> Iterator[Bench]:
-    """The cache is shared by the tests, as it is by people's runs; results are each test's own."""
-    place = Bench(shared_home, tmp_path, tiny_llama)
-    yield place
-    assert not place.workers()
 
 
 @pytest.fixture
@@ -195,8 +101,8 @@ def test_a_run_measures_once_and_its_table_has_what_is_promised(bench: Bench) ->
         assert row["machine"]["name"] and row["versions"]["workbench"] and row["recipe_digest"]
         assert len(row["measurement"]["speeds"][0]["first_token_s"]) == 2, "raw samples, one a repeat"
         assert all(len(steps) == 3 for steps in row["measurement"]["speeds"][0]["step_s"])
-        assert row["measurement"]["speeds"][0]["turns"] == [1, 1]
-        assert len(row["measurement"]["quality"]["windows"]) == 3
+        assert row["measurement"]["speeds"][0]["rounds"] == [1, 1]
+        assert [len(each["windows"]) for each in row["measurement"]["qualities"].values()] == [3]
     steps = [line.rpartition(": ")[0] for line in first.stderr.splitlines() if line.startswith("fake: ")]
     assert sorted(step for step in steps[:2]) == ["fake: base", "fake: gguf-Q8_0"], "both loaded before a second turn"
     assert [f"{step}, turn 2" for step in steps[:2]] == steps[2:]

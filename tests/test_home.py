@@ -5,20 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.places import ROOT
 from workbench import home as place
 from workbench.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -306,3 +307,17 @@ def test_clean_all_keeps_only_the_machines_facts(filled: Path) -> None:
     assert place.clean(everything=True) == 4000 + size
     left = {p.name for p in filled.rglob("*") if p.is_file() and "locks" not in p.parts}
     assert left == {"config.toml", "instance"}
+
+
+def test_clean_all_takes_every_folder_that_the_program_makes(home: Path) -> None:
+    """Read off the source; prepared tasks and bandwidths were forgotten once."""
+    source = "\n".join(path.read_text() for path in (ROOT / "workbench").rglob("*.py"))
+    kinds = set(re.findall(r'\bentry\(\s*"(\w+)"', source))
+    folders = kinds | set(re.findall(r'home\(\) / "(\w+)"', source)) - {"instance"}
+    assert kinds == set(typing.get_args(place.Kind)) and folders > kinds
+    for name in folders:
+        (home / name / "one").mkdir(parents=True)
+        (home / name / "one" / "file").write_bytes(b"x" * 1000)
+    (home / "mine").mkdir()
+    assert place.clean(everything=True) == 1000 * len(folders)
+    assert [path.name for path in home.iterdir()] == ["mine"], "and no folder of somebody else's"

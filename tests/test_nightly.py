@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import Bench, bench, shared_home  # noqa: F401
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.bench import Bench
+from tests.places import ROOT
+
 pytestmark = pytest.mark.slow
 TWENTY_MS = {"WORKBENCH_FAKE_SLOWER": "20"}
 """A step long enough that what this machine does beside it is small."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.places import ROOT
 from workbench.plan import make as plan
 from workbench.recipe.load import load
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 256,

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.places import ROOT
+from tests.rows import a_row
 from workbench.errors import UserError
 from workbench.profile import jobs
 from workbench.quantize.make import Made
@@ -28,10 +30,6 @@ from workbench.report.formats.data import objects
 from workbench.report.table import build
 from workbench.worker.measure import job as profile
 from workbench.worker.tokens import windows as corpus
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests" / "report"))
-from test_store import a_row  # noqa: E402
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 4
 SET = {"source": {"text": "a"}}
@@ -46,13 +44,13 @@ def recipe(**more: Any) -> Any:
 
 def test_one_set_is_as_it_was() -> None:
     loaded = recipe(evaluation={**SET, "name": "e"})
-    assert loaded.evaluation.name == "e" and loaded.evaluations == () and loaded.tasks == {}
+    assert [*loaded.evaluations] == ["e"] and loaded.tasks == {}
 
 
 def test_several_sets_have_their_names_and_conventions() -> None:
     loaded = recipe(evaluation={"wiki": SET, "c4": {**SET, "window": 2048, "score": "all"}, "s": {**SET, "windows": 3}})
-    assert loaded.evaluation.name == "wiki"
-    assert [(test.name, test.window, test.score) for test in loaded.evaluations] == [
+    assert [(name, test.window, test.score) for name, test in loaded.evaluations.items()] == [
+        ("wiki", 512, "second-half"),
         ("c4", 2048, "all"),
         ("s", 512, "second-half"),
     ]
@@ -95,11 +93,11 @@ def rows() -> list[Any]:
     for variant, backend, shift in (("base", "llamacpp", 0.0), ("base", "vllm", 0.2), ("Q4", "llamacpp", 0.0)):
         total, correct = sums[variant]
         windows = [{"count": 15, "nonfinite": 0, "nll_sum": total + shift + i} for i in range(3)]
-        row = a_row(variant, backend, evaluations={"c4": an_evaluation("c4", "d2")}, tasks={"mine": task})
-        measured = replace(
-            row.measurement, qualities={"c4": {"windows": windows}}, tasks={"mine": {"correct": correct}}
-        )
-        found.append(replace(row, measurement=measured))
+        row = a_row(variant, backend, tasks={"mine": task})
+        qualities = row.measurement.qualities | {"c4": {"windows": windows}}
+        measured = replace(row.measurement, qualities=qualities, tasks={"mine": {"correct": correct}})
+        sets = row.evaluations | {"c4": an_evaluation("c4", "d2")}
+        found.append(replace(row, evaluations=sets, measurement=measured))
     return found
 
 
@@ -113,10 +111,10 @@ def test_each_set_has_its_own_numbers_deltas_and_noise() -> None:
     assert own["below_noise_floor"] is False
     assert own["bits_per_byte"] == pytest.approx(37 / 15 * 45 / 100 / math.log(2))
     assert (own["window"], own["score"], own["evaluation_digest"], own["kld_mean"]) == (16, "all", "d2", None)
-    (floor,) = table.further["c4"].noise_floors
+    (floor,) = table.sets["c4"].noise_floors
     assert floor.spread == pytest.approx(math.exp(31.2 / 15) - math.exp(31 / 15))
     # The first set's keys are what they are without any other.
-    alone = objects(build([replace(row, evaluations={}, tasks={}) for row in rows()]))
+    alone = objects(build([replace(row, evaluations={"prose": row.evaluation}, tasks={}) for row in rows()]))
     for record, single in zip(objects(table), alone, strict=True):
         assert {**record, "evaluations": {}, "tasks": {}} == single
 
@@ -135,7 +133,7 @@ def test_other_tokens_and_other_items_are_not_compared() -> None:
     found = rows()
     found[2] = replace(
         found[2],
-        evaluations={"c4": an_evaluation("c4", "other")},
+        evaluations=found[2].evaluations | {"c4": an_evaluation("c4", "other")},
         tasks={"mine": Task("mine", "m", "t2", 4, 20)},
         started_at="2026-11-20T10:00:00Z",
     )
@@ -183,12 +181,12 @@ def test_a_row_is_of_its_sets_and_tasks(tmp_path: Path) -> None:
     """Another set or another task is another row; a harness that is not installed is told, and its task left out."""
     loaded = recipe(evaluation={"a": SET, "b": SET}, backends={"llamacpp": None})
     artifact = Artifact("base", "base", "gguf", "b.gguf", "d", 1, 1)
-    made = Made({"digest": "b"}, an_evaluation("a", "d1"), {"base": [artifact]}, {})
+    made = Made({"digest": "b"}, {"base": [artifact]}, {}, {"a": an_evaluation("a", "d1")})
 
     def plan(**more: Any) -> Any:
         return jobs.planned_row(loaded, replace(made, **more), loaded.backends[0], "base", None)
 
-    further = {"b": an_evaluation("b", "d2")}
+    further = made.evaluations | {"b": an_evaluation("b", "d2")}
     mine = {"mine": Task("mine", "m.json", "t1", 4, 20)}
     keys = {plan().key, plan(evaluations=further).key, plan(evaluations=further, tasks=mine).key}
     keys.add(plan(tasks={"mine": Task("mine", "m.json", "t2", 4, 20)}).key)
@@ -229,11 +227,11 @@ def test_a_variant_with_another_tokenizer_is_refused(
             backend="transformers",
             options={"device": "cpu"},
             workload=Workload(repeats=0),
-            evaluation=from_json(Evaluation, made),
+            evaluations={"e": from_json(Evaluation, made)},
         )
         return profile.measure({"job": to_json(job)}, lambda *_: None)
 
-    assert from_json(Measurement, measure(tiny_llama)).quality
+    assert from_json(Measurement, measure(tiny_llama)).qualities
     with pytest.raises(UserError, match="mine has another tokenizer than the base: .* not comparable") as caught:
         measure(other)
     assert "in the base" in str(caught.value) and "\n" not in str(caught.value)
@@ -270,10 +268,10 @@ def test_a_vocabulary_that_one_engine_pads_changes_nothing(
             backend="transformers",
             options={"device": "cpu"},
             workload=Workload(repeats=0),
-            evaluation=from_json(Evaluation, made),
+            evaluations={"e": from_json(Evaluation, made)},
         )
         measured = profile.measure({"job": to_json(job)}, lambda *_: None)
-        sums.append([window["nll_sum"] for window in measured["quality"]["windows"]])
+        sums.append([window["nll_sum"] for window in measured["qualities"]["e"]["windows"]])
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
 
 

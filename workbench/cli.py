@@ -223,14 +223,15 @@ def recommend(
     from workbench.home import home, local
     from workbench.report.table import build
     from workbench.report.verdicts import recommend as wing
+    from workbench.sizes import parse_size
     from workbench.worker.backends import serving_command
 
     if format not in ("terminal", "json"):
         raise unknown("format", format, ["terminal", "json"])
     relative, value = wing.parse_share(max_perplexity, "--max-perplexity") if max_perplexity else (None, None)
     wishes = wing.Wishes(
-        memory_bytes=wing.parse_size(memory, "--memory") if memory else None,
-        size_bytes=wing.parse_size(max_size, "--max-size") if max_size else None,
+        memory_bytes=parse_size(memory, "--memory") if memory else None,
+        size_bytes=parse_size(max_size, "--max-size") if max_size else None,
         max_perplexity=relative,
         max_perplexity_value=value,
         max_kld=max_kld,
@@ -262,7 +263,7 @@ def plan(
     from workbench.plan import formats
     from workbench.plan import make as wing
     from workbench.recipe.load import load
-    from workbench.report.verdicts.recommend import parse_size
+    from workbench.sizes import parse_size
 
     if format not in formats.FORMATS:
         raise unknown("format", format, formats.FORMATS)
@@ -270,7 +271,7 @@ def plan(
         raise unknown("device", device, ["cpu", "cuda"])
     made = wing.make(
         load(recipe),
-        memory_bytes=int(parse_size(memory, "--memory")) if memory else None,
+        memory_bytes=parse_size(memory, "--memory") if memory else None,
         context=context,
         batch=batch,
         cuda=None if device is None else device == "cuda",

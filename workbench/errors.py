@@ -37,3 +37,11 @@ def unknown(thing: str, word: str, known: Iterable[str], where: str = "") -> Use
 def install_with(what: str, command: str) -> UserError:
     """The error for an engine or library that is missing."""
     return UserError(f"{what} is not installed here. Install it with: {command}")
+
+
+def cannot_import(what: str, error: ImportError, command: str) -> UserError:
+    """The error for a library whose import failed: it is missing, or what it was built against is not what is here."""
+    if isinstance(error, ModuleNotFoundError):
+        return install_with(f"{what} (module '{error.name}')", command)
+    reason = (str(error).splitlines() or ["no reason given"])[0]
+    return UserError(f"{what} is installed but cannot be imported: {reason}. Install it anew with: {command}")

@@ -1,8 +1,8 @@
 """Where the program keeps things outside the repository, and how two runs share it.
 
-Everything is under `$WORKBENCH_HOME` (default: the platform's cache folder): `bases/`, `tokens/`,
-`artifacts/`, each entry a folder named by the digest of what determined it, written under a temporary
-name and renamed when whole. A name that exists is therefore complete.
+Everything is under `$WORKBENCH_HOME` (default: the platform's cache folder). What is made once is in a folder a kind
+(`Kind`), each entry a folder named by the digest of what determined it, written under a temporary name and renamed
+when whole. A name that exists is therefore complete.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ import tomllib
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from workbench.disk import disk_error
+from workbench.disk import disk_faults, write_whole
 from workbench.errors import UserError
+
+Kind = Literal["artifacts", "bandwidth", "bases", "imatrix", "references", "tasks", "tokens"]
+"""What is made once and kept, each kind in a folder of that name."""
+LEFTOVERS = ("logs", "states")
+"""Folders that nobody needs once no run goes on: logs of workers, states of interrupted passes."""
+NOTES = ("locks", "nights")
+"""Folders of notes about runs that go on, or that the next one takes up."""
 
 
 def home() -> Path:
@@ -104,7 +111,7 @@ def machine_lock(waiting: Callable[[], None] | None = None) -> contextlib.Abstra
     return lock(Path(tempfile.gettempdir()) / f"workbench-{os.getuid()}.lock", waiting)
 
 
-def entry(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+def entry(kind: Kind, key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
     """The cache folder `kind/key`, made by `make(folder)` if it is not there yet, and its record.
 
     `make` writes files into the folder it is given and returns the record stored beside them as
@@ -117,33 +124,23 @@ def entry(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[
         if not (final / record).exists():
             partial = final.with_name(f"{key}.partial")
             partial.mkdir(parents=True, exist_ok=True)
-            try:
-                made = make(partial)
-                (partial / record).write_text(json.dumps(made, indent=1))
-                _sync(partial / record)
+            with disk_faults(partial):
+                write_whole(partial / record, json.dumps(make(partial), indent=1))
                 if final.exists():
                     shutil.rmtree(final)
                 partial.rename(final)
-            except OSError as error:
-                raise disk_error(error, partial) or error from None
     return final, json.loads((final / record).read_text())
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def remember(recipe: Path) -> None:
     """Note the recipe last quantized here, for `workbench profile` without one."""
-    temporary = home() / f"last-recipe.{os.getpid()}"
     try:
-        home().mkdir(parents=True, exist_ok=True)
-        temporary.write_text(str(recipe.resolve()) + "\n")
-        temporary.rename(home() / "last-recipe")
+        with disk_faults(home()):
+            home().mkdir(parents=True, exist_ok=True)
+            write_whole(home() / "last-recipe", f"{recipe.resolve()}\n")
     except OSError as error:
         # The first thing a run writes; what is wrong with the place shows here.
-        raise disk_error(error, home()) or UserError(
+        raise UserError(
             f"{home()}: cannot be written ({error.strerror}): set WORKBENCH_HOME to a folder of yours"
         ) from None
 
@@ -155,14 +152,10 @@ def last_recipe() -> Path | None:
 
 
 def clean(everything: bool) -> int:
-    """Remove `.partial` folders, logs and states (or all made things); the bytes freed."""
+    """Remove unfinished work and leftovers, or every folder that the program makes; the bytes freed."""
+    targets = [home() / name for name in (*LEFTOVERS, *(NOTES + get_args(Kind) if everything else ()))]
+    targets += [path for kind in get_args(Kind) for path in (home() / kind).glob("*.partial")]
     freed = 0
-    kinds = ("bases", "tokens", "artifacts", "imatrix", "references")
-    targets = [home() / "logs", home() / "states"]
-    for kind in kinds:
-        folder = home() / kind
-        if folder.is_dir():
-            targets += [folder] if everything else list(folder.glob("*.partial"))
     for target in targets:
         if target.exists():
             freed += sum(file.stat().st_size for file in target.rglob("*") if file.is_file())

@@ -20,6 +20,7 @@ from typing import Any
 
 from workbench import pipeline
 from workbench.console import Show
+from workbench.disk import write_whole
 from workbench.errors import UserError, install_with
 from workbench.home import home, lock
 from workbench.machine.identity import machine
@@ -173,9 +174,7 @@ def _begun(state: Path, show: Show) -> str:
     time.sleep(1.0)
     now = _now()
     state.parent.mkdir(parents=True, exist_ok=True)
-    partial = state.with_suffix(".partial")
-    partial.write_text(json.dumps({"since": now}))
-    partial.replace(state)
+    write_whole(state, json.dumps({"since": now}))
     return now
 
 

@@ -1,6 +1,6 @@
 """The program in one screen: recipe -> artifacts -> rows.
 
-`run` is quantize, then profile. Each job of `profile` is one artifact in one engine, in a process of its own. Jobs
+Each job of `profile` is one artifact in one engine, in a process of its own. Jobs
 take turns (`Together`), one at work at a time. A row is stored the moment its job ends, whether it succeeded, failed
 or cannot run, and what is already measured on this machine is not measured again. Before the first job that scores
 tokens the base's own distributions are recorded, the reference that every divergence of the recipe is measured from.
@@ -13,25 +13,18 @@ import random
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from workbench.console import Show
 from workbench.home import home, lock, remember
 from workbench.machine.identity import machine
 from workbench.profile.jobs import already_measured, harness_missing, is_scored, pairs_of, planned_row
 from workbench.profile.measure import portable_row, run_job
-from workbench.profile.reference import all_references, reference_keys, with_reference
+from workbench.profile.reference import Reference, all_references, reference_keys, with_reference
 from workbench.profile.turns import Together, room_beside
 from workbench.quantize.make import Made, make
 from workbench.recipe.load import Recipe
 from workbench.records import Row, digest
 from workbench.report import store
-
-
-def run(recipe: Recipe, show: Show, results: Path | str, **choice: Any) -> tuple[Made, list[Row]]:
-    """Quantize and profile; the rows of every pair of the recipe, old and new."""
-    made = quantize(recipe, show)
-    return made, profile(recipe, made, show, results, **choice)
 
 
 def quantize(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
@@ -64,18 +57,18 @@ def profile(
     before = [] if again else store.read(folder)[0]
     measured, failed = already_measured(before, since), {(row.key, row.started_at) for row in before if row.error}
     pairs, keys = list(pairs_of(recipe, backends, variants)), reference_keys(recipe, made)
-    key = digest([*keys.values()]) if len(keys) > 1 else keys.get("")
+    key = digest([*keys.values()]) if len(keys) > 1 else next(iter(keys.values()), None)
     for name, reason in harness_missing(made, {choice.name for choice, _ in pairs}).items():
         show.say(f"note: {reason} ({name})")
     plans = [planned_row(recipe, made, choice, name, key) for choice, name in pairs]
-    base: dict[str, Any] | None = None
+    references: dict[str, Reference] | None = None
     if any(is_scored(row) and row.key not in measured for row in plans):
-        base = all_references(recipe, made, keys, show)
-        if base is None:
+        references = all_references(recipe, made, keys, show)
+        if references is None:
             # Their rows will be without divergence and must not pass for rows with it.
             bare = [planned_row(recipe, made, choice, name, None) for choice, name in pairs]
             plans = [row if row.key in measured else other for row, other in zip(plans, bare, strict=True)]
-        measured = with_reference(measured, base)
+        measured = with_reference(measured, references)
     rows: dict[int, Row] = {}
     order = [place for place, (choice, name) in enumerate(pairs) if only is None or (choice.name, name) in only]
     # A machine that drifts (heat, other work) must not make the later variants look slower; the same order each time.
@@ -107,7 +100,7 @@ def profile(
                 # Another run may have stored it in the meantime; then its failure counts too.
                 # To read a bucket again for each row would take longer than the rows: there only if it was waited for.
                 if not again and (waited or isinstance(folder, Path)):
-                    measured |= with_reference(already_measured(store.read(folder)[0], since, failed), base)
+                    measured |= with_reference(already_measured(store.read(folder)[0], since, failed), references)
                 if row.key in measured:
                     rows[place] = measured[row.key]
                 elif row.error or row.unsupported:
@@ -115,6 +108,6 @@ def profile(
                 else:
                     if not room_beside(row):
                         jobs.finish()
-                    jobs.start(run_job(recipe, made, row, base, show), locks.pop_all())
+                    jobs.start(run_job(recipe, made, row, references, show), locks.pop_all())
         jobs.finish()
     return [rows[place] for place in sorted(rows)]

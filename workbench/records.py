@@ -18,14 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 1
-"""Of a stored row. Raise it when a field changes its meaning, and teach `report/store.py` to migrate."""
+SCHEMA_VERSION = 2
+"""Version of a stored row's form. Raise it when a field changes, and teach `report/migrate.py` to read the old one."""
 
 MEASUREMENT_VERSION = 2
-"""Of the way things are measured. Rows of different versions are never put side by side."""
+"""Version of the way things are measured. Rows of different versions are never put side by side."""
 
 REFERENCE_VERSION = 2
-"""Of the file that keeps the base's distributions (`worker/scoring/reducer.py`); another version is refused."""
+"""Version of the file that keeps the base's distributions (`worker/scoring/reducer.py`); another version is refused."""
 
 
 @dataclass(frozen=True)
@@ -68,29 +68,18 @@ class Artifact:
 @dataclass(frozen=True)
 class Workload:
     """What is run for speed: prompts of each length in batches of the first size, and the first length in batches
-    of each further size."""
+    of each further size. The first length in the first size is what tables show."""
 
-    prompt_tokens: int = 512
+    prompt_tokens: list[int] = field(default_factory=lambda: [512])
+    """Prompt lengths: prefill at that length, decode at that depth."""
     new_tokens: int = 64
-    batch: int = 1
+    batches: list[int] = field(default_factory=lambda: [1])
+    """Sequences at once."""
     repeats: int = 3
     warmup: int = 1
     seed: int = 0
-    more_prompt_tokens: list[int] = field(default_factory=list)
-    """Further prompt lengths: prefill at that length, decode at that depth."""
-    more_batch: list[int] = field(default_factory=list)
     requests: int = 0
     """Requests a sequence slot that are also served with continuous batching, at every batch size; 0: none."""
-
-    @property
-    def prompts(self) -> list[int]:
-        """All prompt lengths, the one that tables show first."""
-        return [self.prompt_tokens, *self.more_prompt_tokens]
-
-    @property
-    def batches(self) -> list[int]:
-        """All batch sizes, the one that tables show first."""
-        return [self.batch, *self.more_batch]
 
     @property
     def longest_answer(self) -> int:
@@ -100,19 +89,19 @@ class Workload:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence, prompt and answer."""
-        return max(max(self.prompts) + self.new_tokens, self.prompt_tokens + self.longest_answer)
+        return max(max(self.prompt_tokens) + self.new_tokens, self.prompt_tokens[0] + self.longest_answer)
 
     @property
     def most_tokens(self) -> int:
         """Tokens of all sequences that are in memory at once, at the largest point."""
-        alone = [prompt_tokens + self.new_tokens for prompt_tokens in self.prompts]
-        together = [many * (self.prompt_tokens + self.longest_answer) for many in self.batches]
-        return max(*(self.batch * tokens for tokens in alone), *together)
+        first = self.prompt_tokens[0] + self.longest_answer
+        return max(self.batches[0] * (max(self.prompt_tokens) + self.new_tokens), max(self.batches) * first)
 
     @property
     def points(self) -> list[tuple[int, int]]:
         """(prompt tokens, batch) of everything that is timed, in order."""
-        return [(p, self.batch) for p in self.prompts] + [(self.prompt_tokens, b) for b in self.more_batch]
+        lengths, sizes = self.prompt_tokens, self.batches
+        return [(length, sizes[0]) for length in lengths] + [(lengths[0], size) for size in sizes[1:]]
 
 
 @dataclass(frozen=True)
@@ -157,27 +146,22 @@ class Job:
     backend: str
     options: dict[str, Any]
     workload: Workload
-    evaluation: Evaluation | None = None
-    reference: str | None = None
-    """Path of the compact record of the base's distributions (`worker/scoring/reducer.py`), for the divergence."""
-    base_digest: str = ""
-    """Of the base that the reference must be of."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    """Further sets by name, where a recipe has several."""
+    """Evaluation sets by name, in the recipe's order."""
     references: dict[str, str] = field(default_factory=dict)
-    """The further sets' references, as far as there are any."""
+    """By set, the path of the compact record of the base's distributions (`worker/scoring/reducer.py`), for the
+    divergence."""
+    base_digest: str = ""
+    """Digest of the base that the references must be of."""
     tasks: dict[str, Task] = field(default_factory=dict)
-    turns: int = 1
-    """In how many parts the repeats are timed; between them the worker waits to be resumed."""
+    rounds: int = 1
+    """In how many rounds the repeats are timed; between them the worker waits to be resumed."""
 
     @property
     def longest_window(self) -> int:
         """The most tokens that an engine has to take at once for what is scored."""
-        sets = [self.evaluation] if self.evaluation else []
-        return max(
-            (*(each.window for each in (*sets, *self.evaluations.values())), *(t.longest for t in self.tasks.values())),
-            default=0,
-        )
+        windows = [each.window for each in self.evaluations.values()]
+        return max([*windows, *(task.longest for task in self.tasks.values())], default=0)
 
 
 @dataclass(frozen=True)
@@ -195,8 +179,8 @@ class Speed:
     """Tokens gained in each of those steps over the whole batch, a list a repeat."""
     energy_j: list[float | None] = field(default_factory=list)
     """Joules of the whole machine in each repeat, prompt and answer; None where nothing counts them."""
-    turns: list[int] = field(default_factory=list)
-    """How many repeats belong together: between two turns of a job, others were at work. Empty: all do."""
+    rounds: list[int] = field(default_factory=list)
+    """How many repeats each round had: between two rounds of a job, others were at work. Empty: there was one."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +196,7 @@ class Served:
     """From the first request to the last one's end."""
     continuous: bool
     """Whether a free slot takes the next request at once; else a group ends before the next begins."""
-    turns: list[int] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
     """As in `Speed`."""
 
 
@@ -224,8 +208,9 @@ class Measurement:
     """`cpu` or the accelerator's name."""
     load_s: float | None = None
     speeds: list[Speed] = field(default_factory=list)
-    quality: dict[str, Any] | None = None
-    """Per window sums and counts as `worker/scoring/reducer.py` defines them, in the form that its `compact` gives."""
+    qualities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By evaluation set, per window sums and counts as `worker/scoring/reducer.py` defines them, in the form that its
+    `compact` gives."""
     memory: dict[str, Any] = field(default_factory=dict)
     """Bytes: what the engine itself says (`weights`, `kv_cache`, ...) and, from the parent, `peak_*`."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -235,8 +220,6 @@ class Measurement:
     conditions: dict[str, Any] = field(default_factory=dict)
     """What the machine did meanwhile: load of others, clocks, throttling (`machine/monitor.py`), `probe_s`, how much of
     the files was in the page cache."""
-    qualities: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What `quality` is, for further evaluation sets by name."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What `worker/tokens/tasks.py` says of each task: right or wrong for every item, in the order of its file."""
 
@@ -252,7 +235,6 @@ class Row:
     artifact: Artifact
     backend: str
     workload: Workload
-    evaluation: Evaluation | None
     measurement: Measurement | None
     machine: dict[str, Any]
     versions: dict[str, str]
@@ -261,7 +243,7 @@ class Row:
     duration_s: float
     options: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    """Further sets by name."""
+    """Evaluation sets by name; the first is what tables show."""
     tasks: dict[str, Task] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
@@ -271,6 +253,17 @@ class Row:
     measurement_version: int = MEASUREMENT_VERSION
     place: int = 0
     """Where the pair stands in its recipe; jobs run in another order."""
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The first evaluation set."""
+        return next(iter(self.evaluations.values()), None)
+
+    @property
+    def quality(self) -> dict[str, Any] | None:
+        """What was measured on the first evaluation set."""
+        found = self.measurement.qualities if self.measurement else {}
+        return found.get(next(iter(self.evaluations), ""))
 
 
 def digest(value: Any) -> str:

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kernel_cases import cases, name_of, run, tolerance
+
+from tests.kernels.kernel_cases import cases, name_of, run, tolerance
+from tests.places import ROOT
 
 pytest.importorskip("torch")
 pytest.importorskip("gguf")
 
 HERE = Path(__file__).resolve().parent
+KERNELS = ROOT / "kernels"
 CASES = {name_of(case): case for case in cases()}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed; the references are tested without")
@@ -73,7 +76,7 @@ def test_kernels_compile_for_hopper(operation: str, tmp_path: Path) -> None:
         timeout=600, cwd=tmp_path,
         env={
             **os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path),
-            "PYTHONPATH": str(HERE.parents[1] / "kernels"),
+            "PYTHONPATH": str(KERNELS),
         },
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
@@ -88,7 +91,7 @@ def test_kernels_compile_for_hopper(operation: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("program", ["bench.py", "bench_decode.py"])
 def test_benchmarks_say_that_they_need_a_gpu(program: str) -> None:
     answer = subprocess.run(
-        [sys.executable, str(HERE.parents[1] / "kernels" / program)], capture_output=True, text=True, timeout=120,
+        [sys.executable, str(KERNELS / program)], capture_output=True, text=True, timeout=120,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert (answer.returncode, answer.stdout) == (2, "")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from kernel_cases import weight_of
+
+from tests.kernels.kernel_cases import weight_of
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernel_cases import by_gguf, random_blocks, weight_of
+
+from tests.kernels.kernel_cases import by_gguf, random_blocks, weight_of
+from tests.places import ROOT
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("gguf")
@@ -110,7 +112,7 @@ def test_without_triton_the_references_work(tmp_path: Path) -> None:
         "try: q8_0.matmul(x, data, path='prefill')\n"
         "except ValueError as error: print(error)"
     )
-    kernels = Path(__file__).resolve().parents[2] / "kernels"
+    kernels = ROOT / "kernels"
     answer = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env={"PYTHONPATH": f"{tmp_path}:{kernels}"}
     )

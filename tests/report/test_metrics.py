@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_store import a_row
 
+from tests.rows import a_row
 from workbench.records import Measurement, Row
 from workbench.report import metrics, speeds
 from workbench.report.metrics import METRICS
@@ -24,7 +24,7 @@ def values(row: Row) -> dict[str, float | None]:
 
 def with_quality(row: Row, windows: list[dict[str, Any]]) -> Row:
     assert row.measurement is not None
-    return replace(row, measurement=replace(row.measurement, quality={"windows": windows}))
+    return replace(row, measurement=replace(row.measurement, qualities={"prose": {"windows": windows}}))
 
 
 def test_every_metric_by_hand() -> None:
@@ -167,7 +167,7 @@ def test_divergence_and_agreement_by_hand() -> None:
     ]
     row = with_quality(a_row(), windows)
     assert row.evaluation is not None
-    row = replace(row, evaluation=replace(row.evaluation, scored_bytes=16))
+    row = replace(row, evaluations={"prose": replace(row.evaluation, scored_bytes=16)})
     found = values(row)
     assert [found[f"kld_{name}"] for name in ("p50", "max")] == [0.5, 1.0]
     assert found["kld_p90"] == pytest.approx(0.9) and found["kld_p999"] == pytest.approx(0.999)

@@ -1,7 +1,4 @@
-"""Rows on disk: whole, in order, safe against two writers, a kill, a full disk and other versions.
-
-`a_row` is the hand-made row that the other tests of the report use too.
-"""
+"""Rows on disk: whole, in order, safe against two writers, a kill, a full disk and other versions."""
 
 from __future__ import annotations
 
@@ -21,67 +18,11 @@ from typing import Any
 
 import pytest
 
+from tests.places import ROOT
+from tests.rows import a_row
 from workbench.errors import UserError
-from workbench.records import SCHEMA_VERSION, Artifact, Evaluation, Measurement, Row, Speed, Workload, to_json
-from workbench.report import store
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def a_row(
-    variant: str = "base",
-    backend: str = "llamacpp",
-    *,
-    method: str | None = None,
-    key: str | None = None,
-    base: str = "Toy-1M",
-    machine: str = "desk",
-    windows: list[tuple[int, float]] | None = None,
-    first_token_s: list[float] | None = None,
-    step_s: list[list[float]] | None = None,
-    batch: int = 1,
-    evaluation: str | None = "e1",
-    memory: dict[str, Any] | None = None,
-    measured: bool = True,
-    **more: Any,
-) -> Row:
-    """A row as the pipeline writes it; `windows` are (tokens scored, summed nats)."""
-    first_token_s = [0.5, 0.4, 0.8] if first_token_s is None else first_token_s
-    step_s = [[0.1, 0.1], [0.05, 0.05], [0.2, 0.2]] if step_s is None else step_s
-    windows = [(4, 8.0), (4, 10.0), (4, 9.0)] if windows is None else windows
-    speed = Speed(100, 3, batch, first_token_s, step_s, [[batch] * len(steps) for steps in step_s])
-    quality = {"windows": [{"count": n, "nonfinite": 0, "nll_sum": total} for n, total in windows]}
-    measurement = Measurement(
-        device="cpu",
-        load_s=1.5,
-        speeds=[speed],
-        quality=quality if evaluation else None,
-        memory={"peak_rss": 300 * 2**20} if memory is None else memory,
-    )
-    values: dict[str, Any] = {
-        "key": key or f"{base}/{variant}/{backend}/{evaluation}",
-        "base": base,
-        "recipe": "toy",
-        "recipe_digest": "r",
-        "artifact": Artifact(
-            variant=variant,
-            method=method or ("base" if variant == "base" else "gguf"),
-            format="gguf",
-            path=f"{variant}.gguf",
-            digest=f"d-{variant}",
-            disk_bytes=2_000_000,
-            parameters=1_000_000,
-        ),
-        "backend": backend,
-        "workload": Workload(prompt_tokens=100, new_tokens=3, batch=batch),
-        "evaluation": Evaluation("prose", "e.json", evaluation, 8, "second-half", 3, 12) if evaluation else None,
-        "measurement": measurement if measured else None,
-        "machine": {"name": machine},
-        "versions": {"toy": "1.0"},
-        "started_at": "2026-11-21T10:00:00Z",
-        "duration_s": 3.0,
-    }
-    return Row(**(values | more))
+from workbench.records import SCHEMA_VERSION, to_json
+from workbench.report import migrate, store
 
 
 def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -194,21 +135,21 @@ def test_an_older_schema_is_migrated_step_by_step(tmp_path: Path, monkeypatch: p
     def renamed(record: dict[str, Any]) -> dict[str, Any]:
         return {"backend" if name == "engine" else name: value for name, value in record.items()}
 
-    monkeypatch.setitem(store.MIGRATIONS, SCHEMA_VERSION - 1, renamed)
+    monkeypatch.setitem(migrate.MIGRATIONS, SCHEMA_VERSION - 1, renamed)
     assert store.read(file) == ([a_row(key="a")], [])
     steps = {1: lambda r: r | {"a": 1}, 2: lambda r: r | {"b": r["a"] + 1}}
-    assert store.migrate({}, 1, 3, steps) == {"a": 1, "b": 2, "schema_version": 3}
+    assert migrate.migrate({}, 1, 3, steps) == {"a": 1, "b": 2, "schema_version": 3}
     with pytest.raises(ValueError, match="no migration from schema version 3"):
-        store.migrate({}, 1, 4, steps)
+        migrate.migrate({}, 1, 4, steps)
 
 
 WRITER = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_store import a_row
-from workbench.report import store
+sys.path[:0] = [{root!r}]
+from tests.rows import a_row
+from workbench.report import migrate, store
 row = a_row(warnings=["x" * 3000])
 for number in range({count}):
     store.append(Path({results!r}), "desk", replace(row, key=f"{name}-{{number}}"))
@@ -217,9 +158,7 @@ for number in range({count}):
 
 
 def a_writer(results: Path, name: str, count: int) -> subprocess.Popen[str]:
-    script = textwrap.dedent(WRITER).format(
-        root=str(ROOT), tests=str(Path(__file__).parent), results=str(results), name=name, count=count
-    )
+    script = textwrap.dedent(WRITER).format(root=str(ROOT), results=str(results), name=name, count=count)
     return subprocess.Popen([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True)
 
 
@@ -277,7 +216,7 @@ def test_a_full_disk_is_a_clear_line_and_leaves_the_file_as_it_was(tmp_path: Pat
         "for number",
         f"import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 500},) * 2)\nfor number",
-    ).format(root=str(ROOT), tests=str(Path(__file__).parent), results=str(tmp_path), name="b", count=1)
+    ).format(root=str(ROOT), results=str(tmp_path), name="b", count=1)
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert f"UserError: {file}: cannot store a row (" in done.stderr

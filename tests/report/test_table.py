@@ -7,8 +7,8 @@ import math
 from dataclasses import replace
 
 import pytest
-from test_store import a_row
 
+from tests.rows import a_row, compared, demo_rows
 from workbench.errors import UserError
 from workbench.records import Row, Workload
 from workbench.report.formats.data import objects
@@ -42,19 +42,6 @@ PROMISED = {
 
 def pairs(table: Table) -> list[tuple[str, str]]:
     return [(line.row.artifact.variant, line.row.backend) for line in table.lines]
-
-
-def demo_rows() -> list[Row]:
-    """Backend by backend, as the pipeline runs them."""
-    return [
-        a_row("base", "transformers", windows=[(4, 8.0), (4, 10.0), (4, 9.0)]),
-        a_row("base", "vllm", windows=[(4, 8.01), (4, 10.0), (4, 9.0)]),
-        a_row("Q2_K", "vllm", measured=False, unsupported="vLLM has no GGUF on a CPU"),
-        a_row("Q8_0", "vllm", measured=False, unsupported="vLLM has no GGUF on a CPU"),
-        a_row("Q8_0", "llamacpp", windows=[(4, 8.1), (4, 10.1), (4, 9.1)], warnings=["the machine was busy"]),
-        a_row("base", "llamacpp", windows=[(4, 8.0), (4, 10.0), (4, 9.02)]),
-        a_row("Q2_K", "llamacpp", measured=False, error="ValueError: all logits are NaN"),
-    ]
 
 
 def test_the_base_first_then_variants_as_first_seen() -> None:
@@ -111,31 +98,13 @@ def test_footnotes_are_numbered_and_told_once() -> None:
 
 
 def test_the_noise_floor_is_the_bases_spread() -> None:
-    (floor,) = build(demo_rows()).noise_floors
+    (floor,) = build(demo_rows()).first.noise_floors
     assert floor.backends == ("transformers", "vllm", "llamacpp")
     assert (floor.low, floor.high) == (pytest.approx(math.exp(27 / 12)), pytest.approx(math.exp(27.02 / 12)))
     assert floor.relative == pytest.approx(math.expm1(0.02 / 12))
     lonely = build(demo_rows()[4:])
-    assert lonely.noise_floors == ()
+    assert lonely.first.noise_floors == ()
     assert any(note.startswith("noise floor unknown") for note in lonely.notes)
-
-
-def compared(row: Row, kld: float, reference: str = "r1") -> Row:
-    """The row as if compared with a reference: `kld` nats a token, every second top token the base's."""
-    assert row.measurement is not None and row.measurement.quality is not None
-    windows = [
-        window
-        | {
-            "kld_count": window["count"],
-            "kld_sum": kld * window["count"],
-            "kld_low_sum": 0.9 * kld * window["count"],
-            "same_top_sum": window["count"] / 2,
-            "dp_square_sum": 0.01 * window["count"],
-        }
-        for window in row.measurement.quality["windows"]
-    ]
-    quality = {"windows": windows, "reference_digest": reference}
-    return replace(row, measurement=replace(row.measurement, quality=quality))
 
 
 QUALITY = {
@@ -189,7 +158,7 @@ def test_divergences_from_two_references_do_not_stand_side_by_side() -> None:
 
 def test_the_noise_floor_has_the_bases_own_divergence() -> None:
     rows = [compared(a_row("base", "transformers"), 1e-9), compared(a_row("base", "vllm"), 3e-4), a_row()]
-    (floor,) = build(rows).noise_floors
+    (floor,) = build(rows).first.noise_floors
     assert floor.divergences == (("transformers", pytest.approx(1e-9)), ("vllm", pytest.approx(3e-4)))
 
 
@@ -295,7 +264,7 @@ def test_columns_that_vary_are_shown() -> None:
     assert names([two, replace(a_row(key="4"), options={"threads": 4})]) == ["threads"]
     # Engines differ by nature: no column for what the backend already tells.
     assert names([two, replace(a_row(backend="vllm"), options={"dtype": "bf16"})]) == []
-    longer = replace(a_row(measured=False), workload=Workload(prompt_tokens=200, new_tokens=3))
+    longer = replace(a_row(measured=False), workload=Workload(prompt_tokens=[200], new_tokens=3))
     assert names([a_row(), longer]) == ["workload"]
     assert names([a_row(), a_row(base="Other-2M")]) == ["base"]
 
@@ -323,8 +292,8 @@ def test_a_missing_delta_is_explained() -> None:
 
 def test_a_base_with_tokens_that_are_not_finite_is_told_where_it_matters() -> None:
     base = a_row()
-    assert base.measurement is not None and base.measurement.quality is not None
-    base.measurement.quality["windows"][2] = {"count": 3, "nonfinite": 1, "nll_sum": 7.0}
+    assert base.measurement is not None and base.quality is not None
+    base.quality["windows"][2] = {"count": 3, "nonfinite": 1, "nll_sum": 7.0}
     line = build([base, a_row("q", windows=[(4, 9.0), (4, 10.0), (4, 10.0)])]).lines[1]
     assert line.delta is not None
     assert line.delta.value == pytest.approx(math.exp(19 / 8) - math.exp(18 / 8))

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bases import CONFIG, run
 
+from tests.places import ROOT
+from tests.worker.base.bases import CONFIG, run
 from workbench.errors import UserError
 from workbench.machine import isolate
 
@@ -56,7 +57,7 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("work")
 
     def ask(function: str, payload: dict[str, Any]) -> Any:
-        reply = isolate.call(function, payload, workdir=folder, time_limit_s=300)
+        reply = isolate.call(function, payload, workdir=folder, time_limit_s=300, environment={"PYTHONPATH": str(ROOT)})
         if reply.user_error:
             raise UserError(reply.error)
         assert reply.error is None, f"{reply.error}\n{reply.log}"

@@ -75,8 +75,8 @@ def _job(backend: str, model: dict[str, Any]) -> Any:
         variant="x", method="x", format=model["format"], path=model["path"], digest="", disk_bytes=0, parameters=0
     )
     test = Evaluation("x", "", "", window=TOKENS_LIMIT, score="all", windows=1, scored_tokens=TOKENS_LIMIT)
-    load = Workload(prompt_tokens=TOKENS_LIMIT // 2, new_tokens=1, repeats=0)
-    return Job("x", artifact, backend, model.get("options", {}), load, test)
+    load = Workload(prompt_tokens=[TOKENS_LIMIT // 2], new_tokens=1, repeats=0)
+    return Job("x", artifact, backend, model.get("options", {}), load, {"x": test})
 
 
 def convert_and_quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
@@ -98,3 +98,23 @@ def convert_and_quantize(payload: dict[str, Any], progress: Any) -> dict[str, An
             gguf.quantize(order, progress)
             made[name][kind] = str(out)
     return made
+
+
+def llama_logits(payload: Any, progress: Any) -> dict[str, Any]:
+    """What llama.cpp makes of a GGUF file: the logits after the last of `payload["ids"]`."""
+    import ctypes
+
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(payload["path"].encode(), llama_cpp.llama_model_default_params())
+    if not model:
+        raise RuntimeError("llama.cpp could not load it")
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_threads, params.n_threads_batch = 64, 2, 2
+    context = llama_cpp.llama_init_from_model(model, params)
+    ids = (llama_cpp.llama_token * len(payload["ids"]))(*payload["ids"])
+    status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(ids)))
+    size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    logits = ctypes.cast(llama_cpp.llama_get_logits(context), ctypes.POINTER(ctypes.c_float * size)).contents
+    return {"status": status, "logits": [value if abs(value) < 1e30 else None for value in logits[:1000]], "size": size}

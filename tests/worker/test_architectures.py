@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import MODELS, OTHERS, dequantized, relative, write_model, write_sentencepiece, write_tokens
 
+from tests.places import ROOT
+from tests.worker.small_models import (
+    MODELS,
+    OTHERS,
+    dequantized,
+    relative,
+    write_model,
+    write_sentencepiece,
+    write_tokens,
+)
 from workbench.errors import UserError
 from workbench.machine import isolate
 from workbench.worker.architectures import ARCHITECTURES, EXPERTS, describe
@@ -26,6 +35,7 @@ LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
     "intermediate_size": 128,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
@@ -61,14 +71,14 @@ def test_every_entry_is_whole(kind: str) -> None:
     assert set(architecture.gguf) == set(architecture.linears)
     assert len(set(architecture.gguf.values())) == len(architecture.linears)
     for group in architecture.groups:
-        if group.feeder.kind == "linear":
-            assert group.feeder.module in architecture.linears
+        if group.producer.kind == "linear":
+            assert group.producer.module in architecture.linears
         else:
-            assert group.feeder.module not in architecture.linears
+            assert group.producer.module not in architecture.linears
 
 
 def test_phi3_values_and_up_rows_are_the_last_ones() -> None:
-    by_linear = {group.linears[0]: group.feeder for group in describe(LLAMA | {"model_type": "phi3"}).groups}
+    by_linear = {group.linears[0]: group.producer for group in describe(LLAMA | {"model_type": "phi3"}).groups}
     assert by_linear["self_attn.o_proj"].rows == (64 + 32, 64 + 32 + 32)
     assert by_linear["self_attn.o_proj"].repeats == 2
     assert by_linear["mlp.down_proj"].rows == (128, 256)
@@ -177,7 +187,7 @@ def logits_of(folder: Path, ids: list[int]) -> Any:
             payload,
             workdir=folder / f"{backend}-log",
             time_limit_s=400,
-            environment={**environment, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+            environment={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
         )
         assert reply.error is None, reply.log
         return dict(load_file(out)), dict(reply.value)
@@ -229,6 +239,7 @@ def files(folder: Path) -> dict[str, dict[str, str]]:
         {"models": models, "types": TYPES, "folder": str(folder)},
         workdir=folder / "convert-log",
         time_limit_s=200,
+        environment={"PYTHONPATH": str(ROOT)},
     )
     assert reply.error is None, reply.log
     return dict(reply.value)

@@ -1,18 +1,17 @@
 """A model card: the front matter that the hub reads, the measured table, and where the files come from.
 
-The numbers are those of stored rows, the words those of `formats.py`; nothing is claimed that was not measured. The
-front matter is written as JSON, which is YAML, so that no name can break out of it.
+The numbers are those of stored rows, the words those of the tables; nothing is claimed that was not measured.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from workbench.errors import UserError, unknown
+from workbench.front_matter import block
 from workbench.hub.licences import licence as known_licence
 from workbench.hub.licences import refusal
 from workbench.records import Row
@@ -45,26 +44,24 @@ def base_model(row: Row) -> str | None:
     return source.get("hub")
 
 
-def front_matter(row: Row, licence: str | None, author: str = "") -> dict[str, Any]:
+def front_matter(row: Row, licence: str | None, author: str = "") -> dict[str, str | list[str]]:
     """What the hub reads of a card."""
     base = base_model(row)
     known = known_licence(licence)
-    found: dict[str, Any] = {}
-    if base:
-        found |= {"base_model": base, "base_model_relation": "quantized"}
-    if author:
-        found["quantized_by"] = author
-    if known and known.standard:
-        found["license"] = known.id
-    elif licence:
-        found |= {"license": "other", "license_name": licence}
-        if known:
-            found["license_link"] = known.link
+    standard = known is not None and known.standard
     method = method_named(row.artifact.method if row.artifact.method in METHODS else BASE)
-    found["library_name"] = method.LIBRARY
-    found["pipeline_tag"] = "text-generation"
-    found["tags"] = ["quantized", *method.TAGS, "workbench"]
-    return found
+    fields = {
+        "base_model": base,
+        "base_model_relation": "quantized" if base else None,
+        "quantized_by": author or None,
+        "license": known.id if known and standard else "other" if licence else None,
+        "license_name": None if standard else licence,
+        "license_link": known.link if known and not standard else None,
+        "library_name": method.LIBRARY,
+        "pipeline_tag": "text-generation",
+        "tags": ["quantized", *method.TAGS, "workbench"],
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def card(rows: Sequence[Row], row: Row, licence: str | None = None, author: str = "") -> str:
@@ -79,17 +76,11 @@ def card(rows: Sequence[Row], row: Row, licence: str | None = None, author: str 
         and (each.artifact.digest == artifact.digest or (each.artifact.method == BASE and each.measurement))
         and not each.unsupported
     ]
-    matter = "\n".join(
-        f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front_matter(row, licence, author).items()
-    )
     known = known_licence(licence)
     bits = f"{artifact.bits_per_weight:.2f} bits a weight, " if artifact.bits_per_weight else ""
     of = f"[{_text(base)}](https://huggingface.co/{_link(base)})" if base else _text(row.base)
     lines = [
-        "---",
-        matter,
-        "---",
-        "",
+        block(front_matter(row, licence, author)),
         f"# {_text(row.base)}, {_text(artifact.variant)}",
         "",
         f"A quantized form of {of}: {bits}{artifact.disk_bytes / 2**20:,.1f} MiB of weights, format {artifact.format}.",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workbench.errors import UserError, install_with
+from workbench.front_matter import licence_of as stated_licence
 from workbench.home import local
 from workbench.hub import card as cards
 from workbench.hub.licences import licence as known_licence
@@ -18,7 +19,6 @@ from workbench.hub.licences import refusal
 from workbench.records import Row
 
 ALLOWED = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model", ".md")
-FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 
 
 def path_of(row: Row) -> Path:
@@ -36,7 +36,7 @@ def licence_of(row: Row, rows: Sequence[Row]) -> str | None:
     """The licence that the base's own card states, beside the base or in the package that brought it."""
     for each in rows:
         if each.base == row.base and each.artifact.method == "base" and each.artifact.format == "safetensors":
-            stated = _stated(local(each.artifact.path) / "README.md")
+            stated = stated_licence(local(each.artifact.path) / "README.md")
             if stated:
                 return stated
     source = row.artifact.provenance.get("source") or {}
@@ -119,21 +119,6 @@ def notice_of(licence: str | None) -> str | None:
     return None
 
 
-def _stated(file: Path) -> str | None:
-    """`license` of a card's front matter."""
-    import yaml
-
-    try:
-        found = FRONT.match(file.read_text(encoding="utf-8"))
-        matter = yaml.safe_load(found[1]) if found else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    stated = matter.get("license") if isinstance(matter, dict) else None
-    if stated == "other" and isinstance(matter, dict):
-        stated = matter.get("license_name")
-    return stated if isinstance(stated, str) else None
-
-
 def _of_hub_cache(repository: str) -> str | None:
     """From the card in the hub's own cache, if it was ever downloaded; nothing is asked of the hub."""
     try:
@@ -141,7 +126,7 @@ def _of_hub_cache(repository: str) -> str | None:
     except ImportError:
         return None
     found = try_to_load_from_cache(repository, "README.md")
-    return _stated(Path(found)) if isinstance(found, str) else None
+    return stated_licence(Path(found)) if isinstance(found, str) else None
 
 
 def _of_package(name: str) -> str | None:

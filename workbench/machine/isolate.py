@@ -24,18 +24,24 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from workbench.disk import write_whole
 from workbench.errors import UserError, WorkFailed
 
 Progress = Callable[[float, float, str], None]
 """`progress(done, total, text)`; the parent draws it."""
 
 KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CC", "CXX")
-KEPT_PREFIXES = ("LC_", "XDG_", "HF_", "CUDA_", "NVIDIA_", "WORKBENCH_", "SSL_CERT", "REQUESTS_CA", "CURL_CA")
+KEPT_PREFIXES = ("LC_", "XDG_", "HF_", "NVIDIA_", "WORKBENCH_", "SSL_CERT", "REQUESTS_CA", "CURL_CA")
+ENGINES_OWN = (
+    *("CUDA_", "NCCL_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "VLLM_", "FLASHINFER_"),
+    *("GGML_", "LLAMA_", "GPTQMODEL_", "HSA_", "HIP_", "ROCR_"),
+)
+"""Prefixes of variables that configure engines: passed on, and recorded by whoever measures."""
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 SILENT = {
     "DO_NOT_TRACK": "1",
@@ -157,6 +163,26 @@ class Worker:
         _kill_session(child)
         return _conclude(child.returncode, self._reply, self._log, end == "time", time_limit_s, self._active_s)
 
+    def _variables(self) -> dict[str, str]:
+        scrubbed = _environment(self._environment)
+        path = [str(self._packages()), *filter(None, [scrubbed.get("PYTHONPATH")])]
+        return scrubbed | {"PYTHONPATH": os.pathsep.join(path)}
+
+    def _packages(self) -> Path:
+        """A folder with this program's packages and nothing else, for an interpreter that has neither installed.
+
+        The folder that they lie in may be the whole of site-packages, whose other versions of everything would come
+        before the engine's own.
+        """
+        folder, house = self._workdir / "packages", Path(__file__).resolve().parents[1]
+        folder.mkdir(exist_ok=True)
+        beside = (house.parent / "workbench_kernels", house.parent / "kernels" / "workbench_kernels")
+        for package in (house, *(path for path in beside if path.is_dir())):
+            link = folder / package.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(package, target_is_directory=True)
+        return folder
+
     def _start(self) -> subprocess.Popen[bytes]:
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._reply.unlink(missing_ok=True)
@@ -170,7 +196,7 @@ class Worker:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=_environment(self._environment),
+                    env=self._variables(),
                     cwd=self._workdir,
                     start_new_session=True,
                     pass_fds=(said, told),
@@ -187,11 +213,14 @@ def _environment(extra: dict[str, str]) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name in KEPT or name in PROXIES or name.startswith(KEPT_PREFIXES)
+        if name in KEPT or name in PROXIES or name.startswith(KEPT_PREFIXES + ENGINES_OWN)
     }
-    # Another interpreter does not have this package installed; -P keeps the working directory out.
-    kept["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
     return kept | SILENT | extra
+
+
+def engines_own(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables among these that configure engines, for the record of what was measured."""
+    return {name: value for name, value in sorted(environment.items()) if name.startswith(ENGINES_OWN)}
 
 
 def _follow(
@@ -300,12 +329,7 @@ def serve(request: Path, reply: Path, to_parent: int, from_parent: int) -> None:
         said = str(error).strip().splitlines()
         summary = f"{type(error).__name__}: {said[0] if said else ''}".strip().rstrip(":")
         text = json.dumps({"error": summary[:500]})
-    temporary = reply.with_suffix(".partial")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(reply)
+    write_whole(reply, text)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

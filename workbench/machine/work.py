@@ -9,7 +9,7 @@ from collections.abc import Generator
 from typing import Any
 
 from workbench.console import Show
-from workbench.disk import disk_error
+from workbench.disk import disk_faults
 from workbench.home import home, machine_lock
 from workbench.machine import isolate
 from workbench.machine.monitor import Monitor
@@ -66,11 +66,9 @@ def turns(
             with (
                 machine_lock(lambda: show.say("waiting for another workbench run to end")),
                 show.task(what) as progress,
+                disk_faults(home()),
             ):
-                try:
-                    reply = worker.resume(time_limit_s=limit_s, on_progress=progress, on_sample=monitor)
-                except OSError as error:
-                    raise disk_error(error, home()) or error from None
+                reply = worker.resume(time_limit_s=limit_s, on_progress=progress, on_sample=monitor)
             turn += 1
     value = isolate.answer(reply, folder)
     shutil.rmtree(folder, ignore_errors=True)

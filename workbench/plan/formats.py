@@ -9,6 +9,7 @@ from typing import Any
 
 from workbench.plan.need import Need, Plan
 from workbench.records import to_json
+from workbench.sizes import size_text
 from workbench.worker.backends import backend_named
 
 
@@ -66,7 +67,7 @@ def terminal(plan: Plan) -> str:
             *(str(need.options.get(axis) or "auto") for axis in axes),
             f"{need.bits_per_weight:.2f}",
             size_text(need.disk_bytes),
-            *map(size_text, sizes),
+            *map(_size, sizes),
             "cannot run" if need.unsupported else "yes" if need.fits else "NO",
             marks,
         )
@@ -89,11 +90,8 @@ def terminal(plan: Plan) -> str:
 FORMATS = {"terminal": terminal, "json": json_text}
 
 
-def size_text(value: float | None) -> str:
-    if value is None:
-        return "-"
-    unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20)) if value >= 2**p or p == 20)
-    return f"{value / 2**power:.2f} {unit}" if power == 30 else f"{value / 2**power:.0f} {unit}"
+def _size(value: float | None) -> str:
+    return "-" if value is None else size_text(value)
 
 
 def _fallback_words(need: Need) -> str:

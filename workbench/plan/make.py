@@ -22,13 +22,13 @@ from typing import Any
 from workbench.errors import UserError, WorkFailed
 from workbench.home import home
 from workbench.machine import isolate
-from workbench.plan.formats import size_text
 from workbench.plan.need import Need, Plan, need_of
 from workbench.plan.tensors import shape_of
 from workbench.recipe.choices import BackendChoice, method_of, wants_gguf_base
 from workbench.recipe.load import Recipe
 from workbench.records import Variant
 from workbench.shape import DTYPE_BYTES, Sequences, Shape
+from workbench.sizes import size_text
 from workbench.worker.methods import BASE
 
 
@@ -60,13 +60,14 @@ def make(
     for value, name in ((context, "context"), (batch, "batch")):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1")
-    window = recipe.evaluation.window if recipe.evaluation else 0
+    window = next((test.window for test in recipe.evaluations.values()), 0)
     sizes = [(prompt_tokens + load.new_tokens, many, prompt_tokens) for prompt_tokens, many in load.points]
+    first, many = load.points[0]
     if load.requests:
-        sizes += [(load.prompt_tokens + load.longest_answer, many, load.prompt_tokens) for many in load.batches]
+        sizes += [(first + load.longest_answer, many, first) for many in load.batches]
     if context is not None or batch is not None:
         tokens = load.longest if context is None else context
-        sizes = [(tokens, load.batch if batch is None else batch, min(max(load.prompts), tokens))]
+        sizes = [(tokens, many if batch is None else batch, min(max(load.prompt_tokens), tokens))]
     points = [Sequences(*size, window) for size in sizes]
     longest = max(point.tokens for point in points)
     check_context(longest, shape.context_tokens, f"{recipe.path}: {'--context' if context else 'workload'}")

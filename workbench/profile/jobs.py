@@ -6,13 +6,14 @@ import sys
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 from workbench.home import interpreter
 from workbench.machine.identity import has_cuda, machine, program, versions
 from workbench.quantize.make import Made
 from workbench.recipe.choices import BackendChoice, limits_of
 from workbench.recipe.load import Recipe
-from workbench.records import MEASUREMENT_VERSION, Artifact, Row, digest
+from workbench.records import MEASUREMENT_VERSION, Artifact, Row, Workload, digest, to_json
 from workbench.worker.backends import backend_named
 
 HARNESS = ("lm-eval",)
@@ -61,7 +62,7 @@ def already_measured(rows: list[Row], since: str, failed: Collection[tuple[str, 
 
 def is_scored(row: Row) -> bool:
     """Whether the job of a planned row would look at the evaluation."""
-    return row.evaluation is not None and row.error is None and row.unsupported is None
+    return bool(row.evaluations) and row.error is None and row.unsupported is None
 
 
 def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, reference: str | None) -> Row:
@@ -88,27 +89,28 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
             variant=name, method=variant.method, format="", path="", digest="", disk_bytes=0, parameters=0
         )
         error = made.failures.get(name, "it was not made")
-    evaluation = made.evaluation
+    further = {name: test.digest for name, test in made.evaluations.items()}
+    first = further.pop(next(iter(further), ""), None)
     options = {**choice.options}
     if recipe.base.trust_remote_code and "trust_remote_code" in options:
         options["trust_remote_code"] = True
     found = versions(module.PACKAGES, interpreter(choice.name, sys.executable))
-    causes = [
+    causes: list[object] = [
         recipe.model,
         name,
         artifact.digest,
         choice.name,
         found,
         options,
-        recipe.workload,
-        evaluation.digest if evaluation else None,
+        _cause(recipe.workload),
+        first,
         MEASUREMENT_VERSION,
         unsupported,
     ]
     missing = harness_missing(made, [choice.name]).get(choice.name)
     tasks = {name: task for name, task in made.tasks.items() if not (task.harness and missing)}
-    if made.evaluations or tasks:
-        causes.append([{name: each.digest for name, each in (made.evaluations | tasks).items()}])
+    if further or tasks:
+        causes.append([further | {name: task.digest for name, task in tasks.items()}])
     if any(task.harness for task in tasks.values()):
         found = found | versions(HARNESS, interpreter(choice.name, sys.executable))
         causes.append(found)
@@ -120,7 +122,6 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
         artifact=artifact,
         backend=choice.name,
         workload=recipe.workload,
-        evaluation=evaluation,
         measurement=None,
         machine=machine(),
         versions=found | program(),
@@ -134,6 +135,14 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
         warnings=[missing] if missing else [],
     )
     return replace(row, key=digest([*causes, reference] if reference and is_scored(row) else causes))
+
+
+def _cause(workload: Workload) -> dict[str, Any]:
+    """The workload as it stands in a key. Not as it is stored: what schema 1 measured is not to be measured anew."""
+    (prompt_tokens, *more_prompt_tokens), (batch, *more_batch) = workload.prompt_tokens, workload.batches
+    old = {"prompt_tokens": prompt_tokens, "more_prompt_tokens": more_prompt_tokens}
+    old |= {"batch": batch, "more_batch": more_batch}
+    return {name: value for name, value in to_json(workload).items() if name != "batches"} | old
 
 
 def now() -> str:

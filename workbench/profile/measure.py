@@ -20,7 +20,7 @@ from workbench.machine.identity import has_cuda, machine
 from workbench.machine.work import turns, work
 from workbench.plan.make import advice
 from workbench.profile.jobs import now
-from workbench.profile.reference import REFERENCE_MAKER
+from workbench.profile.reference import REFERENCE_MAKER, Reference
 from workbench.profile.turns import TURNS, Turns
 from workbench.quantize.make import Made
 from workbench.recipe.choices import BackendChoice
@@ -35,7 +35,7 @@ OUT_OF_MEMORY = re.compile(
 """Engines' words for a workload that does not fit."""
 
 
-def run_job(recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, show: Show) -> Turns:
+def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Reference] | None, show: Show) -> Turns:
     """Run the job in its engine's interpreter and fill the row in; yields between its turns."""
     module = importlib.import_module(BACKENDS[row.backend])
     job = Job(
@@ -44,13 +44,11 @@ def run_job(recipe: Recipe, made: Made, row: Row, base: dict[str, Any] | None, s
         backend=row.backend,
         options=row.options,
         workload=row.workload,
-        evaluation=row.evaluation,
-        reference=base["path"] if base else None,
-        base_digest=made.base["digest"],
         evaluations=row.evaluations,
+        references={name: each.path for name, each in (references or {}).items()},
+        base_digest=made.base["digest"],
         tasks=row.tasks,
-        references={name: each["path"] for name, each in base["further"].items()} if base else {},
-        turns=1 if has_cuda() else TURNS,
+        rounds=1 if has_cuda() else TURNS,
     )
     threads = str(row.options.get("threads") or len(os.sched_getaffinity(0)))
     environment = {**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}

@@ -27,11 +27,10 @@ class Made:
     """Everything a recipe's jobs need: the base, the tokens, artifacts by variant, and what failed."""
 
     base: dict[str, Any]
-    evaluation: Evaluation | None
     artifacts: dict[str, list[Artifact]]
     failures: dict[str, str]
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    """Further evaluation sets by name."""
+    """Evaluation sets by name, in the recipe's order."""
     tasks: dict[str, Task] = field(default_factory=dict)
 
 
@@ -39,7 +38,7 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     """Base, tokens and the named variants (default: all) of a recipe, made or found in the cache."""
     base = prepare(recipe, show)
     check_context(recipe.workload.longest, int(base.get("context_length") or 0), f"{recipe.path}: workload")
-    tokens = tokenize(recipe, base, show)
+    evaluations, calibration = tokenize(recipe, base, show)
     asked = tasks(recipe, base, show)
     wanted = [v for v in recipe.variants if v.method != "base" and (names is None or v.name in names)]
     artifacts: dict[str, list[Artifact]] = {"base": [base_artifact(base)]}
@@ -54,7 +53,7 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
             lost = ["base", *(v.name for v in wanted if v.method == "gguf")]
             failures |= dict.fromkeys(lost, f"the base has no GGUF form: {problem}")
             show.say(f"converting the base to GGUF failed: {problem}")
-    imatrix, calibrated = run_calibration(recipe, base, tokens.get("calibration"), wanted, show, failures)
+    imatrix, calibrated = run_calibration(recipe, base, calibration, wanted, show, failures)
     for variant in wanted:
         if variant.name in failures:
             continue
@@ -66,4 +65,4 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
         except (WorkFailed, UserError) as problem:
             failures[variant.name] = str(problem)
             show.say(f"{variant.name} failed: {problem}")
-    return Made(base, tokens.get("evaluation"), artifacts, failures, tokens.get("evaluations", {}), asked)
+    return Made(base, artifacts, failures, evaluations, asked)

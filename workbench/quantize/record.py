@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from workbench import __version__
 from workbench.home import entry
 from workbench.machine.identity import program, versions
 from workbench.recipe.load import Recipe
@@ -21,11 +20,15 @@ TOOLS = {
 }
 """Whose versions an artifact depends on."""
 
+ARTIFACT_VERSION = "0.1.0"
+"""Version of the way artifacts are made, a part of every key. Raise it when the same input comes to give other bytes; a
+release by itself makes nothing anew. It was the program's version once, hence its form."""
+
 DTYPE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def artifact_key(base: dict[str, Any], variant: Variant, method: str, more: list[Any]) -> str:
-    return digest([base["digest"], method, variant.options, versions(TOOLS[method]), __version__, more])
+    return digest([base["digest"], method, variant.options, versions(TOOLS[method]), ARTIFACT_VERSION, more])
 
 
 def stored_artifact(key: str, name: str, build: Any) -> Artifact:

@@ -16,24 +16,21 @@ TASKS_VERSION = 1
 """Of the way a task's file becomes token ids."""
 
 
-def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Any]:
-    """`evaluation` (an `Evaluation`), `evaluations` (further ones by name) and `calibration` (`path`, `digest`, ...) of
-    a recipe, as far as it has them."""
+def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> tuple[dict[str, Evaluation], dict[str, Any] | None]:
+    """A recipe's evaluation sets by name, and its calibration (`path`, `digest`, ...), as far as it has them."""
     folder = recipe.path.parent
     sets: list[dict[str, Any]] = []
-    tests = [recipe.evaluation, *recipe.evaluations] if recipe.evaluation else []
-    for test in tests:
+    for name, test in recipe.evaluations.items():
         sets.append(
             {
                 "role": "evaluation",
-                "name": test.name or "evaluation",
+                "name": name,
                 "source": test.source.resolved(folder),
                 "window": test.window,
                 "windows": test.windows,
                 "score": test.score,
                 "stride": test.stride,
                 "seed": 0,
-                "skip_windows": 0,
             }
         )
     if recipe.calibration:
@@ -48,17 +45,17 @@ def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Any]
                 "score": "all",
                 "stride": None,
                 "seed": look.seed,
-                "skip_windows": 0,
             }
         )
     if not sets or base.get("tokenizer") is False:
-        return {}
+        return {}, None
     overlap = bool(recipe.calibration and recipe.calibration.allow_overlap)
     stamps = [_stamp(entry["source"]) for entry in sets]
-    key = digest([base["digest"], sets, overlap, stamps])
-    # The first set is "evaluation", whatever it is called.
-    further = [f"evaluation-{i}" for i in range(2, len(tests) + 1)]
-    places = (["evaluation", *further] if tests else []) + (["calibration"] if recipe.calibration else [])
+    # A key that was there when sets could begin further in; without it all tokens would be made anew.
+    key = digest([base["digest"], [{**each, "skip_windows": 0} for each in sets], overlap, stamps])
+    # Files are named by place: two recipes may name the same tokens differently.
+    places = ["evaluation" if i == 0 else f"evaluation-{i + 1}" for i in range(len(recipe.evaluations))]
+    places += ["calibration"] if recipe.calibration else []
 
     def build(partial: Path) -> dict[str, Any]:
         payload = {
@@ -75,19 +72,12 @@ def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Any]
         return {"sets": dict(zip(places, made["sets"], strict=True)), "cost": cost}
 
     place, record = entry("tokens", key, build)
-    found: dict[str, Any] = {}
-    for role, answer in record["sets"].items():
-        answer = {**answer, "path": str(place / f"{role}.json")}
-        found[role] = answer
-    found["evaluations"] = {}
-    for where, test in zip(places, tests, strict=False):
-        # Two recipes may name the same tokens differently.
-        made = from_json(Evaluation, {**found.pop(where), "name": test.name or "evaluation"})
-        if where == "evaluation":
-            found[where] = made
-        else:
-            found["evaluations"][made.name] = made
-    return found
+    found = {where: {**answer, "path": str(place / f"{where}.json")} for where, answer in record["sets"].items()}
+    evaluations = {
+        name: from_json(Evaluation, {**found[where], "name": name})
+        for where, name in zip(places, recipe.evaluations, strict=False)
+    }
+    return evaluations, found.get("calibration")
 
 
 def tasks(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Task]:

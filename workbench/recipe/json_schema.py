@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from workbench.recipe.model import NAME, Document, Evaluation
+from workbench.recipe.model import NAME, Document, EvaluationModel
 from workbench.worker.backends import BACKENDS, backend_named
 from workbench.worker.methods import METHODS, method_named
 
@@ -48,9 +48,9 @@ def schema() -> dict[str, Any]:
             several = {"type": "array", "items": single, "minItems": 1, "uniqueItems": True}
             options["properties"][axis] = {"anyOf": [single, several]}
         backends[word] = {"anyOf": [options, {"type": "null"}]}
-    one_set = {"$ref": "#/$defs/Evaluation"}
+    one_set = {"$ref": "#/$defs/EvaluationModel"}
     several = {"type": "object", "additionalProperties": one_set, "minProperties": 1}
-    several |= {"propertyNames": {"pattern": NAME, "not": {"enum": list(Evaluation.model_fields)}}}
+    several |= {"propertyNames": {"pattern": NAME, "not": {"enum": list(EvaluationModel.model_fields)}}}
     top["properties"]["evaluation"] = {"anyOf": [one_set, several, {"type": "null"}], "default": None}
     top["properties"]["variants"] = {"type": "array", "items": {"anyOf": forms}, "minItems": 1}
     top["properties"]["backends"] = {

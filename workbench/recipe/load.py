@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from workbench.errors import UserError, did_you_mean, unknown
 from workbench.recipe.choices import BackendChoice, limits_of, meant_by, method_of, parse_backends, parse_variants
 from workbench.recipe.messages import validate
-from workbench.recipe.model import NAME, Base, Calibration, Document, Evaluation, Limits, TaskModel
+from workbench.recipe.model import NAME, Base, Calibration, Document, EvaluationModel, Limits, TaskModel
 from workbench.recipe.yaml_text import MAX_BYTES, parse_yaml
 from workbench.records import Variant, Workload, digest, to_json
 from workbench.worker.backends import BACKENDS
@@ -34,13 +34,12 @@ class Recipe:
     variants: tuple[Variant, ...]
     backends: tuple[BackendChoice, ...]
     calibration: Calibration | None
-    evaluation: Evaluation | None
+    evaluations: dict[str, EvaluationModel]
+    """By name; the first is what tables show."""
     workload: Workload
     limits: Limits
     digest: str
     warnings: tuple[str, ...] = ()
-    evaluations: tuple[Evaluation, ...] = ()
-    """Further sets, each with a name; `evaluation` is the first."""
     tasks: dict[str, TaskModel] = field(default_factory=dict)
 
     def variant(self, name: str) -> Variant:
@@ -103,6 +102,7 @@ def parse(data: Any, path: Path) -> Recipe:
     document = validate(TypeAdapter(Document), data, where, "")
     variants = parse_variants(raw_variants, where)
     backends = parse_backends(raw_backends, where, variants)
+    sets = {test.name or "evaluation": test for test in (document.evaluation, *further) if test}
     warnings = []
     if document.calibration is None:
         # The base stands before what the recipe lists.
@@ -124,8 +124,7 @@ def parse(data: Any, path: Path) -> Recipe:
         variants=variants,
         backends=backends,
         calibration=document.calibration,
-        evaluation=document.evaluation,
-        evaluations=further,
+        evaluations=sets,
         tasks=document.tasks,
         workload=document.workload.workload(),
         limits=document.limits,
@@ -134,17 +133,17 @@ def parse(data: Any, path: Path) -> Recipe:
                 document.model_dump(mode="json"),
                 to_json(variants),
                 to_json(backends),
-                *(each.model_dump(mode="json") for each in further),
+                *(test.model_dump(mode="json") for test in further),
             ]
         ),
         warnings=tuple(warnings),
     )
 
 
-def _evaluations(raw: Any, where: str) -> tuple[Any, tuple[Evaluation, ...]]:
+def _evaluations(raw: Any, where: str) -> tuple[Any, list[EvaluationModel]]:
     """The first evaluation set as it stands in the recipe, still to be checked, and the further ones of a mapping
     from names to sets."""
-    keys = set(Evaluation.model_fields)
+    keys = set(EvaluationModel.model_fields)
     several = (
         isinstance(raw, dict)
         and raw
@@ -153,7 +152,7 @@ def _evaluations(raw: Any, where: str) -> tuple[Any, tuple[Evaluation, ...]]:
         and any(keys & set(value) for value in raw.values())
     )
     if not several:
-        return raw, ()
+        return raw, []
     checked = []
     for name, value in raw.items():
         place = f"evaluation.{name}"
@@ -161,6 +160,6 @@ def _evaluations(raw: Any, where: str) -> tuple[Any, tuple[Evaluation, ...]]:
             raise UserError(f"{where}: {place}: a name has letters, digits, '.', '_' and '-' only, not {name!r}")
         if "name" in value:
             raise UserError(f"{where}: {place}: '{name}' is its name; leave the `name` inside out")
-        checked.append(validate(TypeAdapter(Evaluation), {**value, "name": str(name)}, where, place))
+        checked.append(validate(TypeAdapter(EvaluationModel), {**value, "name": str(name)}, where, place))
     first = next(iter(raw.items()))
-    return {**first[1], "name": str(first[0])}, tuple(checked[1:])
+    return {**first[1], "name": str(first[0])}, checked[1:]

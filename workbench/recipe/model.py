@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from workbench.records import Workload
+from workbench.worker.tokens.conventions import CONVENTIONS, DEFAULT
 
 Word = Annotated[str, Field(min_length=1)]
+if TYPE_CHECKING:
+    Score = str
+else:
+    Score = Literal[tuple(CONVENTIONS)]
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 """What a person may call a recipe, a model, an evaluation set or a task."""
 
@@ -138,22 +143,24 @@ class Source(Strict):
         return given
 
 
-class Evaluation(Strict):
+class EvaluationModel(Strict):
     """Tokens for perplexity: `windows` windows of `window` tokens, scored by a convention."""
 
     name: str | None = None
     source: Source
     window: int = Field(default=512, ge=8)
     windows: int = Field(default=20, ge=1)
-    score: Literal["second-half", "all", "strided"] = "second-half"
+    score: Score = DEFAULT
     stride: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _strided(self) -> Self:
-        if self.score == "strided" and not (self.stride and self.stride < self.window):
-            raise ValueError(f"`score: strided` needs a `stride` from 1 to {self.window - 1}")
-        if self.score != "strided" and self.stride is not None:
-            raise ValueError("a `stride` belongs to `score: strided`")
+        takes_stride = CONVENTIONS[self.score].stride
+        if takes_stride and not (self.stride and self.stride < self.window):
+            raise ValueError(f"`score: {self.score}` needs a `stride` from 1 to {self.window - 1}")
+        if not takes_stride and self.stride is not None:
+            takers = " or ".join(f"`score: {name}`" for name, each in CONVENTIONS.items() if each.stride)
+            raise ValueError(f"a `stride` belongs to {takers}")
         return self
 
 
@@ -246,18 +253,8 @@ class WorkloadModel(Strict):
 
     def workload(self) -> Workload:
         """As the rest of the program has it."""
-        prompts, batches = _several(self.prompt_tokens), _several(self.batch)
-        return Workload(
-            prompt_tokens=prompts[0],
-            new_tokens=self.new_tokens,
-            batch=batches[0],
-            repeats=self.repeats,
-            warmup=self.warmup,
-            seed=self.seed,
-            more_prompt_tokens=prompts[1:],
-            more_batch=batches[1:],
-            requests=self.requests,
-        )
+        given = self.model_dump(exclude={"prompt_tokens", "batch"})
+        return Workload(prompt_tokens=_several(self.prompt_tokens), batches=_several(self.batch), **given)
 
 
 class Document(Strict):
@@ -267,7 +264,7 @@ class Document(Strict):
     model: Annotated[str, Field(pattern=NAME)] | None = None
     base: Base
     calibration: Calibration | None = None
-    evaluation: Evaluation | None = None
+    evaluation: EvaluationModel | None = None
     tasks: dict[Annotated[str, Field(pattern=NAME)], TaskModel] = Field(default_factory=dict)
     workload: WorkloadModel = WorkloadModel()
     limits: Limits = Limits()

@@ -103,14 +103,12 @@ def reference(row: Row) -> str | None:
 
     Divergences from two references, even of one base, are not comparable.
     """
-    quality = row.measurement.quality if row.measurement else None
-    return quality.get("reference_digest") if quality else None
+    return row.quality.get("reference_digest") if row.quality else None
 
 
 def nonfinite(row: Row) -> int | None:
     """Scored tokens whose logits were not finite; they are in no other number. None if not scored."""
-    quality = row.measurement.quality if row.measurement else None
-    return quality_of.nonfinite(quality) if quality else None
+    return quality_of.nonfinite(row.quality) if row.quality else None
 
 
 def _memory(key: str) -> Callable[[Row], float | None]:
@@ -233,7 +231,7 @@ METRICS: dict[str, Metric] = {
 
 def _quality(row: Row) -> dict[str, Any] | None:
     """What the worker found, if it scored a single token."""
-    quality = row.measurement.quality if row.measurement else None
+    quality = row.quality
     return quality if quality and any(window["count"] for window in quality["windows"]) else None
 
 

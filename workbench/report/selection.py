@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from workbench.errors import unknown
-from workbench.records import Row, digest, to_json
+from workbench.records import Row, Workload, digest, to_json
 
 
 class Pair(NamedTuple):
@@ -39,7 +39,7 @@ def labels_of(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
         alike.setdefault(pair[:3], []).append(pair)
     found = {}
     for group in alike.values():
-        told = [rows[pair].options | to_json(rows[pair].workload) for pair in group]
+        told = [rows[pair].options | _words(rows[pair].workload) for pair in group]
         names = [
             name
             for name in dict.fromkeys(n for each in told for n in each)
@@ -49,6 +49,12 @@ def labels_of(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
             words = ", ".join(f"{name} {each[name]}" for name in names if each.get(name) is not None)
             found[pair] = f"{pair.label} ({words})" if words else pair.label
     return found
+
+
+def _words(workload: Workload) -> dict[str, object]:
+    """The workload in a recipe's words, where a list of one is a number."""
+    found = {"batch" if name == "batches" else name: value for name, value in to_json(workload).items()}
+    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in found.items()}
 
 
 BASE = "base"

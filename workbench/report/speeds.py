@@ -21,11 +21,11 @@ def median(samples: Sequence[float]) -> float | None:
     return statistics.median(samples) if samples else None
 
 
-def interval(samples: Sequence[float], turns: Sequence[int] = ()) -> tuple[float, float] | None:
+def interval(samples: Sequence[float], rounds: Sequence[int] = ()) -> tuple[float, float] | None:
     """A 95 % confidence interval of the median of positive samples; None for fewer than two.
 
-    `turns` says how many samples, one after the other, were made in one go. What belongs together drifted together: of
-    several turns each counts once, by the mean of its logarithms, as Student's interval below has it.
+    `rounds` says how many samples, one after the other, were made in one go. What belongs together drifted together: of
+    several rounds each counts once, by the mean of its logarithms, as Student's interval below has it.
 
     Six or more: the order statistics x_(k), x_(n+1-k) with the largest k whose coverage
     1 - 2 * P(Binomial(n, 1/2) < k) is at least 0.95; nothing is assumed of the distribution (David and
@@ -33,9 +33,9 @@ def interval(samples: Sequence[float], turns: Sequence[int] = ()) -> tuple[float
     93.75 %, so below six it is Student's interval of the mean of the logarithms: exact where times scatter
     log-normally, whose median is exp(that mean); it stays positive and always holds the sample median.
     """
-    if len(turns) > 1 and sum(turns) == len(samples) > len(turns):
-        ends = list(itertools.accumulate(turns))
-        each = [samples[end - many : end] for many, end in zip(turns, ends, strict=True)]
+    if len(rounds) > 1 and sum(rounds) == len(samples) > len(rounds):
+        ends = list(itertools.accumulate(rounds))
+        each = [samples[end - many : end] for many, end in zip(rounds, ends, strict=True)]
         spread = interval([math.exp(statistics.fmean(map(math.log, part))) for part in each])
         middle = statistics.median(samples)
         return spread and (min(spread[0], middle), max(spread[1], middle))
@@ -78,13 +78,13 @@ def decode_samples(row: Row) -> list[float]:
 def prefill_interval(row: Row) -> tuple[float, float] | None:
     """The 95 % interval of the median prefill speed."""
     speed = headline(row)
-    return interval(_prefill(speed), speed.turns) if speed else None
+    return interval(_prefill(speed), speed.rounds) if speed else None
 
 
 def decode_interval(row: Row) -> tuple[float, float] | None:
     """The 95 % interval of the median decoding speed."""
     speed = headline(row)
-    return interval(_decode(speed), speed.turns) if speed else None
+    return interval(_decode(speed), speed.rounds) if speed else None
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,14 @@ def points(row: Row) -> list[Point]:
         return []
     for speed in row.measurement.speeds[1:]:
         many = f" b{speed.batch}" if speed.batch > 1 else ""
-        found.append((f"pp{speed.prompt_tokens}{many}", _prefill(speed), speed.turns))
-        found.append((f"tg{speed.new_tokens} @ d{speed.prompt_tokens}{many}", _decode(speed), speed.turns))
+        found.append((f"pp{speed.prompt_tokens}{many}", _prefill(speed), speed.rounds))
+        found.append((f"tg{speed.new_tokens} @ d{speed.prompt_tokens}{many}", _decode(speed), speed.rounds))
     for served in row.measurement.served:
         tokens = sum(served.new_tokens)
         how = "" if served.continuous else " by groups"
         rates = [rate for each in served.seconds if (rate := _rate(tokens, finite_number(each)))]
-        found.append((f"served b{served.slots}{how}", rates, served.turns))
-    return [Point(name, statistics.median(rates), interval(rates, turns)) for name, rates, turns in found if rates]
+        found.append((f"served b{served.slots}{how}", rates, served.rounds))
+    return [Point(name, statistics.median(rates), interval(rates, rounds)) for name, rates, rounds in found if rates]
 
 
 def itl(row: Row, share: float) -> float | None:

@@ -23,13 +23,14 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 from workbench.errors import UserError
 from workbench.records import SCHEMA_VERSION, Row, digest, from_json, to_json
+from workbench.report.migrate import migrate
 from workbench.report.remote import append_remote, brief, remote_contents
 
 FILE_NAME = "rows.jsonl"
@@ -38,9 +39,6 @@ SEGMENTS = "rows-*.jsonl"
 
 Place = Path | str
 """A folder of results, one of its files, or a URL of either."""
-
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""From a stored row of the schema version that is the key to one of the next version."""
 
 
 def machine_of(row: Row) -> str:
@@ -161,23 +159,6 @@ def _rows(places: tuple[Place, ...], warnings: list[str]) -> Iterator[Row]:
                     warnings.append(f"{where}: not a whole row, skipped ({brief(error)})")
 
 
-def migrate(
-    record: dict[str, Any],
-    version: int,
-    target: int = SCHEMA_VERSION,
-    migrations: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = MIGRATIONS,
-) -> dict[str, Any]:
-    """A stored row brought from schema `version` to `target`, step by step.
-
-    Raises `ValueError` if a step is missing.
-    """
-    for step in range(version, target):
-        if step not in migrations:
-            raise ValueError(f"no migration from schema version {step}")
-        record = {**migrations[step](record), "schema_version": step + 1}
-    return record
-
-
 def _is_url(place: Place) -> bool:
     return isinstance(place, str) and "://" in place and not place.startswith("file://")
 
@@ -248,8 +229,8 @@ def _slim(row: Row) -> None:
     row.artifact.tensor_types.clear()
     row.artifact.provenance.pop("tensor_errors", None)
     measurement = row.measurement
-    for quality in [measurement.quality, *measurement.qualities.values()] if measurement else []:
-        for window in (quality or {}).get("windows", ()):
+    for quality in measurement.qualities.values() if measurement else ():
+        for window in quality.get("windows", ()):
             window.pop("kld", None)
             if not window.get("nonfinite"):  # else a paired difference needs to know which tokens
                 window.pop("nll", None)

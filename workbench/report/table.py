@@ -107,13 +107,14 @@ class NoiseFloor:
 
 
 @dataclass(frozen=True)
-class Further:
-    """What the same rows say on another evaluation set of the recipe."""
+class TableOnSet:
+    """What the rows say on one evaluation set."""
 
-    evaluation: Evaluation
+    evaluation: Evaluation | None
     lines: tuple[Line, ...]
-    """One for each line of the table, in its order; those not scored on these tokens have no numbers of quality."""
+    """One for each row, in the table's order; those not scored on these tokens have no numbers of quality."""
     noise_floors: tuple[NoiseFloor, ...]
+    """One a base that was scored on two or more backends."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +122,25 @@ class Table:
     """Comparable rows of one machine, ready to be rendered."""
 
     machine: str
-    evaluation: Evaluation | None
-    lines: tuple[Line, ...]
+    sets: dict[str, TableOnSet]
+    """By evaluation set, as in the newest row; the first is what is shown where there is room for one. One without a
+    name where nothing was to be scored."""
     varying: tuple[Column, ...]
     footnotes: tuple[str, ...]
-    noise_floors: tuple[NoiseFloor, ...]
-    """One a base that was scored on two or more backends."""
     notes: tuple[str, ...]
     """What was left out, and what the numbers rest on."""
-    further: dict[str, Further] = field(default_factory=dict)
-    """Other evaluation sets by name, where the recipe has several; as in its newest row."""
     tasks: dict[str, Task] = field(default_factory=dict)
     """Tasks by name; as in the newest row."""
+
+    @property
+    def first(self) -> TableOnSet:
+        """On the first evaluation set."""
+        return next(iter(self.sets.values()))
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """The rows on the first evaluation set."""
+        return self.first.lines
 
 
 def build(
@@ -166,29 +174,30 @@ def build(
     footnotes: dict[str, int] = {}
     lines, floors = _lines(rows, footnotes)
     lines = tuple(replace(line, tasks=_scores(line.row, lead, rows)) for line in lines)
-    further = {}
-    for name, test in lead.evaluations.items():
-        further[name] = Further(test, *_lines([_on(row, name, test) for row in rows], {}))
+    shown = next((row.evaluation for row in rows if row.evaluation), None)
+    sets = {next(iter(lead.evaluations), shown.name if shown else ""): TableOnSet(shown, lines, floors)}
+    for name, test in [*lead.evaluations.items()][1:]:
+        sets[name] = TableOnSet(test, *_lines([_on(row, name, test) for row in rows], {}))
     for base in dict.fromkeys(line.row.base for line in lines if line.values["perplexity"] is not None):
         if base not in {floor.base for floor in floors}:
             notes.append(f"noise floor unknown: {base} itself was not scored on two backends")
     return Table(
         machine=machine_of(rows[0]),
-        evaluation=next((row.evaluation for row in rows if row.evaluation), None),
-        lines=lines,
+        sets=sets,
         varying=_varying(rows),
         footnotes=tuple(footnotes),
-        noise_floors=floors,
         notes=tuple(notes),
-        further=further,
         tasks=lead.tasks,
     )
 
 
 def workload(row: Row) -> tuple[int, int, int]:
     """Prompt tokens, new tokens and batch that the row's speed columns are about."""
-    point = speeds.headline(row) or row.workload
-    return point.prompt_tokens, point.new_tokens, point.batch
+    speed = speeds.headline(row)
+    if speed is None:
+        prompt_tokens, batch = row.workload.points[0]
+        return prompt_tokens, row.workload.new_tokens, batch
+    return speed.prompt_tokens, speed.new_tokens, speed.batch
 
 
 def device(row: Row) -> str | None:
@@ -199,7 +208,7 @@ def device(row: Row) -> str | None:
 
 def quality_missing(row: Row) -> str | None:
     """Why a measured row has no quality, where that is meant: weights that were drawn at random say nothing."""
-    if row.measurement is None or row.measurement.quality is not None:
+    if row.measurement is None or row.quality is not None:
         return None
     source = row.artifact.provenance.get("source")
     if isinstance(source, dict) and source.get("config"):
@@ -220,12 +229,9 @@ def _lines(rows: Sequence[Row], footnotes: dict[str, int]) -> tuple[tuple[Line, 
 
 
 def _on(row: Row, name: str, test: Evaluation) -> Row:
-    """The row as if a further evaluation set were its only one; without quality if that had other tokens."""
+    """The row as if this evaluation set were its only one; without any if that had other tokens."""
     own = row.evaluations.get(name)
-    same = own is not None and own.digest == test.digest
-    found = row.measurement
-    quality = found.qualities.get(name) if found and same else None
-    return replace(row, evaluation=own if same else None, measurement=found and replace(found, quality=quality))
+    return replace(row, evaluations={name: own} if own is not None and own.digest == test.digest else {})
 
 
 def _scores(row: Row, lead: Row, rows: Sequence[Row]) -> dict[str, Score]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from workbench.sizes import mib_text
+
 
 def amount(value: float, unit: str) -> str:
     """A number with its unit as people read it: bytes as MiB."""
     if unit == "B":
-        return f"{value / 2**20:.1f} MiB"
+        return mib_text(value)
     return f"{value:.4g} {unit}".rstrip()
 
 

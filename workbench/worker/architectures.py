@@ -1,10 +1,10 @@
-"""What the calibration pass must know of a decoder layer: who shares an input, who feeds whom.
+"""The one table of architectures: what the calibration pass, packed files and plans must know of a decoder layer.
 
-Everything else about an architecture is transformers' own code (`calibrate.py` runs its layer classes), so an
-entry here is a few names. AWQ multiplies the columns of a linear layer by scales and divides whatever
+Everything else about an architecture is transformers' own code (the pass runs its layer classes), so an entry says
+only how its layer differs from Llama's. AWQ multiplies the columns of a linear layer by scales and divides whatever
 produced its input by the same; that is exact where the producer is a norm's weight, or a linear layer whose
 output reaches the input by operations that act on each channel alone (attention mixes tokens, not value
-channels; the gate multiplies the up-projection channel by channel). A producer is named by `Feeder`.
+channels; the gate multiplies the up-projection channel by channel). Standard library only: plans read it too.
 
 Rejected: tracing the graph to find the producers. It is longer than the table, and wrong silently where a model
 is unusual; the table refuses what it does not know.
@@ -12,9 +12,9 @@ is unusual; the table refuses what it does not know.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from workbench.errors import UserError, did_you_mean
 
@@ -31,8 +31,116 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 """Where configurations say how many they have."""
 
 
+class Linear(NamedTuple):
+    """A linear layer: its tensor's name in a GGUF block, and which of `Sizes.axes` its rows and columns run over."""
+
+    gguf: str
+    rows: str
+    columns: str
+
+
+SEPARATE = {
+    "self_attn.q_proj": Linear("attn_q", "queries", "hidden"),
+    "self_attn.k_proj": Linear("attn_k", "keys", "hidden"),
+    "self_attn.v_proj": Linear("attn_v", "keys", "hidden"),
+    "self_attn.o_proj": Linear("attn_output", "hidden", "queries"),
+    "mlp.gate_proj": Linear("ffn_gate", "inner", "hidden"),
+    "mlp.up_proj": Linear("ffn_up", "inner", "hidden"),
+    "mlp.down_proj": Linear("ffn_down", "hidden", "inner"),
+}
+"""Llama's linear layers: q, k, v apart, gate and up apart."""
+
+FUSED = {
+    "self_attn.qkv_proj": Linear("attn_qkv", "qkv", "hidden"),
+    "self_attn.o_proj": Linear("attn_output", "hidden", "queries"),
+    "mlp.gate_up_proj": Linear("ffn_up", "gate_up", "hidden"),
+    "mlp.down_proj": Linear("ffn_down", "hidden", "inner"),
+}
+"""Phi-3's: one matrix for q, k, v and one for gate and up."""
+
+
 @dataclass(frozen=True)
-class Feeder:
+class Family:
+    """An entry of the table."""
+
+    linears: Mapping[str, Linear] = field(default_factory=lambda: SEPARATE)
+    """Linear layers of a decoder layer by their names inside it."""
+    norms_around: bool = False
+    """A norm before and one after each half; only the one before produces linear layers' inputs."""
+    one_plus: bool = False
+    """Norms multiply by 1 + weight."""
+    head_norms: bool = False
+    """Queries and keys are normalised head by head."""
+    qkv_bias: bool = False
+    """Biases of q, k and v whatever the configuration says."""
+    tied: bool = False
+    """Whether the output matrix is the embedding where the configuration does not say."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """`eager` where the fast kernel leaves out part of the model's arithmetic (Gemma 2's capped scores)."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """Type of the tensors that stay unquantized; bfloat16 where activations are known to leave float16's range."""
+
+
+_GEMMA = Family(norms_around=True, one_plus=True, tied=True, dtype="bfloat16")
+
+ARCHITECTURES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(head_norms=True),
+    "gemma2": replace(_GEMMA, attention="eager"),
+    "gemma3_text": replace(_GEMMA, head_norms=True),
+    "phi3": Family(linears=FUSED),
+}
+"""A configuration's `model_type` -> how such a model's decoder layer differs from Llama's."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a decoder's `config.json` says of its sizes."""
+
+    model_type: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    """Channels between the two halves of an MLP."""
+    vocab_size: int
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Lengths of the axes that `Linear` names."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "hidden": self.hidden,
+            "queries": queries,
+            "keys": keys,
+            "qkv": queries + 2 * keys,
+            "inner": self.inner,
+            "gate_up": 2 * self.inner,
+        }
+
+
+def sizes_of(config: Mapping[str, Any]) -> Sizes:
+    """The sizes of a configuration; `KeyError`, `TypeError` or `ValueError` where it does not say them."""
+    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    heads = int(config["num_attention_heads"])
+    return Sizes(
+        model_type=str(config.get("model_type", "?")),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        inner=int(config.get("intermediate_size") or 4 * hidden),
+        vocab_size=int(config.get("vocab_size") or 0),
+    )
+
+
+@dataclass(frozen=True)
+class Producer:
     """What produces a linear layer's input, channel by channel."""
 
     module: str
@@ -51,26 +159,26 @@ class Group:
     """Linear layers that share an input, and so a Gram matrix. Names are relative to the decoder layer."""
 
     linears: tuple[str, ...]
-    feeder: Feeder
+    producer: Producer
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model family as the calibration pass sees it."""
+    """One model as the calibration pass sees it."""
 
     model_type: str
+    family: Family
     groups: tuple[Group, ...]
-    gguf: dict[str, str]
-    """Linear layer -> the name of its tensor in a GGUF block, without `.weight`."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """`eager` where the fast kernel leaves out part of the model's arithmetic (Gemma 2's capped scores)."""
-    dtype: Literal["float16", "bfloat16"] = "float16"
-    """Of the tensors that stay unquantized; bfloat16 where activations are known to leave float16's range."""
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """All linear layers of a decoder layer, in table order."""
-        return tuple(name for group in self.groups for name in group.linears)
+        """All linear layers of a decoder layer, in the order of their groups."""
+        return tuple(self.family.linears)
+
+    @property
+    def gguf(self) -> dict[str, str]:
+        """Linear layer -> the name of its tensor in a GGUF block, without `.weight`."""
+        return {name: linear.gguf for name, linear in self.family.linears.items()}
 
 
 @dataclass
@@ -88,7 +196,7 @@ class Layer:
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
-def away(layer: Layer) -> Layer:
+def on_cpu(layer: Layer) -> Layer:
     """The layer in host memory; what variants shared stays behind."""
     return Layer(
         layer.index,
@@ -98,8 +206,8 @@ def away(layer: Layer) -> Layer:
     )
 
 
-def describe(config: dict[str, Any]) -> Architecture:
-    """The table's entry for a model's `config.json`. Raises `UserError` for an architecture it does not have."""
+def describe(config: Mapping[str, Any]) -> Architecture:
+    """A model by its `config.json`. Raises `UserError` for an architecture that the table does not have."""
     kind = str(config.get("model_type", "?"))
     if kind in EXPERTS or any(config.get(key) for key in EXPERT_COUNTS):
         raise UserError(f"model_type '{kind}': AWQ and GPTQ of experts are not supported yet. {WAY_OUT}.")
@@ -110,89 +218,25 @@ def describe(config: dict[str, Any]) -> Architecture:
             f"model_type '{kind}' is not in the calibration pass's table: {hint}{did_you_mean(kind, ARCHITECTURES)} "
             f"{WAY_OUT}."
         )
-    return ARCHITECTURES[kind](config)
-
-
-def _heads(config: dict[str, Any]) -> tuple[int, int, int]:
-    """Query heads, key/value heads, channels of a head."""
-    queries = int(config["num_attention_heads"])
-    values = int(config.get("num_key_value_heads") or queries)
-    return queries, values, int(config.get("head_dim") or int(config["hidden_size"]) // queries)
-
-
-def _separate(
-    config: dict[str, Any], mlp_norm: str = "post_attention_layernorm", one_plus: bool = False, **more: Any
-) -> Architecture:
-    """Llama's layer: q, k, v apart, gate and up apart."""
-    queries, values, head_dim = _heads(config)
+    family, sizes = ARCHITECTURES[kind], sizes_of(config)
+    axes, reads_hidden = sizes.axes, [name for name, linear in family.linears.items() if linear.columns == "hidden"]
+    attention = tuple(name for name in reads_hidden if name.startswith("self_attn."))
+    mlp = tuple(name for name in reads_hidden if name.startswith("mlp."))
+    # Of a fused matrix the last rows are the values, or the up-projection.
+    value_rows = (axes["qkv"] - axes["keys"], axes["qkv"]) if len(attention) == 1 else None
+    up_rows = (axes["inner"], axes["gate_up"]) if len(mlp) == 1 else None
+    mlp_norm = "pre_feedforward_layernorm" if family.norms_around else "post_attention_layernorm"
+    repeats = sizes.heads // sizes.kv_heads
     return Architecture(
-        model_type=str(config["model_type"]),
-        groups=(
-            Group(
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                Feeder("input_layernorm", "norm", one_plus=one_plus),
-            ),
+        kind,
+        family,
+        (
+            Group(attention, Producer("input_layernorm", "norm", one_plus=family.one_plus)),
             Group(
                 ("self_attn.o_proj",),
-                Feeder("self_attn.v_proj", "linear", repeats=queries // values, head_dim=head_dim),
+                Producer(attention[-1], "linear", rows=value_rows, repeats=repeats, head_dim=sizes.head_dim),
             ),
-            Group(("mlp.gate_proj", "mlp.up_proj"), Feeder(mlp_norm, "norm", one_plus=one_plus)),
-            Group(("mlp.down_proj",), Feeder("mlp.up_proj", "linear")),
+            Group(mlp, Producer(mlp_norm, "norm", one_plus=family.one_plus)),
+            Group(("mlp.down_proj",), Producer(mlp[-1], "linear", rows=up_rows)),
         ),
-        gguf={
-            "self_attn.q_proj": "attn_q",
-            "self_attn.k_proj": "attn_k",
-            "self_attn.v_proj": "attn_v",
-            "self_attn.o_proj": "attn_output",
-            "mlp.gate_proj": "ffn_gate",
-            "mlp.up_proj": "ffn_up",
-            "mlp.down_proj": "ffn_down",
-        },
-        **more,
     )
-
-
-def _fused(config: dict[str, Any]) -> Architecture:
-    """Phi-3's layer: one matrix for q, k, v and one for gate and up."""
-    queries, values, head_dim = _heads(config)
-    first_value, inner = (queries + values) * head_dim, int(config["intermediate_size"])
-    return Architecture(
-        model_type=str(config["model_type"]),
-        groups=(
-            Group(("self_attn.qkv_proj",), Feeder("input_layernorm", "norm")),
-            Group(
-                ("self_attn.o_proj",),
-                Feeder(
-                    "self_attn.qkv_proj",
-                    "linear",
-                    rows=(first_value, first_value + values * head_dim),
-                    repeats=queries // values,
-                    head_dim=head_dim,
-                ),
-            ),
-            Group(("mlp.gate_up_proj",), Feeder("post_attention_layernorm", "norm")),
-            Group(("mlp.down_proj",), Feeder("mlp.gate_up_proj", "linear", rows=(inner, 2 * inner))),
-        ),
-        gguf={
-            "self_attn.qkv_proj": "attn_qkv",
-            "self_attn.o_proj": "attn_output",
-            "mlp.gate_up_proj": "ffn_up",
-            "mlp.down_proj": "ffn_down",
-        },
-    )
-
-
-def _gemma(config: dict[str, Any], **more: Any) -> Architecture:
-    """Gemma's layer: a norm before and after each half; only the one before feeds linear layers."""
-    return _separate(config, mlp_norm="pre_feedforward_layernorm", one_plus=True, dtype="bfloat16", **more)
-
-
-ARCHITECTURES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
-    "llama": _separate,
-    "mistral": _separate,
-    "qwen2": _separate,
-    "qwen3": _separate,
-    "gemma2": lambda config: _gemma(config, attention="eager"),
-    "gemma3_text": _gemma,
-    "phi3": _fused,
-}

@@ -65,10 +65,8 @@ def shown_columns(table: Table, detail: int) -> list[_Column]:
             spreads = [_spread(line, name) for line in lines]
             cells = tuple(f"{cell} {spread}".strip() for cell, spread in zip(cells, _padded(spreads), strict=True))
         columns.append(_Column((*heading, "t/s"), cells))
-    own = (_plain(table.evaluation.name),) if table.evaluation and table.further else ()
-    columns += _quality(lines, detail, own)
-    for name, further in table.further.items():
-        columns += _quality(further.lines, detail, (_plain(name),))
+    for name, own in table.sets.items():
+        columns += _quality(own.lines, detail, (_plain(name),) if len(table.sets) > 1 else ())
     for name in table.tasks:
         scores = [line.tasks.get(name) for line in lines]
         columns.append(_Column((_plain(name), "acc %"), tuple(_accuracy(score, detail > 1) for score in scores)))
@@ -208,8 +206,8 @@ def subtitle(table: Table) -> list[str]:
         prompt_tokens, new_tokens, batch = points.pop()
         count = f", {repeats.pop()} repeats" if len(repeats) == 1 else ""
         texts.append(f"speed: {prompt_tokens} prompt tokens, then {new_tokens} new ones, batch {batch}{count}")
-    for e in [table.evaluation, *(further.evaluation for further in table.further.values())]:
-        if e:
+    for own in table.sets.values():
+        if e := own.evaluation:
             windows = f"{e.windows} windows of {e.window} tokens"
             texts.append(f"perplexity: {e.name}, {windows}, {_convention(e)}, {e.scored_tokens} tokens")
     if table.tasks:
@@ -222,8 +220,7 @@ def subtitle(table: Table) -> list[str]:
     texts.append("± after a speed: 95 % interval of the median; elsewhere: one standard error, by windows")
     if any(line.values["kld_mean"] is not None for line in table.lines):
         texts.append("KLD: mean divergence from the base, nats a token; same top: its likeliest token is the base's")
-    sets = [table.lines, *(further.lines for further in table.further.values())]
-    doubtful = any(_in_the_noise(line) for lines in sets for line in lines)
+    doubtful = any(_in_the_noise(line) for own in table.sets.values() for line in own.lines)
     rest = [line for line in table.lines if line.row.artifact.method != BASE]
     if doubtful or any(score.below_noise_floor for line in rest for score in line.tasks.values()):
         texts.append("~: below the noise floor, within the base's spread over the engines or not distinct from 0")
@@ -242,9 +239,9 @@ def _convention(e: Evaluation) -> str:
 
 def remarks_of(table: Table) -> list[str]:
     texts = []
-    floors = [("", floor) for floor in table.noise_floors]
-    floors += [(f" on {name}", floor) for name, further in table.further.items() for floor in further.noise_floors]
-    for where, floor in floors:
+    floors = [(name, floor) for name, own in table.sets.items() for floor in own.noise_floors]
+    for name, floor in floors:
+        where = "" if table.sets[name] is table.first else f" on {name}"
         texts.append(
             f"noise floor{where}: {floor.base} has perplexity {floor.low:.4f} to {floor.high:.4f} on "
             f"{', '.join(floor.backends)}: {100 * floor.relative:.3f} % apart"

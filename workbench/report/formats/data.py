@@ -62,7 +62,7 @@ def objects(table: Table) -> list[dict[str, Any]]:
     found = []
     for place, line in enumerate(table.lines):
         record = _object(line)
-        record["evaluations"] = {name: _quality(each.lines[place]) for name, each in table.further.items()}
+        record["evaluations"] = {name: _quality(each.lines[place]) for name, each in [*table.sets.items()][1:]}
         record["tasks"] = {name: _score(line.tasks.get(name), task) for name, task in table.tasks.items()}
         found.append(record)
     return found

@@ -84,14 +84,14 @@ def columns(table: Table) -> list[Column]:
         number("kld_p99", "KLD 99 %", "nat", 1, ".3f"),
         number("top1_agreement", "same top", "%", 0.01, ".2f", se("top1_agreement", ".2f", 0.01)),
     ]
-    found += [_further(name, table) for name in table.further]
+    found += [_perplexity_on(name, table) for name in [*table.sets][1:]]
     found += [_task(name) for name in dict.fromkeys(name for line in table.lines for name in line.tasks)]
     return [column for column in found if any(column.value(line) is not None for line in table.lines)]
 
 
-def _further(name: str, table: Table) -> Column:
+def _perplexity_on(name: str, table: Table) -> Column:
     """The perplexity on another evaluation set of the recipe."""
-    lines = {line.row.key: line for line in table.further[name].lines}
+    lines = {line.row.key: line for line in table.sets[name].lines}
 
     def error(line: Line) -> str:
         se = lines[line.row.key].errors.get("perplexity")

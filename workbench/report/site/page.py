@@ -151,7 +151,7 @@ def steps_list(steps: Sequence[Step]) -> str:
 
 def _floor_section(table: Table) -> str:
     items = []
-    for floor in table.noise_floors:
+    for floor in table.first.noise_floors:
         items.append(
             f"<li>{_e(floor.base)} itself has perplexity <span data-v='{floor.low!r}'>{floor.low:.4f}</span> to "
             f"<span data-v='{floor.high!r}'>{floor.high:.4f}</span> on {_e(', '.join(floor.backends))}, "
@@ -190,8 +190,8 @@ def _origin_section(table: Table) -> str:
     items.append(("recipe", ", ".join(recipes)))
     points = dict.fromkeys("{} prompt tokens, {} new ones, batch {}".format(*workload(row)) for row in rows)
     items.append(("workload", "; ".join(points) + f"; {newest.workload.repeats} repeats"))
-    if table.evaluation:
-        e = table.evaluation
+    if table.first.evaluation:
+        e = table.first.evaluation
         items.append(
             (
                 "evaluation",

@@ -186,9 +186,7 @@ def _scatter_marks(
         if x is None or y is None:
             continue
         error = line.errors["perplexity"]
-        windows = (
-            len(line.row.measurement.quality["windows"]) if line.row.measurement and line.row.measurement.quality else 0
-        )
+        windows = len(line.row.quality["windows"]) if line.row.quality else 0
         spread = statistics.interval(statistics.Estimate(y, error, windows)) if error and windows > 1 else None
         if spread and spread[0] <= 0:
             spread = None

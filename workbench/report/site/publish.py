@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from workbench.disk import write_whole
 from workbench.errors import UserError
 from workbench.records import Row, digest
 from workbench.report import units
@@ -181,9 +181,7 @@ def _slug(name: str) -> str:
 def _write(path: Path, content: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(content, encoding="utf-8", errors="replace")
-        partial.replace(path)
+        write_whole(path, content.encode("utf-8", "replace"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}). Name another folder to publish to") from None
 

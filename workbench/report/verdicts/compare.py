@@ -391,7 +391,7 @@ def _quality_change(name: str, old: Row, new: Row) -> Found | None:
 
 def _paired_mean(old: Row, new: Row, total: str, count: str) -> statistics.Estimate | None:
     """The change of a mean a token, with the error of the difference over windows (Cochran, as in `statistics`)."""
-    sides = [row.measurement.quality["windows"] for row in (old, new) if row.measurement and row.measurement.quality]
+    sides = [row.quality["windows"] for row in (old, new) if row.quality]
     if len(sides) < 2 or len(sides[0]) != len(sides[1]):
         return None
     means, residuals = [], [0.0] * len(sides[0])

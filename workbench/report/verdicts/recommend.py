@@ -29,6 +29,7 @@ from workbench.report import estimates as statistics
 from workbench.report import metrics
 from workbench.report.selection import BASE
 from workbench.report.table import Line, Table, device
+from workbench.sizes import size_text
 
 ORDERS = {
     "speed": ("speed", "quality", "memory", "size"),
@@ -38,21 +39,6 @@ ORDERS = {
 }
 """What `--sort` may be, and what decides where it does not."""
 
-UNITS = {
-    "B": 1,
-    "kB": 1e3,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "TB": 1e12,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-    "K": 2**10,
-    "M": 2**20,
-    "G": 2**30,
-}
 TOLERANCE = 0.01
 """Relative: memory and size nearer than this are alike."""
 
@@ -111,7 +97,7 @@ def recommend(table: Table, wishes: Wishes, command: Callable[[Row], str | None]
     known = {line.row.backend for line in table.lines}
     if wishes.backend is not None and wishes.backend not in known:
         raise unknown("backend", wishes.backend, known, "results")
-    floors = {floor.base: floor.spread for floor in table.noise_floors}
+    floors = {floor.base: floor.spread for floor in table.first.noise_floors}
     fitting: list[Candidate] = []
     measured: list[Candidate] = []
     rejected: dict[str, tuple[str, ...]] = {}
@@ -166,14 +152,6 @@ def memory_bytes(line: Line) -> float | None:
     """What must be there to run it: device memory where it ran on one, else the processes' peak."""
     vram = line.values["peak_vram_bytes"]
     return vram if vram and device(line.row) != "cpu" else line.values["peak_rss_bytes"]
-
-
-def parse_size(text: str, option: str) -> float:
-    """`8GiB`, `8 GB`, `800M` in bytes; a bare number is refused, because nobody knows what it means."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if match is None or match[2] not in UNITS:
-        raise UserError(f"{option} {text}: write a size with its unit, such as 8GiB or 800MB")
-    return float(match[1]) * UNITS[match[2]]
 
 
 def parse_share(text: str, option: str) -> tuple[float | None, float | None]:
@@ -249,8 +227,8 @@ def _limits(line: Line, wishes: Wishes, spread: float) -> tuple[list[str], list[
         elif value > limit:
             doubts.append(f"{what} {show(value)} is over {show(limit)}, but by no more than noise")
 
-    at_most(memory_bytes(line), wishes.memory_bytes, "memory", _bytes, 0.0)
-    at_most(line.values["disk_bytes"], wishes.size_bytes, "size", _bytes, 0.0)
+    at_most(memory_bytes(line), wishes.memory_bytes, "memory", size_text, 0.0)
+    at_most(line.values["disk_bytes"], wishes.size_bytes, "size", size_text, 0.0)
     perplexity = line.values["perplexity"]
     if wishes.max_perplexity is not None:
         relative, noise = None, 0.0
@@ -362,14 +340,10 @@ def _numbers(line: Line) -> str:
         else:
             parts.append(f"perplexity {perplexity:.3f}")
     if memory is not None:
-        parts.append(f"{_bytes(memory)} memory")
+        parts.append(f"{size_text(memory)} memory")
     if line.values["disk_bytes"]:
-        parts.append(f"{_bytes(line.values['disk_bytes'])} on disk")
+        parts.append(f"{size_text(line.values['disk_bytes'])} on disk")
     return ", ".join(parts)
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB" if value >= 2 * 2**30 else f"{value / 2**20:.0f} MiB"
 
 
 def _plain(words: str) -> str:

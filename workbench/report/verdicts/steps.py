@@ -123,7 +123,7 @@ def series_like(table: Table, series: Sequence[Series]) -> list[Series]:
     """Those that a table's lines are the latest points of."""
     pairs = {pair_of(line.row) for line in table.lines}
     versions = {line.row.measurement_version for line in table.lines}
-    digest = table.evaluation.digest if table.evaluation else ""
+    digest = table.first.evaluation.digest if table.first.evaluation else ""
     return [
         one
         for one in series

@@ -150,13 +150,14 @@ class Engine:
         self._slots = self._room = 0
         self._seen = (0, 0)
         self._view: Any = None
-        generated = load.prompt_tokens + load.new_tokens - 1  # the last one is chosen, never fed
-        self._first_point, self._point_lines = (load.batch, generated), list[str]()
+        prompt_tokens, batch = load.points[0]
+        generated = prompt_tokens + load.new_tokens - 1  # the last one is chosen, never fed
+        self._first_point, self._point_lines = (batch, generated), list[str]()
         if job.longest_window:
             # Scored before anything is timed; with single sequences one context does for both.
-            self.prepare(1, max(job.longest_window, generated if load.batch == 1 else 0))
+            self.prepare(1, max(job.longest_window, generated if batch == 1 else 0))
         else:
-            self.prepare(load.batch, generated)
+            self.prepare(batch, generated)
 
     def prepare(self, batch: int, tokens: int) -> None:
         """A context for so many sequences of so many tokens that are fed, unless there is one."""

@@ -230,7 +230,7 @@ def _safe_dtype(config: Any) -> str:
     from workbench.worker.architectures import describe
 
     try:
-        return describe(config.to_dict()).dtype
+        return describe(config.to_dict()).family.dtype
     except UserError:
         return "bfloat16"
 

@@ -315,8 +315,9 @@ class Engine:
             width = 4 if self._dtype == "float32" else 2
             sizes["weights"] = artifact.parameters * width if artifact.format == "safetensors" else artifact.disk_bytes
         width = 1 if self._job.options.get("kv_cache") == "fp8" else 4 if self._dtype == "float32" else 2
-        blocks = -(-(load.prompt_tokens + load.new_tokens) // KV_BLOCK_TOKENS)
-        return sizes | {"kv_cache": load.batch * blocks * KV_BLOCK_TOKENS * _kv_values(artifact.path) * width}
+        prompt_tokens, batch = load.points[0]
+        blocks = -(-(prompt_tokens + load.new_tokens) // KV_BLOCK_TOKENS)
+        return sizes | {"kv_cache": batch * blocks * KV_BLOCK_TOKENS * _kv_values(artifact.path) * width}
 
     def settings(self) -> dict[str, Any]:
         """Device, dtype, threads."""

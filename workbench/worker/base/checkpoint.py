@@ -11,7 +11,6 @@ Rejected: safetensors' own reader for the headers. It says that a file is bad bu
 from __future__ import annotations
 
 import json
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,17 +197,3 @@ def main_dtype(tensors: dict[str, StoredTensor]) -> str:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size_bytes
     main = max(sizes, key=lambda dtype: sizes[dtype])
     return DTYPES.get(main, main.lower())
-
-
-def license_of(path: Path) -> str | None:
-    """The license that a model card's front matter names."""
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    match = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    fields = (
-        dict(re.findall(r"^(license(?:_name)?):\s*['\"]?([^'\"\n]+?)['\"]?\s*$", match[1], re.MULTILINE))
-        if match
-        else {}
-    )
-    return fields.get("license_name") if fields.get("license") == "other" else fields.get("license")

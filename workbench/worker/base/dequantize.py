@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from workbench.disk import need_space
+from workbench.disk import need_room
 from workbench.errors import UserError, install_with
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import DTYPES, context_tokens, read_json
@@ -41,7 +41,7 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> str | No
     dtype = DTYPES[main] if main in DTYPES and _fits(reader, types, main) else "float32"
     parameters = sum(int(t.n_elements) for t in reader.tensors)
     out.mkdir(parents=True, exist_ok=True)
-    need_space(out, parameters * (4 if dtype == "float32" else 2))
+    need_room(out, parameters * (4 if dtype == "float32" else 2))
 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig

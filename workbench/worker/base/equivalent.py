@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
+from workbench.front_matter import fields_of, licence_of
 from workbench.worker import Progress
-from workbench.worker.base.checkpoint import NOT_WEIGHTS, TOKENIZER_FILES, StoredTensor, license_of
+from workbench.worker.base.checkpoint import NOT_WEIGHTS, TOKENIZER_FILES, StoredTensor
 from workbench.worker.base.saving import copy_side_files, for_both_readers, write_card, write_json, write_weights
 
 # For each weight of a Llama layer: what its rows and columns run over, the factors that its rows are multiplied
@@ -135,12 +136,10 @@ def write_equivalent(
     write_json(out / "config.json", for_both_readers(changed))
     copy_side_files(path, out, ("generation_config.json", *TOKENIZER_FILES))
     card = path / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    named = re.search(r"^model_name:\s*(.+)$", text, re.MULTILINE)
     write_card(
         out,
-        named[1].strip() if named else path.name,
-        license_of(path),
+        str(fields_of(card).get("model_name") or path.name),
+        licence_of(card),
         f"The same function as its source (seed {seed}): channels rescaled against each other, hidden size "
         f"{old['hidden']} padded with zeros to {new['hidden']}. Made by the Workbench so that no weight "
         "sits on an older quantization's grid and every block size divides every row.",

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from workbench.disk import need_space
+from workbench.disk import need_room
+from workbench.front_matter import block
 from workbench.worker import Progress
 
 SHARD_BYTES = 2_000_000_000
@@ -53,35 +54,30 @@ def write_weights(
 ) -> None:
     """Write tensors one shard at a time, sharded and indexed as transformers does; `make(name)` gives each."""
     import torch
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
 
     item_bytes = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     sizes = {name: math.prod(shape) * item_bytes for name, shape in shapes.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
     total = sum(sizes.values())
-    need_space(out, total)
-    weight_map, done = {}, 0
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    need_room(out, total)
+    shards = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
+    )
+    done = 0
+    for file, names in shards.filename_to_tensors.items():
         content = {}
         for name in names:
             tensor = make(name)
             if tuple(tensor.shape) != shapes[name]:
                 raise AssertionError(f"{name} came out as {tuple(tensor.shape)}, planned {shapes[name]}")
             content[name] = tensor.to(getattr(torch, dtype)).contiguous()
-            weight_map[name] = file
             done += sizes[name]
             progress(done, total, text)
         save_file(content, out / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_json(out / "model.safetensors.index.json", index)
 
 
 def copy_side_files(source: Path, out: Path, names: tuple[str, ...]) -> None:
@@ -92,7 +88,5 @@ def copy_side_files(source: Path, out: Path, names: tuple[str, ...]) -> None:
 
 def write_card(out: Path, name: str, license_name: str | None, text: str) -> None:
     """A model card: converters take the model's name and license from it."""
-    head = [f"license: {license_name.lower()}"] if license_name else []
-    (out / "README.md").write_text(
-        "\n".join(["---", *head, f"model_name: {name}", "---", "", text, ""]), encoding="utf-8"
-    )
+    head = block({"license": license_name.lower() if license_name else None, "model_name": name})
+    (out / "README.md").write_text(f"{head}\n{text}\n", encoding="utf-8")

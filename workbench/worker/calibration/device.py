@@ -4,9 +4,9 @@ Matrix products of the forward pass take bfloat16 inputs where the processor mul
 fast; the residual stream, norms and Grams stay float32), else float32. Everything made of a Gram matrix is float32
 proper: TF32 keeps ten bits of each factor, and a Cholesky factor of a matrix so rounded is another matrix's.
 
-One device is enough for any base: only one layer is ever on it. What a layer's quantizing cannot fit there is done
-in host memory instead (`elsewhere`). Rejected: spreading a layer's matrices over several devices, which would only
-help where one layer with its Grams fills a device.
+One device is enough for any base: only one layer is ever on it. A layer whose quantizing does not fit there is
+quantized in host memory (`with_cpu_fallback`). Rejected: spreading a layer's matrices over several devices, which
+would only help where one layer with its Grams fills a device.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def synchronize(device: Any) -> None:
         torch.cuda.synchronize(device)
 
 
-def elsewhere(attempt: Callable[[], Any], again: Callable[[], Any], device: Any) -> tuple[Any, bool]:
-    """`attempt()`, or where the device's memory does not hold that, `again()`, and whether it came to that."""
+def with_cpu_fallback(attempt: Callable[[], Any], fallback: Callable[[], Any], device: Any) -> tuple[Any, bool]:
+    """`attempt()`, or where the device's memory does not hold that, `fallback()`, and whether it came to that."""
     import torch
 
     try:
@@ -83,4 +83,4 @@ def elsewhere(attempt: Callable[[], Any], again: Callable[[], Any], device: Any)
         pass
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return again(), True
+    return fallback(), True

@@ -107,7 +107,7 @@ class Checkpoint:
 
 def plan_of(weights: Weights, method: CalibratedMethod, options: Any) -> tuple[Plan, dict[str, str]]:
     """The tensors that a method with these options makes of a base, and what each tensor of the base becomes."""
-    kept = {"float16": "F16", "bfloat16": "BF16"}[weights.architecture.dtype]
+    kept = {"float16": "F16", "bfloat16": "BF16"}[weights.architecture.family.dtype]
     linears = set(weights.architecture.linears)
     plan: Plan = {}
     types: dict[str, str] = {}
@@ -167,7 +167,7 @@ def finish(checkpoint: Checkpoint, weights: Weights, method: CalibratedMethod, o
         if (weights.folder / name).is_file():
             shutil.copyfile(weights.folder / name, out / name)
     config = {key: value for key, value in weights.config.items() if key not in ("dtype", "torch_dtype")}
-    config["dtype"] = weights.architecture.dtype
+    config["dtype"] = weights.architecture.family.dtype
     quantization = method.quantization_config(options)
     config["quantization_config"] = quantization
     if weights.tied:

@@ -8,12 +8,12 @@ tensors are written.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from workbench.disk import write_whole
 from workbench.records import digest
 from workbench.worker.calibration.device import name_of
 from workbench.worker.calibration.layout import Checkpoint, reserve
@@ -60,9 +60,7 @@ class Work:
             "errors": self.errors,
             "warnings": self.warnings,
         }
-        fresh = self.folder / "progress.json.new"
-        fresh.write_text(json.dumps(note), encoding="utf-8")
-        os.replace(fresh, self.folder / "progress.json")
+        write_whole(self.folder / "progress.json", json.dumps(note))
 
     def keep_importance(self, layer: int, grams: dict[str, Any]) -> None:
         """Store the diagonals of a layer's Gram matrices."""

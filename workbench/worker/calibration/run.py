@@ -24,8 +24,14 @@ from typing import Any
 from workbench.disk import disk_faults
 from workbench.errors import UserError, unknown
 from workbench.worker import Progress
-from workbench.worker.architectures import LAYERS, Layer, away
-from workbench.worker.calibration.device import choose_device, choose_precision, elsewhere, exact_products, synchronize
+from workbench.worker.architectures import LAYERS, Layer, on_cpu
+from workbench.worker.calibration.device import (
+    choose_device,
+    choose_precision,
+    exact_products,
+    synchronize,
+    with_cpu_fallback,
+)
 from workbench.worker.calibration.layout import Checkpoint, check_shapes, finish, plan_of
 from workbench.worker.calibration.resume import Work, key_of, open_work
 from workbench.worker.calibration.walk import Skeleton, forward
@@ -173,9 +179,9 @@ def _variant(entry: dict[str, Any], weights: Weights) -> _Variant:
 def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> dict[str, Any]:
     """A layer's tensors as a variant stores them; its errors and warnings go into `work`."""
     prefix = f"{LAYERS}.{layer.index}."
-    (made, errors, warnings), moved = elsewhere(
+    (made, errors, warnings), moved = with_cpu_fallback(
         lambda: variant.method.quantize(layer, variant.options),
-        lambda: variant.method.quantize(away(layer), variant.options),
+        lambda: variant.method.quantize(on_cpu(layer), variant.options),
         device,
     )
     synchronize(device)

@@ -30,7 +30,7 @@ class Skeleton:
         self.device, self.windows = device, windows
         self.config = AutoConfig.from_pretrained(weights.folder)
         self.config.use_cache = False
-        attention = {"attn_implementation": weights.architecture.attention, "dtype": torch.float32}
+        attention = {"attn_implementation": weights.architecture.family.attention, "dtype": torch.float32}
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(self.config, **attention)
         self.layers = whole.model.layers

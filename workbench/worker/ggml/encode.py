@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, install_with
+from workbench.errors import UserError, cannot_import
 from workbench.worker import Progress
 from workbench.worker.ggml.index import library
 
@@ -58,12 +58,12 @@ def place_of(encoder: str) -> Place | None:
         from workbench.worker.kernels import import_kernels
 
         import_kernels()
-    except (ModuleNotFoundError, UserError) as problem:
+    except (ImportError, UserError) as problem:
         if encoder == "auto":
             return None
         if isinstance(problem, UserError):
             raise
-        raise install_with(f"torch (encoder: workbench; module '{problem.name}')", "pip install torch") from None
+        raise cannot_import("torch (encoder: workbench)", problem, "pip install torch") from None
     if torch.cuda.is_available():
         return Place("cuda", torch.cuda.get_device_name())
     return Place("cpu", "cpu") if encoder == "workbench" else None

@@ -12,7 +12,7 @@ import importlib
 import json
 from typing import Any
 
-from workbench.errors import install_with
+from workbench.errors import cannot_import
 from workbench.records import Evaluation, Job, Measurement, from_json, to_json
 from workbench.worker.backends import BACKENDS
 from workbench.worker.measure import answers, resident, timing
@@ -24,10 +24,12 @@ from workbench.worker.tokens.spelling import check_spelling
 def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """Worker: payload `{"job": Job}`; returns a `Measurement` as JSON."""
     job: Job = from_json(Job, payload["job"])
-    windows = _windows(job)
+    sets = {name: _windows_of(test) for name, test in job.evaluations.items()}
+    first = next(iter(sets), "")
+    windows = sets.get(first, [])
     workload = job.workload
-    rounds = len(workload.points) + (len(workload.batches) if workload.requests else 0)
-    steps = len(windows) + rounds * workload.repeats + 1
+    timed_points = len(workload.points) + (len(workload.batches) if workload.requests else 0)
+    steps = len(windows) + timed_points * workload.repeats + 1
     progress(0, steps, "loading")
     start = timing.now()
     module = _engine(job)
@@ -40,20 +42,16 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     load_s = timing.now() - start
     memory["peak_load"] = resident.peak_bytes()
 
-    quality, score_s = None, None
-    if job.evaluation is not None:
-        check_spelling(job.evaluation.path, engine.spell, job.artifact.variant)
-        spec = {"windows": job.evaluation.path, "reference": job.reference, "base": job.base_digest}
-        progress(1, steps, "scoring")
+    qualities, score_s = {}, None
+    for name, test in job.evaluations.items():
+        if name == first:
+            check_spelling(test.path, engine.spell, job.artifact.variant)
+        spec = {"windows": test.path, "reference": job.references.get(name), "base": job.base_digest}
+        progress(1, steps, "scoring" if name == first else f"scoring {name}")
         start = timing.now()
-        found = engine.score(_watched(windows, progress, steps), spec)
-        score_s = timing.now() - start
-        quality = compact(found, job.artifact.method == "base")
-    qualities = {}
-    for name, further in job.evaluations.items():
-        progress(1, steps, f"scoring {name}")
-        spec = {"windows": further.path, "reference": job.references.get(name), "base": job.base_digest}
-        qualities[name] = compact(engine.score(_windows_of(further), spec), job.artifact.method == "base")
+        found = engine.score(_watched(sets[name], progress, steps) if name == first else sets[name], spec)
+        score_s = score_s or timing.now() - start
+        qualities[name] = compact(found, job.artifact.method == "base")
     answered = {}
     for name, task in job.tasks.items():
         progress(1, steps, f"task {name}")
@@ -69,7 +67,7 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     before = resident.resident_bytes()
     exact = resident.forget_peak()
     meter, speeds, served, probes = Meter(), [], [], list[float]()
-    for share in timing.shares(workload.repeats, job.turns):
+    for share in timing.shares(workload.repeats, job.rounds):
         if share.start:
             progress.turn()
         timed, probed = timing.speeds(
@@ -82,10 +80,10 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     conditions["probe_s"] = probes
     settings = engine.settings()
     warnings = settings.pop("warnings", [])
-    for name, each in (({"": quality} if quality else {}) | qualities).items():
+    for name, each in qualities.items():
         bad = sum(window["nonfinite"] for window in each["windows"])
         total = bad + sum(window["count"] for window in each["windows"])
-        where = f" of {name}" if name else ""
+        where = "" if name == first else f" of {name}"
         if bad == total:
             raise ValueError(f"all {total} scored positions{where} have NaN or infinite logits")
         if bad:
@@ -97,7 +95,6 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
         load_s=load_s,
         speeds=timing.joined(speeds),
         served=timing.joined(served),
-        quality=quality,
         qualities=qualities,
         tasks=answered,
         memory=_memory(engine.memory(), memory, before),
@@ -116,12 +113,12 @@ def refer(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     `ValueError` if no scored position has finite logits: nothing could be compared with that.
     """
     job: Job = from_json(Job, payload["job"])
-    assert job.evaluation is not None
-    windows = _windows(job)
+    (evaluation,) = job.evaluations.values()
+    windows = _windows_of(evaluation)
     progress(0, len(windows), "loading")
     engine = _engine(job).Engine(job)
     spec = {
-        "windows": job.evaluation.path,
+        "windows": evaluation.path,
         "make_reference": payload["out"],
         "base": job.base_digest,
         "per_token": False,
@@ -137,17 +134,13 @@ def _engine(job: Job) -> Any:
     module = importlib.import_module(BACKENDS[job.backend])
     try:
         module.load_engine()
-    except ModuleNotFoundError as error:
-        raise install_with(f"{job.backend} (module '{error.name}')", module.INSTALL) from None
+    except ImportError as error:
+        raise cannot_import(job.backend, error, module.INSTALL) from None
     return module
 
 
-def _windows(job: Job) -> list[tuple[int, list[int], int]]:
-    """(index, ids, first scored position) of every evaluation window."""
-    return _windows_of(job.evaluation) if job.evaluation else []
-
-
 def _windows_of(evaluation: Evaluation) -> list[tuple[int, list[int], int]]:
+    """(index, ids, first scored position) of every window."""
     with open(evaluation.path) as file:
         stored = json.load(file)
     return [(i, ids, first) for i, (ids, first) in enumerate(zip(stored["windows"], stored["score_from"], strict=True))]

@@ -1,8 +1,8 @@
 """Clocks: how long an engine takes for a workload's points, and how fast the machine is meanwhile.
 
 `profile.py` decides what is measured and in what order; this is the only file that looks at a clock. Everything
-takes the clock as an argument, so that a test can turn it (`tests/worker/test_timing.py`). A point is timed after a
-warm-up of its own, with prompts that no cache has seen, and every repeat is kept.
+takes the clock as an argument, so that a test can turn it. A point is timed after a warm-up of its own, with
+prompts that no cache has seen, and every repeat is kept.
 
 Beside each repeat stands how long a fixed piece of work took just before it (`probe`): where clocks cannot be
 read, as in most virtual machines, that is what shows a processor that throttles or is shared.
@@ -49,10 +49,10 @@ def prompts(
     return [[text[s : s + prompt_tokens] for s in row] for row in starts]
 
 
-def shares(repeats: int, turns: int) -> list[range]:
-    """The repeats of each turn, as even as can be; no turn is empty."""
-    turns = max(1, min(turns, repeats))
-    ends = [repeats * (turn + 1) // turns for turn in range(turns)]
+def shares(repeats: int, rounds: int) -> list[range]:
+    """The repeats of each round, as even as can be; no round is empty."""
+    rounds = max(1, min(rounds, repeats))
+    ends = [repeats * (i + 1) // rounds for i in range(rounds)]
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -99,7 +99,7 @@ def speeds(
                 step_s=[sample[1] for sample in samples],
                 step_tokens=[sample[2] for sample in samples],
                 energy_j=joules,
-                turns=[len(share)],
+                rounds=[len(share)],
             )
         )
     return found, probes
@@ -124,12 +124,13 @@ def served(
     if not workload.requests:
         return found
     chance = random.Random(workload.seed + 1)
+    prompt_tokens = workload.prompt_tokens[0]
     low, high = max(1, workload.new_tokens // 2), max(1, workload.new_tokens * 3 // 2)
     for salt, slots in enumerate(workload.batches):
         many = slots * workload.requests
         lengths = [chance.randint(low, high) for _ in range(many)]
-        _ready(engine, slots, workload.prompt_tokens, high)
-        fresh = prompts(workload, text, workload.prompt_tokens, many, workload.repeats + 1, 1000 + salt)
+        _ready(engine, slots, prompt_tokens, high)
+        fresh = prompts(workload, text, prompt_tokens, many, workload.repeats + 1, 1000 + salt)
         first = fresh[0][:slots]
         for _ in engine.serve(first if share.start == 0 else _woken(first), [2] * slots, slots):
             pass
@@ -144,19 +145,19 @@ def served(
         found.append(
             Served(
                 slots=slots,
-                prompt_tokens=workload.prompt_tokens,
+                prompt_tokens=prompt_tokens,
                 new_tokens=lengths,
                 seconds=seconds,
                 continuous=bool(getattr(engine, "continuous", False)),
-                turns=[len(share)],
+                rounds=[len(share)],
             )
         )
     return found
 
 
 def joined(parts: list[list[Any]]) -> list[Any]:
-    """`Speed` or `Served` of every point from those of each turn: the samples one after the other."""
-    samples = ("first_token_s", "step_s", "step_tokens", "energy_j", "seconds", "turns")
+    """`Speed` or `Served` of every point from those of each round: the samples one after the other."""
+    samples = ("first_token_s", "step_s", "step_tokens", "energy_j", "seconds", "rounds")
     found = []
     for each in zip(*parts, strict=True):
         lists = [name for name in samples if hasattr(each[0], name)]

