@@ -13,7 +13,7 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.worker.architectures import LAYERS, WAY_OUT, Architecture, describe
-from workbench.worker.base.checkpoint import read_header
+from workbench.worker.base.checkpoint import checked_weights
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,9 @@ def open_weights(folder: Path) -> Weights:
     except FileNotFoundError:
         raise UserError(f"{folder}: no config.json; the base must be a Hugging Face directory") from None
     architecture = describe(config)
-    files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(folder):
-        for name, tensor in read_header(file).items():
-            files[name], shapes[name] = file, tuple(tensor.shape)
+    stored = checked_weights(folder)
+    files = {name: tensor.file for name, tensor in stored.items()}
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     layers = int(config["num_hidden_layers"])
     for index in range(layers):
         for linear in architecture.linears:
@@ -84,6 +82,8 @@ def read_layer(weights: Weights, index: int, device: Any) -> dict[str, Any]:
             for name in wanted:
                 if weights.files[name] == path:
                     tensor = file.get_tensor(name).to(device=device, dtype=torch.float32, copy=True)
+                    if not torch.isfinite(tensor).all():
+                        raise UserError(f"{path}: tensor '{name}' has NaN or infinite weights. Fetch it again.")
                     tensors[name.removeprefix(prefix)] = tensor
     return tensors
 
@@ -91,14 +91,3 @@ def read_layer(weights: Weights, index: int, device: Any) -> dict[str, Any]:
 def derived(name: str) -> bool:
     """Buffers that old exporters saved and that the configuration determines."""
     return name.endswith(("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no safetensors files; the base must be a Hugging Face directory of them")
-    return files
