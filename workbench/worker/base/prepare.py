@@ -78,7 +78,7 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         path, warnings = alone(path, config, tensors, plain)
         config = checked_config(path, remote_code)
         if equivalent:
-            write_equivalent(path, config, tensors, equivalent, out, progress)
+            write_equivalent(path, config, tensors, int(equivalent["hidden"]), int(equivalent["seed"]), out, progress)
             license_name = license_name or licence_of(path / "README.md")
             shutil.rmtree(plain, ignore_errors=True)
             path = out

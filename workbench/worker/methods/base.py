@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workbench.shape import DTYPE_BYTES, DTYPE_TYPES, Shape, Stored
+from workbench.shape import DTYPE_BYTES, DTYPE_CODES, Shape, Stored
 from workbench.worker.methods import Making, gguf
 
 SHORTHAND = ""
@@ -50,4 +50,4 @@ def sizes(shape: Shape, options: Options, form: str) -> Stored:
 
 def sixteen_bit(dtype: str) -> str:
     """The type of llama.cpp's base, for a base of that dtype."""
-    return DTYPE_TYPES[dtype] if DTYPE_BYTES[dtype] == 2 else "BF16"
+    return DTYPE_CODES[dtype] if DTYPE_BYTES[dtype] == 2 else "BF16"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from workbench.errors import UserError, cannot_import
-from workbench.shape import DTYPE_TYPES, Shape, Stored
+from workbench.shape import DTYPE_CODES, Shape, Stored
 from workbench.worker.base.checkpoint import VOCABULARY_FILES
 from workbench.worker.ggml import encode as encode_gguf
 from workbench.worker.ggml.mixtures import tensor_bytes, types_of
@@ -171,7 +171,7 @@ def conversion(dtype: str, model: str) -> Making:
         packages=PACKAGES,
         function="workbench.worker.methods.gguf:convert",
         arguments={"dtype": dtype, "name": model},
-        file_name=f"{DTYPE_TYPES[dtype]}.gguf",
+        file_name=f"{DTYPE_CODES[dtype]}.gguf",
     )
 
 
@@ -194,7 +194,7 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
         "--outfile",
         payload["out"],
         "--outtype",
-        DTYPE_TYPES[payload["dtype"]].lower(),
+        DTYPE_CODES[payload["dtype"]].lower(),
         "--model-name",
         payload["name"],
     ]
@@ -205,7 +205,7 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
             raise UserError(
                 "llama.cpp's converter does not know this architecture; see the log for its words"
             ) from None
-    return describe(payload["out"], DTYPE_TYPES[payload["dtype"]])
+    return describe(payload["out"], DTYPE_CODES[payload["dtype"]])
 
 
 def _without_vocabulary(converter: Any) -> None:

@@ -7,11 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from workbench.errors import UserError
-from workbench.shape import NamedShape, Shape, Stored
+from workbench.shape import DTYPES, NamedShape, Shape, Stored
 from workbench.worker.methods import Making
-
-STORED_BYTES = {"F16": 2, "BF16": 2, "I32": 4}
-"""Bytes of an entry, by safetensors' name of its dtype."""
 
 LINEARS = {
     "attn_q": "self_attn.q_proj",
@@ -40,7 +37,7 @@ def sizes(
             columns.add(tensor.shape[1])
         if linear and quantizes(options, linear):
             parts = stored(options, linear, *tensor.shape).values()
-            total += sum(STORED_BYTES[dtype] * math.prod(sides) for dtype, sides in parts)
+            total += sum(DTYPES[dtype].size_bytes * math.prod(sides) for dtype, sides in parts)
         else:
             total += tensor.weights * 2
     size = options.group_size
