@@ -29,10 +29,23 @@ from tests.places import ROOT
 HOUSE = ROOT / "workbench"
 FILES = sorted(HOUSE.rglob("*.py"))
 ENGINES = {"torch", "transformers", "vllm", "llama_cpp", "gguf", "numpy", "safetensors", "datasets", "pandas", "scipy"}
-WORKER_LIGHT = {f"workbench.{name}" for name in ("disk", "errors", "front_matter", "records", "shape", "sizes")}
+WORKER_LIGHT = {f"workbench.{name}" for name in ("disk", "errors", "front_matter", "gpus", "records", "shape", "sizes")}
 REGISTRIES = {"workbench.worker.backends", "workbench.worker.methods"}
 ROOMS = (
-    ["errors", "sizes", "disk", "front_matter", "home", "records", "shape", "worker", "console", "machine", "recipe"],
+    [
+        "errors",
+        "gpus",
+        "sizes",
+        "disk",
+        "front_matter",
+        "home",
+        "records",
+        "shape",
+        "worker",
+        "console",
+        "machine",
+        "recipe",
+    ],
     ["report", "hub", "plan", "quantize", "profile", "pipeline", "doctor", "nightly", "cli"],
 )
 """Top-level modules and folders, the lowest first."""
@@ -184,7 +197,7 @@ def test_a_cache_key_asks_the_base_for_its_name_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("path", files_of("machine"), ids=name_of)
 def test_machine_knows_processes_and_no_models(path: Path) -> None:
-    ours = {"workbench", *(f"workbench.{name}" for name in ("errors", "disk", "home", "records", "console"))}
+    ours = {"workbench", *(f"workbench.{name}" for name in ("errors", "disk", "gpus", "home", "records", "console"))}
     allowed = ours | {"psutil", "pynvml"} | {name for name in foreign(path) if name.startswith("workbench.machine")}
     assert foreign(path) <= allowed
     assert "pynvml" not in foreign(path, top_only=True)
