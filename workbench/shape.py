@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypedDict
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,39 @@ class Traits:
         return self.model_type == "qwen2" or (self.model_type == "llama" and self.heads != self.kv_heads)
 
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-UBATCH_TOKENS = 512
-"""Tokens that llama.cpp computes at once (`backends/llamacpp.py`)."""
+class Dtype(NamedTuple):
+    """A type of numbers: torch's name, and bytes of one number."""
+
+    name: str
+    size_bytes: int
+
+
+FLOATS = {
+    "F64": Dtype("float64", 8),
+    "F32": Dtype("float32", 4),
+    "F16": Dtype("float16", 2),
+    "BF16": Dtype("bfloat16", 2),
+}
+"""Types of unquantized weights by safetensors' and GGUF's names."""
+DTYPES = FLOATS | {"I32": Dtype("int32", 4), "U16": Dtype("uint16", 2)}
+"""The same, with those that packed weights and ids are stored in."""
+DTYPE_BYTES = {dtype.name: dtype.size_bytes for dtype in DTYPES.values()}
+DTYPE_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 SCORE_CHUNK_BYTES = 4 << 20
 """Working memory of one pass of `worker/scoring/reducer.py` on a processor."""
+
+
+class Described(TypedDict):
+    """A base without its weights, as `worker/base/headers.py` reads it."""
+
+    config: dict[str, Any]
+    """The content of a `config.json`."""
+    dtype: str
+    """What the prepared base will have."""
+    tensors: dict[str, list[int]] | None
+    """Name -> shape, rows first; None where only a configuration is known."""
+    naming: Literal["hf", "gguf"]
+    """Whose names those are."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +108,57 @@ class Shape:
     def parameters(self) -> int:
         """Weights, tied embeddings once."""
         return sum(tensor.weights for tensor in self.tensors)
+
+    @property
+    def cached_values(self) -> int:
+        """Keys and values of one token over all layers."""
+        return self.traits.layers * (self.latent or 2 * self.traits.kv_heads * self.head_dim)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an artifact's files hold of a base of some shape."""
+
+    disk_bytes: int
+    """All weight tensors: what `Artifact.disk_bytes` will be."""
+    types: dict[str, str] = field(default_factory=dict)
+    """Tensor -> type, where the format tells."""
+    fallbacks: tuple[str, ...] = ()
+    """Tensors that get another type than the mixture means for them."""
+    refused: str | None = None
+    """Why it cannot be made of this shape."""
+
+
+class Sequences(NamedTuple):
+    """What is in memory at once."""
+
+    tokens: int
+    """Of each sequence, prompt and new ones."""
+    batch: int
+    prompt_tokens: int
+    window: int = 0
+    """Tokens of a window that is scored; 0: nothing is."""
+
+    @property
+    def scored_tokens(self) -> int:
+        """Positions of a window whose logits are looked at."""
+        return -(-self.window // 2)
+
+    @property
+    def widest_tokens(self) -> int:
+        """Tokens that go through the model together, at the most."""
+        return max(self.batch * self.prompt_tokens, self.window)
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """What an engine needs for a variant, in bytes."""
+
+    weights: float
+    kv_cache: float
+    workspace: float
+    runtime: float
+    """Resident memory of its interpreter with its libraries and no model."""
+    notes: tuple[str, ...] = ()
+    devices: int = 1
+    """Over how many devices it is spread."""
