@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,9 +23,8 @@ from workbench.records import (
     PreparedBase,
     QuantizeGgufRequest,
     Variant,
-    to_json,
 )
-from workbench.worker.methods import METHODS
+from workbench.worker.methods import method_named
 
 
 def convert_base(recipe: Recipe, base: PreparedBase, show: Show) -> Artifact:
@@ -77,12 +75,8 @@ def quantize_gguf(
             python=interpreter("llamacpp", sys.executable),
             limit_s=recipe.limits.quantize_s,
         )
-        by = made.encoder
-        if by and by.name == "workbench":
-            show.say(
-                f"{variant.name}: blocks made by workbench's encoders on {by.device}; {by.rows_equal} of "
-                f"{by.rows_checked} rows compared with llama.cpp's are the same"
-            )
+        for note in made.notes:
+            show.say(f"{variant.name}: {note}")
         return made, cost
 
     return _gguf(recipe, base, variant, weighted, run, source.disk_bytes)
@@ -114,19 +108,6 @@ def _gguf(
         partial = folder / name
         partial.unlink(missing_ok=True)
         made, cost = run(partial)
-        warnings = []
-        if made.fallbacks:
-            got = sorted({made.tensor_types[tensor] for tensor in made.fallbacks})
-            warnings.append(
-                f"{len(made.fallbacks)} of {len(made.tensor_types)} tensors are {', '.join(got)} instead of "
-                f"{kind}: their rows are no multiple of 256"
-            )
-        by = made.encoder
-        if by and by.rows_equal < by.rows_checked:
-            warnings.append(
-                f"{by.rows_checked - by.rows_equal} of {by.rows_checked} rows that were compared are not the "
-                "bytes that llama.cpp's quantizer makes"
-            )
         return Artifact(
             variant=variant.name,
             method=variant.method,
@@ -136,9 +117,8 @@ def _gguf(
             disk_bytes=made.disk_bytes,
             parameters=base.parameters,
             tensor_types=made.tensor_types,
-            warnings=warnings,
-            provenance=provenance_of(recipe, base, variant, "gguf", cost, calibration)
-            | ({"encoder": to_json(by)} if by else {}),
+            warnings=made.warnings,
+            provenance=provenance_of(recipe, base, variant, "gguf", cost, calibration) | made.provenance,
         )
 
     return stored_artifact(key, variant.name, build)
@@ -146,5 +126,5 @@ def _gguf(
 
 def _encoder(variant: Variant) -> str:
     """Who is asked to make a GGUF's blocks: `llamacpp`, `workbench`, or `auto` where the worker has a choice."""
-    module = importlib.import_module(METHODS["gguf"])
-    return str(module.encoder_of(variant.options, has_cuda()))
+    method = method_named("gguf")
+    return str(method.making(method.Options(**variant.options), has_cuda()).arguments["encoder"])

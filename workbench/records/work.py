@@ -141,28 +141,17 @@ class QuantizeGgufRequest:
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """Who made a GGUF's blocks."""
-
-    name: str
-    device: str
-    rows_checked: int = 0
-    """Rows that were compared with llama.cpp's."""
-    rows_equal: int = 0
-    instead_of: str | None = None
-    """Who did not, and why."""
-
-
-@dataclass(frozen=True)
 class MadeGguf:
     """What a GGUF file holds."""
 
     tensor_types: dict[str, str]
     disk_bytes: int
     """All weights."""
-    fallbacks: list[str] = field(default_factory=list)
-    """Tensors that have another type than asked for, since their rows are no multiple of 256."""
-    encoder: Encoder | None = None
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """To be said, but not kept."""
+    provenance: dict[str, object] = field(default_factory=dict)
+    """To be kept beside the rest, such as who made the blocks."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def measure(payload: dict[str, Any], progress: Any) -> object:
     cached = resident.cached_fraction(job.artifact.path)
 
     start = timing.now()
-    engine = module.Backend(job)
+    engine = module.Engine(job)
     load_s = timing.now() - start
     memory["peak_load"] = resident.peak_bytes()
 
@@ -127,7 +127,7 @@ def refer(payload: object, progress: Any) -> object:
     (evaluation,) = job.evaluations.values()
     windows = _windows_of(evaluation)
     progress(0, len(windows), "loading")
-    engine = _engine(job).Backend(job)
+    engine = _engine(job).Engine(job)
     spec = {
         "windows": evaluation.path,
         "make_reference": request.out,
