@@ -33,7 +33,7 @@ WORKER_LIGHT = {f"workbench.{name}" for name in ("disk", "errors", "front_matter
 REGISTRIES = {"workbench.worker.backends", "workbench.worker.methods"}
 ROOMS = (
     ["errors", "sizes", "disk", "front_matter", "home", "records", "shape", "worker", "console", "machine", "recipe"],
-    ["report", "hub", "plan", "quantize", "profile", "pipeline", "doctor", "nightly", "cli"],
+    ["report", "hub", "plan", "quantize", "profile", "pipeline", "doctor", "nightly", "options", "cli"],
 )
 """Top-level modules and folders, the lowest first."""
 FROM_WORKER = {

@@ -6,7 +6,10 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
+
+from workbench.errors import UserError
 
 LINE_EVERY_S = 30.0
 
@@ -70,6 +73,20 @@ class Console:
 
 def _seconds(span_s: float) -> str:
     return f"{span_s:.1f} s" if span_s < 90 else f"{int(span_s // 60)} min {int(span_s % 60)} s"
+
+
+def write(output: Path | None, content: str | bytes) -> None:
+    """Write the answer to a file, or without one to standard output. Raises `UserError` if the file cannot be."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if output is None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(data)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}). Name another --output") from None
 
 
 class Show(Protocol):
