@@ -15,7 +15,7 @@ LINE_EVERY_S = 30.0
 
 
 class Console:
-    """Draws `artifacts.Show` on standard error, so that standard output stays the answer."""
+    """A `Show` that draws on standard error, so that standard output stays the answer."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -90,7 +90,7 @@ def write(output: Path | None, content: str | bytes) -> None:
 
 
 class Show(Protocol):
-    """What the work tells the person; `console.py` draws it."""
+    """Where the work tells what it does."""
 
     def say(self, text: str) -> None: ...
     def task(self, text: str) -> Any: ...

@@ -20,7 +20,7 @@ from typing import Any
 
 from workbench.disk import disk_faults
 from workbench.errors import UserError
-from workbench.front_matter import licence_of
+from workbench.front_matter import stated_licence
 from workbench.records import digest as short_digest
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import (
@@ -70,7 +70,7 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         tensors = checked_weights(path)
         if equivalent:
             write_equivalent(path, config, tensors, equivalent, out, progress)
-            license_name = license_name or licence_of(path / "README.md")
+            license_name = license_name or stated_licence(path / "README.md")
             shutil.rmtree(plain, ignore_errors=True)
             path = out
             config, tensors = checked_config(out, remote_code), checked_weights(out)
@@ -86,7 +86,7 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "revision": revision,
         "vocab_size": int(text_config(config)["vocab_size"]),
         "context_length": context_tokens(config),
-        "license": license_name or licence_of(path / "README.md"),
+        "license": license_name or stated_licence(path / "README.md"),
         "tokenizer": any((path / name).is_file() for name in VOCABULARY_FILES),
         "digest": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
     }
