@@ -25,6 +25,8 @@ class Bench:
     home: Path
     folder: Path
     model: Path
+    before: tuple[str, ...] = ()
+    """Words before the command: `small_disk` makes them."""
 
     @property
     def results(self) -> Path:
@@ -52,7 +54,7 @@ class Bench:
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         place = [] if words[0] in ("quantize", "schema", "doctor", "clean") else ["--results", str(self.results)]
         return subprocess.Popen(
-            [sys.executable, "-m", "workbench.cli", *words, *place],
+            [*self.before, sys.executable, "-m", "workbench.cli", *words, *place],
             cwd=self.folder,
             env=self.environment(**more),
             stdout=subprocess.PIPE,

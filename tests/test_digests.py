@@ -86,7 +86,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         )
     for module in (jobs, reference, gguf):
         monkeypatch.setattr(module, "has_cuda", lambda: False)
-    monkeypatch.setattr(record, "__version__", "0.1.0")
     monkeypatch.setattr(prepare, "identify", lambda source: ["identity", source])
     return found
 

@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
@@ -18,9 +17,9 @@ from workbench import __version__
 from workbench import options as o
 from workbench.console import Console, write
 from workbench.errors import UserError, WorkFailed, unknown
-
-if TYPE_CHECKING:
-    from workbench.records import Row
+from workbench.records import Row
+from workbench.report.formats import FILE_FORMATS, FORMATS
+from workbench.report.table import build
 
 app = typer.Typer(
     name="workbench",
@@ -53,8 +52,6 @@ def run(
     """Quantize, profile and print the table."""
     from workbench import pipeline
     from workbench.recipe.load import load
-    from workbench.report.formats import FORMATS
-    from workbench.report.table import build
 
     _known("format", format, FORMATS)
     loaded = load(recipe)
@@ -112,15 +109,12 @@ def table(
     output: o.Output = None,
 ) -> None:
     """Print the comparison table of stored rows; as Parquet, the rows of all machines and evaluations."""
-    from workbench.report.formats import FORMATS
-    from workbench.report.formats.parquet import parquet
-    from workbench.report.table import build
 
-    if format == "parquet":
+    if format in FILE_FORMATS:
         if output is None and sys.stdout.isatty():
-            raise UserError("Parquet is not for a terminal: name a file with --output rows.parquet")
+            raise UserError(f"{format.capitalize()} is not for a terminal: name a file with --output rows.{format}")
         found = [row for row in _stored(rows or [results]) if recipe in (None, row.recipe)]
-        write(output, parquet([row for row in found if machine in (None, row.machine.get("name"))]))
+        write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.get("name"))]))
         return
     _known("format", format, FORMATS)
     write(output, FORMATS[format](build(_stored(rows or [results]), machine=machine, recipe=recipe)))
@@ -181,7 +175,6 @@ def recommend(
 ) -> None:
     """Choose a variant and an engine under limits; exit with 1 if nothing fits."""
     from workbench.home import home, local
-    from workbench.report.table import build
     from workbench.report.verdicts import recommend as wing
     from workbench.sizes import parse_size
 
@@ -244,7 +237,6 @@ def report(
     from workbench.report.site.page import page
     from workbench.report.site.plots import plots as plots_of
     from workbench.report.site.svg import png, standalone
-    from workbench.report.table import build
     from workbench.report.verdicts.steps import series_like, series_of, steps_of
 
     places = rows or [results]

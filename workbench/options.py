@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
+
+from workbench.report.formats import FILE_FORMATS, FORMATS
+
+
+def _either(names: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
+
 
 RESULTS = "results"
 """The folder that rows are stored in by default."""
@@ -48,8 +58,8 @@ Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress, only the resu
 Output = Annotated[
     Path | None, Option("--output", "-o", help="Write to this file instead of printing.", show_default=False)
 ]
-TableFormat = Annotated[str, Option("--format", "-f", help="terminal, markdown, csv or json.")]
-RowsFormat = Annotated[str, Option("--format", "-f", help="As for run, or parquet.")]
+TableFormat = Annotated[str, Option("--format", "-f", help=f"{_either(FORMATS)}.")]
+RowsFormat = Annotated[str, Option("--format", "-f", help=f"As for run, or {_either(FILE_FORMATS)}.")]
 TextFormat = Annotated[str, Option("--format", "-f", help="terminal or json.")]
 
 Limits = Annotated[

@@ -22,7 +22,7 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.worker.base.checkpoint import StoredTensor, checked_weights, read_json
-from workbench.worker.base.dequantize import mended, open_gguf, parsed_once
+from workbench.worker.base.dequantize import field_of, mended, open_gguf, parsed_once
 from workbench.worker.kernels import import_kernels
 
 FORMATS = ("awq", "gptq", "gguf")
@@ -156,7 +156,7 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remot
     except UserError as error:
         cut = _first_cut_tensor(path)
         raise UserError(f"{error} The first tensor beyond its end is {cut}.") if cut else error from None
-    architecture = str(reader.get_field("general.architecture").contents())
+    architecture = str(field_of(reader, "general.architecture"))
     with parsed_once(path, reader):
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     config = mended(config, path, reader, architecture)
