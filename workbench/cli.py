@@ -177,6 +177,7 @@ def recommend(
     from workbench.home import home, local
     from workbench.report.verdicts import recommend as wing
     from workbench.sizes import parse_size
+    from workbench.worker.backends import serving_command
 
     _known("format", format, ["terminal", "json"])
     relative, value = wing.parse_share(max_perplexity, "--max-perplexity") if max_perplexity else (None, None)
@@ -191,7 +192,8 @@ def recommend(
         backend=backend,
         sort=sort,
     )
-    found = wing.recommend(build(_stored(rows or [results]), machine=machine, recipe=recipe), wishes, str(home()))
+    table = build(_stored(rows or [results]), machine=machine, recipe=recipe)
+    found = wing.recommend(table, wishes, lambda row: serving_command(row, str(home())))
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
     row = found.choice.line.row if found.choice else None
     if row and not local(row.artifact.path).exists():
