@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -17,9 +18,10 @@ from workbench import __version__
 from workbench import options as o
 from workbench.console import Console, write
 from workbench.errors import UserError, WorkFailed, unknown
-from workbench.records import Row
 from workbench.report.formats import FILE_FORMATS, FORMATS
-from workbench.report.table import build
+
+if TYPE_CHECKING:
+    from workbench.records import Row
 
 app = typer.Typer(
     name="workbench",
@@ -52,6 +54,7 @@ def run(
     """Quantize, profile and print the table."""
     from workbench import pipeline
     from workbench.recipe.load import load
+    from workbench.report.table import build
 
     _known("format", format, FORMATS)
     loaded = load(recipe)
@@ -109,6 +112,8 @@ def table(
     output: o.Output = None,
 ) -> None:
     """Print the comparison table of stored rows; as Parquet, the rows of all machines and evaluations."""
+
+    from workbench.report.table import build
 
     if format in FILE_FORMATS:
         if output is None and sys.stdout.isatty():
@@ -175,6 +180,7 @@ def recommend(
 ) -> None:
     """Choose a variant and an engine under limits; exit with 1 if nothing fits."""
     from workbench.home import home, local
+    from workbench.report.table import build
     from workbench.report.verdicts import recommend as wing
     from workbench.sizes import parse_size
     from workbench.worker.backends import serving_command
@@ -239,6 +245,7 @@ def report(
     from workbench.report.site.page import page
     from workbench.report.site.plots import plots as plots_of
     from workbench.report.site.svg import png, standalone
+    from workbench.report.table import build
     from workbench.report.verdicts.steps import series_like, series_of, steps_of
 
     places = rows or [results]
