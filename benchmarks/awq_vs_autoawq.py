@@ -89,15 +89,14 @@ def layout_agrees(python: Path, checkpoint: Path, work: Path) -> bool:
     """Whether AutoAWQ's unpacking of our file gives our own float16 values for every weight."""
     import torch
     from safetensors.torch import load_file
-
-    from workbench.worker.methods import awq
+    from workbench_kernels.awq import reference
 
     unpacked = work / "unpacked.safetensors"
     run(python, UNPACK, str(checkpoint / "model.safetensors"), str(unpacked))
     stored, theirs = load_file(checkpoint / "model.safetensors"), load_file(unpacked)
     for stem, weight in theirs.items():
         parts = {suffix: stored[f"{stem}.{suffix}"] for suffix in ("qweight", "qzeros", "scales")}
-        if not torch.equal(awq.dequantize(parts).half(), weight.half()):
+        if not torch.equal(reference(**parts).half(), weight.half()):
             print(f"  {stem} differs")
             return False
     print(f"AutoAWQ's unpacking of our checkpoint: all {len(theirs)} matrices equal to the last bit")

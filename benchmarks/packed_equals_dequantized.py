@@ -31,8 +31,7 @@ def dequantized(path: Path, format: str) -> Any:
     from accelerate import init_empty_weights
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from workbench.worker.methods import awq, gptq
+    from workbench_kernels import awq, gptq
 
     if format == "gguf":
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
@@ -44,8 +43,11 @@ def dequantized(path: Path, format: str) -> Any:
     for name, tensor in tensors.items():
         stem, _, suffix = name.rpartition(".")
         if suffix == "qweight":
-            parts = {s: tensors.get(f"{stem}.{s}") for s in ("qweight", "qzeros", "scales", "g_idx")}
-            state[f"{stem}.weight"] = awq.dequantize(parts) if format == "awq" else gptq.dequantize(parts, bits)
+            parts = [tensors[f"{stem}.{s}"] for s in ("qweight", "qzeros", "scales")]
+            if format == "awq":
+                state[f"{stem}.weight"] = awq.reference(*parts)
+            else:
+                state[f"{stem}.weight"] = gptq.reference(*parts, tensors[f"{stem}.g_idx"], bits)
         elif suffix not in ("qzeros", "scales", "g_idx"):
             state[name] = tensor.float()
     with init_empty_weights(include_buffers=False):

@@ -206,7 +206,17 @@ def main() -> int:
 
     def measured(kind: str) -> dict[str, Any]:
         found, _ = call("workbench.worker.measure.job:measure", {"job": job(files[kind], kind, made, reference)}, work)
-        return statistics.summarise(found["qualities"]["evaluation"])
+        quality = found["qualities"]["evaluation"]
+        means = {
+            "perplexity": statistics.perplexity(quality),
+            "kld_mean": statistics.divergence(quality),
+            "top1_agreement": statistics.agreement(quality),
+            "rms_dp": statistics.rms_dp(quality),
+        }
+        quantiles = {"kld_p50": 0.5, "kld_p99": 0.99, "kld_max": 1.0}
+        return {name: mean.value for name, mean in means.items() if mean} | {
+            name: statistics.divergence_quantile(quality, p) for name, p in quantiles.items()
+        }
 
     def line(name: str, own: float, other: float, limit: float | None, digits: int = 5) -> bool:
         apart = own / other - 1

@@ -35,6 +35,8 @@ class Bench:
     home: Path
     folder: Path
     model: Path
+    before: tuple[str, ...] = ()
+    """Words before the command: `small_disk` makes them."""
 
     @property
     def results(self) -> Path:
@@ -65,7 +67,7 @@ class Bench:
 
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "workbench.cli", *words, *self.place(words)],
+            [*self.before, sys.executable, "-m", "workbench.cli", *words, *self.place(words)],
             cwd=self.folder,
             env=self.environment(**more),
             stdout=subprocess.PIPE,
@@ -75,6 +77,7 @@ class Bench:
 
     def __call__(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         """The command in this process: what it says, and its exit code. Any other exception fails the test."""
+        assert not self.before, "words before the command need a process: `typed`"
         environment, code = self.environment(**more), 0
         engines = {name: module for name, module in BACKENDS.items() if name != "fake"}
         if environment["WORKBENCH_FAKE_BACKEND"]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import string
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,36 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, with_pip=False, symlinks=True)
     return str(folder / "bin" / "python")
+
+
+ON_A_SMALL_DISK = """
+back=$PWD disk=$1 size=$2; shift 2
+cd "$disk" && mount -t tmpfs -o size="$size" tmpfs "$disk" || exit
+(cd "$back" && exec setpriv --pdeathsig KILL "$@"); code=$?
+cp -R "$disk"/. .
+exit $code
+"""
+"""A shell's program. Its working folder is the one that the mount hides, so the last line copies out of the disk."""
+
+
+@pytest.fixture
+def small_disk() -> Callable[[Path, str], list[str]]:
+    """The words that, before a command, mount a disk of `size` ("600k") on an empty `folder` for it alone.
+
+    It is mounted in a namespace of the command's own: no other process ever sees it, and the kernel unmounts it when
+    the last process in there ends, however it ends; killing the tests kills the command. Then what it wrote lies in
+    the folder. Skips where even that is not permitted.
+    """
+
+    def words(folder: Path, size: str) -> list[str]:
+        own = [] if os.geteuid() == 0 else ["--map-root-user"]
+        shell = ["setpriv", "--pdeathsig", "KILL", "unshare", *own, "--mount", "sh", "-c", ON_A_SMALL_DISK, "sh"]
+        found = [*shell, str(folder), size]
+        if not shutil.which("setpriv") or subprocess.run([*found, "true"], capture_output=True).returncode:
+            pytest.skip("mounting is not permitted here")
+        return found
+
+    return words
 
 
 def write_llama(

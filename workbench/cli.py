@@ -6,7 +6,7 @@ Nothing heavy is imported here at top level, so that `--help` answers at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +14,16 @@ import typer
 
 from workbench import __version__
 from workbench.errors import UserError, WorkFailed, unknown
+from workbench.report.formats import FILE_FORMATS, FORMATS
 
 if TYPE_CHECKING:
     from workbench.records import Row
+
+
+def _either(names: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 app = typer.Typer(
@@ -57,7 +64,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only th
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write to this file instead of printing.", show_default=False)
 ]
-Format = Annotated[str, typer.Option("--format", "-f", help="terminal, markdown, csv or json.")]
+Format = Annotated[str, typer.Option("--format", "-f", help=f"{_either(FORMATS)}.")]
 RESULTS = "results"
 
 
@@ -135,19 +142,19 @@ def table(
     results: Results = RESULTS,
     recipe: Annotated[str | None, typer.Option(help="Only rows of the recipe of this name.")] = None,
     machine: Annotated[str | None, typer.Option(help="Only rows of the machine of this name.")] = None,
-    format: Annotated[str, typer.Option("--format", "-f", help="As for run, or parquet.")] = "terminal",
+    format: Annotated[
+        str, typer.Option("--format", "-f", help=f"As for run, or {_either(FILE_FORMATS)}.")
+    ] = "terminal",
     output: Output = None,
 ) -> None:
     """Print the comparison table of stored rows; as Parquet, the rows of all machines and evaluations."""
     from workbench.report.table import build
 
-    if format == "parquet":
-        from workbench.report.formats.parquet import parquet
-
+    if format in FILE_FORMATS:
         if output is None and sys.stdout.isatty():
-            raise UserError("Parquet is not for a terminal: name a file with --output rows.parquet")
+            raise UserError(f"{format.capitalize()} is not for a terminal: name a file with --output rows.{format}")
         found = [row for row in _stored(rows or [results]) if recipe in (None, row.recipe)]
-        _write(output, parquet([row for row in found if machine in (None, row.machine.get("name"))]))
+        _write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.get("name"))]))
         return
     render = _renderer(format, output)
     render(build(_stored(rows or [results]), machine=machine, recipe=recipe))
@@ -474,7 +481,6 @@ def _write(output: Path | None, content: str | bytes) -> None:
 
 def _renderer(format: str, output: Path | None = None):  # type: ignore[no-untyped-def]
     """A function that prints a table, or the table of rows; an unknown format is refused before any work."""
-    from workbench.report.formats import FORMATS
     from workbench.report.table import Table, build
 
     if format not in FORMATS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypedDict
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,41 @@ class Traits:
         return self.model_type == "qwen2" or (self.model_type == "llama" and self.heads != self.kv_heads)
 
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+class Dtype(NamedTuple):
+    """A type of numbers: torch's name, and bytes of one number."""
+
+    name: str
+    size_bytes: int
+
+
+FLOATS = {
+    "F64": Dtype("float64", 8),
+    "F32": Dtype("float32", 4),
+    "F16": Dtype("float16", 2),
+    "BF16": Dtype("bfloat16", 2),
+}
+"""Types of unquantized weights by safetensors' and GGUF's names."""
+DTYPES = FLOATS | {"I32": Dtype("int32", 4), "U16": Dtype("uint16", 2)}
+"""The same, with those that packed weights and ids are stored in."""
+DTYPE_BYTES = {dtype.name: dtype.size_bytes for dtype in DTYPES.values()}
+DTYPE_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 UBATCH_TOKENS = 512
 """Tokens that llama.cpp computes at once (`backends/llamacpp.py`)."""
 SCORE_CHUNK_BYTES = 4 << 20
 """Working memory of one pass of `worker/scoring/reducer.py` on a processor."""
+
+
+class Described(TypedDict):
+    """A base without its weights, as `worker/base/headers.py` reads it."""
+
+    config: dict[str, Any]
+    """The content of a `config.json`."""
+    dtype: str
+    """What the prepared base will have."""
+    tensors: dict[str, list[int]] | None
+    """Name -> shape, rows first; None where only a configuration is known."""
+    naming: Literal["hf", "gguf"]
+    """Whose names those are."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.fake_driver import NVML, FakeGpu
 from tests.places import ROOT
 from workbench.machine import isolate
 from workbench.machine import monitor as module
@@ -183,22 +184,8 @@ def test_a_probe_that_changes_and_a_gpu_in_use_are_told() -> None:
 
 def test_a_strange_process_on_the_gpu_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a library that stands for NVML: there is no GPU where most tests run, and none that others use."""
-    import types
-
-    process = types.SimpleNamespace
-    fake = types.SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetCount=lambda: 1,
-        nvmlDeviceGetHandleByIndex=lambda i: i,
-        nvmlDeviceGetComputeRunningProcesses=lambda device: [
-            process(pid=os.getpid(), usedGpuMemory=3 * MIB),
-            process(pid=1, usedGpuMemory=9 * MIB),
-        ],
-        nvmlDeviceGetUtilizationRates=lambda device: process(gpu=90),
-        NVML_CLOCK_SM=1,
-        nvmlDeviceGetClockInfo=lambda device, kind: 1500,
-        nvmlDeviceGetCurrentClocksThrottleReasons=lambda device: 0x40,
-    )
+    processes: dict[int, int | None] = {os.getpid(): 3 * MIB, 1: 9 * MIB}
+    fake = NVML([FakeGpu(processes=processes, clock_mhz=1500, reasons=0x40)])
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monitor = Monitor(tmp_path)
     monitor(os.getpid())
@@ -206,3 +193,27 @@ def test_a_strange_process_on_the_gpu_is_seen(tmp_path: Path, monkeypatch: pytes
     found = monitor.conditions()
     assert found["gpu_strangers"] == 1 and found["gpu_throttled"] and found["gpu_clock_hz"] == [1.5e9] * 3
     assert len(module.warnings(found)) == 2
+
+
+@pytest.mark.parametrize("refused", ["nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMemoryInfo"])
+def test_a_driver_that_does_not_tell_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    """As on WSL2 and with MIG: null, and not 0."""
+    monkeypatch.setitem(sys.modules, "pynvml", NVML([FakeGpu(used=5 * MIB)], refused=[refused]))
+    monitor = Monitor(tmp_path)
+    monitor(os.getpid())
+    found = monitor.conditions()
+    assert "peak_vram" not in monitor.memory() and found["gpu_strangers"] is None
+    assert not any("GPU" in line for line in module.warnings(found))
+
+
+def test_in_a_container_the_growth_of_used_memory_stands_for_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process has another number outside: nothing was measured, and the job itself was called a stranger."""
+    fake = NVML()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monitor = Monitor(tmp_path)
+    fake.gpus[0].processes, fake.gpus[0].used = {4711: 7 * MIB}, fake.gpus[0].used + 8 * MIB
+    monitor(os.getpid())
+    assert monitor.memory()["peak_vram"] == 8 * MIB
+    assert monitor.conditions()["gpu_strangers"] is None

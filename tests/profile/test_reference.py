@@ -130,12 +130,17 @@ def test_a_row_of_2550_tokens_is_small_and_says_the_same() -> None:
     }
     assert len(json.dumps(full, separators=(",", ":"))) > 70_000
     assert size[0] < 10_000 and size[1] < 17_000
-    before = statistics.summarise(full, base, 10_000)
-    after = statistics.summarise(compact(full, False), compact(base, True), 10_000)
-    for name, value in before.items():
+    small, small_base = compact(full, False), compact(base, True)
+    for p in (0.5, 0.9, 0.99, 0.999, 1.0):
         # What is read from a list is rounded to float16, whose step is 2^-11 of the value at most; the rest is not.
-        in_list = name.startswith("kld_") and name not in ("kld_mean", "kld_mean_se", "kld_low")
-        assert after[name] == pytest.approx(value, rel=2**-11 if in_list else 1e-12), name
+        expected = statistics.divergence_quantile(full, p)
+        assert statistics.divergence_quantile(small, p) == pytest.approx(expected, rel=2**-11)
+    for name in ("perplexity", "divergence", "agreement", "rms_dp"):
+        assert getattr(statistics, name)(small) == pytest.approx(getattr(statistics, name)(full), rel=1e-12), name
+    assert statistics.bits_per_byte(small, 10_000) == pytest.approx(statistics.bits_per_byte(full, 10_000), rel=1e-12)
+    expected_delta = statistics.perplexity_delta(full, base)
+    assert statistics.perplexity_delta(small, small_base) == pytest.approx(expected_delta, rel=1e-12)
+    assert statistics.nonfinite(small) == statistics.nonfinite(full)
 
 
 def test_a_lost_token_is_paired_as_it_was_before() -> None:

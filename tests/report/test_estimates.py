@@ -63,9 +63,9 @@ def test_clustered_error_by_hand():
 
 
 def test_a_broken_model_still_makes_json():
-    found = statistics.summarise(quality([[2000.0, 3000.0], [2500.0, 100.0]]), quality([[1.0, 2.0], [1.0, 2.0]]))
-    assert math.isfinite(found["perplexity_se"])
-    assert math.isfinite(found["perplexity_delta_se"])
+    broken = quality([[2000.0, 3000.0], [2500.0, 100.0]])
+    assert math.isfinite(statistics.perplexity(broken).se)
+    assert math.isfinite(statistics.perplexity_delta(broken, quality([[1.0, 2.0], [1.0, 2.0]])).se)
 
 
 def test_one_window_has_no_error():
@@ -115,39 +115,39 @@ def test_refuses_other_evaluations():
         statistics.perplexity_delta(quality([[1.0]]), quality([[1.0, 2.0]]))
 
 
-def test_summary_holds_every_metric_and_only_json():
-    import json
-
+def test_every_statistic_by_hand():
     klds = [[i / 1000 for i in range(1, 501)], [i / 1000 for i in range(501, 1001)]]
     tops = [[1] * 400 + [0] * 100, [1] * 500]
     dps = [[0.03] * 500, [-0.04] * 500]
     q = quality([[1.0] * 500, [2.0] * 500], klds, tops, dps)
-    found = statistics.summarise(q, quality([[1.0] * 500, [1.9] * 500]), scored_bytes=4000)
-    json.dumps(found, allow_nan=False)
-    assert found["kld_mean"] == pytest.approx(0.5005)
-    assert found["kld_low"] == pytest.approx(0.95 * 0.5005)
-    assert found["kld_p50"] == pytest.approx(0.5005)
-    assert found["kld_p99"] == pytest.approx(0.99001)
-    assert found["kld_p999"] == pytest.approx(0.999001)
-    assert found["kld_max"] == 1.0
-    assert found["top1_agreement"] == pytest.approx(0.9)
-    assert found["top1_agreement_se"] == pytest.approx(0.1)
-    assert found["rms_dp"] == pytest.approx(math.sqrt((0.0009 + 0.0016) / 2))
-    assert found["bits_per_byte"] == pytest.approx(1.5 * 1000 / 4000 / math.log(2))
-    assert found["nonfinite"] == 0
-    assert None not in found.values()
+    assert statistics.divergence(q).value == pytest.approx(0.5005)
+    quantiles = [statistics.divergence_quantile(q, p) for p in (0.5, 0.99, 0.999, 1.0)]
+    assert quantiles == [pytest.approx(0.5005), pytest.approx(0.99001), pytest.approx(0.999001), 1.0]
+    assert statistics.agreement(q).value == pytest.approx(0.9)
+    assert statistics.agreement(q).se == pytest.approx(0.1)
+    assert statistics.rms_dp(q).value == pytest.approx(math.sqrt((0.0009 + 0.0016) / 2))
+    assert statistics.bits_per_byte(q, 4000).value == pytest.approx(1.5 * 1000 / 4000 / math.log(2))
+    assert statistics.nonfinite(q) == 0
+    change = statistics.mean_delta(q, quality([[1.0] * 500, [1.9] * 500]), "nll_sum", "count")
+    assert change.value == pytest.approx(0.05) and change.se == pytest.approx(0.05)
+    for found in (statistics.divergence(q), statistics.rms_dp(q), statistics.bits_per_byte(q, 4000)):
+        assert math.isfinite(found.se) and found.windows == 2
 
 
 def test_without_a_reference_there_is_no_divergence():
     q = quality([[1.0], [2.0]])
     assert statistics.divergence(q) is statistics.agreement(q) is statistics.rms_dp(q) is None
-    assert statistics.summarise(q)["kld_mean"] is None
+    assert statistics.divergence_quantile(q, 0.5) is None
 
 
 def test_nothing_finite_says_nothing():
-    found = statistics.summarise(quality([[None, None], [None, None]]), quality([[1.0, 1.0], [1.0, 1.0]]), 10)
-    assert found.pop("nonfinite") == 4
-    assert set(found.values()) == {None}
+    nothing = quality([[None, None], [None, None]])
+    assert statistics.nonfinite(nothing) == 4
+    for statistic in (statistics.perplexity, lambda q: statistics.bits_per_byte(q, 10)):
+        with pytest.raises(ValueError, match="no scored token"):
+            statistic(nothing)
+    with pytest.raises(ValueError, match="no scored token"):
+        statistics.perplexity_delta(nothing, quality([[1.0, 1.0], [1.0, 1.0]]))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_intervals_of_random_halves_cover_the_whole_as_often_as_they_claim(metri
         if metric == "perplexity_delta":
             return statistics.perplexity_delta(part, {"windows": [base_q["windows"][i] for i in chosen]})
         if metric == "kld_mean":
-            return statistics.divergence(part)["mean"]
+            return statistics.divergence(part)
         return getattr(statistics, {"top1_agreement": "agreement"}.get(metric, metric))(part)
 
     truth = estimate(range(windows)).value

@@ -14,8 +14,8 @@ import pytest
 
 from tests.rows import a_row
 from workbench.records import Measurement, Row
-from workbench.report import metrics, speeds
-from workbench.report.metrics import METRICS
+from workbench.report import quality, speeds
+from workbench.report.metrics import METRICS, OF_THE_REFERENCE
 
 
 def values(row: Row) -> dict[str, float | None]:
@@ -62,16 +62,16 @@ def test_every_metric_by_hand() -> None:
             (700 + 108 * (100 + speed.new_tokens / 2) / (100 + speed.new_tokens)) * 4 / 16_000
         ),
         "perplexity": pytest.approx(math.exp(2.1)),
-        **dict.fromkeys((*metrics.OF_THE_REFERENCE, "bits_per_byte")),
+        **dict.fromkeys((*OF_THE_REFERENCE, "bits_per_byte")),
     }
     # Residuals 8 - 2.1 * 4 and 13 - 2.1 * 6 are -0.4 and 0.4; sqrt(2 / 1 * 0.32) / 10 tokens = 0.08.
-    assert metrics.perplexity_se(row) == pytest.approx(math.exp(2.1) * 0.08)
+    assert quality.perplexity_se(row) == pytest.approx(math.exp(2.1) * 0.08)
 
 
 def test_the_delta_by_hand() -> None:
     base = a_row(windows=[(4, 8.0), (6, 13.0)])
     row = a_row("q", windows=[(4, 9.0), (6, 13.0)])
-    delta = metrics.perplexity_delta(row, base)
+    delta = quality.perplexity_delta(row, base)
     assert delta is not None
     p, b = math.exp(2.2), math.exp(2.1)
     z = [p * (9 - 8.8) - b * (8 - 8.4), p * (13 - 13.2) - b * (13 - 12.6)]
@@ -119,7 +119,7 @@ def test_what_was_not_measured_is_none() -> None:
     not_made = replace(row, artifact=replace(row.artifact, disk_bytes=0, parameters=0))
     assert set(values(not_made).values()) == {None}
     assert set(values(replace(not_made, measurement=Measurement(device="cpu"))).values()) == {None}
-    assert metrics.perplexity_se(row) is metrics.perplexity_delta(row, row) is metrics.nonfinite(row) is None
+    assert quality.perplexity_se(row) is quality.perplexity_delta(row, row) is quality.nonfinite(row) is None
 
 
 def test_samples_that_are_no_numbers_are_left_out() -> None:
@@ -136,16 +136,16 @@ def test_tokens_without_finite_logits_are_counted_and_not_averaged() -> None:
     clean = [{"count": 2, "nonfinite": 0, "nll_sum": 4.0, "nll": [1.0, 3.0]}] * 3
     hurt = [*clean[:2], {"count": 1, "nonfinite": 1, "nll_sum": 2.0, "nll": [None, 2.0]}]
     base, row = with_quality(a_row(), clean), with_quality(a_row("q"), hurt)
-    assert metrics.nonfinite(row) == 1
+    assert quality.nonfinite(row) == 1
     assert values(row)["perplexity"] == pytest.approx(math.exp(10 / 5))
-    delta = metrics.perplexity_delta(row, base)
+    delta = quality.perplexity_delta(row, base)
     assert delta is not None  # over the five tokens that both have: the base's are 1, 3, 1, 3, 3
     assert delta.value == pytest.approx(math.exp(10 / 5) - math.exp(11 / 5))
 
     nothing = with_quality(a_row("q"), [{"count": 0, "nonfinite": 2, "nll_sum": 0.0, "nll": [None, None]}] * 3)
-    assert values(nothing)["perplexity"] is metrics.perplexity_se(nothing) is None
-    assert metrics.perplexity_delta(nothing, base) is None
-    assert metrics.nonfinite(nothing) == 6
+    assert values(nothing)["perplexity"] is quality.perplexity_se(nothing) is None
+    assert quality.perplexity_delta(nothing, base) is None
+    assert quality.nonfinite(nothing) == 6
 
 
 def test_divergence_and_agreement_by_hand() -> None:
@@ -187,24 +187,24 @@ def test_a_row_whose_base_was_nowhere_finite_was_not_compared() -> None:
     row = with_quality(a_row(), [{"count": 2, "nonfinite": 0, "nll_sum": 4.0} | lost] * 2)
     found = values(row)
     assert found["perplexity"] == pytest.approx(math.exp(2))
-    assert {found[name] for name in metrics.OF_THE_REFERENCE} == {None}
+    assert {found[name] for name in OF_THE_REFERENCE} == {None}
 
 
 def test_no_delta_over_other_tokens() -> None:
     base = a_row()
-    assert metrics.perplexity_delta(a_row("q"), base) is not None
-    assert metrics.perplexity_delta(a_row("q", evaluation="e2"), base) is None
-    assert metrics.perplexity_delta(a_row("q", windows=[(4, 8.0), (4, 10.0)]), base) is None
-    assert metrics.perplexity_delta(a_row("q", windows=[(4, 8.0), (5, 10.0), (4, 9.0)]), base) is None
-    assert metrics.perplexity_delta(a_row("q", evaluation=None), base) is None
+    assert quality.perplexity_delta(a_row("q"), base) is not None
+    assert quality.perplexity_delta(a_row("q", evaluation="e2"), base) is None
+    assert quality.perplexity_delta(a_row("q", windows=[(4, 8.0), (4, 10.0)]), base) is None
+    assert quality.perplexity_delta(a_row("q", windows=[(4, 8.0), (5, 10.0), (4, 9.0)]), base) is None
+    assert quality.perplexity_delta(a_row("q", evaluation=None), base) is None
 
 
 def test_one_window_has_no_error() -> None:
     base, row = a_row(windows=[(4, 8.0)]), a_row("q", windows=[(4, 9.0)])
-    delta = metrics.perplexity_delta(row, base)
+    delta = quality.perplexity_delta(row, base)
     assert delta is not None and delta.se is None
     assert delta.value == pytest.approx(math.exp(9 / 4) - math.exp(2))
-    assert metrics.perplexity_se(row) is None
+    assert quality.perplexity_se(row) is None
 
 
 def test_a_broken_model_has_a_finite_perplexity() -> None:
@@ -224,11 +224,11 @@ def test_the_deltas_error_covers_as_often_as_it_claims() -> None:
         base_nll = 2.4 + shared
         row = a_row("q", windows=[(tokens, float(total)) for total in own.sum(1)])
         base = a_row(windows=[(tokens, float(total)) for total in base_nll.sum(1)])
-        delta = metrics.perplexity_delta(row, base)
+        delta = quality.perplexity_delta(row, base)
         assert delta is not None and delta.se is not None
         off = abs(delta.value - truth)
         covered += off <= 2.0227 * delta.se  # Student's t, 39 degrees of freedom
-        se, base_se = metrics.perplexity_se(row), metrics.perplexity_se(base)
+        se, base_se = quality.perplexity_se(row), quality.perplexity_se(base)
         assert se is not None and base_se is not None
         covered_if_unpaired += off <= 2.0227 * math.hypot(se, base_se)
         z = math.exp(own.mean()) * (own - own.mean()) - math.exp(base_nll.mean()) * (base_nll - base_nll.mean())

@@ -1,10 +1,9 @@
-"""Rows in object storage and in every other place that fsspec reaches; a real S3 server where one is installed."""
+"""Rows in object storage and in every other place that fsspec reaches; a real S3 server on loopback."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import uuid
@@ -12,14 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from tests.places import ROOT
 from tests.rows import a_row
 from workbench.errors import UserError
 from workbench.report import remote, store
-
-fsspec = pytest.importorskip("fsspec")
 
 
 @pytest.fixture
@@ -215,7 +213,7 @@ except UserError as error:
 import urllib.request
 url = f"http://127.0.0.1:{{port}}/moto-api/reset-auth"
 urllib.request.urlopen(urllib.request.Request(url, b"0", {{"Content-Type": "text/plain"}}))
-store._written.clear()
+remote._written.clear()
 for what in (lambda: store.read(place), lambda: store.append(place, "desk", a_row())):
     try:
         what()
@@ -230,24 +228,20 @@ server.stop()
 
 @pytest.mark.slow
 def test_a_real_s3_server(tmp_path: Path) -> None:
-    """moto's server on loopback: in this environment, or in one that $WORKBENCH_S3_PYTHON names."""
-    python = os.environ.get("WORKBENCH_S3_PYTHON", sys.executable)
-    look = "import moto.server, s3fs, boto3, flask"
-    if not shutil.which(python) or subprocess.run([python, "-c", look], capture_output=True).returncode:
-        pytest.skip('needs "moto[server]" and s3fs; WORKBENCH_S3_PYTHON may name a Python that has them')
+    """moto's server on loopback, a thread of a process of its own: it ends with that process, however that ends."""
     script = S3.format(root=str(ROOT))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
     environment["INITIAL_NO_AUTH_ACTION_COUNT"] = "1000"
     done = subprocess.run(
-        [python, "-c", script], capture_output=True, text=True, timeout=200, cwd=tmp_path, env=environment
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=200, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("credentials") == 2 and "s3 holds" in done.stdout
 
 
 def test_parquet_reads_back_in_pandas(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     from workbench.report.formats.data import objects
     from workbench.report.formats.parquet import parquet
     from workbench.report.table import build
@@ -276,7 +270,6 @@ def test_parquet_reads_back_in_pandas(tmp_path: Path) -> None:
 
 
 def test_the_table_command_writes_parquet_and_reads_urls(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     store.append(tmp_path, "desk", a_row())
     command = [sys.executable, "-m", "workbench.cli", "table", "--results", f"file://{tmp_path}"]
     told = subprocess.run([*command, "--format", "json"], capture_output=True, text=True, cwd=ROOT)

@@ -103,7 +103,7 @@ def dequantized(base: Path, out: Path, method: str, bits: int) -> Any:
     import transformers
     from safetensors.torch import load_file
 
-    from workbench.worker.methods import awq, gptq
+    from tests.worker.unpacking import dequantize_awq, dequantize_gptq
 
     tensors = load_file(out / "model.safetensors")
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -114,7 +114,7 @@ def dequantized(base: Path, out: Path, method: str, bits: int) -> Any:
             parts = {
                 s: tensors[f"{stem}.{s}"] for s in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{s}" in tensors
             }
-            state[f"{stem}.weight"] = awq.dequantize(parts) if method == "awq" else gptq.dequantize(parts, bits)
+            state[f"{stem}.weight"] = dequantize_awq(parts) if method == "awq" else dequantize_gptq(parts, bits)
         elif suffix not in ("qzeros", "scales", "g_idx"):
             state[name] = tensor.float()
     missing, extra = model.load_state_dict(state, strict=False)

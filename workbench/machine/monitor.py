@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from workbench.gpus import Gpu, Watch, gpus
+
 FIELDS = {"VmRSS": "rss", "RssAnon": "rss_anon", "RssFile": "rss_file", "RssShmem": "rss_shared"}
 CONDITIONS = (
     "others_cores",
@@ -45,9 +47,10 @@ POWER_BRAKE = 0x80
 class Monitor:
     """Peaks of one process tree; call the instance with the root's pid as often as you like."""
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    def __init__(self, root: Path = Path("/"), watched: Sequence[Gpu] | None = None) -> None:
+        """`watched`: the job's GPUs; by default all that this program may see."""
         self.peak: dict[str, int] = {}
-        self._devices = _device_handles()
+        self._gpus = Watch(gpus() if watched is None else watched)
         self._root = root
         self._looked_s = 0.0
         self._first: dict[str, float] | None = None
@@ -55,8 +58,7 @@ class Monitor:
         self._spent: dict[str, float] = {}
         self._clocks: list[float] = []
         self._gpu_clocks: list[float] = []
-        self._gpu_reasons = 0
-        self._strangers = 0
+        self._gpu_reasons: int | None = None
 
     def __call__(self, pid: int) -> None:
         pids = _tree(pid)
@@ -64,8 +66,9 @@ class Monitor:
         for member in pids:
             for name, size_bytes in _resident(member).items():
                 total[name] = total.get(name, 0) + size_bytes
-        if self._devices:
-            total["vram"] = _device_bytes(self._devices, set(pids))
+        vram = self._gpus.bytes_of(set(pids))
+        if vram is not None:
+            total["vram"] = vram
         for name, size_bytes in total.items():
             self.peak[name] = max(self.peak.get(name, 0), size_bytes)
         moment = time.monotonic()
@@ -102,10 +105,10 @@ class Monitor:
             if "throttles" in change:
                 found["throttled"] = change["throttles"] > 0
         found["clock_hz"] = _spread(self._clocks)
-        if self._devices:
-            found["gpu_clock_hz"] = _spread(self._gpu_clocks)
+        found["gpu_clock_hz"] = _spread(self._gpu_clocks)
+        if self._gpu_reasons is not None:
             found["gpu_throttled"] = bool(self._gpu_reasons & (THERMAL | POWER_BRAKE))
-            found["gpu_strangers"] = self._strangers
+        found["gpu_strangers"] = self._gpus.strangers()
         return found
 
     def _look(self, pids: list[int], moment: float) -> None:
@@ -121,19 +124,10 @@ class Monitor:
             clock = _clock_hz(self._root)
             if clock:
                 self._clocks.append(clock)
-        for device in self._devices:
-            with contextlib.suppress(Exception):  # whatever a driver lacks is not measured
-                self._look_at(device, set(pids))
-
-    def _look_at(self, device: Any, pids: set[int]) -> None:
-        import pynvml
-
-        strangers = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(device) if p.pid not in pids]
-        self._strangers = max(self._strangers, len(strangers))
-        if pynvml.nvmlDeviceGetUtilizationRates(device).gpu > 50:
-            clock = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
-            self._gpu_clocks.append(clock * 1e6)
-        self._gpu_reasons |= pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(device)
+        clocks, reasons = self._gpus.clocks()
+        self._gpu_clocks += clocks
+        if reasons is not None:
+            self._gpu_reasons = (self._gpu_reasons or 0) | reasons
 
 
 def warnings(conditions: dict[str, Any]) -> list[str]:
@@ -232,24 +226,3 @@ def _resident(pid: int) -> dict[str, int]:
     except OSError:
         pass
     return sizes
-
-
-def _device_handles() -> list[Any]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:  # No library, no driver, no permission: all mean "not measured".
-        return []
-
-
-def _device_bytes(devices: list[Any], pids: set[int]) -> int:
-    import pynvml
-
-    used = 0
-    for device in devices:
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device):
-            if process.pid in pids and process.usedGpuMemory:
-                used += process.usedGpuMemory
-    return used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 from workbench.console import Show
 from workbench.disk import disk_faults
+from workbench.gpus import gpus
 from workbench.home import home, machine_lock
 from workbench.machine import isolate
 from workbench.machine.monitor import Monitor
@@ -55,7 +57,7 @@ def turns(
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = home() / "logs" / f"{stamp}-{digest([function, text, time.time_ns()])[:8]}"
-    monitor, reply, turn = Monitor(), None, 1
+    monitor, reply, turn = Monitor(watched=gpus(os.environ | (environment or {}))), None, 1
     with isolate.Worker(function, payload, workdir=folder, python=python, environment=environment) as worker:
         while reply is None:
             if turn > 1:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from workbench.errors import UserError, WorkFailed
 from workbench.home import home
@@ -28,7 +28,7 @@ from workbench.plan.tensors import shape_of
 from workbench.recipe.choices import BackendChoice
 from workbench.recipe.load import Recipe
 from workbench.records import Variant
-from workbench.shape import DTYPE_BYTES, Shape
+from workbench.shape import DTYPE_BYTES, Described, Shape
 from workbench.sizes import size_text
 
 
@@ -124,7 +124,7 @@ def check_context(tokens: int, context_tokens: int, where: str) -> None:
         )
 
 
-def _read(recipe: Recipe) -> dict[str, Any]:
+def _read(recipe: Recipe) -> Described:
     """Ask a worker for the shape; it takes a moment of one core, so it does not wait for the machine."""
     payload = {
         "source": recipe.base.source(recipe.path.parent),
@@ -135,7 +135,7 @@ def _read(recipe: Recipe) -> dict[str, Any]:
     reply = isolate.call("workbench.worker.base.headers:read", payload, workdir=folder, time_limit_s=600)
     value = isolate.answer(reply, folder)
     shutil.rmtree(folder, ignore_errors=True)
-    return dict(value)
+    return cast(Described, value)
 
 
 def _fitted(

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from workbench.errors import UserError, did_you_mean
-from workbench.shape import NamedShape, Shape, Traits
+from workbench.shape import Described, NamedShape, Shape, Traits
 from workbench.worker.architectures import ARCHITECTURES, FUSED, SEPARATE, Sizes, sizes_of
 
 
-def shape_of(read: dict[str, Any], where: str) -> Shape:
+def shape_of(read: Described, where: str) -> Shape:
     """What `worker/base/headers.py` answered, in the plan's terms. Raises `UserError` for a shape it cannot tell."""
     config = read["config"]
     text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
@@ -67,7 +67,7 @@ _EXPERT_NAMES = {
 }
 
 
-def _renamed(tensors: dict[str, Sequence[int]]) -> list[NamedShape]:
+def _renamed(tensors: Mapping[str, Sequence[int]]) -> list[NamedShape]:
     """Hugging Face's names in GGUF's; a layer's experts become one tensor, as the converter writes them."""
     gemma = any("pre_feedforward_layernorm" in name for name in tensors)
     found: dict[str, tuple[int, ...]] = {}

@@ -64,25 +64,36 @@ def perplexity_delta(q: Quality, base_q: Quality) -> Estimate:
     return Estimate(ppl - ppl0, _error(residuals, count), len(residuals))
 
 
-def divergence(q: Quality) -> dict[str, Any] | None:
-    """KL divergence from the base in nats a token: `{"mean": Estimate, "low": float, "p50", "p90", "p99",
-    "p999", "max"}`.
+def mean_delta(q: Quality, base_q: Quality, total: str, count: str) -> Estimate | None:
+    """The mean a token of `q` less the base's, both of per-window sums `total` over `count` tokens.
 
-    `low` is the mean's lower bound that no sampling enters. Quantiles are over tokens, interpolated linearly
-    between order statistics (type 7 of Hyndman & Fan, The American Statistician 50, 1996), and None without
-    per-token lists. None if `q` was not compared with a reference.
+    Paired over windows as `perplexity_delta` is. None if one has no such token, or not as many windows.
     """
+    if len(q["windows"]) != len(base_q["windows"]):
+        return None
+    means, residuals = [], [0.0] * len(q["windows"])
+    for sign, windows in ((-1, base_q["windows"]), (1, q["windows"])):
+        tokens = sum(window.get(count, 0) for window in windows)
+        if not tokens:
+            return None
+        mean = math.fsum(window[total] for window in windows) / tokens
+        means.append(mean)
+        for place, window in enumerate(windows):
+            residuals[place] += sign * (window[total] - mean * window[count]) / tokens
+    return Estimate(means[1] - means[0], _error(residuals, 1), len(residuals))
+
+
+def divergence(q: Quality) -> Estimate | None:
+    """Mean KL divergence from the base, in nats a token; None if `q` was not compared with a reference."""
     if "kld_sum" not in (q["windows"] or [{}])[0]:
         return None
-    mean = _mean(_pairs(q, "kld_sum", "kld_count"))
-    count = sum(window["kld_count"] for window in q["windows"])
+    return _mean(_pairs(q, "kld_sum", "kld_count"))
+
+
+def divergence_quantile(q: Quality, p: float) -> float | None:
+    """A quantile over tokens of the KL divergence from the base, in nats; None without per-token lists."""
     values = sorted(v for window in q["windows"] for v in unpacked(window.get("kld", ())) if v is not None)
-    named = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "max": 1.0}
-    return {
-        "mean": mean,
-        "low": math.fsum(window["kld_low_sum"] for window in q["windows"]) / count,
-        **{name: quantile(values, p) if values else None for name, p in named.items()},
-    }
+    return quantile(values, p) if values else None
 
 
 def agreement(q: Quality) -> Estimate | None:
@@ -140,35 +151,6 @@ def nonfinite(q: Quality) -> int:
     return sum(window["nonfinite"] for window in q["windows"])
 
 
-def summarise(q: Quality, base_q: Quality | None = None, scored_bytes: int | None = None) -> dict[str, Any]:
-    """All of the above, flat, under the names of the table's metrics; None where there is nothing to say.
-
-    With every token non-finite, everything but `nonfinite` is None.
-    """
-    estimates = ("perplexity", "perplexity_delta", "kld_mean", "top1_agreement", "rms_dp", "bits_per_byte")
-    names = [name for estimate in estimates for name in (estimate, f"{estimate}_se")]
-    names += ["kld_low", "kld_p50", "kld_p90", "kld_p99", "kld_p999", "kld_max"]
-    summary: dict[str, Any] = dict.fromkeys(names) | {"nonfinite": nonfinite(q)}
-
-    def put(name: str, estimate: Estimate | None) -> None:
-        if estimate is not None:
-            summary[name], summary[f"{name}_se"] = estimate.value, estimate.se
-
-    if any(window["count"] for window in q["windows"]):
-        put("perplexity", perplexity(q))
-        if base_q is not None and any(n for _, n in _paired(q, base_q)[0]):
-            put("perplexity_delta", perplexity_delta(q, base_q))
-        if scored_bytes:
-            put("bits_per_byte", bits_per_byte(q, scored_bytes))
-    if any(window.get("kld_count") for window in q["windows"]):
-        found = divergence(q) or {}
-        put("kld_mean", found.pop("mean"))
-        summary |= {f"kld_{name}": value for name, value in found.items()}
-        put("top1_agreement", agreement(q))
-        put("rms_dp", rms_dp(q))
-    return summary
-
-
 def interval(estimate: Estimate, level: float = 0.95) -> tuple[float, float] | None:
     """Two-sided confidence interval by Student's t with windows - 1 degrees of freedom; None without an
     error."""
@@ -179,10 +161,10 @@ def interval(estimate: Estimate, level: float = 0.95) -> tuple[float, float] | N
 
 
 def t_quantile(p: float, degrees: int) -> float:
-    """Quantile of Student's t.
+    """Quantile of Student's t, by hand because scipy, the library that has it, is 100 MB and a second to import.
 
-    Exact for one and two degrees of freedom, else the expansion around the normal quantile (Abramowitz &
-    Stegun 26.7.5), which is within 0.5 % for three or more at p up to 0.995.
+    Exact for up to three degrees of freedom, else the expansion around the normal quantile (Abramowitz & Stegun
+    26.7.5), which is within 0.5 % for four or more at p up to 0.995.
     """
     if degrees < 1:
         raise ValueError(f"degrees of freedom must be at least 1, got {degrees}")
@@ -192,17 +174,22 @@ def t_quantile(p: float, degrees: int) -> float:
         return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
     x = NormalDist().inv_cdf(p)
     v = degrees
-    return (
+    t = (
         x
         + (x**3 + x) / (4 * v)
         + (5 * x**5 + 16 * x**3 + 3 * x) / (96 * v**2)
         + (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / (384 * v**3)
         + (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / (92160 * v**4)
     )
+    for _ in range(3 if degrees == 3 else 0):  # Newton's method: the distribution function is known, its inverse is not
+        u = t / math.sqrt(3)
+        t -= (0.5 - p + (math.atan(u) + u / (1 + u * u)) / math.pi) * math.pi * math.sqrt(3) / 2 * (1 + u * u) ** 2
+    return t
 
 
 def quantile(ordered: Sequence[float], p: float) -> float:
-    """The p-quantile of ascending values, interpolated linearly; raises `ValueError` for none."""
+    """The p-quantile of ascending values, interpolated linearly between order statistics (type 7 of Hyndman & Fan, The
+    American Statistician 50, 1996); raises `ValueError` for none."""
     if not ordered:
         raise ValueError("a quantile of no values")
     place = p * (len(ordered) - 1)

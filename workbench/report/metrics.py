@@ -1,31 +1,58 @@
-"""Numbers derived from rows: what a metric is, its unit, which way is better, how it is computed.
+"""Numbers derived from rows: what a metric is, its unit, which way is better, how it is computed, shown and judged.
 
-Rows hold raw samples; everything here is a view on them, so that a better estimator needs no new
-measurement. A new metric is one line in `METRICS`, whose order is that of the columns. None means "not
-measured"; NaN and infinity never leave this module.
+Rows hold raw samples; everything here is a view on them, so that a better estimator needs no new measurement. A new
+metric is one entry of `METRICS`, whose order is that of the columns: CSV, JSON and Parquet have all of them; printed
+tables and pages those with a `Column`; compare, nights and history those with a `Judged`. None means "not measured";
+NaN and infinity never leave this module.
 
-The statistics of quality, with errors that count windows as clusters and keep the covariance with the base,
-are in `statistics.py`; here they meet rows. Errors of speeds: `interval`.
+How they are computed: `quality.py`, whose errors count windows as clusters, and `speeds.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from workbench.records import Row
-from workbench.report import estimates as quality_of
-from workbench.report.speeds import (
-    bandwidth_fraction,
-    decode_samples,
-    energy_j_per_token,
-    finite_number,
-    itl,
-    median,
-    prefill_samples,
-    ttft_samples,
-)
+from workbench.report import quality, speeds
+from workbench.report.estimates import Estimate
+from workbench.report.speeds import finite_number, median
+from workbench.report.units import MIB
+
+
+@dataclass(frozen=True)
+class Column:
+    """How people see a metric in a table."""
+
+    heading: str
+    unit: str
+    """Shown unit, of pages; a printed column of bytes takes the unit that fits its largest."""
+    spec: str
+    """Format of the number in the shown unit."""
+    scale: float = 1.0
+    """What the stored number is divided by on pages."""
+    help: str = ""
+    """Tooltip on pages; `{workload}` is what the speeds are of."""
+    printed: Literal["always", "where measured", "never"] = "never"
+    """Whether the tables in text have it too; those of quality have columns of their own there (`cells.py`)."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Which change of a metric matters: one size for compare, nights and the history."""
+
+    place: int
+    """Its turn among the judged."""
+    threshold: float
+    """Relative change that matters unless somebody says otherwise."""
+    exact: bool = False
+    """Whether it has no noise at all, so that one value a side is enough."""
+    nightly: bool = True
+    """Whether a night opens an issue for it. Not for a load, which is mostly the page cache's, nor for what another
+    metric says too; compare and history have them all the same."""
+    plotted: bool = False
+    """Whether pages draw it over time."""
 
 
 @dataclass(frozen=True)
@@ -33,82 +60,24 @@ class Metric:
     """One number a row yields."""
 
     name: str
+    title: str
+    """Name in prose."""
     unit: str
     """SI: `s`, `B`, `tok/s`, `bit`; empty for a pure number."""
-    better: Literal["higher", "lower"] | None
+    better: Literal["higher", "lower"]
     value: Callable[[Row], float | None]
-    text: str
-    """Format specification of the number in its display unit."""
-    title: str
     error: Callable[[Row], float | None] | None = None
     """One standard error of the value, windows as clusters, where it has one of that kind."""
-
-
-def perplexity(row: Row) -> float | None:
-    """exp(mean negative log-likelihood) over the scored tokens with finite logits."""
-    quality = _quality(row)
-    return quality_of.perplexity(quality).value if quality else None
-
-
-def perplexity_se(row: Row) -> float | None:
-    """Its standard error, windows as clusters; None for fewer than two windows."""
-    quality = _quality(row)
-    return quality_of.perplexity(quality).se if quality else None
-
-
-def perplexity_delta(row: Row, base: Row) -> quality_of.Estimate | None:
-    """The row's perplexity minus the base's, paired over the tokens finite in both, with the error of the
-    difference. None if either was not scored, or not on the same tokens."""
-    quality, base_quality = _quality(row), _quality(base)
-    if quality is None or base_quality is None or not same_tokens(row, base):
-        return None
-    try:
-        return quality_of.perplexity_delta(quality, base_quality)
-    except ValueError:  # no token that is finite in both
-        return None
-
-
-def task_accuracy(row: Row, name: str) -> quality_of.Estimate | None:
-    """Share of a task's items that were right; None if the row was not asked."""
-    return quality_of.accuracy(_correct(row, name))
-
-
-def task_delta(row: Row, base: Row, name: str) -> quality_of.Estimate | None:
-    """The row's accuracy less the base's, paired by item; None if not both were asked the same."""
-    own, other = _correct(row, name), _correct(base, name)
-    task, base_task = row.tasks.get(name), base.tasks.get(name)
-    if task is None or base_task is None or task.digest != base_task.digest or len(own) != len(other):
-        return None
-    return quality_of.accuracy_delta(own, other)
-
-
-def _correct(row: Row, name: str) -> list[float]:
-    found = row.measurement.tasks.get(name) if row.measurement else None
-    return list(found["correct"]) if found else []
-
-
-def same_tokens(row: Row, base: Row) -> bool:
-    """Whether both were scored on one evaluation, window by window alike."""
-    if row.evaluation is None or base.evaluation is None or row.evaluation.digest != base.evaluation.digest:
-        return False
-    sizes, base_sizes = (
-        [window["count"] + window["nonfinite"] for window in (_quality(each) or {}).get("windows", [])]
-        for each in (row, base)
-    )
-    return sizes == base_sizes
-
-
-def reference(row: Row) -> str | None:
-    """The digest of the base's distributions that the row was compared with; None if it was with none.
-
-    Divergences from two references, even of one base, are not comparable.
-    """
-    return row.quality.get("reference_digest") if row.quality else None
-
-
-def nonfinite(row: Row) -> int | None:
-    """Scored tokens whose logits were not finite; they are in no other number. None if not scored."""
-    return quality_of.nonfinite(row.quality) if row.quality else None
+    column: Column | None = None
+    judged: Judged | None = None
+    samples: Callable[[Row], list[float]] | None = None
+    """The repeats that the value is the median of, where it is one."""
+    interval: Callable[[Row], tuple[float, float] | None] | None = None
+    """95 %, of that median."""
+    difference: Callable[[Row, Row], Estimate | None] | None = None
+    """The first row's value less the second's, paired by window, where it is a mean over tokens."""
+    scored_on: Literal["text", "reference"] | None = None
+    """What a number of quality is of: the evaluation's tokens alone, or the base's distributions too."""
 
 
 def _memory(key: str) -> Callable[[Row], float | None]:
@@ -131,47 +100,10 @@ def _bits_per_weight(row: Row) -> float | None:
     return row.artifact.bits_per_weight or None
 
 
-def _divergence(key: str) -> Callable[[Row], float | None]:
-    def value(row: Row) -> float | None:
-        quality = _compared(row)
-        found = quality_of.divergence(quality) if quality else None
-        return finite_number(found[key]) if found else None
-
-    return value
-
-
-def _kld_mean(row: Row) -> quality_of.Estimate | None:
-    quality = _compared(row)
-    found = quality_of.divergence(quality) if quality else None
-    return found["mean"] if found else None
-
-
-def _top1_agreement(row: Row) -> quality_of.Estimate | None:
-    quality = _compared(row)
-    return quality_of.agreement(quality) if quality else None
-
-
-def _rms_dp(row: Row) -> quality_of.Estimate | None:
-    quality = _compared(row)
-    return quality_of.rms_dp(quality) if quality else None
-
-
-def _bits_per_byte(row: Row) -> quality_of.Estimate | None:
-    quality = _quality(row)
-    if quality is None or row.evaluation is None or not row.evaluation.scored_bytes:
-        return None
-    return quality_of.bits_per_byte(quality, row.evaluation.scored_bytes)
-
-
 def _estimated(
-    name: str,
-    unit: str,
-    better: Literal["higher", "lower"],
-    estimate: Callable[[Row], quality_of.Estimate | None],
-    text: str,
-    title: str,
-) -> Metric:
-    """A metric whose value and error come together."""
+    estimate: Callable[[Row], Estimate | None],
+) -> tuple[Callable[[Row], float | None], Callable[[Row], float | None]]:
+    """Value and error of a metric for which they come together."""
 
     def value(row: Row) -> float | None:
         found = estimate(row)
@@ -181,61 +113,174 @@ def _estimated(
         found = estimate(row)
         return finite_number(found.se) if found else None
 
-    return Metric(name, unit, better, value, text, title, error)
+    return value, error
 
-
-OF_THE_REFERENCE = (
-    "kld_mean",
-    "kld_p50",
-    "kld_p90",
-    "kld_p99",
-    "kld_p999",
-    "kld_max",
-    "top1_agreement",
-    "rms_dp",
-)
-"""The metrics that are about the base's distributions too."""
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("bits_per_weight", "bit", "lower", _bits_per_weight, ".2f", "bits per weight"),
-        Metric("disk_bytes", "B", "lower", _disk_bytes, ".1f", "size"),
-        Metric("load_s", "s", "lower", _load_s, ".1f", "load"),
-        Metric("peak_rss_bytes", "B", "lower", _memory("peak_rss"), ".1f", "peak memory"),
-        Metric("peak_vram_bytes", "B", "lower", _memory("peak_vram"), ".1f", "peak VRAM"),
-        Metric("weights_bytes", "B", "lower", _memory("weights"), ".1f", "weights"),
-        Metric("kv_cache_bytes", "B", "lower", _memory("kv_cache"), ".1f", "KV cache"),
-        Metric("workspace_bytes", "B", "lower", _memory("workspace"), ".1f", "workspace"),
-        Metric("prefill_tok_s", "tok/s", "higher", lambda row: median(prefill_samples(row)), ".1f", "prefill"),
-        Metric("decode_tok_s", "tok/s", "higher", lambda row: median(decode_samples(row)), ".1f", "decode"),
-        Metric("ttft_s", "s", "lower", lambda row: median(ttft_samples(row)), ".3f", "first token"),
-        Metric("itl_p50_s", "s", "lower", lambda row: itl(row, 0.5), ".4f", "between tokens, median"),
-        Metric("itl_p95_s", "s", "lower", lambda row: itl(row, 0.95), ".4f", "between tokens, 95 %"),
-        Metric("itl_p99_s", "s", "lower", lambda row: itl(row, 0.99), ".4f", "between tokens, 99 %"),
-        Metric("energy_j_per_token", "J", "lower", energy_j_per_token, ".3f", "energy a token"),
-        Metric("bandwidth_fraction", "", "higher", bandwidth_fraction, ".3f", "of the copy bandwidth"),
-        Metric("perplexity", "", "lower", perplexity, ".3f", "perplexity", perplexity_se),
-        _estimated("kld_mean", "nat", "lower", _kld_mean, ".4f", "KLD"),
-        Metric("kld_p50", "nat", "lower", _divergence("p50"), ".4f", "KLD, median"),
-        Metric("kld_p90", "nat", "lower", _divergence("p90"), ".4f", "KLD, 90 %"),
-        Metric("kld_p99", "nat", "lower", _divergence("p99"), ".4f", "KLD, 99 %"),
-        Metric("kld_p999", "nat", "lower", _divergence("p999"), ".4f", "KLD, 99.9 %"),
-        Metric("kld_max", "nat", "lower", _divergence("max"), ".4f", "KLD, maximum"),
-        _estimated("top1_agreement", "", "higher", _top1_agreement, ".4f", "same top"),
-        _estimated("rms_dp", "", "lower", _rms_dp, ".4f", "RMS Δp"),
-        _estimated("bits_per_byte", "bit", "lower", _bits_per_byte, ".4f", "bits per byte"),
+        Metric(
+            "bits_per_weight",
+            "bits per weight",
+            "bit",
+            "lower",
+            _bits_per_weight,
+            column=Column("bpw", "bit", ".2f", 1, "Bytes of all weight tensors x 8 over parameters", "always"),
+            judged=Judged(10, 0.001, exact=True, nightly=False),
+        ),
+        Metric(
+            "disk_bytes",
+            "size",
+            "B",
+            "lower",
+            _disk_bytes,
+            column=Column("size", "MiB", ".1f", MIB, printed="always"),
+            judged=Judged(9, 0.001, exact=True),
+        ),
+        Metric(
+            "load_s",
+            "load",
+            "s",
+            "lower",
+            _load_s,
+            column=Column("load", "s", ".1f", printed="always"),
+            judged=Judged(8, 0.25, nightly=False),
+        ),
+        Metric(
+            "peak_rss_bytes",
+            "peak memory",
+            "B",
+            "lower",
+            _memory("peak_rss"),
+            column=Column("peak RSS", "MiB", ".0f", MIB, "Of all processes of the engine, on the host", "always"),
+            judged=Judged(6, 0.05, plotted=True),
+        ),
+        Metric(
+            "peak_vram_bytes",
+            "peak VRAM",
+            "B",
+            "lower",
+            _memory("peak_vram"),
+            column=Column("peak VRAM", "MiB", ".0f", MIB, printed="where measured"),
+            judged=Judged(7, 0.05, plotted=True),
+        ),
+        Metric("weights_bytes", "weights", "B", "lower", _memory("weights")),
+        Metric("kv_cache_bytes", "KV cache", "B", "lower", _memory("kv_cache")),
+        Metric("workspace_bytes", "workspace", "B", "lower", _memory("workspace")),
+        Metric(
+            "prefill_tok_s",
+            "prefill",
+            "tok/s",
+            "higher",
+            lambda row: median(speeds.prefill_samples(row)),
+            column=Column("prefill", "tok/s", ".1f", 1, "Median of {workload}; 95 %", "always"),
+            judged=Judged(2, 0.05, plotted=True),
+            samples=speeds.prefill_samples,
+            interval=speeds.prefill_interval,
+        ),
+        Metric(
+            "decode_tok_s",
+            "decode",
+            "tok/s",
+            "higher",
+            lambda row: median(speeds.decode_samples(row)),
+            column=Column("decode", "tok/s", ".1f", 1, "Median of {workload}; 95 %", "always"),
+            judged=Judged(1, 0.05, plotted=True),
+            samples=speeds.decode_samples,
+            interval=speeds.decode_interval,
+        ),
+        Metric(
+            "ttft_s",
+            "first token",
+            "s",
+            "lower",
+            lambda row: median(speeds.ttft_samples(row)),
+            column=Column("first token", "ms", ".1f", 1e-3, "From submitting the prompt, median of the repeats"),
+        ),
+        Metric("itl_p50_s", "between tokens, median", "s", "lower", lambda row: speeds.itl(row, 0.5)),
+        Metric(
+            "itl_p95_s",
+            "between tokens, 95 %",
+            "s",
+            "lower",
+            lambda row: speeds.itl(row, 0.95),
+            column=Column("between tokens, 95 %", "ms", ".1f", 1e-3, "95 % of the decoding steps are faster"),
+        ),
+        Metric("itl_p99_s", "between tokens, 99 %", "s", "lower", lambda row: speeds.itl(row, 0.99)),
+        Metric(
+            "energy_j_per_token",
+            "energy a token",
+            "J",
+            "lower",
+            speeds.energy_j_per_token,
+            column=Column("energy", "J/token", ".3f", 1, "Of the whole machine"),
+        ),
+        Metric(
+            "bandwidth_fraction",
+            "of the copy bandwidth",
+            "",
+            "higher",
+            speeds.bandwidth_fraction,
+            column=Column("bandwidth", "%", ".0f", 0.01, "Weights read, of what the machine can copy"),
+        ),
+        Metric(
+            "perplexity",
+            "perplexity",
+            "",
+            "lower",
+            quality.perplexity,
+            quality.perplexity_se,
+            Column("perplexity", "", ".3f", 1, "± one standard error, by windows"),
+            Judged(3, 0.005, plotted=True),
+            difference=quality.perplexity_delta,
+            scored_on="text",
+        ),
+        Metric(
+            "kld_mean",
+            "KLD",
+            "nat",
+            "lower",
+            *_estimated(quality.divergence),
+            Column("KLD", "nat", ".4f", 1, "Mean divergence from the base, a token"),
+            Judged(4, 0.10, plotted=True),
+            difference=quality.mean_delta("kld_sum", "kld_count"),
+            scored_on="reference",
+        ),
+        Metric("kld_p50", "KLD, median", "nat", "lower", quality.divergence_quantile(0.5), scored_on="reference"),
+        Metric("kld_p90", "KLD, 90 %", "nat", "lower", quality.divergence_quantile(0.9), scored_on="reference"),
+        Metric(
+            "kld_p99",
+            "KLD, 99 %",
+            "nat",
+            "lower",
+            quality.divergence_quantile(0.99),
+            column=Column("KLD 99 %", "nat", ".3f"),
+            scored_on="reference",
+        ),
+        Metric("kld_p999", "KLD, 99.9 %", "nat", "lower", quality.divergence_quantile(0.999), scored_on="reference"),
+        Metric("kld_max", "KLD, maximum", "nat", "lower", quality.divergence_quantile(1.0), scored_on="reference"),
+        Metric(
+            "top1_agreement",
+            "same top",
+            "",
+            "higher",
+            *_estimated(quality.agreement),
+            Column("same top", "%", ".2f", 0.01),
+            Judged(5, 0.005),
+            difference=quality.mean_delta("same_top_sum", "kld_count"),
+            scored_on="reference",
+        ),
+        Metric("rms_dp", "RMS Δp", "", "lower", *_estimated(quality.rms_dp), scored_on="reference"),
+        Metric("bits_per_byte", "bits per byte", "bit", "lower", *_estimated(quality.bits_per_byte), scored_on="text"),
     )
 }
 
+OF_THE_REFERENCE = tuple(name for name, metric in METRICS.items() if metric.scored_on == "reference")
+"""The metrics that are about the base's distributions too."""
 
-def _quality(row: Row) -> dict[str, Any] | None:
-    """What the worker found, if it scored a single token."""
-    quality = row.quality
-    return quality if quality and any(window["count"] for window in quality["windows"]) else None
-
-
-def _compared(row: Row) -> dict[str, Any] | None:
-    """The same, if a single token was compared with the base's distribution."""
-    quality = _quality(row)
-    return quality if quality and any(window.get("kld_count") for window in quality["windows"]) else None
+JUDGED: dict[str, Judged] = dict(
+    sorted(
+        ((metric.name, metric.judged) for metric in METRICS.values() if metric.judged), key=lambda pair: pair[1].place
+    )
+)
+"""What compare, nights and history judge, in the order in which they tell it."""

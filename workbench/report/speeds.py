@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.records import Row, Speed
-from workbench.report import estimates as quality_of
-
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-"""Student's t, 97.5 % quantile, by degrees of freedom."""
+from workbench.report import estimates
 
 
 def median(samples: Sequence[float]) -> float | None:
@@ -52,7 +49,8 @@ def interval(samples: Sequence[float], rounds: Sequence[int] = ()) -> tuple[floa
             below += ways
         return ordered[rank - 1], ordered[count - rank]
     logs = [math.log(sample) for sample in samples]
-    half = T_975[count - 1] * statistics.stdev(logs) / math.sqrt(count)
+    # To three decimals, as tables of it have them: the intervals of published rows keep their digits.
+    half = round(estimates.t_quantile(0.975, count - 1), 3) * statistics.stdev(logs) / math.sqrt(count)
     center = statistics.fmean(logs)
     try:
         return math.exp(center - half), math.exp(center + half)
@@ -124,7 +122,7 @@ def itl(row: Row, share: float) -> float | None:
         for each, gained in zip(step_s, step_tokens, strict=False)
         if gained and (seconds := finite_number(each)) is not None
     )
-    return quality_of.quantile(steps, share) if steps else None
+    return estimates.quantile(steps, share) if steps else None
 
 
 def ttft_samples(row: Row) -> list[float]:

@@ -24,9 +24,9 @@ from functools import partial
 
 from workbench.errors import UserError
 from workbench.records import Evaluation, Row, Task
-from workbench.report import estimates as statistics
-from workbench.report import metrics, speeds
+from workbench.report import estimates, quality, speeds
 from workbench.report.estimates import Estimate
+from workbench.report.metrics import METRICS, OF_THE_REFERENCE
 from workbench.report.selection import (
     BASE,
     age_of,
@@ -65,8 +65,8 @@ class Line:
     """To the base on the same backend; of the base itself zero."""
     below_noise_floor: bool | None
     """Whether the delta is (module docstring); None without a delta, or where it cannot be said."""
-    prefill_interval: tuple[float, float] | None
-    decode_interval: tuple[float, float] | None
+    intervals: dict[str, tuple[float, float] | None]
+    """95 %, of the median, by name of the metrics that are one."""
     warnings: tuple[str, ...]
     footnotes: tuple[int, ...]
     """Numbers, from 1, into the table's `footnotes`."""
@@ -238,12 +238,12 @@ def _scores(row: Row, lead: Row, rows: Sequence[Row]) -> dict[str, Score]:
     """The row's tasks by name, of those that `lead` has, with the same items."""
     found = {}
     for name, task in lead.tasks.items():
-        accuracy = metrics.task_accuracy(row, name)
+        accuracy = quality.task_accuracy(row, name)
         if accuracy is None or row.tasks[name].digest != task.digest:
             continue
         base = _base_of(row, rows, partial(_was_asked, name=name))
-        delta = metrics.task_delta(row, base, name) if base else None
-        interval = statistics.interval(delta) if delta else None
+        delta = quality.task_delta(row, base, name) if base else None
+        interval = estimates.interval(delta) if delta else None
         below = interval[0] <= 0 <= interval[1] if interval else None
         found[name] = Score(accuracy, delta, below)
     return found
@@ -251,18 +251,15 @@ def _scores(row: Row, lead: Row, rows: Sequence[Row]) -> dict[str, Score]:
 
 def _values(row: Row, reference: str | None) -> dict[str, float | None]:
     """By metric; those of another reference than the table's are left out."""
-    other = metrics.reference(row) != reference
-    return {
-        name: None if other and name in metrics.OF_THE_REFERENCE else metric.value(row)
-        for name, metric in metrics.METRICS.items()
-    }
+    other = quality.reference(row) != reference
+    return {name: None if other and name in OF_THE_REFERENCE else metric.value(row) for name, metric in METRICS.items()}
 
 
 def _references(rows: Sequence[Row]) -> dict[str, str]:
     """The reference that divergences of each base are from: that of the newest row compared with any."""
     found = {}
     for row in sorted(rows, key=age_of):
-        digest_of = metrics.reference(row)
+        digest_of = quality.reference(row)
         if digest_of:
             found[row.base] = digest_of
     return found
@@ -272,7 +269,7 @@ def _below(delta: Estimate | None, floor: NoiseFloor | None) -> bool | None:
     """Whether a delta is below the noise floor, as the module docstring defines it."""
     if delta is None:
         return None
-    interval = statistics.interval(delta)
+    interval = estimates.interval(delta)
     if (floor and abs(delta.value) <= floor.spread) or (interval and interval[0] <= 0 <= interval[1]):
         return True
     return False if floor and interval else None
@@ -287,11 +284,11 @@ def _line(
     footnotes: dict[str, int],
 ) -> Line:
     base = _base_of(row, rows)
-    delta = metrics.perplexity_delta(row, base) if base else None
+    delta = quality.perplexity_delta(row, base) if base else None
     warnings = _warnings(row, values["perplexity"], base, delta)
-    if reference and metrics.reference(row) not in (None, reference):
+    if reference and quality.reference(row) not in (None, reference):
         warnings += (
-            f"compared with another reference of the base ({metrics.reference(row)}, not {reference}): "
+            f"compared with another reference of the base ({quality.reference(row)}, not {reference}): "
             "measure it again to see its divergence",
         )
     reasons = [row.unsupported or "", row.error or "", *warnings]
@@ -300,13 +297,12 @@ def _line(
         values=values,
         errors={
             name: metric.error(row) if values[name] is not None else None
-            for name, metric in metrics.METRICS.items()
+            for name, metric in METRICS.items()
             if metric.error
         },
         delta=delta,
         below_noise_floor=_below(delta, next((floor for floor in floors if floor.base == row.base), None)),
-        prefill_interval=speeds.prefill_interval(row),
-        decode_interval=speeds.decode_interval(row),
+        intervals={name: metric.interval(row) for name, metric in METRICS.items() if metric.interval},
         warnings=warnings,
         footnotes=tuple(footnotes.setdefault(text, len(footnotes) + 1) for text in reasons if text),
     )
@@ -316,19 +312,19 @@ def _warnings(row: Row, own: float | None, base: Row | None, delta: Estimate | N
     found = [*row.artifact.warnings, *(row.measurement.warnings if row.measurement else ()), *row.warnings]
     if own is not None and base is None:
         found.append(f"the base has no perplexity on {row.backend}, so there is no delta")
-    elif own is not None and base is not None and not metrics.same_tokens(row, base):
+    elif own is not None and base is not None and not quality.same_tokens(row, base):
         found.append(f"the base on {row.backend} was scored on other tokens, so there is no delta")
-    elif delta and base is not None and base is not row and (lost := metrics.nonfinite(base)):
+    elif delta and base is not None and base is not row and (lost := quality.nonfinite(base)):
         found.append(f"the delta leaves out tokens whose logits of the base on {row.backend} are not finite ({lost})")
     return tuple(dict.fromkeys(text for text in found if text))
 
 
 def _was_scored(row: Row) -> bool:
-    return metrics.perplexity(row) is not None
+    return quality.perplexity(row) is not None
 
 
 def _was_asked(row: Row, *, name: str) -> bool:
-    return metrics.task_accuracy(row, name) is not None
+    return quality.task_accuracy(row, name) is not None
 
 
 def _base_of(row: Row, rows: Sequence[Row], measured: Callable[[Row], bool] = _was_scored) -> Row | None:

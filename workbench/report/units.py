@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from workbench.sizes import mib_text
 
+MIB = 2.0**20
+
 
 def amount(value: float, unit: str) -> str:
     """A number with its unit as people read it: bytes as MiB."""
@@ -12,6 +14,6 @@ def amount(value: float, unit: str) -> str:
     return f"{value:.4g} {unit}".rstrip()
 
 
-def plain_number(words: str) -> str:
+def printable(words: str) -> str:
     """One line without control characters: names come out of files."""
     return "".join(mark if mark.isprintable() else " " for mark in words)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from workbench.errors import UserError, did_you_mean
+from workbench.worker import Tensors
 
 LAYERS = "model.layers"
 """Where every architecture below keeps its decoder layers."""
@@ -111,7 +112,7 @@ class Sizes:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Lengths of the axes that `Linear` names."""
+        """Lengths of the axes of weights, by the names that `Linear` has for them."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "hidden": self.hidden,
@@ -120,6 +121,19 @@ class Sizes:
             "qkv": queries + 2 * keys,
             "inner": self.inner,
             "gate_up": 2 * self.inner,
+            "vocabulary": self.vocab_size,
+        }
+
+    def in_config(self) -> dict[str, int]:
+        """The sizes in a configuration's words."""
+        return {
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "vocab_size": self.vocab_size,
         }
 
 
@@ -166,9 +180,14 @@ class Group:
 class Architecture:
     """One model as the calibration pass sees it."""
 
-    model_type: str
+    sizes: Sizes
     family: Family
     groups: tuple[Group, ...]
+
+    @property
+    def model_type(self) -> str:
+        """The configuration's word for it."""
+        return self.sizes.model_type
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -190,8 +209,8 @@ class Layer:
     """
 
     index: int
-    tensors: dict[str, Any]
-    grams: dict[str, Any]
+    tensors: Tensors
+    grams: Tensors
     architecture: Architecture
     shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -228,7 +247,7 @@ def describe(config: Mapping[str, Any]) -> Architecture:
     mlp_norm = "pre_feedforward_layernorm" if family.norms_around else "post_attention_layernorm"
     repeats = sizes.heads // sizes.kv_heads
     return Architecture(
-        kind,
+        sizes,
         family,
         (
             Group(attention, Producer("input_layernorm", "norm", one_plus=family.one_plus)),

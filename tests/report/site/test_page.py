@@ -314,7 +314,6 @@ def test_the_command_writes_page_and_plots(tmp_path: Path) -> None:
 
 
 def test_png_of_a_plot() -> None:
-    pytest.importorskip("resvg_py")
     made = svg.png(svg.standalone(plots.plots(build(a_house(9)))[0].wide))
     assert made is not None and made.startswith(b"\x89PNG")
 

@@ -15,7 +15,10 @@ import pytest
 
 from tests.rows import a_row
 from workbench.records import Row
+from workbench.report.metrics import JUDGED
+from workbench.report.verdicts.compare import compare
 from workbench.report.verdicts.night import NIGHTS, TIMES, Verdict, judge, note_of, text
+from workbench.report.verdicts.steps import series_of, steps_of
 
 VARIANTS = ("base", "awq-4bit-g128", "gptq-4bit-g128", "gguf-Q8_0", "gguf-Q4_K_M", "gguf-Q2_K")
 ENGINES = ("vllm", "llamacpp")
@@ -182,3 +185,28 @@ def test_rows_stored_by_hand_are_a_level_too() -> None:
     verdict = judge(fast, [slow] * TIMES)
     assert [alarm.metric for alarm in verdict.alarms] == ["decode_tok_s"]
     assert "median of 3 against 5 good nights" in verdict.alarms[0].reason
+
+
+@pytest.mark.parametrize(
+    ("metric", "change"), [("prefill_tok_s", 1.07), ("peak_rss_bytes", 1.07), ("disk_bytes", 1.005)]
+)
+def test_a_night_the_history_and_compare_judge_by_one_size(metric: str, change: float) -> None:
+    """Or the issue that a night opens and the page that it points to would disagree."""
+
+    def night(day: int, factor: float) -> Row:
+        row = a_row(
+            first_token_s=[0.5 * factor, 0.501 * factor, 0.499 * factor] if metric == "prefill_tok_s" else None,
+            memory={"peak_rss": int(3e8 * (factor if metric == "peak_rss_bytes" else 1))},
+            started_at=f"2026-11-{day:02}T02:00:00Z",
+            key=str(day),
+        )
+        size = int(2e6 * (factor if metric == "disk_bytes" else 1))
+        return replace(row, artifact=replace(row.artifact, disk_bytes=size))
+
+    before, after = [night(day, 1.0) for day in range(1, 9)], [night(day, change) for day in range(9, 13)]
+    assert [alarm.metric for alarm in judge(before, after[:1] * TIMES).alarms] == [metric]
+    (series,) = series_of([*before, *after])
+    assert metric in [step.metric for step in steps_of(series) if step.worse]
+    (changes,) = compare(before, after).changes.values()
+    assert [each.threshold for each in changes] == [JUDGED[each.metric].threshold for each in changes]
+    assert metric in [each.metric for each in changes if each.verdict == "worse"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.worker.base.bases import CONFIG, logits, refusal, run
+from workbench.worker.architectures import Sizes
 from workbench.worker.base.equivalent import equivalent_factors
 
 
@@ -59,8 +60,8 @@ def test_equivalent_depends_on_the_seed(model: Path, tmp_path: Path) -> None:
     assert one["digest"] != two["digest"] and one["digest"] == again["digest"]
     file = "model.safetensors"
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "c" / file).read_bytes()
-    sizes = {"hidden": 48, "kv_heads": 3, "mlp": 96}
-    drawn = equivalent_factors(1, 0, sizes, 2, 16)
+    sizes = Sizes("llama", hidden=48, layers=1, heads=6, kv_heads=3, head_dim=16, inner=96, vocab_size=9)
+    drawn = equivalent_factors(1, 0, sizes)
     assert all(float(f.min()) >= 0.7 and float(f.max()) <= 1.4 for f in drawn.values())
     heads = drawn["value_of_head"].view(3, 2, 16)
     assert (heads[:, 0] == heads[:, 1]).all() and (heads[:, 0] == drawn["value"].view(3, 16)).all()

@@ -15,6 +15,7 @@ import pytest
 
 from tests.places import ROOT
 from tests.worker.small_models import MODELS, dequantized, relative, write_model, write_tokens
+from tests.worker.unpacking import dequantize_awq, dequantize_gptq
 from workbench.errors import UserError
 from workbench.worker.calibration import layout
 from workbench.worker.calibration import run as calibrate
@@ -523,8 +524,6 @@ def test_gptqmodel_unpacks_to_the_same_bits(
     gptqmodel = pytest.importorskip("gptqmodel")
     from safetensors.torch import load_file
 
-    from workbench.worker.methods import gptq
-
     base = write_model(tmp_path / "base", "llama")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tiny_llama / name, base / name)
@@ -538,7 +537,7 @@ def test_gptqmodel_unpacks_to_the_same_bits(
         if f"{name}.qweight" in stored:
             parts = {suffix: stored[f"{name}.{suffix}"] for suffix in ("qweight", "qzeros", "scales", "g_idx")}
             theirs = module.dequantize_weight().t()
-            assert torch.equal(gptq.dequantize(parts, options.get("bits", 4)).to(theirs.dtype), theirs), name
+            assert torch.equal(dequantize_gptq(parts, options.get("bits", 4)).to(theirs.dtype), theirs), name
             seen += 1
     assert seen == 14
 
@@ -549,8 +548,6 @@ def test_autoawqs_unpacking_gives_the_same_bits(tmp_path: Path) -> None:
     packing = pytest.importorskip("gptqmodel.quantization.awq.utils.packing_utils")
     from safetensors.torch import load_file
 
-    from workbench.worker.methods import awq
-
     base = write_model(tmp_path / "base", "llama")
     run(base, tmp_path / "work", {"awq": VARIANTS["awq"]})
     stored = load_file(tmp_path / "work/awq/model.safetensors")
@@ -559,4 +556,4 @@ def test_autoawqs_unpacking_gives_the_same_bits(tmp_path: Path) -> None:
     for stem in stems:
         parts = {suffix: stored[f"{stem}.{suffix}"] for suffix in ("qweight", "qzeros", "scales")}
         theirs = packing.dequantize_gemm(parts["qweight"], parts["qzeros"], parts["scales"], 4, 32)
-        assert torch.equal(awq.dequantize(parts).half(), theirs.t()), stem
+        assert torch.equal(dequantize_awq(parts).half(), theirs.t()), stem

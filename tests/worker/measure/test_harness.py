@@ -1,9 +1,9 @@
-"""lm-evaluation-harness on a backend, where it is installed: its own prompts, ids and judgement, our scoring."""
+"""lm-evaluation-harness on a backend: its own prompts, ids and judgement, our scoring."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from workbench.records import Artifact, Job, Task, Workload, from_json
 from workbench.worker.measure import answers, harness
 from workbench.worker.tokens import tasks
 
-INSTALLED = importlib.util.find_spec("lm_eval") is not None
 ITEMS = [{"q": "The sky is", "c": ["blue", "green", "old"], "a": 0}, {"q": "Ice is", "c": ["hot", "cold"], "a": 1}]
 COMMON = """
 dataset_path: json
@@ -59,15 +58,15 @@ def engine(base: Path, task: Task) -> Any:
     return Backend(Job("Tiny", artifact, "transformers", options, Workload(repeats=0), tasks={"t": task}))
 
 
-@pytest.mark.skipif(INSTALLED, reason="lm-eval is installed")
-def test_without_it_the_command_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+def test_without_it_the_command_is_told(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("lm_eval", "lm_eval.evaluator"):  # the second may be imported already
+        monkeypatch.setitem(sys.modules, module, None)
     task = built(tiny_llama, tmp_path, "workbench_choices")
     with pytest.raises(UserError, match=r"lm-evaluation-harness .* Install it with: pip install lm-eval"):
         answers.answer(None, task)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not INSTALLED, reason="needs lm-eval")
 def test_its_choices_are_those_of_its_own_model(tiny_llama: Path, tmp_path: Path) -> None:
     """The harness's class for transformers answers the same task with the same numbers."""
     from lm_eval.evaluator import simple_evaluate
@@ -95,7 +94,6 @@ def test_its_choices_are_those_of_its_own_model(tiny_llama: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not INSTALLED, reason="needs lm-eval")
 def test_it_generates_and_knows_its_tasks(tiny_llama: Path, tmp_path: Path) -> None:
     task = built(tiny_llama, tmp_path, "workbench_spoken")
     own = engine(tiny_llama, task)

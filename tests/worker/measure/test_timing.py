@@ -247,11 +247,11 @@ def test_joules_are_the_counters_difference_through_their_wrap(tmp_path) -> None
     (zone / "energy_uj").write_text("999000000\n")
     (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the package, which would be counted twice
     (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("5\n")
-    meter = Meter(tmp_path, gpus=False)
+    meter = Meter(tmp_path, count_gpus=False)
     before = meter.read()
     (zone / "energy_uj").write_text("2000000\n")
     assert meter.works and meter.since(before) == pytest.approx(3.0)
-    nothing = Meter(tmp_path / "absent", gpus=False)
+    nothing = Meter(tmp_path / "absent", count_gpus=False)
     assert not nothing.works and nothing.read() is None and nothing.since(None) is None
 
 

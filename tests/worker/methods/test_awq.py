@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.worker.unpacking import dequantize_awq, unpack_awq
 from workbench.errors import UserError
 from workbench.recipe.load import parse
 from workbench.worker.architectures import Layer, Producer, describe
@@ -56,7 +57,7 @@ def layer_of(kind: str = "llama", seed: int = 0, **more) -> Layer:
 
 def test_pack_and_unpack_are_inverse_in_autoawqs_order() -> None:
     codes = torch.randint(0, 16, (6, 32), dtype=torch.uint8)
-    assert torch.equal(awq.unpack(awq.pack(codes)), codes)
+    assert torch.equal(unpack_awq(awq.pack(codes)), codes)
     one = torch.arange(8, dtype=torch.uint8)[None]
     assert awq.pack(one).item() == 0x75316420
 
@@ -107,7 +108,7 @@ def test_folded_weights_compute_the_same(kind: str, rounding: str) -> None:
                 (made[f"{producer.module}.weight"] + plus) * scales, before[f"{producer.module}.weight"] + plus
             )
         for name in group.linears:
-            weight = awq.dequantize({s: made[f"{name}.{s}"] for s in ("qweight", "qzeros", "scales")})
+            weight = dequantize_awq({s: made[f"{name}.{s}"] for s in ("qweight", "qzeros", "scales")})
             if scales is not None:
                 weight = weight / scales
             for other, others in folds:

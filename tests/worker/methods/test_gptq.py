@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.worker.unpacking import unpack_gptq
 from workbench.errors import UserError
 from workbench.recipe.load import parse
 from workbench.worker.methods import gptq, rounding
@@ -26,7 +27,7 @@ def test_pack_and_unpack_are_inverse(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (96, 5), dtype=torch.uint8)
     packed = gptq.pack(codes, bits)
     assert packed.shape == (96 * bits // 32, 5) and packed.dtype == torch.int32
-    assert torch.equal(gptq.unpack(packed, bits), codes)
+    assert torch.equal(unpack_gptq(packed, bits), codes)
 
 
 def test_packed_word_is_lowest_first() -> None:

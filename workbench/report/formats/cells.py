@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.records import Evaluation
-from workbench.report.metrics import METRICS
+from workbench.report.metrics import METRICS, Column, Metric
 from workbench.report.selection import BASE
 from workbench.report.speeds import points
 from workbench.report.table import Line, Score, Table, quality_missing, workload
@@ -22,6 +22,7 @@ from workbench.report.table import Line, Score, Table, quality_missing, workload
 MISSING = "–"
 LONGEST_REASON = 400
 """Characters of an error or warning shown to people; CSV and JSON have all of it."""
+BINARY = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10}
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,6 @@ def shown_columns(table: Table, detail: int) -> list[_Column]:
     """`detail` 3: all; 2: without the spread of the speeds and the errors of the divergence; 1: without divergence
     and agreement; 0: without the perplexity's error too."""
     lines = table.lines
-    points = {workload(line.row) for line in lines}
-    if len(points) == 1:
-        prompt_tokens, new_tokens, batch = points.pop()
-        many = f" b{batch}" if batch > 1 else ""
-        prefill: tuple[str, ...] = (f"pp{prompt_tokens}{many}",)
-        decode: tuple[str, ...] = (f"tg{new_tokens}{many}", f"@ d{prompt_tokens}")
-    else:
-        prefill, decode = ("prefill",), ("decode",)
-
     columns = [
         _Column(("variant",), tuple(_plain(line.row.artifact.variant) for line in lines), number=False),
         _Column(("backend",), tuple(_plain(line.row.backend) for line in lines), number=False),
@@ -53,18 +45,12 @@ def shown_columns(table: Table, detail: int) -> list[_Column]:
     for column in table.varying:
         cells = tuple(_plain(column.text(line.row)) or MISSING for line in lines)
         columns.append(_Column((_plain(column.name),), cells, number=False))
-    columns.append(_Column(("bpw",), _numbers(lines, "bits_per_weight")))
-    columns.append(_bytes(lines, "disk_bytes", "size"))
-    columns.append(_Column(("load", "s"), _numbers(lines, "load_s")))
-    columns.append(_bytes(lines, "peak_rss_bytes", "peak", "RSS"))
-    if any(line.values["peak_vram_bytes"] for line in lines):
-        columns.append(_bytes(lines, "peak_vram_bytes", "peak", "VRAM"))
-    for name, heading in (("prefill_tok_s", prefill), ("decode_tok_s", decode)):
-        cells = _numbers(lines, name)
-        if detail > 2:
-            spreads = [_spread(line, name) for line in lines]
-            cells = tuple(f"{cell} {spread}".strip() for cell, spread in zip(cells, _padded(spreads), strict=True))
-        columns.append(_Column((*heading, "t/s"), cells))
+    measured = {name for line in lines for name, value in line.values.items() if value}
+    for metric in METRICS.values():
+        if metric.column and (
+            metric.column.printed == "always" or (metric.column.printed == "where measured" and metric.name in measured)
+        ):
+            columns.append(_plain_metric(lines, metric, metric.column, detail > 2))
     for name, own in table.sets.items():
         columns += _quality(own.lines, detail, (_plain(name),) if len(table.sets) > 1 else ())
     for name in table.tasks:
@@ -95,30 +81,44 @@ def _quality(lines: Sequence[Line], detail: int, name: tuple[str, ...]) -> list[
     return columns
 
 
-def _numbers(lines: Sequence[Line], name: str, scale: float = 1.0) -> tuple[str, ...]:
-    spec = METRICS[name].text
-    values = [line.values[name] for line in lines]
-    return tuple(MISSING if value is None else format(value / scale, spec) for value in values)
+def _plain_metric(lines: Sequence[Line], metric: Metric, column: Column, with_interval: bool) -> _Column:
+    """The column of a metric that needs no care of its own, headed by the workload where it is a speed."""
+    values = [line.values[metric.name] for line in lines]
+    heading, unit, spec, scale = tuple(column.heading.split()), column.unit, column.spec, 1.0
+    if metric.unit == "B":
+        largest = max((value or 0 for value in values), default=0)
+        unit, scale = next((u, s) for u, s in BINARY.items() if largest >= 2 * s or u == "KiB")
+        spec = ".1f"
+    elif metric.samples:
+        heading, unit = _workload_heading(lines, metric.name) or heading, "t/s"
+    elif unit == "bit":
+        unit = ""  # the heading has it
+    cells = [MISSING if value is None else format(value / scale, spec) for value in values]
+    if with_interval and metric.interval:
+        spreads = [_spread(line, metric.name) for line in lines]
+        breadth = max(map(len, spreads), default=0)
+        cells = [f"{cell} {spread.rjust(breadth)}".strip() for cell, spread in zip(cells, spreads, strict=True)]
+    return _Column((*heading, unit) if unit else heading, tuple(cells))
 
 
-def _bytes(lines: Sequence[Line], name: str, *heading: str) -> _Column:
-    largest = max((line.values[name] or 0 for line in lines), default=0)
-    unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10)) if largest >= 2 * 2**p or p == 10)
-    return _Column((*heading, unit), _numbers(lines, name, 2.0**power))
+def _workload_heading(lines: Sequence[Line], name: str) -> tuple[str, ...]:
+    """A speed's heading as llama-bench has it, where all lines are of one workload."""
+    workloads = {workload(line.row) for line in lines}
+    if len(workloads) > 1:
+        return ()
+    prompt_tokens, new_tokens, batch = workloads.pop()
+    many = f" b{batch}" if batch > 1 else ""
+    return (
+        (f"pp{prompt_tokens}{many}",) if name == "prefill_tok_s" else (f"tg{new_tokens}{many}", f"@ d{prompt_tokens}")
+    )
 
 
 def _spread(line: Line, name: str) -> str:
-    interval = line.prefill_interval if name == "prefill_tok_s" else line.decode_interval
-    middle = line.values[name]
+    interval, middle = line.intervals[name], line.values[name]
     if interval is None or not middle:
         return ""
     percent = 100 * max(interval[1] - middle, middle - interval[0]) / middle
     return f"±{percent:.1f}%" if percent < 9.95 else f"±{percent:.0f}%" if percent < 100 else "±100%+"
-
-
-def _padded(texts: Sequence[str]) -> list[str]:
-    breadth = max(map(len, texts), default=0)
-    return [text.rjust(breadth) for text in texts]
 
 
 def _perplexity(line: Line, with_error: bool) -> str:

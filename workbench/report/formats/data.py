@@ -8,7 +8,8 @@ import json
 from typing import Any
 
 from workbench.records import Task
-from workbench.report import metrics, speeds
+from workbench.report import quality, speeds
+from workbench.report.metrics import METRICS
 from workbench.report.store import machine_of
 from workbench.report.table import Line, Score, Table, device, quality_missing, workload
 
@@ -49,7 +50,7 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-OF_QUALITY = ("perplexity", *metrics.OF_THE_REFERENCE, "bits_per_byte")
+OF_QUALITY = tuple(name for name, metric in METRICS.items() if metric.scored_on)
 """The metrics that an evaluation set gives."""
 
 
@@ -77,7 +78,7 @@ def _quality(line: Line) -> dict[str, Any]:
         "perplexity_delta": line.delta.value if line.delta else None,
         "perplexity_delta_se": line.delta.se if line.delta else None,
         "below_noise_floor": line.below_noise_floor,
-        "nonfinite_tokens": metrics.nonfinite(line.row),
+        "nonfinite_tokens": quality.nonfinite(line.row),
         "evaluation_digest": test.digest if test else None,
         "window": test.window if test else None,
         "score": test.score if test else None,
@@ -118,14 +119,13 @@ def _object(line: Line) -> dict[str, Any]:
         "perplexity_delta": line.delta.value if line.delta else None,
         "perplexity_delta_se": line.delta.se if line.delta else None,
         "below_noise_floor": line.below_noise_floor,
-        "nonfinite_tokens": metrics.nonfinite(row),
+        "nonfinite_tokens": quality.nonfinite(row),
         "points": {
             point.name: {"median": point.median, "ci": list(point.interval) if point.interval else None}
             for point in speeds.points(row)
         },
         "quality_missing": quality_missing(row),
-        "prefill_tok_s_ci": list(line.prefill_interval) if line.prefill_interval else None,
-        "decode_tok_s_ci": list(line.decode_interval) if line.decode_interval else None,
+        **{f"{name}_ci": list(interval) if interval else None for name, interval in line.intervals.items()},
         "warnings": list(line.warnings),
         "error": row.error,
         "unsupported": row.unsupported,

@@ -11,18 +11,17 @@ from typing import Any
 
 from workbench.report import estimates as statistics
 from workbench.report import selection
-from workbench.report.metrics import METRICS
+from workbench.report.metrics import JUDGED, METRICS
 from workbench.report.selection import BASE
 from workbench.report.site import charts
 from workbench.report.site.charts import Mark
 from workbench.report.site.svg import NARROW, WIDE, Axis
 from workbench.report.table import Line, Table
+from workbench.report.units import MIB
 from workbench.report.verdicts.steps import Series, Step
 
-MIB = 2.0**20
 HOST_PARTS = ("peak_rss_anon", "peak_rss_file", "peak_rss_shared")
 NOT_PARTS = ("peak_rss", "peak_vram", *HOST_PARTS)
-HISTORY = ("decode_tok_s", "prefill_tok_s", "perplexity", "kld_mean", "peak_rss_bytes", "peak_vram_bytes")
 MOST_LINES = 40
 """Series in one plot over time."""
 
@@ -66,7 +65,7 @@ def plots(table: Table, series: Sequence[Series] = (), steps: Sequence[Step] = (
                 size, groups, Axis("size, MiB", MIB, log=True), quality, "Perplexity against size", width, False
             ),
         )
-    speed = _scatter_marks(table, ids, groups, "decode_tok_s", lambda line: line.decode_interval)
+    speed = _scatter_marks(table, ids, groups, "decode_tok_s", lambda line: line.intervals["decode_tok_s"])
     if len(speed) > 1:
         add(
             "quality-speed",
@@ -104,7 +103,7 @@ def plots(table: Table, series: Sequence[Series] = (), steps: Sequence[Step] = (
                 divergence, groups, Axis("nats a token", log=True), "Divergence from the base, percentiles", width
             ),
         )
-    for metric in HISTORY:
+    for metric in [name for name, judged in JUDGED.items() if judged.plotted]:
         lines = _history(metric, series, steps, ids, groups, table)
         if lines:
             axis = _axis(metric)

@@ -10,7 +10,7 @@ one interval, the 95 % confidence interval of the relative change, against a thr
 So "same" is a finding too (an equivalence test: Schuirmann, J. Pharmacokinetics and Biopharmaceutics 15, 1987) and
 not the mere lack of one. The samples are: of speeds the repeats, by Welch's t on their logarithms, since times scatter
 in proportion (with three runs or more on a side, a median each, because repeats of one process resemble each other);
-of quality the windows, paired, as in `statistics.py`; of load and memory one figure a run, so that two runs on each
+of quality the windows, paired, as in `estimates.py`; of load and memory one figure a run, so that two runs on each
 side are the least that can tell; sizes on disk are exact. Repeats within one process do not see what differs from
 process to process: that is what the threshold is for.
 
@@ -23,43 +23,20 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics as plain
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from workbench.errors import UserError, unknown
 from workbench.records import Row
-from workbench.report import estimates as statistics
-from workbench.report import metrics, speeds
-from workbench.report.metrics import METRICS
+from workbench.report import estimates, quality
+from workbench.report.metrics import JUDGED, METRICS, Metric
 from workbench.report.selection import Pair, labels_of, pair_of
 from workbench.report.store import machine_of
-from workbench.report.units import amount, plain_number
+from workbench.report.units import amount, printable
 
 Verdict = Literal["better", "worse", "same", "undecided"]
-
-THRESHOLDS = {
-    "decode_tok_s": 0.05,
-    "prefill_tok_s": 0.05,
-    "perplexity": 0.005,
-    "kld_mean": 0.10,
-    "top1_agreement": 0.005,
-    "peak_rss_bytes": 0.05,
-    "peak_vram_bytes": 0.05,
-    "load_s": 0.25,
-    "disk_bytes": 0.001,
-    "bits_per_weight": 0.001,
-}
-"""The compared metrics, and which relative change of each matters unless somebody says otherwise."""
-
-EXACT = ("disk_bytes", "bits_per_weight")
-SPEEDS: dict[str, Callable[[Row], list[float]]] = {
-    "decode_tok_s": speeds.decode_samples,
-    "prefill_tok_s": speeds.prefill_samples,
-}
-MEANS = {"kld_mean": ("kld_sum", "kld_count"), "top1_agreement": ("same_top_sum", "kld_count")}
-"""Metrics that are a mean a token of sums that each window has."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +103,7 @@ def compare(
         old, new = _one(old, new, thing, option, chosen, name)
     if not old or not new:
         raise UserError(f"nothing to compare: the {'first' if not old else 'second'} set holds no row")
-    limits = THRESHOLDS | (thresholds or {})
+    limits = {name: judged.threshold for name, judged in JUDGED.items()} | (thresholds or {})
     before, after = _by_pair(old), _by_pair(new)
     labels = labels_of({pair: rows[-1] for pair, rows in (before | after).items()})
     changes: dict[Pair, tuple[Change, ...]] = {}
@@ -142,7 +119,7 @@ def compare(
             lost[pair] = last.error or last.unsupported or "it was not measured"
         elif measured_old and measured_new:
             changes[pair] = tuple(changes_of(measured_old, measured_new, limits))
-            references = {metrics.reference(rows[-1]) for rows in (measured_old, measured_new)} - {None}
+            references = {quality.reference(rows[-1]) for rows in (measured_old, measured_new)} - {None}
             if len(references) > 1:
                 notes.append(f"{labels[pair]}: divergences are from two references of the base and not compared")
     return Comparison(
@@ -160,13 +137,14 @@ def changes_of(old: Sequence[Row], new: Sequence[Row], thresholds: dict[str, flo
     """Each metric that both sides have, of the runs of one pair in the order of their time."""
     for name, threshold in thresholds.items():
         metric = METRICS[name]
-        if name in MEANS or name == "perplexity":
-            found = _quality_change(name, old[-1], new[-1])
-        elif name in SPEEDS:
-            found = _ratio(*(_speed_samples(SPEEDS[name], rows) for rows in (old, new)))
+        exact = name in JUDGED and JUDGED[name].exact
+        if metric.difference:
+            found = _paired(metric, old[-1], new[-1])
+        elif metric.samples:
+            found = _ratio(*(_pooled(metric.samples, rows) for rows in (old, new)))
         else:
             sides = [[v for row in rows if (v := metric.value(row)) is not None] for rows in (old, new)]
-            if name in EXACT:
+            if exact:
                 sides = [values[-1:] for values in sides]
             found = _ratio(*sides)
         if found is None:
@@ -175,7 +153,6 @@ def changes_of(old: Sequence[Row], new: Sequence[Row], thresholds: dict[str, flo
         if not before:
             continue
         relative = (after - before) / before
-        exact = name in EXACT
         verdict = _verdict(relative, (relative, relative) if exact else interval, threshold, metric.better)
         yield Change(name, before, after, relative, None if exact else interval, threshold, verdict)
 
@@ -211,8 +188,8 @@ def doubts(comparison: Comparison, limits: dict[str, float]) -> list[str]:
 def parse_limit(text: str) -> tuple[str, float]:
     """`decode_tok_s:5%` as (metric, 0.05). Raises `UserError` for anything else."""
     name, colon, size = text.partition(":")
-    if name not in THRESHOLDS:
-        raise unknown("metric", name, THRESHOLDS, f"--fail {text}")
+    if name not in JUDGED:
+        raise unknown("metric", name, JUDGED, f"--fail {text}")
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", size.strip()) if colon else None
     if match is None:
         raise UserError(f"--fail {text}: write METRIC:PERCENT, such as {name}:5%")
@@ -292,15 +269,15 @@ def text(comparison: Comparison, everything: bool = False) -> str:
             if everything or change.verdict in ("worse", "better"):
                 shown.append(f"  {change.verdict:9} {describe(change)}")
         if shown:
-            lines += [plain_number(comparison.labels[pair]), *shown]
+            lines += [printable(comparison.labels[pair]), *shown]
     for pair, reason in comparison.lost.items():
-        lines += [plain_number(comparison.labels[pair]), f"  lost      {plain_number(reason)[:200]}"]
+        lines += [printable(comparison.labels[pair]), f"  lost      {printable(reason)[:200]}"]
     for title, pairs in (("only in the first", comparison.only_old), ("only in the second", comparison.only_new)):
         if pairs:
-            lines.append(f"{title}: {', '.join(plain_number(comparison.labels[pair]) for pair in pairs)}")
-    lines += [f"note: {plain_number(note)}" for note in comparison.notes]
+            lines.append(f"{title}: {', '.join(printable(comparison.labels[pair]) for pair in pairs)}")
+    lines += [f"note: {printable(note)}" for note in comparison.notes]
     total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    head = f"{len(comparison.changes)} pairs on {plain_number(comparison.machine)}: {total}"
+    head = f"{len(comparison.changes)} pairs on {printable(comparison.machine)}: {total}"
     if comparison.lost:
         head += f", {len(comparison.lost)} lost"
     return "\n".join([head, *lines]) + "\n"
@@ -341,10 +318,10 @@ def _by_pair(rows: Sequence[Row]) -> dict[Pair, list[Row]]:
     return found
 
 
-def _speed_samples(samples: Callable[[Row], list[float]], rows: Sequence[Row]) -> list[float]:
+def _pooled(samples: Callable[[Row], list[float]], rows: Sequence[Row]) -> list[float]:
     each = [found for row in rows if (found := samples(row))]
     if len(each) >= 3:
-        return [plain.median(found) for found in each]
+        return [statistics.median(found) for found in each]
     return [sample for found in each for sample in found]
 
 
@@ -356,59 +333,34 @@ def _ratio(old: Sequence[float], new: Sequence[float]) -> Found | None:
     """Medians, and Welch's interval of the ratio of geometric means."""
     if not old or not new:
         return None
-    before, after = plain.median(old), plain.median(new)
+    before, after = statistics.median(old), statistics.median(new)
     if len(old) < 2 or len(new) < 2 or min(*old, *new) <= 0:
         return before, after, None
     logs = [[math.log(value) for value in side] for side in (old, new)]
-    center = plain.fmean(logs[1]) - plain.fmean(logs[0])
-    parts = [plain.variance(side) / len(side) for side in logs]
+    center = statistics.fmean(logs[1]) - statistics.fmean(logs[0])
+    parts = [statistics.variance(side) / len(side) for side in logs]
     total = sum(parts)
     if not total:
         return before, after, (math.expm1(center), math.expm1(center))
     # Welch & Satterthwaite's degrees of freedom, rounded down so that the interval is not too narrow.
     degrees = total**2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, logs, strict=True))
-    half = statistics.t_quantile(0.975, max(1, math.floor(degrees))) * math.sqrt(total)
+    half = estimates.t_quantile(0.975, max(1, math.floor(degrees))) * math.sqrt(total)
     if abs(center) + half > 300:
         return before, after, None
     return before, after, (math.expm1(center - half), math.expm1(center + half))
 
 
-def _quality_change(name: str, old: Row, new: Row) -> Found | None:
-    before, after = METRICS[name].value(old), METRICS[name].value(new)
-    if before is None or after is None or not before or not metrics.same_tokens(new, old):
+def _paired(metric: Metric, old: Row, new: Row) -> Found | None:
+    """The values of two rows, and Student's interval of their difference over windows."""
+    before = metric.value(old)
+    difference = metric.difference(new, old) if metric.difference else None
+    if not before or difference is None:
         return None
-    if name == "perplexity":
-        difference = metrics.perplexity_delta(new, old)
-    elif metrics.reference(old) != metrics.reference(new):
-        return None
-    else:
-        difference = _paired_mean(old, new, *MEANS[name])
-    if difference is None:
-        return None
-    interval = statistics.interval(difference)
+    interval = estimates.interval(difference)
     return before, before + difference.value, (interval[0] / before, interval[1] / before) if interval else None
 
 
-def _paired_mean(old: Row, new: Row, total: str, count: str) -> statistics.Estimate | None:
-    """The change of a mean a token, with the error of the difference over windows (Cochran, as in `statistics`)."""
-    sides = [row.quality["windows"] for row in (old, new) if row.quality]
-    if len(sides) < 2 or len(sides[0]) != len(sides[1]):
-        return None
-    means, residuals = [], [0.0] * len(sides[0])
-    for sign, windows in zip((-1, 1), sides, strict=True):
-        tokens = sum(window.get(count, 0) for window in windows)
-        if not tokens:
-            return None
-        mean = math.fsum(window[total] for window in windows) / tokens
-        means.append(mean)
-        for place, window in enumerate(windows):
-            residuals[place] += sign * (window[total] - mean * window[count]) / tokens
-    windows = len(residuals)
-    se = math.sqrt(windows / (windows - 1) * math.fsum(r * r for r in residuals)) if windows > 1 else None
-    return statistics.Estimate(means[1] - means[0], se, windows)
-
-
-def _verdict(relative: float, interval: tuple[float, float] | None, threshold: float, better: str | None) -> Verdict:
+def _verdict(relative: float, interval: tuple[float, float] | None, threshold: float, better: str) -> Verdict:
     if interval is None:
         return "undecided"
     low, high = interval

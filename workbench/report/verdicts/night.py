@@ -16,28 +16,20 @@ mended or accepted.
 from __future__ import annotations
 
 import math
-import statistics as plain
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from workbench.records import Row
-from workbench.report import metrics, selection, units
-from workbench.report.metrics import METRICS
+from workbench.report import quality, selection
+from workbench.report.metrics import JUDGED, METRICS
 from workbench.report.selection import Pair, pair_of
+from workbench.report.units import amount, printable
 from workbench.report.verdicts import compare
 
-LIMITS = {
-    "decode_tok_s": 0.05,
-    "prefill_tok_s": 0.10,
-    "perplexity": 0.005,
-    "kld_mean": 0.10,
-    "top1_agreement": 0.01,
-    "peak_rss_bytes": 0.10,
-    "peak_vram_bytes": 0.05,
-    "disk_bytes": 0.01,
-}
-"""Relative change for the worse that matters on a night."""
+WATCHED = {name: judged.threshold for name, judged in JUDGED.items() if judged.nightly}
+"""Relative change for the worse that matters on a night, by metric."""
 
 NIGHTS = 7
 """Good nights that make the level."""
@@ -106,7 +98,7 @@ def judge(before: Sequence[Row], tonight: Sequence[Row], notes: Sequence[dict[st
             reason = rows[-1].error or rows[-1].unsupported or "it was not measured"
             alarms.append(Alarm(pair, None, None, None, reason))
             continue
-        found = [alarm for name in LIMITS if (alarm := _worse(pair, name, nights, measured, spreads))]
+        found = [alarm for name in WATCHED if (alarm := _worse(pair, name, nights, measured, spreads))]
         if found and len(measured) < TIMES:
             suspects.append(pair)
         else:
@@ -156,7 +148,7 @@ def text(verdict: Verdict, recipe: str, machine: str) -> str:
     lines = [f"{recipe} on {machine}: {verdict.word}, {verdict.compared} pairs compared with the good nights before."]
     for alarm in verdict.alarms:
         what = alarm.reason if alarm.metric else f"broken: {alarm.reason}"
-        lines.append(f"- {_plain(alarm.label)}: {_plain(what)[:400]}")
+        lines.append(f"- {printable(alarm.label)}: {printable(what)[:400]}")
     return "\n".join(lines) + "\n"
 
 
@@ -169,24 +161,25 @@ def _alike(one: Row, other: Row) -> bool:
 def _value(name: str, rows: Sequence[Row]) -> float | None:
     """A night's value: the median of its measurements."""
     values = [value for row in rows if (value := METRICS[name].value(row)) is not None]
-    return plain.median(values) if values else None
+    return statistics.median(values) if values else None
 
 
 def _worse(
     pair: Pair, name: str, nights: Sequence[Sequence[Row]], tonight: Sequence[Row], spreads: dict[str, float]
 ) -> Alarm | None:
     new = _value(name, tonight)
-    if name in metrics.OF_THE_REFERENCE:
+    metric = METRICS[name]
+    if metric.scored_on == "reference":
         # Another reference of the base is another measure.
-        own = metrics.reference(tonight[-1])
-        nights = [night for night in nights if metrics.reference(night[-1]) == own]
+        own = quality.reference(tonight[-1])
+        nights = [night for night in nights if quality.reference(night[-1]) == own]
     known = [value for night in nights if (value := _value(name, night))]
     if not new or not known:
         return None
-    old = plain.median(known)
-    sign = 1 if METRICS[name].better == "lower" else -1
+    old = statistics.median(known)
+    sign = 1 if metric.better == "lower" else -1
     change = sign * math.log(new / old)
-    if change < math.log1p(LIMITS[name]) * 0.999:
+    if change < math.log1p(WATCHED[name]) * 0.999:
         return None
     if len(known) >= ENOUGH:
         spread = math.sqrt((_spread(known) ** 2 + spreads.get(name, 0.0) ** 2) / 2)
@@ -194,15 +187,14 @@ def _worse(
         error = spread * math.sqrt(1 / min(len(tonight), 2) + math.pi / 2 / len(known))
         if change < ERRORS * error:
             return None
-    elif name in compare.SPEEDS:
+    elif metric.samples:
         last = [row for night in nights for row in night]
-        changes = compare.changes_of(last, tonight, {name: LIMITS[name]})
+        changes = compare.changes_of(last, tonight, {name: WATCHED[name]})
         if any(found.verdict != "worse" for found in changes):
             return None
-    unit = METRICS[name].unit
     words = (
-        f"{name} {units.amount(old, unit)} -> {units.amount(new, unit)} ({100 * (new / old - 1):+.1f} %, "
-        f"limit {100 * LIMITS[name]:g} %, median of {len(tonight)} against {len(known)} good nights)"
+        f"{name} {amount(old, metric.unit)} -> {amount(new, metric.unit)} ({100 * (new / old - 1):+.1f} %, "
+        f"limit {100 * WATCHED[name]:g} %, median of {len(tonight)} against {len(known)} good nights)"
     )
     return Alarm(pair, name, old, new, words)
 
@@ -210,23 +202,19 @@ def _worse(
 def _spreads(levels: dict[Pair, list[list[Row]]]) -> dict[str, float]:
     """By metric, the median over pairs of how much nights differ by themselves."""
     found: dict[str, float] = {}
-    for name in LIMITS:
+    for name in WATCHED:
         each = []
         for nights in levels.values():
             values = [value for night in nights if (value := _value(name, night))]
             if len(values) >= ENOUGH:
                 each.append(_spread(values))
         if each:
-            found[name] = plain.median(each)
+            found[name] = statistics.median(each)
     return found
 
 
 def _spread(values: Sequence[float]) -> float:
     """A standard deviation of logarithms that one odd night does not move: 1.4826 times the median deviation."""
     logs = [math.log(value) for value in values]
-    middle = plain.median(logs)
-    return 1.4826 * plain.median(abs(log - middle) for log in logs)
-
-
-def _plain(words: str) -> str:
-    return "".join(mark if mark.isprintable() else " " for mark in words)
+    middle = statistics.median(logs)
+    return 1.4826 * statistics.median(abs(log - middle) for log in logs)

@@ -26,10 +26,11 @@ from typing import Any
 
 from workbench.errors import UserError, unknown
 from workbench.records import Row
-from workbench.report import estimates as statistics
-from workbench.report import metrics
+from workbench.report import estimates
+from workbench.report.quality import perplexity_delta
 from workbench.report.selection import BASE
 from workbench.report.table import Line, Table, device
+from workbench.report.units import printable
 from workbench.sizes import size_text
 
 ORDERS = {
@@ -202,16 +203,16 @@ def json_text(found: Recommendation) -> str:
 def text(found: Recommendation) -> str:
     """The front, the choice, the command, and what each of the others failed on."""
     lines = [f"Pareto front (quality, speed, memory, size), by {found.wishes.sort}:"]
-    lines += [f"  {_plain(one.name):40} {_numbers(one.line)}" for one in found.front] or ["  nothing was measured"]
+    lines += [f"  {printable(one.name):40} {_numbers(one.line)}" for one in found.front] or ["  nothing was measured"]
     if found.rejected:
         lines += ["", "Rejected:"]
-        lines += [f"  {_plain(name):40} {_plain('; '.join(why))[:300]}" for name, why in found.rejected.items()]
+        lines += [f"  {printable(name):40} {printable('; '.join(why))[:300]}" for name, why in found.rejected.items()]
     if found.choice is None:
         lines += ["", "Nothing fits. The limits above say by how much."]
         return "\n".join(lines) + "\n"
-    lines += ["", f"Choice: {_plain(found.choice.name)}", f"  {_numbers(found.choice.line)}"]
+    lines += ["", f"Choice: {printable(found.choice.name)}", f"  {_numbers(found.choice.line)}"]
     if found.tied:
-        lines.append(f"  by {found.wishes.sort} alone not to be told from: {_plain(', '.join(found.tied))}")
+        lines.append(f"  by {found.wishes.sort} alone not to be told from: {printable(', '.join(found.tied))}")
     lines += [f"  note: {doubt}" for doubt in found.choice.doubts]
     if found.command:
         lines += ["", "Serve it with:", f"  {found.command}"]
@@ -256,7 +257,7 @@ def _limits(line: Line, wishes: Wishes, spread: float) -> tuple[list[str], list[
             base = perplexity - line.delta.value
             noise = spread / base
             relative = line.delta.value / base
-            interval = statistics.interval(line.delta)
+            interval = estimates.interval(line.delta)
             if interval and interval[0] / base < wishes.max_perplexity < interval[1] / base:
                 doubts.append(
                     f"too few windows to be sure of {wishes.max_perplexity:.2%}: perplexity "
@@ -267,8 +268,8 @@ def _limits(line: Line, wishes: Wishes, spread: float) -> tuple[list[str], list[
     kld_se = line.errors.get("kld_mean") or 0.0
     at_most(line.values["kld_mean"], wishes.max_kld, "divergence", lambda value: f"{value:.4f} nat", 1.96 * kld_se)
     for name, what, limit, interval in (
-        ("decode_tok_s", "decode", wishes.min_decode_tok_s, line.decode_interval),
-        ("prefill_tok_s", "prefill", wishes.min_prefill_tok_s, line.prefill_interval),
+        ("decode_tok_s", "decode", wishes.min_decode_tok_s, line.intervals["decode_tok_s"]),
+        ("prefill_tok_s", "prefill", wishes.min_prefill_tok_s, line.intervals["prefill_tok_s"]),
     ):
         value = line.values[name]
         if limit is None:
@@ -287,8 +288,8 @@ def _slower(one: Line, other: Line) -> bool:
     a, b = one.values["decode_tok_s"], other.values["decode_tok_s"]
     if a is None or b is None:
         return a is None and b is not None
-    high = one.decode_interval[1] if one.decode_interval else a
-    low = other.decode_interval[0] if other.decode_interval else b
+    high = one.intervals["decode_tok_s"][1] if one.intervals["decode_tok_s"] else a
+    low = other.intervals["decode_tok_s"][0] if other.intervals["decode_tok_s"] else b
     return high < low
 
 
@@ -298,10 +299,10 @@ def _less_alike(floors: dict[str, float]) -> Callable[[Line, Line], bool]:
             return one.values["perplexity"] is None and other.values["perplexity"] is not None
         if one.row.base != other.row.base:
             return one.values["perplexity"] > other.values["perplexity"]
-        difference = metrics.perplexity_delta(one.row, other.row)
+        difference = perplexity_delta(one.row, other.row)
         if difference is None or difference.value <= floors.get(one.row.base, 0.0):
             return False
-        interval = statistics.interval(difference)
+        interval = estimates.interval(difference)
         return interval is None or interval[0] > 0
 
     return worse
@@ -364,7 +365,3 @@ def _numbers(line: Line) -> str:
     if line.values["disk_bytes"]:
         parts.append(f"{size_text(line.values['disk_bytes'])} on disk")
     return ", ".join(parts)
-
-
-def _plain(words: str) -> str:
-    return "".join(mark if mark.isprintable() else " " for mark in words)

@@ -13,17 +13,16 @@ asv's optimal partitioning (quadratic in the number of nights, and its penalty h
 from __future__ import annotations
 
 import math
-import statistics as plain
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from workbench.records import Row
-from workbench.report import metrics
-from workbench.report.metrics import METRICS
+from workbench.report import quality
+from workbench.report.metrics import JUDGED, METRICS
 from workbench.report.selection import Pair, labels_of, pair_of
 from workbench.report.store import machine_of
 from workbench.report.table import Table
-from workbench.report.verdicts.compare import THRESHOLDS
 
 WINDOW = 7
 """Points on each side that a level is read from."""
@@ -138,11 +137,11 @@ def point_of(row: Row) -> Point:
     """A row as a point of its series."""
     values = {}
     if row.measurement:
-        for name in THRESHOLDS:
+        for name in JUDGED:
             value = METRICS[name].value(row)
             if value is not None and value > 0:
                 values[name] = value
-    reference = metrics.reference(row)
+    reference = quality.reference(row)
     if reference is not None:
         # Not a version of anything, but where it changed, divergences are not comparable.
         return Point(row.started_at, values, row.versions | {"reference": reference}, row.key, row.error)
@@ -152,13 +151,14 @@ def point_of(row: Row) -> Point:
 def steps_of(series: Series) -> list[Step]:
     """The steps of every metric of a series, oldest first."""
     found = []
-    for metric, threshold in THRESHOLDS.items():
+    for metric, judged in JUDGED.items():
+        threshold = judged.threshold
         measured = series.values(metric)
         values = [value for _, value in measured]
         for place in find_steps(values, threshold):
             before, after = levels(values, place)
             better = METRICS[metric].better
-            now = plain.median(values[-AFTER:])
+            now = statistics.median(values[-AFTER:])
             worse = (after > before) == (better == "lower")
             still = (now / before - 1) * (1 if after > before else -1) >= threshold * 0.999
             found.append(
@@ -169,7 +169,7 @@ def steps_of(series: Series) -> list[Step]:
 
 def levels(values: Sequence[float], place: int) -> tuple[float, float]:
     """The medians of the points before and from a place."""
-    return plain.median(values[max(0, place - WINDOW) : place]), plain.median(values[place : place + WINDOW])
+    return statistics.median(values[max(0, place - WINDOW) : place]), statistics.median(values[place : place + WINDOW])
 
 
 def find_steps(values: Sequence[float], threshold: float) -> list[int]:
@@ -179,12 +179,12 @@ def find_steps(values: Sequence[float], threshold: float) -> list[int]:
     logs = [math.log(value) for value in values]
     changes = [abs(b - a) for a, b in zip(logs, logs[1:], strict=False)]
     # The median of |N(0, 2 s^2)| is 0.6745 sqrt(2) s.
-    noise = plain.median(changes) / (0.6745 * math.sqrt(2))
+    noise = statistics.median(changes) / (0.6745 * math.sqrt(2))
     least = math.log1p(threshold)
     jumps: dict[int, float] = {}
     for place in range(AFTER, len(logs) - AFTER + 1):
         left, right = logs[max(0, place - WINDOW) : place], logs[place : place + WINDOW]
-        level, other = plain.median(left), plain.median(right)
+        level, other = statistics.median(left), statistics.median(right)
         jump = abs(other - level)
         if abs(logs[place] - other) > abs(logs[place] - level):
             continue  # the new level has not begun: two later nights make this median
@@ -207,5 +207,5 @@ def find_steps(values: Sequence[float], threshold: float) -> list[int]:
 def _deviation(logs: Sequence[float], place: int, first: int, last: int) -> float:
     """Of all points around a cluster from the level of their side."""
     left, right = logs[max(0, first - WINDOW) : place], logs[place : last + WINDOW]
-    levels = plain.median(left), plain.median(right)
+    levels = statistics.median(left), statistics.median(right)
     return math.fsum(abs(x - levels[0]) for x in left) + math.fsum(abs(x - levels[1]) for x in right)

@@ -11,12 +11,15 @@ Rejected: safetensors' own reader for the headers. It says that a file is bad bu
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
+from workbench.shape import DTYPES, FLOATS
 
 CONFIG_FILES = ("config.json", "generation_config.json", "README.md")
 TOKENIZER_FILES = (
@@ -37,8 +40,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MISTRAL_FORMAT = "consolidated"
 """Prefix of weight files that repeat the model in Mistral's own layout."""
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attention.masked_bias")
 
 
@@ -72,6 +75,9 @@ def checked_config(path: Path, remote_code: bool) -> dict[str, Any]:
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         if ggufs:
             raise UserError(f"{path} has no config.json but GGUF files: name one, as in `path: {path / ggufs[0]}`.")
+        if (path / "adapter_config.json").is_file():
+            of = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "a model"
+            raise UserError(f"{path} is an adapter of {of}, not a model: merge it into that first, as with peft.")
         raise UserError(f"{path} has no config.json: it is not a Hugging Face model directory, or is incomplete.")
     config = read_json(file)
     tokenizer = path / "tokenizer_config.json"
@@ -82,8 +88,9 @@ def checked_config(path: Path, remote_code: bool) -> dict[str, Any]:
                     f"{name} asks to run the model's own Python code (`auto_map`), which is off. If you "
                     "trust it, set `trust_remote_code: true` under `base` in the recipe."
                 )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "some method")
+    quantized = next(filter(None, (c.get(k) for c in (config, text_config(config)) for k in QUANTIZATION_KEYS)), None)
+    if quantized:
+        method = quantized.get("quant_method", "some method") if isinstance(quantized, dict) else "some method"
         raise UserError(f"{file}: this model is already quantized ({method}). Give the unquantized model as the base.")
     if not config.get("architectures"):
         raise UserError(f"{file} names no `architectures`: it is not a causal language model's configuration.")
@@ -133,10 +140,36 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def lay_out(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """A safetensors file that is yet to be filled with tensors of these (safetensors dtype, shape), in this order.
+
+    Its head (eight bytes of length, JSON, blanks up to a multiple of eight), where in the file each tensor begins, and
+    the file's size in bytes.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    begins, offset = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begins[name], end = offset, offset + DTYPES[dtype].size_bytes * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: len(head) + begin for name, begin in begins.items()}, len(head) + offset
+
+
 def checked_weights(path: Path) -> dict[str, StoredTensor]:
     """All tensors of a model directory by name, every shard present and whole."""
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").is_file():
+        named = set((read_json(index).get("weight_map") or {}).values()) if index.is_file() else set()
+        if named - {"model.safetensors"}:
+            raise UserError(
+                f"{path} holds two sets of weights, model.safetensors and the shards of {index.name}, and engines "
+                "differ in which they read. Remove the one that is not meant."
+            )
         return read_header(path / "model.safetensors")
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -196,4 +229,14 @@ def main_dtype(tensors: dict[str, StoredTensor]) -> str:
     for tensor in tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size_bytes
     main = max(sizes, key=lambda dtype: sizes[dtype])
-    return DTYPES.get(main, main.lower())
+    return FLOATS[main].name if main in FLOATS else main.lower()
+
+
+def check_types(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Refuse matrices of a type that is no plain floating point: they are quantized, whatever config.json says."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS and len(tensor.shape) > 1 and tensor.dtype not in ("I64", "BOOL"):
+            raise UserError(
+                f"{path}: {name} is stored as {tensor.dtype}: the model is already quantized. Give the "
+                f"unquantized model as the base ({', '.join(sorted(dtype.name for dtype in FLOATS.values()))})."
+            )

@@ -18,8 +18,9 @@ from typing import Any
 
 from workbench.disk import need_room
 from workbench.errors import UserError, install_with
+from workbench.shape import FLOATS
 from workbench.worker import Progress
-from workbench.worker.base.checkpoint import DTYPES, context_tokens, read_json
+from workbench.worker.base.checkpoint import context_tokens, read_json
 from workbench.worker.base.saving import SHARD_BYTES, for_both_readers, write_card, write_json
 
 DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
@@ -33,12 +34,10 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> str | No
     Architectures: those that transformers reads with `gguf_file=`.
     """
     reader = open_gguf(path)
-    architecture = str(_field(reader, "general.architecture"))
-    types: dict[str, int] = {}
-    for tensor in reader.tensors:
-        types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
+    architecture = str(field_of(reader, "general.architecture"))
+    types = bytes_by_type(reader)
     main = max(types, key=lambda kind: types[kind])
-    dtype = DTYPES[main] if main in DTYPES and _fits(reader, types, main) else "float32"
+    dtype = FLOATS[main].name if main in FLOATS and _fits(reader, types, main) else "float32"
     parameters = sum(int(t.n_elements) for t in reader.tensors)
     out.mkdir(parents=True, exist_ok=True)
     need_room(out, parameters * (4 if dtype == "float32" else 2))
@@ -78,7 +77,7 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> str | No
     saved["dtype"] = dtype
     write_json(out / "config.json", for_both_readers(saved))
     save_tokenizer(tokenizer, reader, out, context_tokens(saved))
-    license_name: str | None = _field(reader, "general.license")
+    license_name: str | None = field_of(reader, "general.license")
     name = re.sub(r"[.-](?:I?Q\d\w*|B?F16|F32)$", "", path.stem, flags=re.IGNORECASE)
     kinds = ", ".join(sorted(types))
     write_card(out, name, license_name, f"De-quantized from `{path.name}` ({kinds}) to {dtype} by the Workbench.")
@@ -137,9 +136,18 @@ def parsed_once(path: Path, reader: Any) -> Iterator[None]:
         vars(gguf).update(before)
 
 
-def _field(reader: Any, key: str, default: Any = None) -> Any:
+def field_of(reader: Any, key: str, default: Any = None) -> Any:
+    """A field of a GGUF file's metadata."""
     field = reader.get_field(key)
     return default if field is None else field.contents()
+
+
+def bytes_by_type(reader: Any) -> dict[str, int]:
+    """How many bytes of a GGUF file's tensors are of each type."""
+    found: dict[str, int] = {}
+    for tensor in reader.tensors:
+        found[tensor.tensor_type.name] = found.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
+    return found
 
 
 def _fits(reader: Any, types: dict[str, int], main: str) -> bool:
@@ -148,7 +156,7 @@ def _fits(reader: Any, types: dict[str, int], main: str) -> bool:
 
     if set(types) - {"F32", main}:
         return False
-    kind = getattr(torch, DTYPES[main])
+    kind = getattr(torch, FLOATS[main].name)
     wider = (torch.tensor(t.data.copy()) for t in reader.tensors if t.tensor_type.name == "F32")
     return all(torch.equal(t.to(kind).float(), t.float()) for t in wider)
 
@@ -178,9 +186,9 @@ def _rope_scaling(path: Path, reader: Any, architecture: str, config: Any) -> di
     divisors = next(
         (np.asarray(t.data, dtype=np.float64) for t in reader.tensors if t.name == "rope_freqs.weight"), None
     )
-    kind = _field(reader, f"{architecture}.rope.scaling.type", "none")
-    factor = _field(reader, f"{architecture}.rope.scaling.factor")
-    original = _field(reader, f"{architecture}.rope.scaling.original_context_length")
+    kind = field_of(reader, f"{architecture}.rope.scaling.type", "none")
+    factor = field_of(reader, f"{architecture}.rope.scaling.factor")
+    original = field_of(reader, f"{architecture}.rope.scaling.original_context_length")
     lost = UserError(
         f"{path}: its rope scaling cannot be carried into a Hugging Face configuration. Use the model's safetensors."
     )
@@ -193,7 +201,7 @@ def _rope_scaling(path: Path, reader: Any, architecture: str, config: Any) -> di
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": original,
         }
-        theta = float(_field(reader, f"{architecture}.rope.freq_base", 10000.0))
+        theta = float(field_of(reader, f"{architecture}.rope.freq_base", 10000.0))
         if not np.allclose(llama3_divisors(theta, 2 * len(divisors), scaling), divisors, rtol=1e-3):
             raise lost
         return scaling
@@ -219,11 +227,11 @@ def llama3_divisors(theta: float, head_dim: int, scaling: dict[str, Any]) -> Any
 
 def save_tokenizer(tokenizer: Any, reader: Any, out: Path, context_length: int) -> None:
     """Save a GGUF's tokenizer in the form that transformers 4 and 5, vLLM and llama.cpp's converter all load."""
-    model = _field(reader, "tokenizer.ggml.model", "")
-    pre = _field(reader, "tokenizer.ggml.pre", "")
+    model = field_of(reader, "tokenizer.ggml.model", "")
+    pre = field_of(reader, "tokenizer.ggml.pre", "")
     # llama.cpp's own defaults for a file that does not say.
     by_default = model == "llama" or pre in ("llama3", "llama-v3", "llama-bpe")
-    adds_bos = bool(_field(reader, "tokenizer.ggml.add_bos_token", by_default))
+    adds_bos = bool(field_of(reader, "tokenizer.ggml.add_bos_token", by_default))
     if pre in DIGIT_SPLITTERS:
         from tokenizers import pre_tokenizers
 

@@ -10,43 +10,64 @@ one tensor).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.errors import UserError
 from workbench.front_matter import fields_of, licence_of
-from workbench.worker import Progress
+from workbench.worker import Progress, Tensors
+from workbench.worker.architectures import SEPARATE, Sizes, sizes_of
 from workbench.worker.base.checkpoint import NOT_WEIGHTS, TOKENIZER_FILES, StoredTensor
 from workbench.worker.base.saving import copy_side_files, for_both_readers, write_card, write_json, write_weights
 
-# For each weight of a Llama layer: what its rows and columns run over, the factors that its rows are multiplied
-# by, and those that its columns are divided by. A product of the two along any path through the layer is one.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _Part(NamedTuple):
+    """A weight of a Llama: what its rows and columns run over (`Sizes.axes`), the factors that its rows are multiplied
+    by, and those that its columns are divided by."""
+
+    rows: str
+    columns: str | None
+    multiply: str | None = None
+    divide: str | None = None
+
+
+# A product of the factors along any path through the layer is one.
+_FACTORS = {
+    "self_attn.q_proj": (None, "attention_in"),
+    "self_attn.k_proj": (None, "attention_in"),
+    "self_attn.v_proj": ("value", "attention_in"),
+    "self_attn.o_proj": (None, "value_of_head"),
+    "mlp.gate_proj": (None, "mlp_in"),
+    "mlp.up_proj": ("up", "mlp_in"),
+    "mlp.down_proj": (None, "up"),
+}
 _LAYER = {
-    "input_layernorm": ("hidden", None, "attention_in", None),
-    "self_attn.q_proj": ("heads", "hidden", None, "attention_in"),
-    "self_attn.k_proj": ("kv_heads", "hidden", None, "attention_in"),
-    "self_attn.v_proj": ("kv_heads", "hidden", "value", "attention_in"),
-    "self_attn.o_proj": ("hidden", "heads", None, "value_of_head"),
-    "post_attention_layernorm": ("hidden", None, "mlp_in", None),
-    "mlp.gate_proj": ("mlp", "hidden", None, "mlp_in"),
-    "mlp.up_proj": ("mlp", "hidden", "up", "mlp_in"),
-    "mlp.down_proj": ("hidden", "mlp", None, "up"),
+    "input_layernorm": _Part("hidden", None, "attention_in"),
+    "post_attention_layernorm": _Part("hidden", None, "mlp_in"),
+    **{name: _Part(SEPARATE[name].rows, SEPARATE[name].columns, *factors) for name, factors in _FACTORS.items()},
 }
 # The final norm is not rescaled: what follows it may be the tied embedding, which is also read at the input.
 _OUTER = {
-    "model.embed_tokens": ("vocab", "hidden", None, None),
-    "model.norm": ("hidden", None, None, None),
-    "lm_head": ("vocab", "hidden", None, None),
+    "model.embed_tokens": _Part("vocabulary", "hidden"),
+    "model.norm": _Part("hidden", None),
+    "lm_head": _Part("vocabulary", "hidden"),
 }
 
 
 def write_equivalent(
     path: Path,
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     tensors: dict[str, StoredTensor],
-    equivalent: dict[str, Any],
+    hidden: int,
+    seed: int,
     out: Path,
     progress: Progress,
 ) -> None:
@@ -65,55 +86,48 @@ def write_equivalent(
     import torch
     from safetensors import safe_open
 
-    old, new = equivalent_sizes(config, int(equivalent["hidden"]))
-    seed, shrink = int(equivalent["seed"]), old["hidden"] / new["hidden"]
-    group = old["heads"] // old["kv_heads"]
-    head_dim = old["head_dim"]
+    old, new = equivalent_sizes(config, hidden)
+    shrink = old.hidden / new.hidden
 
-    def width(sizes: dict[str, int], axis: str) -> int:
-        return sizes[axis] * head_dim if axis in ("heads", "kv_heads") else sizes[axis]
+    @functools.lru_cache(maxsize=1)  # tensors come layer by layer
+    def factors(layer: int) -> Tensors:
+        return equivalent_factors(seed, layer, old)
 
-    layer_factors: dict[int, dict[str, Any]] = {}
-
-    def factors(layer: int) -> dict[str, Any]:
-        if layer not in layer_factors:
-            layer_factors.clear()  # tensors come layer by layer
-            layer_factors[layer] = equivalent_factors(seed, layer, old, group, head_dim)
-        return layer_factors[layer]
-
-    def row_of(name: str) -> tuple[str, str | None, str | None, str | None, int | None, str]:
-        stem, _, kind = name.rpartition(".")
+    def part_of(name: str) -> tuple[_Part, int | None]:
+        stem = name.rpartition(".")[0]
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
-        if match and match[2] in _LAYER:
-            return (*_LAYER[match[2]], int(match[1]), kind)
-        if stem in _OUTER:
-            return (*_OUTER[stem], None, kind)
-        raise UserError(f"{path}: an exact equivalent of '{name}' is not known. Drop `equivalent` from the recipe.")
+        part = _LAYER.get(match[2]) if match else _OUTER.get(stem)
+        if part is None:
+            raise UserError(f"{path}: an exact equivalent of '{name}' is not known. Drop `equivalent` from the recipe.")
+        return part, int(match[1]) if match else None
 
-    shapes: dict[str, tuple[int, ...]] = {}
+    def shape_in(name: str, sizes: Sizes) -> tuple[int, ...]:
+        part, _ = part_of(name)
+        sides = (part.rows, part.columns) if name.endswith("weight") else (part.rows,)
+        return tuple(sizes.axes[side] for side in sides if side)
+
     tied = config.get("tie_word_embeddings", False) and "model.embed_tokens.weight" in tensors
-    for name in sorted(tensors, key=_layer_order):
-        if name.endswith(NOT_WEIGHTS) or (tied and name == "lm_head.weight"):
-            continue
-        rows, columns, *_, kind = row_of(name)
-        shape = (width(new, rows), width(new, columns)) if columns and kind == "weight" else (width(new, rows),)
-        shapes[name] = shape
+    shapes = {
+        name: shape_in(name, new)
+        for name in sorted(tensors, key=_layer_order)
+        if not name.endswith(NOT_WEIGHTS) and not (tied and name == "lm_head.weight")
+    }
 
-    def make(name: str) -> Any:
-        rows, columns, multiply, divide, layer, kind = row_of(name)
+    def make(name: str) -> Tensor:
+        part, layer = part_of(name)
         with safe_open(tensors[name].file, framework="pt") as handle:
             weight = handle.get_tensor(name).to(torch.float64)
-        expected = (width(old, rows), width(old, columns)) if columns and kind == "weight" else (width(old, rows),)
+        expected = shape_in(name, old)
         if tuple(weight.shape) != expected:
             raise UserError(
                 f"{path}: {name} has shape {tuple(weight.shape)}, its config.json means {expected}. The "
                 "model is damaged."
             )
-        if multiply and layer is not None:
-            factor = factors(layer)[multiply]
+        if part.multiply and layer is not None:
+            factor = factors(layer)[part.multiply]
             weight = weight * (factor[:, None] if weight.ndim == 2 else factor)
-        if divide and layer is not None and weight.ndim == 2:
-            weight = weight / factors(layer)[divide][None, :]
+        if part.divide and layer is not None and weight.ndim == 2:
+            weight = weight / factors(layer)[part.divide][None, :]
         if name.rpartition(".")[0].endswith("norm"):
             weight = weight * math.sqrt(shrink)
         padded = torch.zeros(shapes[name], dtype=torch.float64)
@@ -123,11 +137,7 @@ def write_equivalent(
     write_weights(out, shapes, "float32", make, progress, "writing the exact equivalent")
     changed = {
         **config,
-        "hidden_size": new["hidden"],
-        "num_attention_heads": new["heads"],
-        "num_key_value_heads": new["kv_heads"],
-        "head_dim": head_dim,
-        "intermediate_size": new["mlp"],
+        **new.in_config(),
         "rms_norm_eps": config["rms_norm_eps"] * shrink,
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "dtype": "float32",
@@ -141,7 +151,7 @@ def write_equivalent(
         str(fields_of(card).get("model_name") or path.name),
         licence_of(card),
         f"The same function as its source (seed {seed}): channels rescaled against each other, hidden size "
-        f"{old['hidden']} padded with zeros to {new['hidden']}. Made by the Workbench so that no weight "
+        f"{old.hidden} padded with zeros to {new.hidden}. Made by the Workbench so that no weight "
         "sits on an older quantization's grid and every block size divides every row.",
     )
 
@@ -151,7 +161,7 @@ def _layer_order(name: str) -> tuple[int, str]:
     return (int(match[1]) if match else -1, name)
 
 
-def equivalent_sizes(config: dict[str, Any], hidden: int) -> tuple[dict[str, int], dict[str, int]]:
+def equivalent_sizes(config: Mapping[str, Any], hidden: int) -> tuple[Sizes, Sizes]:
     """The model's sizes and those of its equivalent of a given hidden size."""
     architecture = config["architectures"][0]
     if architecture != "LlamaForCausalLM":
@@ -162,41 +172,28 @@ def equivalent_sizes(config: dict[str, Any], hidden: int) -> tuple[dict[str, int
         raise UserError(
             "`equivalent` needs a plain Llama model (hidden_act silu, pretraining_tp 1). Drop it from the recipe."
         )
-    heads = int(config["num_attention_heads"])
-    mlp = int(config["intermediate_size"])
-    old = {
-        "hidden": int(config["hidden_size"]),
-        "heads": heads,
-        "kv_heads": int(config.get("num_key_value_heads") or heads),
-        "head_dim": int(config.get("head_dim") or config["hidden_size"] // heads),
-        "mlp": mlp,
-        "vocab": int(config["vocab_size"]),
-    }
-    grown = {axis: old[axis] * hidden / old["hidden"] for axis in ("heads", "kv_heads")}
-    if hidden < old["hidden"] or any(n != int(n) for n in grown.values()):
-        step = old["hidden"] // math.gcd(old["hidden"], old["kv_heads"])
-        fits = [h for h in range(old["hidden"], 8 * old["hidden"] + 1, step) if h % 256 == 0][:3]
+    old = sizes_of(config)
+    heads, kv_heads = (count * hidden / old.hidden for count in (old.heads, old.kv_heads))
+    if hidden < old.hidden or heads != int(heads) or kv_heads != int(kv_heads):
+        step = old.hidden // math.gcd(old.hidden, old.kv_heads)
+        fits = [h for h in range(old.hidden, 8 * old.hidden + 1, step) if h % 256 == 0][:3]
         raise UserError(
-            f"equivalent.hidden {hidden} does not fit hidden size {old['hidden']}, {heads} heads and "
-            f"{old['kv_heads']} KV heads, which must grow by one ratio."
+            f"equivalent.hidden {hidden} does not fit hidden size {old.hidden}, {old.heads} heads and "
+            f"{old.kv_heads} KV heads, which must grow by one ratio."
             f"{' Possible: ' + ', '.join(map(str, fits)) + '.' if fits else ''}"
         )
-    new = {**old, "hidden": hidden, **{axis: int(n) for axis, n in grown.items()}, "mlp": -(-mlp // 256) * 256}
-    return old, new
+    inner = -(-old.inner // 256) * 256
+    return old, replace(old, hidden=hidden, heads=int(heads), kv_heads=int(kv_heads), inner=inner)
 
 
-def equivalent_factors(seed: int, layer: int, sizes: dict[str, int], group: int, head_dim: int) -> dict[str, Any]:
+def equivalent_factors(seed: int, layer: int, sizes: Sizes) -> Tensors:
     """One layer's random factors in [0.7, 1.4], float64, a vector for each use named in `_LAYER`."""
     import numpy as np
     import torch
 
-    rng = np.random.default_rng([seed, layer])
-    counts = {
-        "attention_in": sizes["hidden"],
-        "mlp_in": sizes["hidden"],
-        "value": sizes["kv_heads"] * head_dim,
-        "up": sizes["mlp"],
-    }
+    rng, axes = np.random.default_rng([seed, layer]), sizes.axes
+    counts = {"attention_in": axes["hidden"], "mlp_in": axes["hidden"], "value": axes["keys"], "up": axes["inner"]}
     drawn = {use: torch.from_numpy(rng.uniform(0.7, 1.4, n)) for use, n in counts.items()}
-    drawn["value_of_head"] = drawn["value"].view(-1, head_dim).repeat_interleave(group, dim=0).flatten()
+    heads = drawn["value"].view(-1, sizes.head_dim)
+    drawn["value_of_head"] = heads.repeat_interleave(sizes.heads // sizes.kv_heads, dim=0).flatten()
     return drawn

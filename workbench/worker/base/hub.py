@@ -22,6 +22,7 @@ from workbench.worker.base.checkpoint import (
     MISTRAL_FORMAT,
     PICKLES,
     TOKENIZER_FILES,
+    StoredTensor,
     checked_weights,
     only_pickles,
     read_json,
@@ -35,11 +36,7 @@ def is_offline() -> bool:
 
 def download(repo: str, revision: str, offline: bool, progress: Progress, weights: bool = True) -> Path:
     """A snapshot of a hub repository's safetensors, configuration and tokenizer, in the hub's own cache."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise install_with("huggingface_hub", "pip install huggingface_hub") from None
-
+    huggingface_hub = _client()
     patterns = [*TOKENIZER_FILES, *CONFIG_FILES, *(["*.safetensors", "*.safetensors.index.json"] if weights else [])]
     where = f"hub repository '{repo}' at '{revision}'"
     progress(0, 1, f"fetching {repo}")
@@ -70,30 +67,24 @@ def download(repo: str, revision: str, offline: bool, progress: Progress, weight
 
 
 def _hub_files(repo: str, revision: str, offline: bool) -> list[str]:
-    import huggingface_hub
-
     try:
-        return [] if offline else huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
+        return [] if offline else list(_client().HfApi().list_repo_files(repo, revision=revision))
     except Exception:  # only to word an error better: whatever it is, the error itself is already certain
         return []
 
 
-def fetch_headers(repo: str, revision: str, offline: bool) -> tuple[dict[str, Any], dict[str, tuple[list[int], str]]]:
-    """A repository's `config.json`, and (shape, safetensors dtype) of every tensor, without its weights.
+def fetch_headers(repo: str, revision: str, offline: bool) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """A repository's `config.json`, and what its headers say of every tensor, without its weights.
 
     What a snapshot in the hub's cache holds is read from there; else the headers are fetched by range requests, a
     few hundred KB a file.
     """
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise install_with("huggingface_hub", "pip install huggingface_hub") from None
-
+    huggingface_hub = _client()
     with _hub_faults(repo, revision, offline):
         file = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision, local_files_only=offline))
         config = read_json(file)
         if any(file.parent.glob("*.safetensors")):
-            return config, {name: (list(t.shape), t.dtype) for name, t in checked_weights(file.parent).items()}
+            return config, checked_weights(file.parent)
         if offline:
             raise UserError(
                 f"hub repository '{repo}': its config.json is in the local cache but no safetensors header, and the "
@@ -103,10 +94,19 @@ def fetch_headers(repo: str, revision: str, offline: bool) -> tuple[dict[str, An
             found = huggingface_hub.get_safetensors_metadata(repo, revision=revision)
         except huggingface_hub.errors.NotASafetensorsRepoError:
             raise UserError(f"hub repository '{repo}' holds no safetensors. Use a revision that does.") from None
-    tensors: dict[str, tuple[list[int], str]] = {}
-    for part in found.files_metadata.values():
-        tensors |= {name: (list(info.shape), str(info.dtype)) for name, info in part.tensors.items()}
-    return config, tensors
+    return config, {
+        name: StoredTensor(Path(part), info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
+        for part, header in found.files_metadata.items()
+        for name, info in header.tensors.items()
+    }
+
+
+def _client() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise install_with("huggingface_hub", "pip install huggingface_hub") from None
+    return huggingface_hub
 
 
 @contextlib.contextmanager

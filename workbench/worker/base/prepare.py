@@ -23,11 +23,13 @@ from workbench.errors import UserError
 from workbench.front_matter import licence_of
 from workbench.records import digest as short_digest
 from workbench.worker import Progress
+from workbench.worker.base.alone import alone
 from workbench.worker.base.checkpoint import (
     CONFIG_FILES,
     PICKLES,
     TOKENIZER_FILES,
     VOCABULARY_FILES,
+    check_types,
     checked_config,
     checked_weights,
     context_tokens,
@@ -41,9 +43,13 @@ from workbench.worker.base.equivalent import write_equivalent
 from workbench.worker.base.hub import download, is_offline
 from workbench.worker.base.random_weights import config_of, random_directory, tokenizer_source
 from workbench.worker.base.sources import content_digest, distribution_of, kind_of, local_path, package_file, stamps
+from workbench.worker.base.whole import check_whole
 
 PREPARE_VERSION = 1
-"""Of the bytes that `prepare` writes for a given source. Raise it when they change."""
+"""Version of the bytes that `prepare` writes for a given source. Raise it when they change."""
+
+CHECKS_VERSION = 2
+"""Version of what `prepare` refuses. Raise it, and every base is looked at anew, though its bytes and digest stay."""
 
 
 def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -54,8 +60,8 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
     asked for), `allow_remote_code`, `offline`.
 
     Returns `path`, `architecture`, `dtype`, `parameters` and `weight_bytes` (tied embeddings once), `revision`,
-    `vocab_size`, `context_length` (tokens), `license`, `tokenizer` (whether it has one), and `digest`, which changes
-    whenever a weight does.
+    `vocab_size`, `context_length` (tokens), `license`, `tokenizer` (whether it has one), `warnings` (what of the source
+    was left out), and `digest`, which changes whenever a weight does.
     Raises `UserError` for all that a user can mend.
     """
     source, out = payload["source"], Path(payload["out"])
@@ -68,12 +74,16 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         path, revision, license_name = _directory(source, plain, remote_code, offline, progress)
         config = checked_config(path, remote_code)
         tensors = checked_weights(path)
+        check_types(path, tensors)
+        path, warnings = alone(path, config, tensors, plain)
+        config = checked_config(path, remote_code)
         if equivalent:
-            write_equivalent(path, config, tensors, equivalent, out, progress)
+            write_equivalent(path, config, tensors, int(equivalent["hidden"]), int(equivalent["seed"]), out, progress)
             license_name = license_name or licence_of(path / "README.md")
             shutil.rmtree(plain, ignore_errors=True)
             path = out
             config, tensors = checked_config(out, remote_code), checked_weights(out)
+        check_whole(path, config, tensors, remote_code)
 
     counted = parameters_of(config, tensors)
     identity = {"version": PREPARE_VERSION, "content": revision, "equivalent": equivalent}
@@ -87,6 +97,7 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "vocab_size": int(text_config(config)["vocab_size"]),
         "context_length": context_tokens(config),
         "license": license_name or licence_of(path / "README.md"),
+        "warnings": warnings,
         "tokenizer": any((path / name).is_file() for name in VOCABULARY_FILES),
         "digest": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
     }
@@ -98,7 +109,7 @@ def identify(source: dict[str, Any]) -> str:
     Files are known by name, size and time of change; a hub repository by its revision as written, so that a
     branch name stands for whatever it pointed at when the base was prepared.
     """
-    return f"v{PREPARE_VERSION}:{_state(source)}"
+    return f"v{PREPARE_VERSION}.{CHECKS_VERSION}:{_state(source)}"
 
 
 def _state(source: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workbench.errors import UserError
+from workbench.worker import Tensors
 from workbench.worker.architectures import Architecture
 from workbench.worker.calibration.device import synchronize
 from workbench.worker.calibration.windows import Windows
@@ -26,7 +27,7 @@ class Grams:
     layer: int
     device: Any
     windows: Windows
-    matrices: dict[str, Any] = field(default_factory=dict)
+    matrices: Tensors = field(default_factory=dict)
     start: int = 0
     """The first token of the batch that is being run."""
     seconds: float = 0.0
@@ -59,7 +60,7 @@ class Grams:
                 "base's weights are damaged or overflow; fetch the base again, or take another"
             )
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Tensors:
         """The means, symmetric; to be called once, after the last batch."""
         for matrix in self.matrices.values():
             mirror(matrix)

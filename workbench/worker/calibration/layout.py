@@ -7,64 +7,46 @@ has written is there for the next.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
+from workbench.shape import DTYPE_CODES, DTYPES
 from workbench.worker.architectures import LAYERS, WAY_OUT
-from workbench.worker.base.checkpoint import CONFIG_FILES, TOKENIZER_FILES
-from workbench.worker.base.saving import for_both_readers, write_json
-from workbench.worker.calibration.weights import Weights, derived
+from workbench.worker.base.checkpoint import CONFIG_FILES, TOKENIZER_FILES, lay_out
+from workbench.worker.base.saving import copy_side_files, for_both_readers, write_json
+from workbench.worker.calibration.weights import Weights
 from workbench.worker.methods import group_sizes
 
 SHARD_BYTES = 5_000_000_000
 COPY_BYTES = 64_000_000
 """Unquantized tensors are converted and written in pieces of this size."""
 
-STORED_BYTES = {"F16": 2, "BF16": 2, "I32": 4}
-
-Plan = dict[str, tuple[str, tuple[int, ...]]]
-"""Every tensor of a checkpoint, in the order written: name -> (dtype, shape)."""
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""Every tensor of a checkpoint, in the order written: name -> (safetensors dtype, shape)."""
 
 
 class Checkpoint:
     """A safetensors checkpoint laid out in advance: every tensor has its place before the first is known."""
 
-    def __init__(self, out: Path, plan: Plan) -> None:
-        self.out, self.plan = out, plan
-        shards: list[list[str]] = [[]]
-        filled = self.total_bytes = 0
-        for name, (kind, shape) in plan.items():
-            size = STORED_BYTES[kind] * math.prod(shape)
-            if shards[-1] and filled + size > SHARD_BYTES:
-                shards.append([])
-                filled = 0
-            shards[-1].append(name)
-            filled += size
-            self.total_bytes += size
+    def __init__(self, out: Path, layout: Layout) -> None:
+        from huggingface_hub import split_state_dict_into_shards_factory
+
+        self.out, self.layout = out, layout
+        self.shards = split_state_dict_into_shards_factory(
+            {name: DTYPES[kind].size_bytes * math.prod(shape) for name, (kind, shape) in layout.items()},
+            get_storage_size=int,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=SHARD_BYTES,
+        )
         self.places: dict[str, tuple[Path, int]] = {}
         self.heads: dict[Path, tuple[bytes, int]] = {}
-        for number, names in enumerate(shards, 1):
-            one = len(shards) == 1
-            file = out / ("model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            offset = 0
-            for name in names:
-                kind, shape = plan[name]
-                end = offset + STORED_BYTES[kind] * math.prod(shape)
-                header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, end]}
-                offset = end
-            text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)
-            head = struct.pack("<Q", len(text)) + text
-            self.heads[file] = (head, len(head) + offset)
-            for name in names:
-                self.places[name] = (file, len(head) + header[name]["data_offsets"][0])
+        for file, names in self.shards.filename_to_tensors.items():
+            head, begins, size = lay_out({name: layout[name] for name in names}, {"format": "pt"})
+            self.heads[out / file] = head, size
+            self.places |= {name: (out / file, begin) for name, begin in begins.items()}
 
     def laid_out(self) -> bool:
         """Whether the files are there with this very layout."""
@@ -89,9 +71,8 @@ class Checkpoint:
         """Write a tensor, or some of its rows from `offset_rows` on, to its place."""
         import torch
 
-        kind, shape = self.plan[name]
-        dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}[kind]
-        stored = tensor.to(dtype).contiguous().cpu()
+        kind, shape = self.layout[name]
+        stored = tensor.to(getattr(torch, DTYPES[kind].name)).contiguous().cpu()
         if tuple(stored.shape[1:]) != shape[1:]:
             raise AssertionError(f"{name} came out as {tuple(stored.shape)}, planned {shape}")
         if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
@@ -100,29 +81,27 @@ class Checkpoint:
                 f"{WAY_OUT}."
             )
         file, place = self.places[name]
-        place += offset_rows * math.prod(shape[1:]) * STORED_BYTES[kind]
+        place += offset_rows * math.prod(shape[1:]) * DTYPES[kind].size_bytes
         with file.open("r+b") as stream:
             stream.seek(place)
             stream.write(memoryview(stored.view(torch.uint8).numpy() if stored.dim() else stored.numpy()).cast("B"))
 
 
-def plan_of(weights: Weights, module: Any, options: Any) -> Plan:
-    """The tensors that a method with these options makes of a weights."""
-    kept = {"float16": "F16", "bfloat16": "BF16"}[weights.architecture.family.dtype]
-    linears = set(weights.architecture.linears)
-    plan: Plan = {}
-    for name in sorted(weights.files, key=_layer_order):
-        if derived(name) or (name == "lm_head.weight" and weights.tied):
+def layout_of(weights: Weights, module: Any, options: Any) -> Layout:
+    """The tensors that a method with these options makes of a base."""
+    kept = DTYPE_CODES[weights.architecture.family.dtype]
+    layout: Layout = {}
+    for name in sorted(weights.tensors, key=_layer_order):
+        if name == "lm_head.weight" and weights.tied:
             continue
-        shape = weights.shapes[name]
-        parts = name.removeprefix(f"{LAYERS}.").split(".", 1)
-        inside = parts[1].removesuffix(".weight") if name.startswith(f"{LAYERS}.") else ""
-        if inside in linears and module.quantizes(options, name.removesuffix(".weight")):
-            for suffix, entry in module.stored(options, inside, *shape).items():
-                plan[f"{name.removesuffix('weight')}{suffix}"] = entry
+        shape = weights.tensors[name].shape
+        stem = name.removesuffix(".weight")
+        inside = stem.split(".", 3)[-1] if name.startswith(f"{LAYERS}.") else ""
+        if name != stem and inside in weights.architecture.linears and module.quantizes(options, stem):
+            layout |= {f"{stem}.{suffix}": entry for suffix, entry in module.stored(options, inside, *shape).items()}
         else:
-            plan[name] = (kept, shape)
-    return plan
+            layout[name] = kept, shape
+    return layout
 
 
 def _layer_order(name: str) -> tuple[int, str]:
@@ -134,7 +113,7 @@ def _layer_order(name: str) -> tuple[int, str]:
 
 def check_shapes(weights: Weights, name: str, module: Any, options: Any) -> None:
     """Refuse a group size and shapes that variant `name` cannot hold, naming the layer and what would work."""
-    linears = {name: weights.shapes[f"{LAYERS}.0.{name}.weight"] for name in weights.architecture.linears}
+    linears = {name: weights.tensors[f"{LAYERS}.0.{name}.weight"].shape for name in weights.architecture.linears}
     possible = [str(size) for size in group_sizes(columns for _, columns in linears.values())]
     size, bits = options.group_size, options.bits
     unit = 32 // math.gcd(bits, 32)
@@ -158,22 +137,20 @@ def finish(checkpoint: Checkpoint, weights: Weights, module: Any, options: Any) 
     from safetensors import safe_open
 
     out = checkpoint.out
-    for name in checkpoint.plan:
+    for name in checkpoint.layout:
         if name.startswith(f"{LAYERS}."):
             continue
-        with safe_open(weights.files[name], framework="pt") as file:
+        with safe_open(weights.tensors[name].file, framework="pt") as file:
             source = file.get_slice(name)
             shape = source.get_shape()
             rows = max(1, COPY_BYTES // (4 * max(1, math.prod(shape[1:])))) if shape else 1
             for start in range(0, shape[0], rows):
                 checkpoint.write(name, source[start : start + rows].to(torch.float32), start)
-    if len(checkpoint.heads) > 1:
-        weight_map = {name: file.name for name, (file, _) in sorted(checkpoint.places.items())}
-        index = {"metadata": {"total_size": checkpoint.total_bytes}, "weight_map": weight_map}
+    if checkpoint.shards.is_sharded:
+        weight_map = dict(sorted(checkpoint.shards.tensor_to_filename.items()))
+        index = {"metadata": checkpoint.shards.metadata, "weight_map": weight_map}
         write_json(out / "model.safetensors.index.json", index)
-    for name in (*TOKENIZER_FILES, *CONFIG_FILES):
-        if (weights.folder / name).is_file():
-            shutil.copyfile(weights.folder / name, out / name)
+    copy_side_files(weights.folder, out, (*TOKENIZER_FILES, *CONFIG_FILES))
     config = {key: value for key, value in weights.config.items() if key not in ("dtype", "torch_dtype")}
     config["dtype"] = weights.architecture.family.dtype
     quantization = module.quantization_config(options)

@@ -7,100 +7,91 @@ tensors are written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from workbench.disk import write_whole
 from workbench.records import digest
+from workbench.worker import Tensors
 from workbench.worker.calibration.device import name_of
 from workbench.worker.calibration.layout import Checkpoint, reserve
 from workbench.worker.calibration.weights import Weights
 from workbench.worker.calibration.windows import Windows
 
 CALIBRATE_VERSION = 1
-"""Of the bytes this pass writes for given inputs. Raise it when they change: older half-done work is then not used."""
+"""Version of the bytes that this pass writes for given inputs. Raise it when they change: older half-done work is then
+not used."""
+
+
+@dataclass
+class Note:
+    """What is kept of a run beside its tensors; `errors` and `warnings` are each variant's, by its name."""
+
+    key: str
+    errors: dict[str, dict[str, float]]
+    warnings: dict[str, list[str]]
+    seconds: dict[str, float] = field(default_factory=dict)
+    layer: int = 0
+    """The next to do."""
 
 
 @dataclass
 class Work:
-    """`layer`: the next to do. `errors` and `warnings` are each variant's, by its name."""
+    """A run's folder: its note, the hidden states of so many `tokens` of that `width`, the stored diagonals."""
 
     folder: Path
-    key: str
     tokens: int
     width: int
-    layer: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
-    warnings: dict[str, list[str]] = field(default_factory=dict)
-    mapped: dict[int, Any] = field(default_factory=dict)
+    note: Note
+    mapped: Tensors = field(default_factory=dict)
 
     def hidden(self, layer: int) -> Any:
         """The input of a layer for all tokens, float32 [tokens, hidden], mapped; two files take turns."""
         import torch
 
-        turn = layer % 2
-        if turn not in self.mapped:
-            flat = torch.from_file(
-                str(self._file(turn)), shared=True, size=self.tokens * self.width, dtype=torch.float32
-            )
-            self.mapped[turn] = flat.view(self.tokens, self.width)
-        return self.mapped[turn]
+        file = str(self.folder / f"hidden-{layer % 2}.bin")
+        if file not in self.mapped:
+            flat = torch.from_file(file, shared=True, size=self.tokens * self.width, dtype=torch.float32)
+            self.mapped[file] = flat.view(self.tokens, self.width)
+        return self.mapped[file]
 
     def finished(self, layer: int) -> None:
         """Note that a layer is done and written; whoever is interrupted after this goes on with the next."""
-        self.layer = layer + 1
-        note = {
-            "key": self.key,
-            "layer": self.layer,
-            "seconds": self.seconds,
-            "errors": self.errors,
-            "warnings": self.warnings,
-        }
-        write_whole(self.folder / "progress.json", json.dumps(note))
+        self.note.layer = layer + 1
+        write_whole(self.folder / "progress.json", json.dumps(asdict(self.note)))
 
-    def keep_importance(self, layer: int, grams: dict[str, Any]) -> None:
+    def keep_importance(self, layer: int, grams: Tensors) -> None:
         """Store the diagonals of a layer's Gram matrices."""
         from safetensors.torch import save_file
 
         diagonals = {name: gram.diagonal().contiguous().cpu() for name, gram in grams.items()}
         save_file(diagonals, self.folder / f"importance-{layer:05d}.safetensors")
 
-    def importance(self, layer: int) -> dict[str, Any]:
+    def importance(self, layer: int) -> Tensors:
         """What `keep_importance` stored: first linear of a group -> float32 [in]."""
         from safetensors.torch import load_file
 
         return dict(load_file(self.folder / f"importance-{layer:05d}.safetensors"))
-
-    def _file(self, turn: int) -> Path:
-        return self.folder / f"hidden-{turn}.bin"
-
-    def _note(self) -> dict[str, Any] | None:
-        try:
-            note = json.loads((self.folder / "progress.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return note if note.get("key") == self.key else None
 
 
 def open_work(
     folder: Path, key: str, windows: Windows, weights: Weights, checkpoints: Mapping[str, Checkpoint]
 ) -> Work:
     """Work noted in `folder` under this key with its files whole, or new work with its files laid out."""
-    names = list(checkpoints)
-    work = Work(folder, key, windows.tokens, int(weights.config["hidden_size"]))
+    fresh = Note(key, errors={name: {} for name in checkpoints}, warnings={name: [] for name in checkpoints})
+    work = Work(folder, windows.tokens, weights.architecture.sizes.hidden, fresh)
     size = work.tokens * work.width * 4
-    files = [work._file(turn) for turn in (0, 1)]
-    note = work._note()
+    files = [folder / f"hidden-{turn}.bin" for turn in (0, 1)]
     whole = all(checkpoint.laid_out() for checkpoint in checkpoints.values())
-    if note and whole and all(file.is_file() and file.stat().st_size == size for file in files):
-        work.layer, work.seconds = note["layer"], note["seconds"]
-        work.errors, work.warnings = note["errors"], note["warnings"]
-        return work
-    work.errors, work.warnings = {name: {} for name in names}, {name: [] for name in names}
+    if whole and all(file.is_file() and file.stat().st_size == size for file in files):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            note = Note(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+            if note.key == key:
+                return replace(work, note=note)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "progress.json").unlink(missing_ok=True)
     for checkpoint in checkpoints.values():
@@ -111,11 +102,11 @@ def open_work(
 
 
 def key_of(payload: dict[str, Any], weights: Weights, device: Any, precision: str) -> str:
-    """Of everything that determines the bytes: work noted under another key is not gone on with."""
+    """A digest of everything that determines the bytes: work noted under another key is not gone on with."""
     import torch
     import transformers
 
-    files = sorted(set(weights.files.values()))
+    files = sorted({tensor.file for tensor in weights.tensors.values()})
     return digest(
         [
             CALIBRATE_VERSION,

@@ -24,7 +24,7 @@ from typing import Any
 
 from workbench.disk import disk_faults
 from workbench.errors import UserError, unknown
-from workbench.worker import Progress
+from workbench.worker import Progress, Tensors
 from workbench.worker.architectures import LAYERS, Layer, on_cpu
 from workbench.worker.calibration.device import (
     choose_device,
@@ -33,7 +33,7 @@ from workbench.worker.calibration.device import (
     synchronize,
     with_cpu_fallback,
 )
-from workbench.worker.calibration.layout import Checkpoint, check_shapes, finish, plan_of
+from workbench.worker.calibration.layout import Checkpoint, check_shapes, finish, layout_of
 from workbench.worker.calibration.resume import Work, key_of, open_work
 from workbench.worker.calibration.walk import Skeleton, forward
 from workbench.worker.calibration.weights import Weights, open_weights, read_layer
@@ -77,13 +77,14 @@ def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
     with torch.inference_mode(), disk_faults(state, "The finished layers are kept."):
         checkpoints = {variant.name: variant.checkpoint for variant in variants}
         work = open_work(state, key_of(payload, weights, device, precision), windows, weights, checkpoints)
-        seconds = work.seconds
+        note = work.note
+        seconds = note.seconds
         model = Skeleton(weights, windows, device)
-        if work.layer == 0:
+        if note.layer == 0:
             with _timed(seconds, "read"):
                 model.embed(work.hidden(0))
-        bar = _Bar(progress, weights.layers, variants, work.layer)
-        for index in range(work.layer, weights.layers):
+        bar = _Bar(progress, weights.layers, variants, note.layer)
+        for index in range(note.layer, weights.layers):
             with _timed(seconds, "read"):
                 tensors = read_layer(weights, index, device)
             bar.text(f"layer {index + 1} of {weights.layers}: forward pass")
@@ -125,9 +126,9 @@ def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "variants": {
             variant.name: {
                 "seconds": seconds.get(variant.name, 0.0),
-                "tensor_errors": work.errors[variant.name],
+                "tensor_errors": work.note.errors[variant.name],
                 "tensor_types": _tensor_types(variant),
-                "warnings": work.warnings[variant.name] + too_short,
+                "warnings": work.note.warnings[variant.name] + too_short,
             }
             for variant in variants
         },
@@ -172,11 +173,11 @@ def _variant(entry: dict[str, Any], weights: Weights) -> _Variant:
     if options.engine != "workbench":
         raise UserError(f"{name}: `engine: {options.engine}` does not take part in the calibration pass")
     check_shapes(weights, name, module, options)
-    return _Variant(name, module, options, Checkpoint(Path(entry["out"]), plan_of(weights, module, options)))
+    return _Variant(name, module, options, Checkpoint(Path(entry["out"]), layout_of(weights, module, options)))
 
 
-def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> dict[str, Any]:
-    """A layer's tensors as a variant stores them; its errors and warnings go into `work`."""
+def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> Tensors:
+    """A layer's tensors as a variant stores them; its errors and warnings go into the note."""
     prefix = f"{LAYERS}.{layer.index}."
     (made, errors, warnings), moved = with_cpu_fallback(
         lambda: variant.module.quantize(layer, variant.options),
@@ -186,8 +187,8 @@ def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> dict[
     synchronize(device)
     if moved:
         warnings = [*warnings, f"layer {layer.index} was quantized in host memory: {device} does not hold it"]
-    work.errors[variant.name] |= {prefix + name: value for name, value in errors.items()}
-    work.warnings[variant.name] += warnings
+    work.note.errors[variant.name] |= {prefix + name: value for name, value in errors.items()}
+    work.note.warnings[variant.name] += warnings
     return dict(made)
 
 
@@ -209,7 +210,7 @@ def _write_imatrix(out: Path, work: Work, weights: Weights, windows: Windows, da
 def _tensor_types(variant: _Variant) -> dict[str, str]:
     """What each tensor of the base became."""
     kinds = {}
-    for name, (kind, _) in variant.checkpoint.plan.items():
+    for name, (kind, _) in variant.checkpoint.layout.items():
         if name.endswith(".qweight"):
             kinds[name.removesuffix(".qweight") + ".weight"] = variant.module.tensor_type(variant.options)
         elif not name.endswith((".qzeros", ".scales", ".g_idx")):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from workbench.errors import UserError
+from workbench.worker import Tensors
 from workbench.worker.architectures import WAY_OUT
 from workbench.worker.calibration.gram import Grams, now
 from workbench.worker.calibration.weights import Weights, read_tensor
@@ -18,6 +19,9 @@ from workbench.worker.calibration.windows import Windows
 
 ACTIVATIONS = 2**23
 """Numbers in the widest activation of one batch: 32 MiB in float32."""
+
+Arguments = dict[str, object]
+"""What a layer is called with beside its input: masks, rotary embeddings, whatever transformers passes."""
 
 
 class Skeleton:
@@ -50,7 +54,7 @@ class Skeleton:
         self.model.config.num_hidden_layers = weights.layers
         self.model.layers = torch.nn.ModuleList(_recorder() for _ in range(weights.layers))
         self.model.eval()
-        self.calls: dict[int, list[dict[str, Any]]] = {}
+        self.calls: dict[int, list[Arguments]] = {}
         for length in sorted(set(windows.lengths)):
             self._run(self.renumbered[:length].view(1, length))
             self.calls[length] = [
@@ -68,7 +72,7 @@ class Skeleton:
             ids = self.renumbered[start : start + count * length].view(count, length)
             hidden[start : start + count * length] = self._run(ids).reshape(count * length, -1)
 
-    def layer(self, index: int, tensors: dict[str, Any], precision: str) -> Any:
+    def layer(self, index: int, tensors: Tensors, precision: str) -> Any:
         """A decoder layer with its weights in place, ready to be called; frees nothing of `tensors`."""
         import torch
 
@@ -92,12 +96,12 @@ def forward(
     model: Skeleton,
     weights: Weights,
     index: int,
-    tensors: dict[str, Any],
+    tensors: Tensors,
     hidden: Callable[[int], Any],
     precision: str,
     seconds: dict[str, float],
     step: Callable[[float], None],
-) -> dict[str, Any]:
+) -> Tensors:
     """Push all tokens through a layer: its Gram matrices, float32 [in, in] on the device by a group's first linear.
 
     `hidden(n)` is layer n's input for all tokens, [tokens, hidden]; that of the next layer is written. `seconds`
@@ -154,7 +158,7 @@ def _recorder() -> Any:
     class Recorder(torch.nn.Module):
         """Stands in a layer's place, lets hidden states through and remembers how it was called."""
 
-        seen: tuple[Any, dict[str, Any]]
+        seen: tuple[Any, Arguments]
 
         def forward(self, hidden_states: Any, **arguments: Any) -> Any:
             self.seen = (hidden_states, arguments)

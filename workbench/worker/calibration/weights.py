@@ -6,14 +6,18 @@ with it what was paged in, so what is resident does not grow with the layers rea
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
+from workbench.worker import Tensors
 from workbench.worker.architectures import LAYERS, WAY_OUT, Architecture, describe
-from workbench.worker.base.checkpoint import read_header
+from workbench.worker.base.checkpoint import StoredTensor, checked_weights, read_json
+
+DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+"""Buffers that old exporters saved and that the configuration determines."""
 
 
 @dataclass(frozen=True)
@@ -21,84 +25,62 @@ class Weights:
     """A base: its configuration, what it is as an architecture, and where each tensor lies."""
 
     folder: Path
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     architecture: Architecture
-    files: dict[str, Path]
-    """Tensor -> the file it lies in."""
-    shapes: dict[str, tuple[int, ...]]
-    layers: int
-    vocabulary: int
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers."""
+        return self.architecture.sizes.layers
 
     @property
     def widest(self) -> int:
         """The most inputs of any linear layer."""
-        return max(self.shapes[f"{LAYERS}.0.{name}.weight"][1] for name in self.architecture.linears)
+        return max(self.tensors[f"{LAYERS}.0.{name}.weight"].shape[1] for name in self.architecture.linears)
 
     @property
     def tied(self) -> bool:
         """Whether the output matrix is the embedding; configurations that leave it out mean the class's default."""
-        return "lm_head.weight" not in self.files or bool(self.config.get("tie_word_embeddings"))
+        return "lm_head.weight" not in self.tensors or bool(self.config.get("tie_word_embeddings"))
 
 
 def open_weights(folder: Path) -> Weights:
     """Read a base's headers. Raises `UserError` if it is no directory of an architecture in the table."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no config.json; the base must be a Hugging Face directory") from None
+    config = read_json(folder / "config.json")
     architecture = describe(config)
-    files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(folder):
-        for name, tensor in read_header(file).items():
-            files[name], shapes[name] = file, tuple(tensor.shape)
-    layers = int(config["num_hidden_layers"])
-    for index in range(layers):
+    tensors = {name: tensor for name, tensor in checked_weights(folder).items() if not name.endswith(DERIVED)}
+    for index in range(architecture.sizes.layers):
         for linear in architecture.linears:
             name = f"{LAYERS}.{index}.{linear}.weight"
-            if name not in shapes:
+            if name not in tensors:
                 raise UserError(
                     f"{folder}: tensor '{name}' is missing: not a plain {architecture.model_type} model. {WAY_OUT}."
                 )
-    return Weights(folder, config, architecture, files, shapes, layers, int(config["vocab_size"]))
+    return Weights(folder, config, architecture, tensors)
 
 
 def read_tensor(weights: Weights, name: str) -> Any:
     """A tensor in the dtype it is stored in."""
     from safetensors import safe_open
 
-    with safe_open(weights.files[name], framework="pt") as file:
+    with safe_open(weights.tensors[name].file, framework="pt") as file:
         return file.get_tensor(name)
 
 
-def read_layer(weights: Weights, index: int, device: Any) -> dict[str, Any]:
+def read_layer(weights: Weights, index: int, device: Any) -> Tensors:
     """A decoder layer's tensors in float32 on the device, by their names inside the layer."""
     import torch
     from safetensors import safe_open
 
     prefix = f"{LAYERS}.{index}."
-    tensors: dict[str, Any] = {}
-    wanted = sorted(name for name in weights.files if name.startswith(prefix) and not derived(name))
-    for path in sorted({weights.files[name] for name in wanted}):
+    wanted = sorted((tensor.file, name) for name, tensor in weights.tensors.items() if name.startswith(prefix))
+    tensors: Tensors = {}
+    for path in dict.fromkeys(path for path, _ in wanted):
         with safe_open(path, framework="pt") as file:
-            for name in wanted:
-                if weights.files[name] == path:
-                    tensor = file.get_tensor(name).to(device=device, dtype=torch.float32, copy=True)
-                    tensors[name.removeprefix(prefix)] = tensor
+            for name in (name for where, name in wanted if where == path):
+                tensor = file.get_tensor(name).to(device=device, dtype=torch.float32, copy=True)
+                if not torch.isfinite(tensor).all():
+                    raise UserError(f"{path}: tensor '{name}' has NaN or infinite weights. Fetch it again.")
+                tensors[name.removeprefix(prefix)] = tensor
     return tensors
-
-
-def derived(name: str) -> bool:
-    """Buffers that old exporters saved and that the configuration determines."""
-    return name.endswith(("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no safetensors files; the base must be a Hugging Face directory of them")
-    return files

@@ -42,15 +42,16 @@ def read_windows(path: Path, weights: Weights) -> Windows:
     """Read `{"windows": [[id, ...], ...]}`. Raises `UserError` for tokens that the base cannot be run on."""
     import torch
 
+    vocab_size, most = weights.architecture.sizes.vocab_size, weights.config.get("max_position_embeddings")
     content = json.loads(path.read_text(encoding="utf-8"))["windows"]
     for number, window in enumerate(content):
         if not window:
             raise UserError(f"calibration window {number} is empty; take other calibration text")
         for token in window:
-            if not isinstance(token, int) or not 0 <= token < weights.vocabulary:
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
                 raise UserError(
                     f"calibration window {number} holds token {token!r}, outside the vocabulary of "
-                    f"{weights.vocabulary}: the calibration was made with another model's tokenizer"
+                    f"{vocab_size}: the calibration was made with another model's tokenizer"
                 )
     total = sum(len(window) for window in content)
     if total < FEWEST_TOKENS:
@@ -58,7 +59,7 @@ def read_windows(path: Path, weights: Weights) -> Windows:
             f"the calibration has {total} tokens; at least {FEWEST_TOKENS} are needed and {32 * 512} are usual: "
             "raise `calibration.windows` or take longer text"
         )
-    longest, most = max(len(window) for window in content), weights.config.get("max_position_embeddings")
+    longest = max(len(window) for window in content)
     if isinstance(most, int) and longest > most:
         raise UserError(
             f"a calibration window has {longest} tokens and the model's context {most}: lower `calibration.window`"

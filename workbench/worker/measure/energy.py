@@ -2,7 +2,8 @@
 
 Both are counters since the machine started, so a difference needs no sampling. RAPL is readable by root alone on
 most systems since 2020 (CVE-2020-8694), and absent in virtual machines; GPUs before Volta have no counter. What
-cannot be read is None, never zero. The whole machine is counted, as nothing tells processes apart.
+cannot be read is None, never zero. Processors are counted whole, as nothing tells processes apart, and of the GPUs
+those that this process may use.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from workbench.gpus import Gpu, gpus, joules
+
 POWERCAP = Path("/sys/class/powercap")
 
 
 class Meter:
     """Call it before and after: joules in between, or None."""
 
-    def __init__(self, powercap: Path = POWERCAP, gpus: bool = True) -> None:
+    def __init__(self, powercap: Path = POWERCAP, count_gpus: bool = True) -> None:
         self._counters: list[tuple[Callable[[], float], float]] = []
         """(joules now, joules at which it starts again from zero)"""
         for zone in sorted(powercap.glob("intel-rapl:*")):
@@ -30,8 +33,9 @@ class Meter:
                 int(file.read_text())
                 span = int((zone / "max_energy_range_uj").read_text()) / 1e6
                 self._counters.append((lambda file=file: int(file.read_text()) / 1e6, span))  # type: ignore[misc]
-        if gpus:
-            self._counters += [(read, 0.0) for read in _gpu_counters()]
+        for gpu in gpus() if count_gpus else ():
+            if joules(gpu) is not None:
+                self._counters.append((partial(_joules_now, gpu), 0.0))
 
     @property
     def works(self) -> bool:
@@ -56,22 +60,8 @@ class Meter:
         return total
 
 
-def _gpu_joules(handle: object) -> float:
-    import pynvml
-
-    return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
-
-
-def _gpu_counters() -> list[Callable[[], float]]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        found: list[Callable[[], float]] = []
-        for i in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(i)
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-            found.append(partial(_gpu_joules, handle))
-        return found
-    except Exception:  # no library, no driver, a GPU without the counter
-        return []
+def _joules_now(gpu: Gpu) -> float:
+    spent = joules(gpu)
+    if spent is None:
+        raise OSError(f"{gpu.name} no longer tells its energy")
+    return spent

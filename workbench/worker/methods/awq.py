@@ -311,24 +311,3 @@ def pack(codes: Any) -> Any:
     for nibble, column in enumerate(NIBBLES):
         packed |= table[:, :, column].to(torch.int32) << (4 * nibble)
     return packed
-
-
-def unpack(packed: Any) -> Any:
-    """The inverse of `pack`: int32 [n, words] -> uint8 [n, words x 8]."""
-    import torch
-
-    codes = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=packed.device)
-    for nibble, column in enumerate(NIBBLES):
-        codes[:, :, column] = ((packed >> (4 * nibble)) & 15).to(torch.uint8)
-    return codes.reshape(packed.shape[0], -1)
-
-
-def dequantize(tensors: dict[str, Any]) -> Any:
-    """A stored linear layer's weight, float32 [out, in], from its `qweight`, `qzeros`, `scales`."""
-    import torch
-
-    codes, zeros = unpack(tensors["qweight"]).to(torch.float32), unpack(tensors["qzeros"]).to(torch.float32)
-    size = codes.shape[0] // zeros.shape[0]
-    scales = tensors["scales"].to(torch.float32)
-    wide = codes.view(-1, size, codes.shape[1])
-    return ((wide - zeros[:, None]) * scales[:, None]).reshape(codes.shape).t().contiguous()

@@ -205,30 +205,3 @@ def pack(codes: Any, bits: int) -> Any:
         if shift + bits > 32:
             packed[:, word + 1] |= value >> (32 - shift)
     return packed.reshape(-1, m)
-
-
-def unpack(packed: Any, bits: int) -> Any:
-    """The inverse of `pack`: int32 [words, m] -> uint8 [words x 32 / bits, m]."""
-    import torch
-
-    common = math.gcd(bits, 32)
-    values, words = 32 // common, bits // common
-    table = packed.reshape(-1, words, packed.shape[1]).to(torch.int64) & 0xFFFFFFFF
-    codes = torch.empty(table.shape[0], values, packed.shape[1], dtype=torch.uint8, device=packed.device)
-    for i in range(values):
-        word, shift = divmod(i * bits, 32)
-        value = table[:, word] >> shift
-        if shift + bits > 32:
-            value |= table[:, word + 1] << (32 - shift)
-        codes[:, i] = (value & (2**bits - 1)).to(torch.uint8)
-    return codes.reshape(-1, packed.shape[1])
-
-
-def dequantize(tensors: dict[str, Any], bits: int) -> Any:
-    """A stored linear layer's weight, float32 [out, in], from its `qweight`, `qzeros`, `scales`, `g_idx`."""
-    import torch
-
-    codes = unpack(tensors["qweight"], bits).to(torch.float32)
-    zeros = ((unpack(tensors["qzeros"].t(), bits).to(torch.int64) + 1) & (2**bits - 1)).t().to(torch.float32)
-    group = tensors["g_idx"].to(torch.int64)
-    return ((codes - zeros[group]) * tensors["scales"].to(torch.float32)[group]).t().contiguous()

@@ -1,0 +1,109 @@
+"""What is said of GPUs when the driver says little, lies about process ids, or has several of them."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.fake_driver import NVML, FakeGpu
+from workbench.gpus import Gpu, Watch, driver_version, for_a_job, gpus, joules, visible
+
+GIB = 1 << 30
+EVERY = ("nvmlDeviceGetUUID", "nvmlDeviceGetName", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses")
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> NVML:
+    fake = NVML()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    return fake
+
+
+def test_a_gpu_and_its_driver(driver: NVML) -> None:
+    assert gpus({}) == [Gpu(0, "GPU-11111111-0000", "NVIDIA H100 80GB HBM3", 80 * GIB)]
+    assert driver_version() == "580.95"
+
+
+@pytest.mark.parametrize("refused", EVERY)
+def test_what_is_not_supported_is_none_and_no_error(driver: NVML, refused: str) -> None:
+    """As on WSL2, and with MIG."""
+    driver.refused = [refused]
+    (gpu,) = gpus({})
+    assert (gpu.memory_bytes is None) == (refused == "nvmlDeviceGetMemoryInfo")
+    watch = Watch([gpu])
+    driver.gpus[0].processes = {7: 3 * GIB}
+    expected = None if refused == "nvmlDeviceGetComputeRunningProcesses" else 3 * GIB
+    assert watch.bytes_of({7}) == expected
+
+
+@pytest.mark.parametrize("refused", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"])
+def test_no_driver_is_no_gpu(driver: NVML, refused: str) -> None:
+    driver.refused = [refused]
+    assert gpus({}) == []
+
+
+def test_a_process_and_a_stranger(driver: NVML) -> None:
+    watch = Watch(gpus({}))
+    driver.gpus[0].processes = {7: 3 * GIB, 99: 5 * GIB}
+    assert watch.bytes_of({6, 7}) == 3 * GIB and watch.strangers() == 1
+
+
+def test_in_a_container_whose_process_ids_are_its_own(driver: NVML) -> None:
+    """Never 0, and nobody is called a stranger: the only process there is the job's, under another number."""
+    watch = Watch(gpus({}))
+    assert watch.bytes_of({7}) is None
+    driver.gpus[0].processes = {123456: 3 * GIB}
+    driver.gpus[0].used += 4 * GIB
+    assert watch.bytes_of({7}) == 4 * GIB and watch.strangers() is None
+
+
+def test_a_process_whose_memory_the_driver_does_not_tell(driver: NVML) -> None:
+    watch = Watch(gpus({}))
+    driver.gpus[0].processes, driver.gpus[0].used = {7: None}, 3 * GIB
+    assert watch.bytes_of({7}) == 2 * GIB
+
+
+def test_after_its_end_a_job_takes_nothing(driver: NVML) -> None:
+    watch = Watch(gpus({}))
+    driver.gpus[0].processes = {7: 3 * GIB}
+    watch.bytes_of({7})
+    driver.gpus[0].processes, driver.gpus[0].used = {99: GIB}, 9 * GIB
+    assert watch.bytes_of({7}) is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "places"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("1", [1]),
+        ("2,0", [2, 0]),
+        ("GPU-bb", [1]),
+        ("0,9,1", [0]),
+        ("GPU-", []),
+        ("0,0", [0]),
+    ],
+)
+def test_visible_devices_are_read_as_cuda_reads_them(wanted: str | None, places: list[int]) -> None:
+    all_of_them = [Gpu(i, f"GPU-{word}", "x", None) for i, word in enumerate(("aa", "bb", "cc"))]
+    assert visible(all_of_them, wanted) == [all_of_them[i] for i in places]
+
+
+def test_only_the_job_s_gpus_are_watched(driver: NVML) -> None:
+    driver.gpus = [FakeGpu(uuid=f"GPU-{n}", processes={7: GIB}, joules=5.0 + n) for n in range(4)]
+    chosen = gpus({"CUDA_VISIBLE_DEVICES": "2"})
+    assert [gpu.index for gpu in chosen] == [2]
+    assert Watch(chosen).bytes_of({7}) == GIB
+    assert joules(chosen[0]) == 7.0
+    driver.refused = ["nvmlDeviceGetTotalEnergyConsumption"]
+    assert joules(chosen[0]) is None
+
+
+def test_a_job_gets_one_gpu_unless_it_asks_for_more(driver: NVML, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.gpus = [FakeGpu(uuid=f"GPU-{n}") for n in range(4)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert for_a_job() == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "GPU-3"}
+    assert for_a_job(2)["CUDA_VISIBLE_DEVICES"] == "GPU-3,GPU-1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert for_a_job() == {}

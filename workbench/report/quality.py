@@ -1,0 +1,141 @@
+"""What a row says of quality: the statistics of `estimates.py` on what its worker counted, alone or next to another.
+
+Two rows are compared only where they were scored on the same tokens, and divergences only where they are from one
+reference of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from workbench.records import Row
+from workbench.report import estimates
+from workbench.report.estimates import Estimate, Quality
+from workbench.report.speeds import finite_number
+
+
+def perplexity(row: Row) -> float | None:
+    """exp(mean negative log-likelihood) over the scored tokens with finite logits."""
+    quality = _scored(row)
+    return estimates.perplexity(quality).value if quality else None
+
+
+def perplexity_se(row: Row) -> float | None:
+    """Standard error of the perplexity, windows as clusters; None for fewer than two windows."""
+    quality = _scored(row)
+    return estimates.perplexity(quality).se if quality else None
+
+
+def perplexity_delta(row: Row, base: Row) -> Estimate | None:
+    """The row's perplexity minus the base's, paired over the tokens finite in both, with the error of the
+    difference. None if either was not scored, or not on the same tokens."""
+    quality, base_quality = _scored(row), _scored(base)
+    if quality is None or base_quality is None or not same_tokens(row, base):
+        return None
+    try:
+        return estimates.perplexity_delta(quality, base_quality)
+    except ValueError:  # no token that is finite in both
+        return None
+
+
+def bits_per_byte(row: Row) -> Estimate | None:
+    """Bits a byte of the scored text; None if it was not scored, or its bytes were not counted."""
+    quality = _scored(row)
+    if quality is None or row.evaluation is None or not row.evaluation.scored_bytes:
+        return None
+    return estimates.bits_per_byte(quality, row.evaluation.scored_bytes)
+
+
+def divergence(row: Row) -> Estimate | None:
+    """Mean divergence from the base, in nats a token."""
+    quality = _compared(row)
+    return estimates.divergence(quality) if quality else None
+
+
+def divergence_quantile(p: float) -> Callable[[Row], float | None]:
+    """The p-quantile over tokens of a row's divergence from the base, in nats."""
+
+    def value(row: Row) -> float | None:
+        quality = _compared(row)
+        return finite_number(estimates.divergence_quantile(quality, p)) if quality else None
+
+    return value
+
+
+def agreement(row: Row) -> Estimate | None:
+    """Share of tokens whose likeliest id is the base's."""
+    quality = _compared(row)
+    return estimates.agreement(quality) if quality else None
+
+
+def rms_dp(row: Row) -> Estimate | None:
+    """Root mean square of the correct token's change in probability."""
+    quality = _compared(row)
+    return estimates.rms_dp(quality) if quality else None
+
+
+def mean_delta(total: str, count: str) -> Callable[[Row, Row], Estimate | None]:
+    """Change of a mean over the compared tokens, the first row's less the second's, where their reference is one."""
+
+    def difference(row: Row, base: Row) -> Estimate | None:
+        quality, base_quality = _scored(row), _scored(base)
+        if quality is None or base_quality is None or not same_tokens(row, base) or reference(row) != reference(base):
+            return None
+        return estimates.mean_delta(quality, base_quality, total, count)
+
+    return difference
+
+
+def task_accuracy(row: Row, name: str) -> Estimate | None:
+    """Share of a task's items that were right; None if the row was not asked."""
+    return estimates.accuracy(_correct(row, name))
+
+
+def task_delta(row: Row, base: Row, name: str) -> Estimate | None:
+    """The row's accuracy less the base's, paired by item; None if not both were asked the same."""
+    own, other = _correct(row, name), _correct(base, name)
+    task, base_task = row.tasks.get(name), base.tasks.get(name)
+    if task is None or base_task is None or task.digest != base_task.digest or len(own) != len(other):
+        return None
+    return estimates.accuracy_delta(own, other)
+
+
+def same_tokens(row: Row, base: Row) -> bool:
+    """Whether both were scored on one evaluation, window by window alike."""
+    if row.evaluation is None or base.evaluation is None or row.evaluation.digest != base.evaluation.digest:
+        return False
+    sizes, base_sizes = (
+        [window["count"] + window["nonfinite"] for window in (_scored(each) or {}).get("windows", [])]
+        for each in (row, base)
+    )
+    return sizes == base_sizes
+
+
+def reference(row: Row) -> str | None:
+    """The digest of the base's distributions that the row was compared with; None if it was with none.
+
+    Divergences from two references, even of one base, are not comparable.
+    """
+    return row.quality.get("reference_digest") if row.quality else None
+
+
+def nonfinite(row: Row) -> int | None:
+    """Scored tokens whose logits were not finite; they are in no other number. None if not scored."""
+    return estimates.nonfinite(row.quality) if row.quality else None
+
+
+def _scored(row: Row) -> Quality | None:
+    """What the worker found, if it scored a single token."""
+    quality = row.quality
+    return quality if quality and any(window["count"] for window in quality["windows"]) else None
+
+
+def _compared(row: Row) -> Quality | None:
+    """What the worker found, if it compared a single token with the base's distribution."""
+    quality = _scored(row)
+    return quality if quality and any(window.get("kld_count") for window in quality["windows"]) else None
+
+
+def _correct(row: Row, name: str) -> list[float]:
+    found = row.measurement.tasks.get(name) if row.measurement else None
+    return list(found["correct"]) if found else []

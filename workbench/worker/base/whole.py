@@ -1,0 +1,137 @@
+"""Whether a directory's files hold the whole model that its configuration names, and no other.
+
+transformers fills what a checkpoint lacks with random numbers and drops what it does not know, with a report that
+nobody reads; the other engines each do something else. So the model is built on torch's `meta` device, the names and
+shapes of the files' headers go through transformers' own loader, which knows the names that its architectures had
+before, and whatever is missing, unknown or of another shape refuses the base by name. No weight is read: a moment
+for an 8B.
+
+Rejected: comparing with a table of names an architecture. It would know yesterday's architectures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError, cannot_import
+from workbench.worker.base.checkpoint import NOT_WEIGHTS, StoredTensor
+
+SHOWN = 3
+"""Names of tensors in a message."""
+
+
+def check_whole(path: Path, config: dict[str, Any], tensors: dict[str, StoredTensor], remote_code: bool) -> None:
+    """Refuse a directory unless its tensors are the model of its configuration: none missing, none left over.
+
+    `config`: of its config.json; `tensors`: of its files' headers. Raises `UserError` that names the tensors.
+    """
+    try:
+        import torch
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise cannot_import("transformers, which knows the architectures,", error, "pip install transformers") from None
+    # Only where the model itself is code: a folder may carry code that a class of transformers has long replaced.
+    remote_code = remote_code and "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    kind = _model_class(path, config, remote_code)
+    try:
+        settings = AutoConfig.from_pretrained(str(path), trust_remote_code=remote_code)
+        stored = {
+            name: torch.empty(tensor.shape, dtype=torch.float32, device="meta")
+            for name, tensor in tensors.items()
+            if not name.endswith(NOT_WEIGHTS)
+        }
+        with _silent():
+            model, report = kind.from_pretrained(
+                None,
+                config=settings,
+                state_dict=stored,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises whatever an impossible configuration led to
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: no model can be built from its config.json: {first}") from None
+    missing = sorted(set(report["missing_keys"]))
+    unknown = sorted(set(report["unexpected_keys"]))
+    other = sorted(str(name) for name, *_ in report["mismatched_keys"])
+    sizes = {str(name): (tuple(there), tuple(wanted)) for name, there, wanted in report["mismatched_keys"]}
+    prefix = model.base_model_prefix
+    named = [name for name in stored if name.startswith(f"{prefix}.")]
+    if missing:
+        advice = "Fetch it again, or give the model that it was cut from"
+        if unknown:
+            advice = f"It holds {_names(unknown)} instead: is it another model's, or saved under a wrapper's names?"
+        raise UserError(
+            f"{path}: {_count(missing)} of the {config['architectures'][0]} that config.json describes "
+            f"{'is' if len(missing) == 1 else 'are'} not in its files: {_names(missing)}. {advice}"
+        )
+    if other:
+        there, wanted = sizes[other[0]]
+        raise UserError(
+            f"{path}: {_count(other)} {'has' if len(other) == 1 else 'have'} another shape than config.json says: "
+            f"{other[0]} has {list(there)}, not {list(wanted)}. Its config.json is another model's"
+        )
+    if unknown:
+        raise UserError(
+            f"{path}: its files hold {_count(unknown)} that a {config['architectures'][0]} has no place "
+            f"for: {_names(unknown)}. Its config.json is another model's, or the files hold more than one model"
+        )
+    if prefix and stored and not named:
+        raise UserError(
+            f"{path}: its tensors lack the prefix '{prefix}.' of a {config['architectures'][0]} (it has "
+            f"{_names(sorted(stored))}): engines would read different models. Save it again with transformers"
+        )
+
+
+def _model_class(path: Path, config: dict[str, Any], remote_code: bool) -> Any:
+    """The class that a configuration names. `UserError` unless it is a causal language model's, or a wrapper's of
+    one."""
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    name = str(config["architectures"][0])
+    if remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(config["auto_map"]["AutoModelForCausalLM"], str(path))
+    known = {
+        kind
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+        for kinds in mapping.values()
+        for kind in ([kinds] if isinstance(kinds, str) else kinds)
+    }
+    if name not in known or getattr(transformers, name, None) is None:
+        causal = f"{name.split('For')[0].removesuffix('Model')}ForCausalLM"
+        near = f" Give the {causal} that it was made from." if causal in known else ""
+        raise UserError(f"{path}: config.json says {name}, which is not a causal language model.{near}")
+    return getattr(transformers, name)
+
+
+class _silent:
+    """transformers' report and progress bar, which would say the same in more words, left out."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._logging, self._level = logging, logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        self._logging.set_verbosity(self._level)
+        self._logging.enable_progress_bar()
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor" + ("s" if len(names) > 1 else "")
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
