@@ -1,5 +1,4 @@
-"""The forms that results are written in. An output format is one file and one line here: where its function is, which
-is imported when it is called, since the command line's help names all formats.
+"""The forms that results are written in. An output format is one file and one line here.
 
 A table is text; a file holds the rows of all machines, recipes and evaluations, since who reads it chooses for
 himself what to put side by side.
@@ -16,16 +15,21 @@ if TYPE_CHECKING:
     from workbench.report.table import Table
 
 
-def _by(module: str, function: str) -> Callable[[Any], Any]:
-    return lambda what: getattr(importlib.import_module(f"workbench.report.formats.{module}"), function)(what)
+def _writer(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module beside this one, imported when it is called: help texts need the names alone."""
+
+    def write(what: object) -> Any:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(what)
+
+    return write
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {
-    "terminal": _by("terminal", "terminal"),
-    "markdown": _by("markdown", "markdown"),
-    "csv": _by("data", "comma_separated"),
-    "json": _by("data", "json_text"),
+    "terminal": _writer("terminal", "terminal"),
+    "markdown": _writer("markdown", "markdown"),
+    "csv": _writer("data", "comma_separated"),
+    "json": _writer("data", "json_text"),
 }
 FILE_FORMATS: dict[str, Callable[[Sequence[Row]], bytes]] = {
-    "parquet": _by("parquet", "parquet"),
+    "parquet": _writer("parquet", "parquet"),
 }
