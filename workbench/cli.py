@@ -117,7 +117,7 @@ def table(
         if output is None and sys.stdout.isatty():
             raise UserError(f"{format.capitalize()} is not for a terminal: name a file with --output rows.{format}")
         found = [row for row in _stored(rows or [results]) if recipe in (None, row.recipe)]
-        write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.get("name"))]))
+        write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.name)]))
         return
     _known("format", format, FORMATS)
     write(output, FORMATS[format](build(_stored(rows or [results]), machine=machine, recipe=recipe)))
