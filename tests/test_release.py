@@ -7,7 +7,7 @@ import re
 from tests.places import ROOT
 from workbench import __version__
 from workbench.quantize.record import artifact_key
-from workbench.records import Variant, digest
+from workbench.records import PreparedBase, Variant, digest
 
 
 def test_the_newest_release_in_the_changelog_is_the_version() -> None:
@@ -26,4 +26,4 @@ def test_a_release_makes_no_artifact_anew() -> None:
     versions = {name: importlib.metadata.version(name) for name in packages}
     variant = Variant("v", "gguf", {"type": "Q8_0"})
     then = digest(["base", "gguf", variant.options, versions, "0.1.0", []])
-    assert artifact_key({"digest": "base"}, variant, "gguf", []) == then
+    assert artifact_key(PreparedBase("p", "base", "float32", 1, 4), variant, "gguf", []) == then

@@ -154,7 +154,7 @@ def table(
         if output is None and sys.stdout.isatty():
             raise UserError(f"{format.capitalize()} is not for a terminal: name a file with --output rows.{format}")
         found = [row for row in _stored(rows or [results]) if recipe in (None, row.recipe)]
-        _write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.get("name"))]))
+        _write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.name)]))
         return
     render = _renderer(format, output)
     render(build(_stored(rows or [results]), machine=machine, recipe=recipe))

@@ -87,7 +87,7 @@ def accept(recipe: Recipe, results: store.Place) -> str:
 
     Raises `UserError` if there was none.
     """
-    here = machine()["name"]
+    here = machine().name
     notes = _notes(results, here, recipe.name)
     if not notes:
         raise UserError(f"{recipe.name}: no night of this recipe on this machine yet, so nothing to accept")
@@ -122,7 +122,7 @@ def tell(one: Night, show: Show) -> None:
 
 
 def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] | None) -> Night:
-    here = machine()["name"]
+    here = machine().name
     state = home() / "nights" / f"{digest([recipe.name, str(results)])}.json"
     since = _begun(state, show)
     made = pipeline.quantize(recipe, show)

@@ -17,20 +17,11 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from workbench.gpus import Gpu, Watch, gpus
+from workbench.records import Conditions
 
 FIELDS = {"VmRSS": "rss", "RssAnon": "rss_anon", "RssFile": "rss_file", "RssShmem": "rss_shared"}
-CONDITIONS = (
-    "others_cores",
-    "stolen_fraction",
-    "clock_hz",
-    "throttled",
-    "gpu_clock_hz",
-    "gpu_throttled",
-    "gpu_strangers",
-)
 CONDITIONS_S = 1.0
 """Seconds between two looks at clocks and load; they cost more than one at memory."""
 BUSY_CORES = 0.25
@@ -91,11 +82,18 @@ class Monitor:
         """Bytes, as `peak_rss`, `peak_rss_anon`, `peak_rss_file`, `peak_vram`..."""
         return {f"peak_{name}": size_bytes for name, size_bytes in self.peak.items()}
 
-    def conditions(self) -> dict[str, Any]:
-        """`others_cores`, `stolen_fraction`, `clock_hz` and `gpu_clock_hz` (lowest, median, highest while the job was
-        busy), `throttled`, `gpu_throttled`, `gpu_strangers`; None where it cannot be read or nothing was seen."""
+    def conditions(self) -> Conditions:
+        """What the machine did; None where it cannot be read or nothing was seen."""
         change = self._change()
-        found: dict[str, Any] = dict.fromkeys(CONDITIONS)
+        found = Conditions(
+            others_cores=None,
+            stolen_fraction=None,
+            clock_hz=_spread(self._clocks),
+            throttled=None,
+            gpu_clock_hz=None,
+            gpu_throttled=None,
+            gpu_strangers=None,
+        )
         span = change.get("moment", 0.0)
         if span > 0:
             if "busy" in change:
@@ -104,7 +102,6 @@ class Monitor:
                 found["stolen_fraction"] = round(change["stolen"] / max(change["all"], 1e-9), 4)
             if "throttles" in change:
                 found["throttled"] = change["throttles"] > 0
-        found["clock_hz"] = _spread(self._clocks)
         found["gpu_clock_hz"] = _spread(self._gpu_clocks)
         if self._gpu_reasons is not None:
             found["gpu_throttled"] = bool(self._gpu_reasons & (THERMAL | POWER_BRAKE))
@@ -130,7 +127,7 @@ class Monitor:
             self._gpu_reasons = (self._gpu_reasons or 0) | reasons
 
 
-def warnings(conditions: dict[str, Any]) -> list[str]:
+def warnings(conditions: Conditions) -> list[str]:
     """What in a job's conditions (`Monitor.conditions`, and the worker's `probe_s`) makes its speeds doubtful."""
     found = []
     others, stolen = conditions.get("others_cores"), conditions.get("stolen_fraction")
@@ -138,11 +135,12 @@ def warnings(conditions: dict[str, Any]) -> list[str]:
         found.append(f"the machine was busy: other processes took {others:.1f} cores on average")
     if stolen is not None and stolen > STOLEN:
         found.append(f"the machine was shared: its hypervisor gave {stolen:.0%} of the time to others")
-    for name, what in (("throttled", "the processor"), ("gpu_throttled", "the GPU")):
-        if conditions.get(name):
+    throttled = (conditions.get("throttled"), "the processor"), (conditions.get("gpu_throttled"), "the GPU")
+    for yes, what in throttled:
+        if yes:
             found.append(f"{what} throttled during the run")
-    for name, what in (("clock_hz", "the processor's clock"), ("gpu_clock_hz", "the GPU's clock")):
-        clock = conditions.get(name)
+    clocks = (conditions.get("clock_hz"), "the processor's clock"), (conditions.get("gpu_clock_hz"), "the GPU's clock")
+    for clock, what in clocks:
         if clock and clock[2] and 1 - clock[0] / clock[2] > CLOCK_SPREAD:
             found.append(f"{what} changed during the run: {clock[0] / 1e9:.2f} to {clock[2] / 1e9:.2f} GHz")
     probes = [seconds for seconds in conditions.get("probe_s") or () if seconds > 0]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, install_with
+from workbench.records import Answers
 
 METRICS = ("acc", "exact_match", "acc_norm", "em", "f1")
 """What an item is judged by: the first of these that the task has, or its first number."""
@@ -21,7 +22,7 @@ NEW_TOKENS = 256
 """Of an answer whose task sets no limit, as the harness has it."""
 
 
-def run(engine: Any, content: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
+def run(engine: Any, content: dict[str, Any], tokenizer: Path) -> Answers:
     """One task of the harness; `tasks.answer` says what is returned, here with the `metric` that judged."""
     try:
         from lm_eval.evaluator import simple_evaluate
