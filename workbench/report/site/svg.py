@@ -15,12 +15,12 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 WIDE, NARROW = 560, 340
 """Pixels: a column of a desktop's page, and a phone's."""
 
-STYLE = (
+COLOURS = (
     "--ink:#1c2430;--soft:#5c6675;--rule:#d7dce3;--paper:#fff;"
     "--c0:#1f6feb;--c1:#c2410c;--c2:#15803d;--c3:#7e22ce;--c4:#a16207;"
     "--p0:#1f6feb;--p1:#7aa7e9;--p2:#c2410c;--p3:#e0a07d;--p4:#15803d;--p5:#8a94a3"
 )
-STYLE_DARK = (
+DARK_COLOURS = (
     "--ink:#e6eaf0;--soft:#9aa5b4;--rule:#343c48;--paper:#12161c;"
     "--c0:#6ea8fe;--c1:#fb923c;--c2:#4ade80;--c3:#c084fc;--c4:#facc15;"
     "--p0:#6ea8fe;--p1:#3d6198;--p2:#fb923c;--p3:#95562a;--p4:#4ade80;--p5:#7b8595"
@@ -49,7 +49,7 @@ class Axis:
 
 def standalone(svg: str) -> str:
     """The plot as a file of its own, on white; its colours spelt out, since few programs know CSS variables."""
-    colours = dict(pair.split(":") for pair in STYLE.split(";"))
+    colours = dict(pair.split(":") for pair in COLOURS.split(";"))
     rules = re.sub(r"var\((--\w+)\)", lambda found: colours[found[1]], RULES).replace("svg ", "")
     head, _, rest = svg.partition(">")
     paper = f'<rect width="100%" height="100%" fill="{colours["--paper"]}"/>'
