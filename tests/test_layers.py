@@ -46,7 +46,7 @@ ROOMS = (
         "machine",
         "recipe",
     ],
-    ["report", "hub", "plan", "quantize", "profile", "pipeline", "doctor", "nightly", "cli"],
+    ["report", "hub", "plan", "quantize", "profile", "pipeline", "doctor", "nightly", "options", "cli"],
 )
 """Top-level modules and folders, the lowest first."""
 FROM_WORKER = {

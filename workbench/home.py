@@ -167,6 +167,16 @@ def last_recipe() -> Path | None:
     return Path(file.read_text().strip()) if file.exists() else None
 
 
+def recipe_or_last(given: Path | None) -> Path:
+    """The recipe that was given, or else that last quantized here. Raises `UserError` if there is none any more."""
+    last = given or last_recipe()
+    if last is None:
+        raise UserError("no recipe was quantized here yet: run `workbench quantize RECIPE`, or name a recipe")
+    if given is None and not last.exists():
+        raise UserError(f"{last}: the recipe last quantized here is gone; name a recipe")
+    return last
+
+
 def clean(everything: bool) -> int:
     """Remove unfinished work and leftovers, or every folder that the program makes; the bytes freed."""
     targets = [home() / name for name in (*LEFTOVERS, *(NOTES + get_args(Kind) if everything else ()))]

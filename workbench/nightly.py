@@ -49,12 +49,12 @@ class Night:
 
     @property
     def title(self) -> str:
-        """Of the issue: the same every night, so that there is one."""
+        """The issue's title: the same every night, so that there is one."""
         return f"Nightly regression: {self.recipe} on {self.machine}"
 
     @property
     def text(self) -> str:
-        """For the log and the issue."""
+        """How the night went, in words for the log and the issue."""
         words = night.text(self.verdict, self.recipe, self.machine)
         return words + "".join(f"- {name} could not be made: {reason}\n" for name, reason in self.failures.items())
 

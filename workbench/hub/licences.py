@@ -214,7 +214,7 @@ FAMILIES = (
 """(family, what its names look like, the licences it comes under). A name proves nothing: this is a hint."""
 
 
-def licence(name: str | None) -> Licence | None:
+def known_licence(name: str | None) -> Licence | None:
     """The licence of an identifier; None if it is not known."""
     return LICENCES.get(name.strip().lower()) if name else None
 
@@ -231,7 +231,7 @@ def refusal(name: str | None, model: str) -> str | None:
     """Why a derivative of `model` under the licence `name` is not to be passed on; None if it may be."""
     if name is None:
         return f"the licence of {model} is not known. {hint(model)}".strip()
-    known = licence(name)
+    known = known_licence(name)
     if known is None:
         return f"what the licence '{name}' of {model} asks is not known here. {hint(model)}".strip()
     if not known.redistribution:
