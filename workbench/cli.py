@@ -1,7 +1,6 @@
-"""The command line: one function a subcommand, each a single library call.
+"""The command line: one function a subcommand, each a single library call; what they take is in `options.py`.
 
-Nothing heavy is imported here at top level, so that `--help` answers at once; what the subcommands take is declared in
-`options.py`.
+Nothing heavy is imported here at top level, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -112,7 +111,6 @@ def table(
     output: o.Output = None,
 ) -> None:
     """Print the comparison table of stored rows; as Parquet, the rows of all machines and evaluations."""
-
     from workbench.report.table import build
 
     if format in FILE_FORMATS:

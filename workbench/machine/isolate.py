@@ -320,8 +320,7 @@ def serve(request: Path, reply: Path, to_parent: int, from_parent: int) -> None:
     module, _, name = asked["function"].partition(":")
     try:
         value = getattr(importlib.import_module(module), name)(asked["payload"], progress)
-        answer: dict[str, Any] = {"value": value}
-        text = json.dumps(answer, allow_nan=False)
+        text = json.dumps({"value": value}, allow_nan=False)
     except UserError as error:
         text = json.dumps({"error": str(error), "user_error": True})
     except BaseException as error:

@@ -115,7 +115,10 @@ class Monitor:
         return found
 
     def _look(self, pids: list[int], moment: float) -> None:
-        now = {"moment": moment, **_processor_seconds(), **_throttles(self._root)}
+        now = {"moment": moment, **_processor_seconds()}
+        throttles = _of_cores(self._root, "thermal_throttle/*_throttle_count")
+        if throttles:
+            now["throttles"] = sum(throttles)
         if "busy" in now:
             now["own"] = sum(_own_seconds(pid) for pid in (*pids, os.getpid()))
         before = self._last
@@ -123,10 +126,9 @@ class Monitor:
         if self._first is None:
             self._first = now
         elif "own" in now and "own" in before and now["own"] - before["own"] > 0.5 * (moment - before["moment"]):
-            # An idle core's clock says nothing.
-            clock = _clock_hz(self._root)
-            if clock:
-                self._clocks.append(clock)
+            # An idle core's clock says nothing; most virtual machines tell none.
+            clock_khz = max(_of_cores(self._root, "cpufreq/scaling_cur_freq"), default=0)
+            self._clocks += [clock_khz * 1e3] if clock_khz else []
         clocks, reasons = self._gpus.clocks()
         self._gpu_clocks += clocks
         if reasons is not None:
@@ -186,22 +188,13 @@ def _own_seconds(pid: int) -> float:
     return float(spent.user + spent.system + spent.children_user + spent.children_system)
 
 
-def _clock_hz(root: Path) -> float | None:
-    """The highest clock of any core now; None where it cannot be read (most virtual machines)."""
-    highest = 0.0
-    for file in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"):
+def _of_cores(root: Path, pattern: str) -> list[int]:
+    """The numbers in the kernel's files about each core; those that cannot be read are left out."""
+    found = []
+    for file in (root / "sys/devices/system/cpu").glob(f"cpu[0-9]*/{pattern}"):
         with contextlib.suppress(OSError, ValueError):
-            highest = max(highest, int(file.read_text()) * 1e3)
-    return highest or None
-
-
-def _throttles(root: Path) -> dict[str, float]:
-    """How often any core or package was too hot since the start."""
-    total, seen = 0, False
-    for file in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count"):
-        with contextlib.suppress(OSError, ValueError):
-            total, seen = total + int(file.read_text()), True
-    return {"throttles": float(total)} if seen else {}
+            found.append(int(file.read_text()))
+    return found
 
 
 def _tree(root: int) -> list[int]:
