@@ -81,7 +81,7 @@ def measure(payload: dict[str, Any], progress: Any) -> object:
     meter, speeds, served, probes = Meter(), [], [], list[float]()
     for share in timing.shares(workload.repeats, job.rounds):
         if share.start:
-            progress.turn()
+            progress.pause()
         timed, probed = timing.speeds(
             engine, workload, text, stepped, meter=meter, probe=timing.work_probe, share=share
         )
