@@ -236,7 +236,7 @@ def recommend(
     if format not in ("terminal", "json"):
         raise unknown("format", format, ["terminal", "json"])
     relative, value = wing.parse_share(max_perplexity, "--max-perplexity") if max_perplexity else (None, None)
-    wishes = wing.Wishes(
+    constraints = wing.Constraints(
         memory_bytes=parse_size(memory, "--memory") if memory else None,
         size_bytes=parse_size(max_size, "--max-size") if max_size else None,
         max_perplexity=relative,
@@ -248,7 +248,7 @@ def recommend(
         sort=sort,
     )
     table = build(_stored(rows or [results]), machine=machine, recipe=recipe)
-    found = wing.recommend(table, wishes, lambda row: serving_command(row, str(home())))
+    found = wing.recommend(table, constraints, lambda row: serving_command(row, str(home())))
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
     if found.choice:
         row = found.choice.line.row

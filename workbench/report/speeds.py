@@ -5,17 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from workbench.records import Row, Speed
 from workbench.report import estimates
-
-
-def median(samples: Sequence[float]) -> float | None:
-    """The median, None of nothing."""
-    return statistics.median(samples) if samples else None
 
 
 def interval(samples: Sequence[float], rounds: Sequence[int] = ()) -> tuple[float, float] | None:
@@ -111,18 +106,20 @@ def points(row: Row) -> list[Point]:
     return [Point(name, statistics.median(rates), interval(rates, rounds)) for name, rates, rounds in found if rates]
 
 
-def itl(row: Row, share: float) -> float | None:
+def itl(share: float) -> Callable[[Row], float | None]:
     """The quantile of the inter-token latency, seconds, over every decoding step of every repeat that gained tokens."""
-    speed = headline(row)
-    if speed is None:
-        return None
-    steps = sorted(
-        seconds
-        for step_s, step_tokens in zip(speed.step_s, speed.step_tokens, strict=False)
-        for each, gained in zip(step_s, step_tokens, strict=False)
-        if gained and (seconds := finite_number(each)) is not None
-    )
-    return estimates.quantile(steps, share) if steps else None
+
+    def value(row: Row) -> float | None:
+        speed = headline(row)
+        steps = sorted(
+            seconds
+            for step_s, step_tokens in (zip(speed.step_s, speed.step_tokens, strict=False) if speed else ())
+            for each, gained in zip(step_s, step_tokens, strict=False)
+            if gained and (seconds := finite_number(each)) is not None
+        )
+        return estimates.quantile(steps, share) if steps else None
+
+    return value
 
 
 def ttft_samples(row: Row) -> list[float]:
