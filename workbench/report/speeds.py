@@ -81,7 +81,7 @@ def decode_interval(row: Row) -> tuple[float, float] | None:
 
 
 @dataclass(frozen=True)
-class Point:
+class Rate:
     """One speed beside the headline's: `pp2048`, `tg128 @ d2048`, `tg128 @ d512 b8`, `served b8`; tokens a second."""
 
     name: str
@@ -89,7 +89,7 @@ class Point:
     interval: tuple[float, float] | None
 
 
-def points(row: Row) -> list[Point]:
+def further_rates(row: Row) -> list[Rate]:
     """Every further workload point: prefill by prompt length, decode by depth and batch, and what was served."""
     found: list[tuple[str, list[float], list[int]]] = []
     if row.measurement is None:
@@ -103,7 +103,7 @@ def points(row: Row) -> list[Point]:
         how = "" if served.continuous else " by groups"
         rates = [rate for each in served.seconds if (rate := _rate(tokens, finite_number(each)))]
         found.append((f"served b{served.slots}{how}", rates, served.rounds))
-    return [Point(name, statistics.median(rates), interval(rates, rounds)) for name, rates, rounds in found if rates]
+    return [Rate(name, statistics.median(rates), interval(rates, rounds)) for name, rates, rounds in found if rates]
 
 
 def itl(share: float) -> Callable[[Row], float | None]:

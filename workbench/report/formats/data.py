@@ -130,8 +130,8 @@ def _object(line: Line) -> dict[str, object]:
         **line.values,
         **_errors(line),
         "points": {
-            point.name: {"median": point.median, "ci": list(point.interval) if point.interval else None}
-            for point in speeds.points(row)
+            rate.name: {"median": rate.median, "ci": list(rate.interval) if rate.interval else None}
+            for rate in speeds.further_rates(row)
         },
         "quality_missing": quality_missing(row),
         **{f"{name}_ci": list(interval) if interval else None for name, interval in line.intervals.items()},
