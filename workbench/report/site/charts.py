@@ -53,7 +53,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """One series over time."""
 
     row: str
@@ -66,7 +66,7 @@ class Line:
 
 
 def scatter(
-    marks: Sequence[Mark], groups: Sequence[str], x: Axis, y: Axis, title: str, width: int, more_is_better: bool
+    marks: Sequence[Mark], groups: Sequence[str], x: Axis, y: Axis, title: str, more_is_better: bool, width: int
 ) -> str:
     """Points with error bars, and the front of those that no other beats in both (`y`: less is better)."""
     top, bottom, right = 30, 58, 14
@@ -110,7 +110,7 @@ def scatter(
 
 
 def bars(
-    marks: Sequence[Mark], groups: Sequence[str], x: Axis, title: str, width: int, stacks: Sequence[Sequence[str]]
+    marks: Sequence[Mark], groups: Sequence[str], x: Axis, title: str, stacks: Sequence[Sequence[str]], width: int
 ) -> str:
     """Stacked parts, a row each; each of `stacks` is a bar of its own below the last."""
     parts = [part for stack in stacks for part in stack]
@@ -171,7 +171,7 @@ def percentiles(marks: Sequence[Mark], groups: Sequence[str], x: Axis, title: st
     return _rows(marks, [v for m in marks for v in m.values.values()], x, title, width, draw, keys, groups)
 
 
-def lines(series: Sequence[Line], groups: Sequence[str], y: Axis, title: str, width: int) -> str:
+def over_time(series: Sequence[Curve], groups: Sequence[str], y: Axis, title: str, width: int) -> str:
     """Values over time, named at their ends where there is room, with a ring where a level changed."""
     top, bottom, right = 30, 50, 150 if width > 400 else 96
     height = round(width * 0.55) + 60
