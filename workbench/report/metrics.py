@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Literal
 
 from workbench.records import Row
-from workbench.report import quality, speeds
+from workbench.report import estimates, quality, speeds
 from workbench.report.estimates import Estimate
 from workbench.report.speeds import finite_number
 from workbench.report.units import MIB
@@ -73,8 +74,6 @@ class Metric:
     judged: Judged | None = None
     samples: Callable[[Row], list[float]] | None = None
     """The repeats that the value is the median of, where it is one."""
-    interval: Callable[[Row], tuple[float, float] | None] | None = None
-    """95 %, of that median."""
     difference: Callable[[Row, Row], Estimate | None] | None = None
     """The first row's value less the second's, paired by window, where it is a mean over tokens."""
     scored_on: Literal["text", "reference"] | None = None
@@ -103,6 +102,12 @@ def _disk_bytes(row: Row) -> float | None:
 
 def _bits_per_weight(row: Row) -> float | None:
     return row.artifact.bits_per_weight or None
+
+
+def _divergence(p: float) -> Callable[[Row], float | None]:
+    """The p-quantile over tokens of the divergence from the base."""
+    quantile = quality.compared(partial(estimates.divergence_quantile, p=p))
+    return lambda row: finite_number(quantile(row))
 
 
 def _estimated(
@@ -143,11 +148,11 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("prefill_tok_s", "prefill", "tok/s", "higher", _median(speeds.prefill_samples),
            column=Column("prefill", "tok/s", ".1f", 1, "Median of {workload}; 95 %", "always"),
            judged=Judged(2, 0.05, plotted=True),
-           samples=speeds.prefill_samples, interval=speeds.prefill_interval),
+           samples=speeds.prefill_samples),
     Metric("decode_tok_s", "decode", "tok/s", "higher", _median(speeds.decode_samples),
            column=Column("decode", "tok/s", ".1f", 1, "Median of {workload}; 95 %", "always"),
            judged=Judged(1, 0.05, plotted=True),
-           samples=speeds.decode_samples, interval=speeds.decode_interval),
+           samples=speeds.decode_samples),
     Metric("ttft_s", "first token", "s", "lower", _median(speeds.ttft_samples),
            column=Column("first token", "ms", ".1f", 1e-3, "From submitting the prompt, median of the repeats")),
     Metric("itl_p50_s", "between tokens, median", "s", "lower", speeds.itl(0.5)),
@@ -162,21 +167,21 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            column=Column("perplexity", "", ".3f", 1, "± one standard error, by windows"),
            judged=Judged(3, 0.005, plotted=True),
            difference=quality.perplexity_delta, scored_on="text"),
-    Metric("kld_mean", "KLD", "nat", "lower", *_estimated(quality.divergence),
+    Metric("kld_mean", "KLD", "nat", "lower", *_estimated(quality.compared(estimates.divergence)),
            column=Column("KLD", "nat", ".4f", 1, "Mean divergence from the base, a token"),
            judged=Judged(4, 0.10, plotted=True),
            difference=quality.mean_delta("kld_sum", "kld_count"), scored_on="reference"),
-    Metric("kld_p50", "KLD, median", "nat", "lower", quality.divergence_quantile(0.5), scored_on="reference"),
-    Metric("kld_p90", "KLD, 90 %", "nat", "lower", quality.divergence_quantile(0.9), scored_on="reference"),
-    Metric("kld_p99", "KLD, 99 %", "nat", "lower", quality.divergence_quantile(0.99), scored_on="reference",
+    Metric("kld_p50", "KLD, median", "nat", "lower", _divergence(0.5), scored_on="reference"),
+    Metric("kld_p90", "KLD, 90 %", "nat", "lower", _divergence(0.9), scored_on="reference"),
+    Metric("kld_p99", "KLD, 99 %", "nat", "lower", _divergence(0.99), scored_on="reference",
            column=Column("KLD 99 %", "nat", ".3f")),
-    Metric("kld_p999", "KLD, 99.9 %", "nat", "lower", quality.divergence_quantile(0.999), scored_on="reference"),
-    Metric("kld_max", "KLD, maximum", "nat", "lower", quality.divergence_quantile(1.0), scored_on="reference"),
-    Metric("top1_agreement", "same top", "", "higher", *_estimated(quality.agreement),
+    Metric("kld_p999", "KLD, 99.9 %", "nat", "lower", _divergence(0.999), scored_on="reference"),
+    Metric("kld_max", "KLD, maximum", "nat", "lower", _divergence(1.0), scored_on="reference"),
+    Metric("top1_agreement", "same top", "", "higher", *_estimated(quality.compared(estimates.agreement)),
            column=Column("same top", "%", ".2f", 0.01),
            judged=Judged(5, 0.005),
            difference=quality.mean_delta("same_top_sum", "kld_count"), scored_on="reference"),
-    Metric("rms_dp", "RMS Δp", "", "lower", *_estimated(quality.rms_dp), scored_on="reference"),
+    Metric("rms_dp", "RMS Δp", "", "lower", *_estimated(quality.compared(estimates.rms_dp)), scored_on="reference"),
     Metric("bits_per_byte", "bits per byte", "bit", "lower", *_estimated(quality.bits_per_byte), scored_on="text"),
 )}  # fmt: skip
 

@@ -68,16 +68,10 @@ def decode_samples(row: Row) -> list[float]:
     return _decode(headline(row))
 
 
-def prefill_interval(row: Row) -> tuple[float, float] | None:
-    """The 95 % interval of the median prefill speed."""
+def median_interval(row: Row, samples: Callable[[Row], list[float]]) -> tuple[float, float] | None:
+    """The 95 % interval of the median of `prefill_samples` or `decode_samples`."""
     speed = headline(row)
-    return interval(_prefill(speed), speed.rounds) if speed else None
-
-
-def decode_interval(row: Row) -> tuple[float, float] | None:
-    """The 95 % interval of the median decoding speed."""
-    speed = headline(row)
-    return interval(_decode(speed), speed.rounds) if speed else None
+    return interval(samples(row), speed.rounds) if speed else None
 
 
 @dataclass(frozen=True)

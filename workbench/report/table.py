@@ -302,7 +302,9 @@ def _line(
         },
         delta=delta,
         below_noise_floor=_below(delta, next((floor for floor in floors if floor.base == row.base), None)),
-        intervals={name: metric.interval(row) for name, metric in METRICS.items() if metric.interval},
+        intervals={
+            name: speeds.median_interval(row, metric.samples) for name, metric in METRICS.items() if metric.samples
+        },
         warnings=warnings,
         footnotes=tuple(footnotes.setdefault(text, len(footnotes) + 1) for text in reasons if text),
     )

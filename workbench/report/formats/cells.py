@@ -94,7 +94,7 @@ def _plain_metric(lines: Sequence[Line], metric: Metric, column: Column, with_in
     elif unit == "bit":
         unit = ""  # the heading has it
     cells = [MISSING if value is None else format(value / scale, spec) for value in values]
-    if with_interval and metric.interval:
+    if with_interval and metric.samples:
         spreads = [_spread(line, metric.name) for line in lines]
         breadth = max(map(len, spreads), default=0)
         cells = [f"{cell} {spread.rjust(breadth)}".strip() for cell, spread in zip(cells, spreads, strict=True)]
