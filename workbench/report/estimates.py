@@ -120,7 +120,7 @@ def accuracy(correct: Sequence[float]) -> Estimate | None:
 
 
 def accuracy_delta(correct: Sequence[float], base: Sequence[float]) -> Estimate | None:
-    """The same of the differences item by item: what both get wrong cancels. Raises `ValueError` for other items."""
+    """Difference of two accuracies, item by item: what both get wrong cancels. Raises `ValueError` for other items."""
     return accuracy([own - other for own, other in zip(correct, base, strict=True)])
 
 
@@ -204,7 +204,7 @@ def _exp(nats: float) -> float:
 
 
 def _pairs(q: Quality, total: str, count: str) -> list[tuple[float, int]]:
-    """(sum, tokens) of every window that has any token left."""
+    """Pairs (sum, tokens) of every window that has any token left."""
     return [(window[total], window[count]) for window in q["windows"] if window[count]]
 
 

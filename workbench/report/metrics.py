@@ -45,7 +45,7 @@ class Judged:
     """Which change of a metric matters: one size for compare, nights and the history."""
 
     place: int
-    """Its turn among the judged."""
+    """Turn among the judged metrics."""
     threshold: float
     """Relative change that matters unless somebody says otherwise."""
     exact: bool = False

@@ -1,4 +1,4 @@
-"""What a table looks like: on a terminal, in markdown, as CSV, as JSON.
+"""What a table looks like to people: its columns, what stands above it and below.
 
 CSV and JSON are for programs: `objects(table)` in SI units, nothing rounded. Terminal and markdown are
 for people and share their cells; only here do GiB and MiB exist, one unit a column so that numbers can be

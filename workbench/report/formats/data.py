@@ -76,7 +76,7 @@ def objects(table: Table) -> list[dict[str, object]]:
 
 
 def _quality(line: Line) -> dict[str, object]:
-    """What `_object` says of quality."""
+    """What an evaluation set says of a line."""
     test = line.row.evaluation
     return {
         **{name: line.values[name] for name in OF_QUALITY},

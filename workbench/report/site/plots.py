@@ -103,7 +103,7 @@ def groups_of(table: Table) -> list[str]:
 
 
 def memory_parts(line: Line) -> dict[str, float] | None:
-    """Bytes: what the engine says of its own parts, and the host's of its processes."""
+    """Bytes by part: what the engine says of its own, and what its processes hold on the host."""
     memory = line.row.measurement.memory if line.row.measurement else {}
     own = {k: float(v) for k, v in memory.items() if k not in NOT_PARTS and is_count(v) and not k.startswith("peak")}
     host = {part: float(memory[part]) for part in HOST_PARTS if is_count(memory.get(part))}

@@ -47,9 +47,9 @@ class Change:
     old: float
     new: float
     relative: float
-    """(new - old) / old."""
+    """Change as a share of the old value."""
     interval: tuple[float, float] | None
-    """95 %, of the relative change; None where there are too few samples for one."""
+    """95 % interval of the relative change; None where there are too few samples for one."""
     threshold: float
     verdict: Verdict
 
@@ -150,7 +150,7 @@ def changes_of(old: Sequence[Row], new: Sequence[Row], thresholds: dict[str, flo
 
 
 def failures(comparison: Comparison, limits: dict[str, float]) -> list[str]:
-    """What `--fail` is about: a line for each pair that is worse by a limit or more, or that was lost."""
+    """Reasons for `--fail` to end with 1: a line for each pair that is worse by a limit or more, or that was lost."""
     lines = [
         f"{comparison.labels[pair]}: {change.metric} {change.relative:+.2%}, limit {change.threshold:.2%}"
         for pair, change in _limited(comparison, limits, "worse")

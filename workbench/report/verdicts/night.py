@@ -48,11 +48,11 @@ class Alarm:
 
     pair: Pair
     metric: str | None
-    """None: it could not be measured at all."""
+    """Metric that got worse; None: the pair could not be measured at all."""
     old: float | None
     new: float | None
     reason: str
-    """In words, with the numbers."""
+    """The reason in words, with the numbers."""
     label: str = ""
     """What people read of the pair."""
 
@@ -63,7 +63,7 @@ class NightVerdict:
 
     alarms: tuple[Alarm, ...]
     suspects: tuple[Pair, ...]
-    """To be measured again before anything is said of them."""
+    """Pairs to be measured again before anything is said of them."""
     compared: int
     """Pairs that had a level to be compared with."""
 
@@ -220,7 +220,7 @@ def _worse(
 
 
 def _spreads(levels: dict[Pair, list[list[Row]]]) -> dict[str, float]:
-    """By metric, the median over pairs of how much nights differ by themselves."""
+    """How much nights differ by themselves: by metric, the median over pairs."""
     found: dict[str, float] = {}
     for name in WATCHED:
         each = []

@@ -41,17 +41,17 @@ ORDERS = {
 """What `--sort` may be, and what decides where it does not."""
 
 TOLERANCE = 0.01
-"""Relative: memory and size nearer than this are alike."""
+"""Relative difference below which two memories or sizes are alike."""
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What the person asked for; None: no limit."""
+    """Limits and an order that somebody set; None: no limit."""
 
     memory_bytes: float | None = None
     size_bytes: float | None = None
     max_perplexity: float | None = None
-    """Relative to the base's on the same engine: 0.01 is 1 % worse."""
+    """Perplexity relative to the base's on the same engine: 0.01 is 1 % worse."""
     max_perplexity_value: float | None = None
     """The perplexity itself."""
     max_kld: float | None = None
@@ -80,12 +80,12 @@ class Recommendation:
     choice: Candidate | None
     command: str | None
     front: tuple[Candidate, ...]
-    """Of all that was measured, limits or not, by `sort`."""
+    """What nothing dominates of all that was measured, limits or not, by `sort`."""
     fitting: tuple[Candidate, ...]
     rejected: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """By name: every limit that it fails."""
+    """Every limit that a candidate fails, by its name."""
     tied: tuple[str, ...] = ()
-    """Those from which the choice differs by noise alone in what was asked for."""
+    """Names of candidates from which the choice differs by noise alone in what was asked for."""
 
 
 def recommend(
@@ -172,7 +172,7 @@ def parse_share(text: str, option: str) -> tuple[float | None, float | None]:
 
 
 def objects(found: Recommendation) -> dict[str, object]:
-    """All of it as JSON types, SI units."""
+    """A recommendation as JSON types, SI units."""
     return {
         "choice": _object(found.choice) if found.choice else None,
         "command": found.command,
@@ -215,7 +215,7 @@ def _name(table: Table, line: Line) -> str:
 
 
 def _limits(line: Line, constraints: Constraints, spread: float) -> tuple[list[str], list[str]]:
-    """(what it fails, what it misses by no more than noise)."""
+    """(Limits that a line fails, limits that it misses by no more than noise.)"""
     row = line.row
     if row.unsupported:
         return [f"cannot run: {row.unsupported}"], []

@@ -27,7 +27,7 @@ from workbench.report.table import Table
 WINDOW = 7
 """Points on each side that a level is read from."""
 AFTER = 3
-"""As many as a new level needs to be one."""
+"""Points that a new level needs to be one."""
 ERRORS = 4.0
 """Standard errors that a step must have."""
 
@@ -38,7 +38,7 @@ class SeriesPoint:
 
     at: str
     values: dict[str, float]
-    """By metric; those that were measured."""
+    """Values by metric, as far as they were measured."""
     versions: dict[str, str]
     error: str | None
 
@@ -117,7 +117,7 @@ def series_of(rows: Sequence[Row]) -> list[Series]:
 
 
 def series_like(table: Table, series: Sequence[Series]) -> list[Series]:
-    """Those that a table's lines are the latest points of."""
+    """The series that a table's lines are the latest points of."""
     pairs = {pair_of(line.row) for line in table.lines}
     versions = {line.row.measurement_version for line in table.lines}
     digest = table.first.evaluation.digest if table.first.evaluation else ""
@@ -202,7 +202,7 @@ def find_steps(values: Sequence[float], threshold: float) -> list[int]:
 
 
 def _deviation(logs: Sequence[float], place: int, first: int, last: int) -> float:
-    """Of all points around a cluster from the level of their side."""
+    """Summed distance of all points around a cluster from the level of their side."""
     left, right = logs[max(0, first - WINDOW) : place], logs[place : last + WINDOW]
     levels = statistics.median(left), statistics.median(right)
     return math.fsum(abs(x - levels[0]) for x in left) + math.fsum(abs(x - levels[1]) for x in right)
