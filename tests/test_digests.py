@@ -16,7 +16,7 @@ from workbench.profile import jobs, reference
 from workbench.quantize import base, gguf, record, tokens
 from workbench.quantize.make import Made
 from workbench.recipe.load import Recipe, parse
-from workbench.records import Artifact, Evaluation, Task, Variant, digest
+from workbench.records import Artifact, Evaluation, ImportanceMatrix, PreparedBase, Task, Variant, digest
 from workbench.worker.base import prepare
 
 SET = {"source": {"text": "a"}}
@@ -74,7 +74,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """What is asked of the cache; every package has version 1.0, and there is no GPU."""
     found: list[tuple[str, str]] = []
 
-    def entry(kind: str, key: str, _build: Any) -> Any:
+    def entry(kind: str, key: str, _record: type, _build: Any) -> Any:
         found.append((kind, key))
         raise Asked
 
@@ -94,16 +94,8 @@ def a_recipe(form: str = "plain", **more: Any) -> Recipe:
     return parse(PLAIN | FORMS[form] | more, Path("/x/r.yaml"))
 
 
-def prepared() -> Any:
-    return {
-        "digest": "base-digest",
-        "path": "p",
-        "dtype": "float32",
-        "parameters": 10,
-        "weight_bytes": 40,
-        "source": {"hub": "a/b"},
-        "tokenizer": True,
-    }
+def prepared() -> PreparedBase:
+    return PreparedBase("p", "base-digest", "float32", 10, 40, source={"hub": "a/b"})
 
 
 def made_of(recipe: Recipe) -> Made:
@@ -151,7 +143,7 @@ def test_keys_of_artifacts(asked: list[tuple[str, str]]) -> None:
 
     def quantized(variant: Variant) -> None:
         source = replace(made_of(recipe).artifacts["gguf-Q4_0"][0], digest="s")
-        imatrix = {"path": "i", "digest": "imx"}
+        imatrix = ImportanceMatrix("imx", path="i")
         gguf.quantize_gguf(recipe, prepared(), source, variant, imatrix, None)  # type: ignore[arg-type]
 
     plain, weighted, awq = (variants[name] for name in variants if name != "base")

@@ -48,12 +48,12 @@ class Night:
 
     @property
     def title(self) -> str:
-        """Of the issue: the same every night, so that there is one."""
+        """The issue's title: the same every night, so that there is one."""
         return f"Nightly regression: {self.recipe} on {self.machine}"
 
     @property
     def text(self) -> str:
-        """For the log and the issue."""
+        """How the night went, in words for the log and the issue."""
         words = night.text(self.verdict, self.recipe, self.machine)
         return words + "".join(f"- {name} could not be made: {reason}\n" for name, reason in self.failures.items())
 
@@ -86,7 +86,7 @@ def accept(recipe: Recipe, results: store.Place) -> str:
 
     Raises `UserError` if there was none.
     """
-    here = machine()["name"]
+    here = machine().name
     notes = _notes(results, here, recipe.name)
     if not notes:
         raise UserError(f"{recipe.name}: no night of this recipe on this machine yet, so nothing to accept")
@@ -121,7 +121,7 @@ def tell(one: Night, show: Show) -> None:
 
 
 def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] | None) -> Night:
-    here = machine()["name"]
+    here = machine().name
     state = home() / "nights" / f"{digest([recipe.name, str(results)])}.json"
     since = _begun(state, show)
     made = pipeline.quantize(recipe, show)

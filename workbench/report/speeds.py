@@ -137,7 +137,7 @@ def bandwidth_fraction(row: Row) -> float | None:
     The roofline of S. Williams et al., Communications of the ACM 52 (2009), for a memory-bound step.
     """
     speed = headline(row)
-    copied = finite_number(row.machine.get("copy_bytes_per_s"))
+    copied = finite_number(row.machine.copy_bytes_per_s)
     if speed is None or row.measurement is None or not copied:
         return None
     weights = finite_number(row.measurement.memory.get("weights"))

@@ -43,8 +43,7 @@ Place = Path | str
 
 def machine_of(row: Row) -> str:
     """The machine's name; where a row carries none, a digest of all it says of the machine."""
-    name = row.machine.get("name")
-    return name if isinstance(name, str) and name else digest(row.machine)
+    return row.machine.name or digest(row.machine)
 
 
 def append(results: Place, machine: str, row: Row) -> None:

@@ -40,6 +40,10 @@ from workbench.report.selection import (
 )
 from workbench.report.store import machine_of
 
+ANOTHER_MODEL_NATS = 0.02
+"""Mean divergence of the base from its own reference from which an engine is said to run another model: bfloat16 costs
+up to 0.001 nats a token, a sliding window or a rope scaling that is left out 0.1 to 2."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -318,6 +322,13 @@ def _warnings(row: Row, own: float | None, base: Row | None, delta: Estimate | N
         found.append(f"the base on {row.backend} was scored on other tokens, so there is no delta")
     elif delta and base is not None and base is not row and (lost := quality.nonfinite(base)):
         found.append(f"the delta leaves out tokens whose logits of the base on {row.backend} are not finite ({lost})")
+    apart = METRICS["kld_mean"].value(base) if base is not None else None
+    if apart is not None and apart > ANOTHER_MODEL_NATS:
+        found.append(
+            f"{row.backend} runs the base as another model: it differs there from its reference by {apart:.3f} nats "
+            f"a token, where arithmetic alone makes less than {ANOTHER_MODEL_NATS:g}. Numbers of quality on "
+            f"{row.backend} are that model's"
+        )
     return tuple(dict.fromkeys(text for text in found if text))
 
 

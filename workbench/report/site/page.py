@@ -51,13 +51,12 @@ def _origin(table: Table) -> list[tuple[str, str]]:
     newest = max(rows, key=lambda row: row.started_at)
     machine = newest.machine
     items: list[tuple[str, str]] = [("machine", table.machine)]
-    if machine.get("cpu"):
-        memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if is_count(machine.get("memory_bytes")) else ""
-        items.append(("processor", f"{machine['cpu']}, {machine.get('threads', '?')} threads{memory}"))
-    for gpu in machine.get("gpus") or []:
-        items.append(("GPU", f"{gpu.get('name')}, driver {machine.get('driver')}"))
-    if machine.get("system"):
-        items.append(("system", f"{machine['system']}, Python {machine.get('python', '?')}"))
+    if machine.cpu:
+        memory = f", {machine.memory_bytes / 2**30:.0f} GiB" if is_count(machine.memory_bytes) else ""
+        items.append(("processor", f"{machine.cpu}, {machine.threads or '?'} threads{memory}"))
+    items += [("GPU", f"{gpu.name}, driver {machine.driver}") for gpu in machine.gpus]
+    if machine.system:
+        items.append(("system", f"{machine.system}, Python {machine.python or '?'}"))
     versions: dict[str, dict[str, None]] = {}
     for row in rows:
         for name, version in row.versions.items():

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
 
 MODULE = "torch"
@@ -86,7 +86,7 @@ class Engine:
         if self._do == "memory":
             raise MemoryError("fake engine: cannot allocate 1 TiB")
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
         """Noise, or NaN, through the real reducer."""
         import json
         from pathlib import Path

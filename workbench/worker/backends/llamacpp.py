@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
 from workbench.shape import SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.ggml.mixtures import tensor_bytes
 
@@ -243,7 +243,7 @@ class Engine:
         chosen: list[int] = self._rows(rows).argmax(axis=1).tolist()
         return chosen
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
         """Reduce each window's logits from its first scored position on."""
         from workbench.worker.scoring.reducer import Reducer
 

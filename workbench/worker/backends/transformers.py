@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import install_with
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import packed
 
@@ -177,7 +177,7 @@ class Engine:
         if tuned:
             libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
         """One forward a window; the head runs only on the positions that are scored."""
         from workbench.worker.scoring import head
         from workbench.worker.scoring.reducer import Reducer

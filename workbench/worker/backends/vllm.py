@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 
 MODULE = "vllm"
@@ -231,7 +231,7 @@ class Engine:
         self._requests = 0
         self._scored_in = ""
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
         """One prompt a window; the reduction happens where the logits are."""
         from vllm import SamplingParams
 
@@ -242,7 +242,8 @@ class Engine:
             self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
         answer = self._llm.collective_rpc("workbench_end")[0]
         self._scored_in = str(answer["scored_in"])
-        return dict(answer["quality"])
+        quality: Quality = answer["quality"]
+        return quality
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
         """Continuous batching by the engine's own steps; yields the tokens each sequence gained."""
