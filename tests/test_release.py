@@ -7,6 +7,7 @@ import re
 from tests.places import ROOT
 from workbench import __version__
 from workbench.quantize.record import artifact_key
+from workbench.recipe.choices import making_of
 from workbench.records import PreparedBase, Variant, digest
 
 
@@ -26,7 +27,7 @@ def test_a_release_makes_no_artifact_anew() -> None:
     versions = {name: importlib.metadata.version(name) for name in packages}
     variant = Variant("v", "gguf", {"type": "Q8_0"})
     then = digest(["base", "gguf", variant.options, versions, "0.1.0", []])
-    assert artifact_key(PreparedBase("p", "base", "float32", 1, 4), variant, "gguf", []) == then
+    assert artifact_key(PreparedBase("p", "base", "float32", 1, 4), variant, making_of(variant), []) == then
 
 
 def test_the_readmes_tree_is_the_tree() -> None:

@@ -9,8 +9,13 @@ from pathlib import Path
 from workbench.console import Show
 from workbench.home import entry
 from workbench.machine.work import work
+from workbench.quantize.alone import make_alone
+from workbench.quantize.record import artifact_key, provenance_of
 from workbench.recipe.load import Recipe
-from workbench.records import Artifact, BaseRequest, PreparedBase, digest, to_json
+from workbench.records import Artifact, BaseRequest, PreparedBase, Variant, digest, to_json
+from workbench.shape import DTYPE_CODES
+from workbench.worker.methods import BASE, Making
+from workbench.worker.methods import base as forms
 
 
 def prepare(recipe: Recipe, show: Show) -> PreparedBase:
@@ -46,16 +51,40 @@ def prepare(recipe: Recipe, show: Show) -> PreparedBase:
     return replace(base, path=str(path), digest=digest([base.digest, equivalent]))
 
 
+def as_gguf(recipe: Recipe, base: PreparedBase, show: Show) -> tuple[Artifact, Artifact]:
+    """The base as one lossless GGUF file, from which others are made; and as engines get it that read nothing else: the
+    same, or of 16 bits where the base has 32."""
+
+    def made(making: Making, title: str, source: Artifact | None = None) -> Artifact:
+        variant = Variant(BASE, "gguf", {"type": making.file_name.removesuffix(".gguf")})
+        artifact = make_alone(recipe, base, variant, making, show, form="gguf", source=source, title=title)
+        return replace(artifact, method=BASE)
+
+    whole = forms.conversion(base.dtype, recipe.model)
+    source = made(whole, f"GGUF conversion ({DTYPE_CODES[base.dtype]})")
+    if base.dtype != "float32":
+        return source, source
+    half = forms.sixteen_bit(base.dtype)
+    return source, made(half, f"GGUF {half.arguments['type']}", source)
+
+
+def as_loaded(recipe: Recipe, base: PreparedBase, variant: Variant, making: Making, form: str) -> Artifact:
+    """What an engine quantizes while it loads the base: the base's own files, under the variant's name and format."""
+    provenance = provenance_of(recipe, base, variant, making, None, None)
+    key = artifact_key(base, variant, making, [])
+    named = replace(base_artifact(base), variant=variant.name, method=variant.method, format=form)
+    return replace(named, digest=key, provenance=provenance)
+
+
 def base_artifact(base: PreparedBase) -> Artifact:
-    types = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     return Artifact(
-        variant="base",
-        method="base",
+        variant=BASE,
+        method=BASE,
         format="safetensors",
         path=base.path,
         digest=base.digest,
         disk_bytes=base.weight_bytes,
         parameters=base.parameters,
-        tensor_types={"*": types.get(base.dtype, base.dtype)},
+        tensor_types={"*": DTYPE_CODES.get(base.dtype, base.dtype)},
         provenance={"source": base.source, "revision": base.revision, "cost": to_json(base.cost)},
     )

@@ -117,41 +117,38 @@ class Tasks:
 
 
 @dataclass(frozen=True)
-class ConvertRequest:
-    """`worker.methods.gguf:convert`: the base as one GGUF file."""
+class VariantRequest:
+    """A method's own worker (`Making.function`): one variant from the base. What `Making.arguments` says comes beside
+    it."""
 
     base: str
     out: str
-    dtype: str
-    name: str
-
-
-@dataclass(frozen=True)
-class QuantizeGgufRequest:
-    """`worker.methods.gguf:quantize`: one GGUF file from another."""
-
-    source: str
-    out: str
-    type: str
+    """A file or folder that is not there yet."""
+    options: dict[str, Any]
+    source: str | None = None
+    """The base's GGUF file, for a method that starts from it."""
+    tokens: str | None = None
+    """A token file, for a method that looks at it."""
     imatrix: str | None = None
-    """A file."""
+    """An importance matrix, likewise."""
     threads: int | None = None
-    encoder: str = "llamacpp"
-    """Who makes the blocks; with `auto` the encoders if they make the same, else llama.cpp."""
+    allow_remote_code: bool = False
 
 
 @dataclass(frozen=True)
-class MadeGguf:
-    """What a GGUF file holds."""
+class MadeVariant:
+    """What a worker says of a variant that it made."""
 
     tensor_types: dict[str, str]
-    disk_bytes: int
-    """All weights."""
+    disk_bytes: int | None = None
+    """All weights; None: those of the safetensors in the folder."""
+    tensor_errors: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """To be said, but not kept."""
+    """Told when it is made."""
     provenance: dict[str, object] = field(default_factory=dict)
-    """To be kept beside the rest, such as who made the blocks."""
+    """More to be kept beside the artifact."""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -184,36 +181,14 @@ class CalibrationRequest:
 
 
 @dataclass(frozen=True)
-class MadeCheckpoint:
-    """What a worker says of an AWQ or GPTQ directory."""
-
-    tensor_types: dict[str, str]
-    tensor_errors: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
 class Calibrated:
     """What a calibration pass made."""
 
     seconds: dict[str, float]
     """By phase."""
-    variants: dict[str, MadeCheckpoint]
+    variants: dict[str, MadeVariant]
     refused: dict[str, str]
     """Variant -> why its options do not fit this base."""
-
-
-@dataclass(frozen=True)
-class ForeignRequest:
-    """`worker.methods.gptqmodel:gptqmodel`: a checkpoint by GPTQModel."""
-
-    base: str
-    tokens: str
-    method: str
-    options: dict[str, Any]
-    out: str
-    allow_remote_code: bool = False
 
 
 @dataclass(frozen=True)
