@@ -13,15 +13,16 @@ Needs a CUDA GPU and Triton, and nothing else of this repository.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
@@ -50,10 +51,25 @@ class Operation:
     """(x, *tensors, path=...)"""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was found of one product, with `rows` rows of x."""
+
+    rows: int
+    weight_bytes: int
+    moved_bytes: int
+    """Bytes of the weight, x and y."""
+    error: float
+    samples_s: list[float]
+    """Seconds a call; none where the result was wrong."""
+    torch_fp16_s: float
+
+
 def operations() -> dict[str, Operation]:
-    """All, by name."""
-    from workbench_kernels import awq, blocks, gptq
-    from workbench_kernels.types import BLOCK_TYPES
+    """All operations, by name."""
+    from workbench_kernels import awq, gptq
+    from workbench_kernels.gguf import blocks
+    from workbench_kernels.gguf.types import BLOCK_TYPES
 
     def words(*shape: int) -> torch.Tensor:
         return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
@@ -64,47 +80,44 @@ def operations() -> dict[str, Operation]:
     def make_awq(n: int, k: int) -> tuple[torch.Tensor, ...]:
         return words(k, n // 8), words(k // GROUP, n // 8), scales(k // GROUP, n)
 
-    def make_gptq(bits: int) -> Callable[[int, int], tuple[torch.Tensor, ...]]:
-        def make(n: int, k: int) -> tuple[torch.Tensor, ...]:
-            order = torch.arange(k, dtype=torch.int32, device="cuda") // GROUP
-            return words(k * bits // 32, n), words(k // GROUP, n * bits // 32), scales(k // GROUP, n), order
-
-        return make
+    def make_gptq(bits: int, n: int, k: int) -> tuple[torch.Tensor, ...]:
+        order = torch.arange(k, dtype=torch.int32, device="cuda") // GROUP
+        return words(k * bits // 32, n), words(k // GROUP, n * bits // 32), scales(k // GROUP, n), order
 
     def with_bits(bits: int) -> Callable[..., torch.Tensor]:
-        return lambda x, *weight, path: gptq.matmul(x, *weight, bits, plain=True, path=path)
+        return lambda x, qweight, qzeros, scales, g_idx, path: gptq.matmul(
+            x, qweight, qzeros, scales, g_idx, bits, plain=True, path=path
+        )
 
-    def make_blocks(kind: Any) -> Callable[[int, int], tuple[torch.Tensor, ...]]:
-        def make(n: int, k: int) -> tuple[torch.Tensor, ...]:
-            # Bytes below 32: any float16 among them is below 0.01, and products stay inside float16's range.
-            return (torch.randint(0, 32, (n, kind.row_bytes(k)), dtype=torch.uint8, device="cuda"),)
-
-        return make
-
-    def of_kind(kind: Any) -> Callable[..., torch.Tensor]:
-        return lambda x, data, path: blocks.matmul(kind, x, data, path=path)
+    def make_blocks(kind: blocks.BlockType, n: int, k: int) -> tuple[torch.Tensor, ...]:
+        # Bytes below 32: any float16 among them is below 0.01, and products stay inside float16's range.
+        return (torch.randint(0, 32, (n, kind.row_bytes(k)), dtype=torch.uint8, device="cuda"),)
 
     found = {"awq-4": Operation(make_awq, awq.matmul)}
-    found |= {f"gptq-{bits}": Operation(make_gptq(bits), with_bits(bits)) for bits in (4, 8)}
-    return found | {name: Operation(make_blocks(kind), of_kind(kind)) for name, kind in BLOCK_TYPES.items()}
+    found |= {f"gptq-{bits}": Operation(partial(make_gptq, bits), with_bits(bits)) for bits in (4, 8)}
+    return found | {
+        name: Operation(partial(make_blocks, kind), partial(blocks.matmul, kind)) for name, kind in BLOCK_TYPES.items()
+    }
 
 
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of copying 1 GiB on the device; the best of twenty."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(20):
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        target.copy_(source)
-        last.record()
-        last.synchronize()
-        seconds.append(first.elapsed_time(last) / 1e3)
-    return 2 * COPY_BYTES / min(seconds)
+    return 2 * COPY_BYTES / min(event_seconds(lambda: target.copy_(source)) for _ in range(20))
 
 
-def device_seconds(calls: list[Callable[[], Any]]) -> list[float]:
+def event_seconds(work: Callable[[], object]) -> float:
+    """Seconds that the device takes for what `work` asks of it, between two events."""
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    work()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3
+
+
+def device_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
     """Seconds a call, one sample a replay of a CUDA graph of all of them."""
     for call in calls[:3]:
         call()
@@ -113,15 +126,7 @@ def device_seconds(calls: list[Callable[[], Any]]) -> list[float]:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    samples = []
-    for _ in range(REPLAYS + 2):
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        graph.replay()
-        last.record()
-        last.synchronize()
-        samples.append(first.elapsed_time(last) / 1e3 / len(calls))
-    return samples[2:]
+    return [event_seconds(graph.replay) / len(calls) for _ in range(REPLAYS + 2)][2:]
 
 
 def rotations(weight_bytes: int) -> int:
@@ -133,8 +138,8 @@ def rotations(weight_bytes: int) -> int:
 
 def measure(
     operation: Operation, n: int, k: int, rows: list[int], path: str, torch_s: dict[tuple[int, int, int], float]
-) -> Iterator[dict[str, Any]]:
-    """A row for each number of rows of x; `torch_s` keeps what torch took, by shape."""
+) -> Iterator[Measured]:
+    """The product for each number of rows of x; `torch_s` keeps what torch took, by shape."""
     weight = operation.make(n, k)
     weight_bytes = sum(tensor.nbytes for tensor in weight)
     copies = [weight] + [tuple(t.clone() for t in weight) for _ in range(rotations(weight_bytes) - 1)]
@@ -143,41 +148,45 @@ def measure(
         found = operation.matmul(x, *weight, path=path)
         expected = operation.matmul(x.float(), *weight, path="reference")
         error = float((found.float() - expected).abs().max() / expected.abs().max())
-        row: dict[str, Any] = {"out": n, "in": k, "rows": m, "weight_bytes": weight_bytes, "error": error}
-        if not error < TOLERANCE:
-            yield row | {"wrong": True}
-            continue
-        times = max(len(copies), 24 if m <= 64 else 8)
-        calls = [lambda i=i, x=x: operation.matmul(x, *copies[i % len(copies)], path=path) for i in range(times)]
-        samples = device_seconds(calls)
-        if (n, k, m) not in torch_s:
-            torch_s[n, k, m] = statistics.median(torch_seconds(x, n, k))
-        seconds = statistics.median(samples)
+        samples_s: list[float] = []
+        if error < TOLERANCE:
+            times = max(len(copies), 24 if m <= 64 else 8)
+            multiply = partial(operation.matmul, x, path=path)
+            samples_s = device_seconds([partial(multiply, *copies[i % len(copies)]) for i in range(times)])
+            if (n, k, m) not in torch_s:
+                torch_s[n, k, m] = statistics.median(torch_seconds(x, n, k))
         moved_bytes = weight_bytes + x.nbytes + found.nbytes
-        yield row | {
-            "seconds": seconds, "samples_s": samples, "bytes_s": moved_bytes / seconds,
-            "flop_s": 2 * m * n * k / seconds, "torch_fp16_s": torch_s[n, k, m],
-            "torch_ratio": torch_s[n, k, m] / seconds,
-        }  # fmt: skip
+        yield Measured(m, weight_bytes, moved_bytes, error, samples_s, torch_s.get((n, k, m), 0.0))
 
 
 def torch_seconds(x: torch.Tensor, n: int, k: int) -> list[float]:
-    """The same product with an fp16 weight by torch."""
+    """Seconds a call of the same product with an fp16 weight by torch."""
     weight = torch.randn(n, k, device="cuda", dtype=torch.float16)
     copies = [weight] + [weight.clone() for _ in range(rotations(weight.nbytes) - 1)]
     times = max(len(copies), 24 if x.shape[0] <= 64 else 8)
-    return device_seconds([lambda i=i: x @ copies[i % len(copies)].t() for i in range(times)])
+    return device_seconds([partial(torch.matmul, x, copies[i % len(copies)].t()) for i in range(times)])
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, str | None]:
     """What a row must say of where it was measured."""
     import triton
 
     return {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "cuda": torch.version.cuda, "python": platform.python_version(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+    }
+
+
+def append(path: Path | None, row: dict[str, object]) -> None:
+    """Write a row as one line of JSON at the end of a file, if one was named."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def main() -> int:
@@ -210,29 +219,28 @@ def main() -> int:
     )
     wrong = 0
     torch_s: dict[tuple[int, int, int], float] = {}
-    for name in arguments.operations or known:
-        for model in arguments.models:
-            for n, k in SHAPES[model]:
-                for row in measure(known[name], n, k, arguments.rows, arguments.path, torch_s):
-                    row = {"operation": name, "model": model, "path": arguments.path, **row}
-                    row |= {"copy_bytes_s": copy_bytes_s, **where}
-                    label = f"{name:10} {f'{n} x {k}':>13} {row['rows']:>5}"
-                    if row.get("wrong"):
-                        wrong += 1
-                        print(f"{label} WRONG by {row['error']:.1e}, not timed", flush=True)
-                    else:
-                        row["bandwidth_fraction"] = row["bytes_s"] / copy_bytes_s
-                        print(
-                            f"{label} {row['seconds'] * 1e6:>9.1f} {row['bytes_s'] / 1e9:>7.0f} "
-                            f"{row['bandwidth_fraction']:>8.2f} {row['flop_s'] / 1e12:>8.1f} "
-                            f"{row['torch_ratio']:>12.2f}",
-                            flush=True,
-                        )  # fmt: skip
-                    if arguments.out:
-                        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                        with arguments.out.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(row) + "\n")
-                torch.cuda.empty_cache()
+    models = [(model, n, k) for model in arguments.models for n, k in SHAPES[model]]
+    for name, (model, n, k) in itertools.product(arguments.operations or known, models):
+        for found in measure(known[name], n, k, arguments.rows, arguments.path, torch_s):
+            row = {"operation": name, "model": model, "path": arguments.path, "out": n, "in": k, "rows": found.rows}
+            row |= {"weight_bytes": found.weight_bytes, "error": found.error, "copy_bytes_s": copy_bytes_s, **where}
+            label = f"{name:10} {f'{n} x {k}':>13} {found.rows:>5}"
+            if not found.samples_s:
+                wrong += 1
+                row |= {"wrong": True}
+                print(f"{label} WRONG by {found.error:.1e}, not timed", flush=True)
+            else:
+                seconds = statistics.median(found.samples_s)
+                bytes_s, flop_s = found.moved_bytes / seconds, 2 * found.rows * n * k / seconds
+                fraction, ratio = bytes_s / copy_bytes_s, found.torch_fp16_s / seconds
+                row |= {"seconds": seconds, "samples_s": found.samples_s, "bytes_s": bytes_s, "flop_s": flop_s}
+                row |= {"torch_fp16_s": found.torch_fp16_s, "torch_ratio": ratio, "bandwidth_fraction": fraction}
+                speed = (
+                    f"{seconds * 1e6:>9.1f} {bytes_s / 1e9:>7.0f} {fraction:>8.2f} {flop_s / 1e12:>8.1f} {ratio:>12.2f}"
+                )
+                print(label, speed, flush=True)
+            append(arguments.out, row)
+        torch.cuda.empty_cache()
     return 1 if wrong else 0
 
 

@@ -10,7 +10,6 @@ so that neither pays for launching from Python. Prints tokens a second, bytes of
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,22 +18,28 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent))
 
 import torch  # noqa: E402
-from bench import GROUP, machine, operations  # noqa: E402
+from bench import GROUP, append, event_seconds, machine, operations  # noqa: E402
 
 CONFIG = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
-}  # fmt: skip
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
 REPEATS = 5
 
 
-def build(layout: str, config: dict[str, Any], device: str = "cuda") -> Any:
+def build(layout: str, config: dict[str, float], device: str = "cuda") -> Any:
     """A Llama in fp16 with small random weights, its linear layers in `layout` (`fp16`: as they are)."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from workbench_kernels.modules import AwqLinear, BlockEmbedding, BlockLinear, GptqLinear
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**config)).half()
+        model = LlamaForCausalLM(LlamaConfig.from_dict(config)).half()
     if layout != "fp16":
         known = operations()[layout]
         with_head = not layout.startswith(("awq", "gptq"))
@@ -44,12 +49,12 @@ def build(layout: str, config: dict[str, Any], device: str = "cuda") -> Any:
                 if layout.startswith("awq"):
                     packed: torch.nn.Module = AwqLinear(*weight)
                 elif layout.startswith("gptq"):
-                    packed = GptqLinear(*weight, int(layout.split("-")[1]))
+                    packed = GptqLinear(weight[0], weight[1], weight[2], weight[3], int(layout.split("-")[1]))
                 else:
-                    packed = BlockLinear(*weight, layout)
+                    packed = BlockLinear(weight[0], layout)
                 model.set_submodule(name, packed)
         if with_head:
-            rows = known.make(config["vocab_size"], config["hidden_size"])[0]
+            rows = known.make(model.config.vocab_size, model.config.hidden_size)[0]
             model.set_input_embeddings(BlockEmbedding(rows, layout, torch.float16))
     for module in model.modules():
         for name, tensor in list(module._parameters.items()):
@@ -86,17 +91,16 @@ def decode_seconds(model: Any, tokens: int, prompt: int = 64) -> list[float]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        samples = []
-        for _ in range(REPEATS):
-            place.fill_(prompt)
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            first.record()
+
+        def sequence() -> None:
             for _ in range(tokens):
                 graph.replay()
                 place.add_(1)
-            last.record()
-            last.synchronize()
-            samples.append(first.elapsed_time(last) / 1e3 / tokens)
+
+        samples = []
+        for _ in range(REPEATS):
+            place.fill_(prompt)
+            samples.append(event_seconds(sequence) / tokens)
     return samples
 
 
@@ -109,25 +113,24 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench_decode.py measures a GPU, and torch sees none here.", file=sys.stderr)
         return 2
-    row: dict[str, Any] = {"layout": arguments.layout, "group": GROUP, "tokens": arguments.tokens, **machine()}
+    row: dict[str, object] = {"layout": arguments.layout, "group": GROUP, "tokens": arguments.tokens, **machine()}
+    weight_bytes, seconds = {}, {}
     for name, layout in (("fp16", "fp16"), ("packed", arguments.layout)):
         model = build(layout, CONFIG)
         tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
-        row[f"{name}_weight_bytes"] = sum(tensors.values())
-        row[f"{name}_samples_s"] = decode_seconds(model, arguments.tokens)
+        weight_bytes[name] = sum(tensors.values())
+        samples_s = decode_seconds(model, arguments.tokens)
+        seconds[name] = statistics.median(samples_s)
+        row |= {f"{name}_weight_bytes": weight_bytes[name], f"{name}_samples_s": samples_s}
         del model, tensors
         gc.collect()
         torch.cuda.empty_cache()
-    fp16_s, packed_s = statistics.median(row["fp16_samples_s"]), statistics.median(row["packed_samples_s"])
-    row |= {"speed_ratio": fp16_s / packed_s, "memory_ratio": row["packed_weight_bytes"] / row["fp16_weight_bytes"]}
+    speed, memory = seconds["fp16"] / seconds["packed"], weight_bytes["packed"] / weight_bytes["fp16"]
     print(
-        f"{row['gpu']}: fp16 {1 / fp16_s:.1f} tokens/s, {arguments.layout} {1 / packed_s:.1f}: "
-        f"{row['speed_ratio']:.2f} x (goal 2); weights {row['memory_ratio']:.2f} of fp16's (goal 0.35)"
+        f"{row['gpu']}: fp16 {1 / seconds['fp16']:.1f} tokens/s, {arguments.layout} {1 / seconds['packed']:.1f}: "
+        f"{speed:.2f} x (goal 2); weights {memory:.2f} of fp16's (goal 0.35)"
     )
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    append(arguments.out, row | {"speed_ratio": speed, "memory_ratio": memory})
     return 0
 
 

@@ -14,24 +14,15 @@ applied once a run.
 """
 
 import functools
-from typing import Any
 
 import torch
 
-from workbench_kernels.backend import (
-    ACTIVATIONS,
-    bucket,
-    choose_path,
-    jit,
-    joined,
-    run_length,
-    splits,
-    tl,
-    triton,
-    tuned,
-)  # fmt: skip
-from workbench_kernels.checks import check_activations, check_aligned, check_packed, check_same_device, short
+from workbench_kernels.backend import Config, Kernel, jit, run_length, share, splits, tl, triton, tuned
+from workbench_kernels.checks import check_packed, check_same_device
+from workbench_kernels.products import dequantized_by_kernel, launch, multiply
 
+TENSORS = ("qweight", "qzeros", "scales")
+"""Names of a weight's parts, in the order in which all functions take them."""
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 LONGEST_RUN = 128
 SMALLEST_RUN = 16
@@ -65,55 +56,80 @@ def _codes(words):
 
 
 @jit
+def _tile(qweight, k, c, K: tl.constexpr, words: tl.constexpr):
+    """Codes [k, c, 8] of input channels `k` and words `c`."""
+    inside = (k[:, None] < K) & (c[None, :] < words)
+    return _codes(tl.load(qweight + k[:, None].to(tl.int64) * words + c[None, :], mask=inside, other=0))
+
+
+@jit
+def _scale_and_zero(qzeros, scales, group, c, n, N: tl.constexpr):
+    """Scales [c, 8] and zeros [1, c, 8] that a group has for the columns `n` [c, 8] of words `c`."""
+    scale = tl.load(scales + group * N + n, mask=n < N, other=0.0).to(tl.float32)
+    words = tl.load(qzeros + group * (N // 8) + c, mask=c < N // 8, other=0)
+    return scale, _codes(words[None, :])
+
+
+@jit
 def _decode(
-    x, qweight, qzeros, scales, out, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
-    SPLIT: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    words: tl.constexpr = N // 8
+    x,
+    qweight,
+    qzeros,
+    scales,
+    out,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+):
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     part = tl.program_id(1)
     n = c[:, None] * 8 + tl.arange(0, 8)[None, :]
     acc = tl.zeros((BK, BC, 8), tl.float32)
-    runs: tl.constexpr = (K + RUN - 1) // RUN
-    each: tl.constexpr = (runs + SPLIT - 1) // SPLIT
-    for run in range(part * each, tl.minimum(part * each + each, runs)):
+    first, end = share(part, (K + RUN - 1) // RUN, SPLIT)
+    for run in range(first, end):
         products = tl.zeros((BK, BC, 8), tl.float32)
         total = tl.zeros((BK,), tl.float32)
         for step in tl.static_range(RUN // BK):
             k = run * RUN + step * BK + tl.arange(0, BK)
             values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-            inside = (k[:, None] < K) & (c[None, :] < words)
-            packed = tl.load(qweight + k[:, None].to(tl.int64) * words + c[None, :], mask=inside, other=0)
-            products += _codes(packed) * values[:, None, None]
+            products += _tile(qweight, k, c, K, N // 8) * values[:, None, None]
             total += values
-        group = (run * RUN) // GROUP
-        scale = tl.load(scales + group * N + n, mask=n < N, other=0.0).to(tl.float32)
-        zero = _codes(tl.load(qzeros + group * words + c, mask=c < words, other=0)[None, :])
+        scale, zero = _scale_and_zero(qzeros, scales, (run * RUN) // GROUP, c, n, N)
         acc += scale[None, :, :] * (products - zero * total[:, None, None])
     tl.store(out + part * N + n, tl.sum(acc, 0), mask=n < N)
 
 
 @jit
 def _prefill(
-    x, qweight, qzeros, scales, out, M, BUCKET: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-    RUN: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    words: tl.constexpr = N // 8
+    x,
+    qweight,
+    qzeros,
+    scales,
+    out,
+    M,
+    BUCKET: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+):
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     part = tl.program_id(2)
     n = c[:, None] * 8 + tl.arange(0, 8)[None, :]
     acc = tl.zeros((BM, BC * 8), tl.float32)
-    runs: tl.constexpr = (K + RUN - 1) // RUN
-    each: tl.constexpr = (runs + SPLIT - 1) // SPLIT
-    for run in range(part * each, tl.minimum(part * each + each, runs)):
+    first, end = share(part, (K + RUN - 1) // RUN, SPLIT)
+    for run in range(first, end):
         k = run * RUN + tl.arange(0, RUN)
-        group = (run * RUN) // GROUP
-        scale = tl.load(scales + group * N + n, mask=n < N, other=0.0).to(tl.float32)
-        zero = _codes(tl.load(qzeros + group * words + c, mask=c < words, other=0)[None, :])
-        inside = (k[:, None] < K) & (c[None, :] < words)
-        packed = tl.load(qweight + k[:, None].to(tl.int64) * words + c[None, :], mask=inside, other=0)
-        weights = tl.reshape((_codes(packed) - zero) * scale[None, :, :], (RUN, BC * 8))
+        scale, zero = _scale_and_zero(qzeros, scales, (run * RUN) // GROUP, c, n, N)
+        weights = tl.reshape((_tile(qweight, k, c, K, N // 8) - zero) * scale[None, :, :], (RUN, BC * 8))
         known = (m[:, None] < M) & (k[None, :] < K)
         values = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=known, other=0.0)
         acc = tl.dot(values, weights.to(values.dtype), acc, input_precision="ieee")
@@ -124,35 +140,38 @@ def _prefill(
 
 @jit
 def _dequantize(
-    qweight, qzeros, scales, out, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
+    qweight,
+    qzeros,
+    scales,
+    out,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
     BC: tl.constexpr,
-):  # fmt: skip
-    words: tl.constexpr = N // 8
+):
     run = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     n = c[:, None] * 8 + tl.arange(0, 8)[None, :]
     k = run * RUN + tl.arange(0, RUN)
-    group = (run * RUN) // GROUP
-    scale = tl.load(scales + group * N + n, mask=n < N, other=0.0).to(tl.float32)
-    zero = _codes(tl.load(qzeros + group * words + c, mask=c < words, other=0)[None, :])
-    inside = (k[:, None] < K) & (c[None, :] < words)
-    packed = tl.load(qweight + k[:, None].to(tl.int64) * words + c[None, :], mask=inside, other=0)
-    weights = (_codes(packed) - zero) * scale[None, :, :]
+    scale, zero = _scale_and_zero(qzeros, scales, (run * RUN) // GROUP, c, n, N)
+    inside = (k[:, None] < K) & (c[None, :] < N // 8)
+    weights = (_tile(qweight, k, c, K, N // 8) - zero) * scale[None, :, :]
     tl.store(out + k[:, None, None].to(tl.int64) * N + n[None, :, :], weights, mask=inside[:, :, None])
 
 
-DECODE = [
+DECODE: list[Config] = [
     {"BK": rows, "BC": words, "num_warps": warps, "num_stages": stages}
     for rows, words, warps, stages in ((16, 16, 4, 2), (8, 32, 4, 2), (16, 8, 2, 3), (16, 32, 8, 2), (8, 16, 4, 3))
 ]
-PREFILL = [
+PREFILL: list[Config] = [
     {"BM": rows, "BC": words, "num_warps": warps, "num_stages": 3}
     for rows, words, warps in ((16, 8, 4), (16, 16, 4), (32, 8, 4), (64, 16, 4), (64, 16, 8), (128, 16, 8))
 ]
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any]:
+def _kernels() -> tuple[Kernel, Kernel]:
     key = ["N", "K", "RUN", "SPLIT"]
     return tuned(_decode, DECODE, key), tuned(_prefill, PREFILL, ["BUCKET", *key])
 
@@ -179,64 +198,47 @@ def check(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> 
 
 
 def dequantize(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32, *,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
     path: str = "auto",
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """The weight as `dtype` [out, in] (its transpose is contiguous). `path`: `auto`, `reference` or `kernel`."""
-    columns, outputs, group = check(qweight, qzeros, scales)
-    if dtype not in ACTIVATIONS:
-        raise ValueError(f"qweight to {short(dtype)}; supported: {', '.join(map(short, ACTIVATIONS))}")
-    if path == "reference" or (path == "auto" and qweight.device.type != "cuda"):
-        return reference(qweight, qzeros, scales).to(dtype)
-    choose_path("dense", qweight, columns)
-    check_aligned({"qweight": qweight, "qzeros": qzeros, "scales": scales})
+    weight = (qweight, qzeros, scales)
+    columns, outputs, group = check(*weight)
+    if not dequantized_by_kernel(dict(zip(TENSORS, weight, strict=True)), dtype, path):
+        return reference(*weight).to(dtype)
     out = torch.empty(columns, outputs, dtype=dtype, device=qweight.device)
     run = run_length(group, columns, 32)
     grid = (triton.cdiv(columns, run), triton.cdiv(outputs, 128))
-    _dequantize[grid](qweight, qzeros, scales, out, outputs, columns, group, run, BC=16)
+    _dequantize[grid](*weight, out, outputs, columns, group, run, BC=16)
     return out.t()
 
 
 def matmul(
     x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, *, path: str = "auto"
 ) -> torch.Tensor:
-    """x [..., in] @ W^T -> [..., out], of x's type, accumulated in float32.
-
-    `path`: see `backend.choose_path`. `ValueError` for a shape, type, stride or device that is not covered.
-    """
-    columns, outputs, group = check(qweight, qzeros, scales)
-    check_activations(x, columns, qweight.device)
-    flat = x.view(-1, columns)
-    rows = flat.shape[0]
-    way = choose_path(path, x, rows)
-    if rows == 0:
-        return x.new_zeros(*x.shape[:-1], outputs)
-    if way == "reference":
-        y = (flat.float() @ reference(qweight, qzeros, scales).t()).to(x.dtype)
-    elif way == "dense":
-        y = flat @ dequantize(qweight, qzeros, scales, x.dtype, path="kernel").t()
-    else:
-        check_aligned({"qweight": qweight, "qzeros": qzeros, "scales": scales})
-        y = _launch(way, flat, qweight, qzeros, scales, outputs, group)
-    return y.view(*x.shape[:-1], outputs)
+    """x [..., in] @ W^T -> [..., out], of x's type, accumulated in float32; see `multiply`."""
+    weight = (qweight, qzeros, scales)
+    columns, outputs, group = check(*weight)
+    return multiply(
+        x,
+        columns,
+        outputs,
+        dict(zip(TENSORS, weight, strict=True)),
+        path,
+        reference=lambda flat: (flat.float() @ reference(*weight).t()).to(x.dtype),
+        dense=lambda flat: flat @ dequantize(*weight, x.dtype, path="kernel").t(),
+        kernel=lambda way, flat: _launch(way, flat, weight, group),
+    )
 
 
-def _launch(
-    way: str, x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, outputs: int,
-    group: int,
-) -> torch.Tensor:  # fmt: skip
-    rows, columns = x.shape
-    decode, prefill = _kernels()
+def _launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...], group: int) -> torch.Tensor:
+    (rows, columns), outputs = x.shape, weight[2].shape[1]
     run = run_length(group, columns, LONGEST_RUN if way == "decode" else 32)
     programs = triton.cdiv(outputs, 128) * (1 if way == "decode" else triton.cdiv(rows, 32))
     parts = splits(programs, triton.cdiv(columns, run), x.device, 2)
-    out = x.new_empty(parts, rows, outputs, dtype=x.dtype if parts == 1 else torch.float32)
-    if way == "decode":
-        decode[lambda meta: (triton.cdiv(outputs, 8 * meta["BC"]), parts)](
-            x, qweight, qzeros, scales, out, outputs, columns, group, run, parts
-        )
-    else:
-        prefill[lambda meta: (triton.cdiv(rows, meta["BM"]), triton.cdiv(outputs, 8 * meta["BC"]), parts)](
-            x, qweight, qzeros, scales, out, rows, bucket(rows), outputs, columns, group, run, parts
-        )
-    return joined(out, x.dtype)
+    constants = {"N": outputs, "K": columns, "GROUP": group, "RUN": run}
+    return launch(way, _kernels(), x, weight, outputs, ("BC", outputs // 8), parts, constants)

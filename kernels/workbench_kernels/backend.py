@@ -1,4 +1,4 @@
-"""Triton where there is one; and what a launch must know of the machine.
+"""Triton where it is installed, and what a launch must know of the machine.
 
 Triton is optional: the plain torch references work without it, on any device. Without it `jit` leaves a function as
 it is (nothing calls it) and asking for a kernel is a `ValueError` that says so.
@@ -9,6 +9,7 @@ the tests run them without a GPU.
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ import torch
 try:
     import triton
     import triton.language as tl
-
-    jit = triton.jit
 except ModuleNotFoundError:
     triton = None
 
@@ -26,50 +25,59 @@ except ModuleNotFoundError:
 
         constexpr = None
 
-    def jit(function: Any) -> Any:  # type: ignore[no-redef]
-        return function
 
+Kernel = Any
+"""A Triton function, which has no type that could be named."""
+Config = dict[str, int]
+"""Constants of a kernel's tile, and `num_warps` and `num_stages`."""
 
+jit: Callable[[Callable[..., object]], Kernel] = triton.jit if triton else lambda function: function
+"""Makes a Triton function of one that is written in its language."""
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 """Whether kernels run in Triton's interpreter, on CPU tensors."""
 
-HALVES = (torch.float16, torch.bfloat16)
-ACTIVATIONS = (*HALVES, torch.float32)
+ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 
 DENSE_ROWS = 256
 """From so many rows on, a matrix is de-quantized piece by piece and multiplied by the vendor's library: the work of
 unpacking is then small beside the product, which that library does best."""
 DENSE_BYTES = 32 * 2**20
-"""Of one such piece, so that it is still in a large GPU's second-level cache when it is multiplied."""
+"""Size of one such piece, so that it is still in a large GPU's second-level cache when it is multiplied."""
 WAVES = 2
 """Programs a multiprocessor should have before K is no longer split."""
 
 
-def tuned(kernel: Any, configs: list[dict[str, Any]], key: list[str]) -> Any:
+@jit
+def share(part, steps: tl.constexpr, SPLIT: tl.constexpr):
+    """The steps, from and to, of part `part` of SPLIT."""
+    each: tl.constexpr = (steps + SPLIT - 1) // SPLIT
+    return part * each, tl.minimum(part * each + each, steps)
+
+
+def parted(config: Config) -> tuple[Config, Config]:
+    """Constants of the tile; `num_warps` and `num_stages`."""
+    options = {name: value for name, value in config.items() if name.startswith("num_")}
+    return {name: value for name, value in config.items() if name not in options}, options
+
+
+def tuned(kernel: Kernel, configs: list[Config], key: list[str]) -> Kernel:
     """The kernel behind Triton's autotuner, each of `configs` (constants, `num_warps`, `num_stages`) tried once for
     each value of the arguments named in `key`; in the interpreter, where nothing is timed, the first of them."""
     if INTERPRET:
-        first = {name: value for name, value in configs[0].items() if not name.startswith("num_")}
 
         class First:
             def __getitem__(self, grid: Any) -> Any:
-                return functools.partial(kernel[grid], **first)
+                return functools.partial(kernel[grid], **parted(configs[0])[0])
 
         return First()
-    choices = [
-        triton.Config(
-            {name: value for name, value in config.items() if not name.startswith("num_")},
-            **{name: value for name, value in config.items() if name.startswith("num_")},
-        )
-        for config in configs
-    ]
+    choices = [triton.Config(tile, **options) for tile, options in map(parted, configs)]
     return triton.autotune(configs=choices, key=key, cache_results=True)(kernel)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """How many a GPU has; 1 in the interpreter."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
 def splits(programs: int, steps: int, device: torch.device, least_steps: int = 4) -> int:
@@ -83,10 +91,9 @@ def splits(programs: int, steps: int, device: torch.device, least_steps: int = 4
 
 def run_length(group: int, columns: int, longest: int) -> int:
     """The longest power of two, up to `longest`, of columns that share a scale in every run of as many."""
-    run = longest
-    while group < columns and group % run:
-        run //= 2
-    return run
+    while group < columns and group % longest:
+        longest //= 2
+    return longest
 
 
 def bucket(rows: int) -> int:
@@ -115,8 +122,3 @@ def choose_path(path: str, x: torch.Tensor, rows: int) -> str:
     if path == "decode" and rows != 1:
         raise ValueError(f"path 'decode' is for one row, x has {rows}; supported for more: prefill, dense")
     return path
-
-
-def joined(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[split, rows, out] partial sums in float32 -> their sum, always in the same order."""
-    return parts.sum(0).to(dtype) if parts.shape[0] > 1 else parts[0].to(dtype)

@@ -16,7 +16,7 @@ def short(dtype: torch.dtype) -> str:
 
 
 def check_activations(x: torch.Tensor, columns: int, device: torch.device, name: str = "x") -> None:
-    """`x` [..., columns] of a floating type the kernels know, contiguous, on `device`."""
+    """Refuse an x unless it is [..., columns] of a floating type the kernels know, contiguous, on `device`."""
     if x.dtype not in ACTIVATIONS:
         raise ValueError(f"{name} is {short(x.dtype)}; supported: {', '.join(map(short, ACTIVATIONS))}")
     if x.ndim < 1 or x.shape[-1] != columns:
@@ -28,7 +28,7 @@ def check_activations(x: torch.Tensor, columns: int, device: torch.device, name:
 
 
 def check_packed(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], name: str) -> None:
-    """A stored tensor: its type, its shape (None: any size), contiguous."""
+    """Refuse a stored tensor of another type or shape (None: any size), or one that is not contiguous."""
     if tensor.dtype != dtype:
         raise ValueError(f"{name} is {short(tensor.dtype)}; supported: {short(dtype)}")
     if tensor.ndim != len(shape) or any(b is not None and a != b for a, b in zip(tensor.shape, shape, strict=False)):
@@ -39,15 +39,15 @@ def check_packed(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | No
 
 
 def check_aligned(tensors: dict[str, torch.Tensor]) -> None:
-    """For kernels, whose loads are wide: every tensor begins at a multiple of 16 bytes. (A tensor of its own does; one
-    that lies in a mapped file may not.)"""
+    """Refuse tensors that do not begin at a multiple of 16 bytes, as the wide loads of kernels need. (A tensor of its
+    own does; one that lies in a mapped file may not.)"""
     for name, tensor in tensors.items():
         if tensor.data_ptr() % ALIGNMENT_BYTES:
             raise ValueError(f"{name} begins at an odd address; supported: a multiple of {ALIGNMENT_BYTES} bytes")
 
 
 def check_same_device(tensors: dict[str, torch.Tensor]) -> None:
-    """All parts of one weight on one device."""
+    """Refuse a weight whose parts are on several devices."""
     devices = {name: tensor.device for name, tensor in tensors.items()}
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())

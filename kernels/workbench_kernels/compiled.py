@@ -13,58 +13,56 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from workbench_kernels import awq, blocks, gptq
-from workbench_kernels.backend import triton
-from workbench_kernels.types import BLOCK_TYPES
+from workbench_kernels import awq, gptq
+from workbench_kernels.backend import Config, Kernel, parted, triton
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.types import BLOCK_TYPES
 
 SIZE = 4096
 GROUP = 128
-POINTERS = {
-    "x": "*fp16", "out": "*fp16", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "g_idx": "*i32",
-}  # fmt: skip
+POINTERS = {name: "*fp16" for name in ("x", "out", "scales")} | {
+    name: "*i32" for name in ("qweight", "qzeros", "g_idx")
+}
 
 
-def kernels_of(operation: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
-    """decode, prefill, dequantize -> (function, constants, configuration)."""
+def kernels_of(operation: str) -> dict[str, tuple[Kernel, dict[str, object], Config]]:
+    """What there is to compile of an operation: `decode`, `prefill`, `dequantize` -> function, constants, tile."""
+    shape: dict[str, object] = {"N": SIZE, "K": SIZE, "SPLIT": 1, "BUCKET": 16}
     if operation in BLOCK_TYPES:
-        common = blocks._common(BLOCK_TYPES[operation], SIZE)
-        shape = {"N": SIZE, "K": SIZE, "SPLIT": 1, "BUCKET": 16}
+        common = blocks.constants_of(BLOCK_TYPES[operation], SIZE)
         return {
-            "decode": (blocks._decode, {**shape, **common}, blocks.DECODE[0]),
-            "prefill": (blocks._prefill, {**shape, **common}, blocks.PREFILL[0]),
-            "dequantize": (blocks._dequantize, {"K": SIZE, **common}, blocks.TILE),
+            "decode": (blocks._decode, shape | common, blocks.DECODE[0]),
+            "prefill": (blocks._prefill, shape | common, blocks.PREFILL[0]),
+            "dequantize": (blocks._dequantize, {"K": SIZE} | common, blocks.TILE),
         }
     module = {"awq": awq, "gptq": gptq}[operation]
-    shape = {"N": SIZE, "K": SIZE, "GROUP": GROUP, "SPLIT": 1, "BUCKET": 16, "PLAIN": True, "BITS": 4}
+    shape |= {"GROUP": GROUP, "PLAIN": True, "BITS": 4, "RUN": 32}
     return {
-        "decode": (module._decode, {**shape, "RUN": module.LONGEST_RUN}, module.DECODE[0]),
-        "prefill": (module._prefill, {**shape, "RUN": 32}, module.PREFILL[0]),
-        "dequantize": (module._dequantize, {**shape, "RUN": 32}, {"BC": 16} if operation == "awq" else {"BN": 64}),
+        "decode": (module._decode, shape | {"RUN": module.LONGEST_RUN}, module.DECODE[0]),
+        "prefill": (module._prefill, shape, module.PREFILL[0]),
+        "dequantize": (module._dequantize, shape, {"BC": 16} if operation == "awq" else {"BN": 64}),
     }
 
 
-def compiled(operation: str, kernel: str) -> dict[str, Any]:
+def compiled(operation: str, kernel: str) -> dict[str, str | int | None]:
     """The module docstring's facts about one kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function, constants, config = kernels_of(operation)[kernel]
-    constants = constants | {name: value for name, value in config.items() if not name.startswith("num_")}
-    constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    word = "*i16" if operation in BLOCK_TYPES and BLOCK_TYPES[operation].word is torch.int16 else "*i32"
+    tile, options = parted(config)
+    constants = {name: value for name, value in (constants | tile).items() if name in function.arg_names}
+    word = "*i16" if operation in BLOCK_TYPES and BLOCK_TYPES[operation].layout.word is torch.int16 else "*i32"
     types = POINTERS | {"w": word} | {name: "i32" for name in ("M", "N") if name not in constants}
     signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if signature[name].startswith("*")
     }
-    made = triton.compile(
-        ASTSource(function, signature, constants, aligned), target=GPUTarget("cuda", 90, 32),
-        options={name: value for name, value in config.items() if name.startswith("num_")},
-    )  # fmt: skip
+    source = ASTSource(function, signature, constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

@@ -15,24 +15,15 @@ Rejected: sorting the input channels at load to undo act-order. It repacks the w
 """
 
 import functools
-from typing import Any
 
 import torch
 
-from workbench_kernels.backend import (
-    ACTIVATIONS,
-    bucket,
-    choose_path,
-    jit,
-    joined,
-    run_length,
-    splits,
-    tl,
-    triton,
-    tuned,
-)  # fmt: skip
-from workbench_kernels.checks import check_activations, check_aligned, check_packed, check_same_device, short
+from workbench_kernels.backend import Config, Kernel, jit, run_length, share, splits, tl, triton, tuned
+from workbench_kernels.checks import check_packed, check_same_device
+from workbench_kernels.products import dequantized_by_kernel, launch, multiply
 
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+"""Names of a weight's parts, in the order in which all functions take them."""
 BITS = (2, 4, 8)
 LONGEST_RUN = 128
 SMALLEST_RUN = 16
@@ -41,7 +32,7 @@ SMALLEST_RUN = 16
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [words, n] -> uint8 [words x 32 / bits, n]."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-    codes = (packed[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
+    codes: torch.Tensor = (packed[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
     return codes.to(torch.uint8).reshape(-1, packed.shape[1])
 
 
@@ -52,18 +43,16 @@ def reference(
     codes = unpack(qweight, bits).float()
     zeros = ((unpack(qzeros.t().contiguous(), bits).t().int() + 1) & (2**bits - 1)).float()
     group = g_idx.long()
-    return ((codes - zeros[group]) * scales.float()[group]).t()
+    weight: torch.Tensor = (codes - zeros[group]) * scales.float()[group]
+    return weight.t()
 
 
 def plain_order(g_idx: torch.Tensor, groups: int) -> bool:
     """Whether groups are runs of equal length in order, so that kernels need not look at `g_idx`. Reads the device."""
     columns = g_idx.shape[0]
-    if groups == 0 or columns % groups:
+    if groups == 0 or columns % groups or (groups > 1 and columns // groups % SMALLEST_RUN):
         return False
-    size = columns // groups
-    if groups > 1 and size % SMALLEST_RUN:
-        return False
-    return bool((g_idx.cpu() == torch.arange(columns, dtype=torch.int32) // size).all())
+    return bool((g_idx.cpu() == torch.arange(columns, dtype=torch.int32) // (columns // groups)).all())
 
 
 # --- Triton -------------------------------------------------------------------------------------
@@ -77,41 +66,53 @@ def _codes(words, BITS: tl.constexpr):
 
 
 @jit
-def _zeros(words, n, BITS: tl.constexpr):
-    """The zero of columns `n` from the words that hold them, float32."""
-    stored = words >> (BITS * (n % (32 // BITS)))
-    return ((stored + 1) & (2**BITS - 1)).to(tl.float32)
+def _tile(qweight, row, n, K: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
+    """Codes [row, 32 / bits, n] of rows of words and columns `n`."""
+    inside = (row[:, None] < K // (32 // BITS)) & (n[None, :] < N)
+    return _codes(tl.load(qweight + row[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0), BITS)
 
 
 @jit
 def _scales_and_zeros(
-    qzeros, scales, g_idx, k, n, K: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, PLAIN: tl.constexpr,
-    BITS: tl.constexpr, first,
-):  # fmt: skip
-    """Of input channels `k` [a, e] and columns `n` [b]: [1, 1, b] where they share them, else [a, e, b]."""
-    if PLAIN:
-        group = tl.zeros_like(n)[None, None, :] + first // GROUP
-    else:
+    qzeros, scales, g_idx, k, n, group, K: tl.constexpr, N: tl.constexpr, PLAIN: tl.constexpr, BITS: tl.constexpr
+):
+    """Scales and zeros of input channels `k` [a, e] and columns `n` [b]: [1, 1, b] where the channels share a `group`,
+    else [a, e, b]."""
+    group = tl.zeros_like(n)[None, None, :] + group
+    if not PLAIN:
         group = tl.load(g_idx + k, mask=k < K, other=0)[:, :, None]
     inside = (n < N)[None, None, :]
     scale = tl.load(scales + group * N + n[None, None, :], mask=inside, other=0.0).to(tl.float32)
     place = group * (N // (32 // BITS)) + (n // (32 // BITS))[None, None, :]
-    return scale, _zeros(tl.load(qzeros + place, mask=inside, other=0), n[None, None, :], BITS)
+    stored = tl.load(qzeros + place, mask=inside, other=0) >> (BITS * (n % (32 // BITS)))[None, None, :]
+    return scale, ((stored + 1) & (2**BITS - 1)).to(tl.float32)
 
 
 @jit
 def _decode(
-    x, qweight, qzeros, scales, g_idx, out, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
-    PLAIN: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+    x,
+    qweight,
+    qzeros,
+    scales,
+    g_idx,
+    out,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    PLAIN: tl.constexpr,
+    BITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+):
     E: tl.constexpr = 32 // BITS
     ROWS: tl.constexpr = BR if BR * E <= RUN else RUN // E
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     part = tl.program_id(1)
     acc = tl.zeros((ROWS, E, BN), tl.float32)
-    runs: tl.constexpr = (K + RUN - 1) // RUN
-    each: tl.constexpr = (runs + SPLIT - 1) // SPLIT
-    for run in range(part * each, tl.minimum(part * each + each, runs)):
+    first_run, end = share(part, (K + RUN - 1) // RUN, SPLIT)
+    for run in range(first_run, end):
         products = tl.zeros((ROWS, E, BN), tl.float32)
         total = tl.zeros((ROWS, E), tl.float32)
         for step in tl.static_range(RUN // (ROWS * E)):
@@ -119,41 +120,51 @@ def _decode(
             row = first // E + tl.arange(0, ROWS)
             k = row[:, None] * E + tl.arange(0, E)[None, :]
             values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-            inside = (row[:, None] < K // E) & (n[None, :] < N)
-            codes = _codes(tl.load(qweight + row[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0), BITS)
+            codes = _tile(qweight, row, n, K, N, BITS)
             if PLAIN:
                 products += codes * values[:, :, None]
                 total += values
             else:
-                scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, first)
+                scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, first // GROUP, K, N, PLAIN, BITS)
                 acc += (codes - zero) * scale * values[:, :, None]
         if PLAIN:
             k = run * RUN + tl.zeros((1, 1), tl.int32)
-            scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, run * RUN)
+            scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, run * RUN // GROUP, K, N, PLAIN, BITS)
             acc += scale * (products - zero * total[:, :, None])
     tl.store(out + part * N + n, tl.sum(tl.sum(acc, 1), 0), mask=n < N)
 
 
 @jit
 def _prefill(
-    x, qweight, qzeros, scales, g_idx, out, M, BUCKET: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    GROUP: tl.constexpr, RUN: tl.constexpr, PLAIN: tl.constexpr, BITS: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+    x,
+    qweight,
+    qzeros,
+    scales,
+    g_idx,
+    out,
+    M,
+    BUCKET: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    PLAIN: tl.constexpr,
+    BITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     E: tl.constexpr = 32 // BITS
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     part = tl.program_id(2)
     acc = tl.zeros((BM, BN), tl.float32)
-    runs: tl.constexpr = (K + RUN - 1) // RUN
-    each: tl.constexpr = (runs + SPLIT - 1) // SPLIT
-    for run in range(part * each, tl.minimum(part * each + each, runs)):
+    first_run, end = share(part, (K + RUN - 1) // RUN, SPLIT)
+    for run in range(first_run, end):
         row = run * (RUN // E) + tl.arange(0, RUN // E)
         k = row[:, None] * E + tl.arange(0, E)[None, :]
-        scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, run * RUN)
-        inside = (row[:, None] < K // E) & (n[None, :] < N)
-        codes = _codes(tl.load(qweight + row[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0), BITS)
-        weights = tl.reshape((codes - zero) * scale, (RUN, BN))
+        scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, run * RUN // GROUP, K, N, PLAIN, BITS)
+        weights = tl.reshape((_tile(qweight, row, n, K, N, BITS) - zero) * scale, (RUN, BN))
         flat = run * RUN + tl.arange(0, RUN)
         known = (m[:, None] < M) & (flat[None, :] < K)
         values = tl.load(x + m[:, None].to(tl.int64) * K + flat[None, :], mask=known, other=0.0)
@@ -164,33 +175,43 @@ def _prefill(
 
 @jit
 def _dequantize(
-    qweight, qzeros, scales, g_idx, out, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
-    PLAIN: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+    qweight,
+    qzeros,
+    scales,
+    g_idx,
+    out,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    PLAIN: tl.constexpr,
+    BITS: tl.constexpr,
+    BN: tl.constexpr,
+):
     E: tl.constexpr = 32 // BITS
     run = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     row = run * (RUN // E) + tl.arange(0, RUN // E)
     k = row[:, None] * E + tl.arange(0, E)[None, :]
-    scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, K, N, GROUP, PLAIN, BITS, run * RUN)
+    scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, run * RUN // GROUP, K, N, PLAIN, BITS)
     inside = (row[:, None] < K // E) & (n[None, :] < N)
-    codes = _codes(tl.load(qweight + row[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0), BITS)
+    codes = _tile(qweight, row, n, K, N, BITS)
     place = out + k[:, :, None].to(tl.int64) * N + n[None, None, :]
     tl.store(place, (codes - zero) * scale, mask=inside[:, None, :])
 
 
-DECODE = [
+DECODE: list[Config] = [
     {"BR": rows, "BN": columns, "num_warps": warps, "num_stages": stages}
     for rows, columns, warps, stages in ((8, 64, 4, 2), (4, 128, 4, 2), (8, 32, 2, 3), (16, 64, 8, 2), (4, 64, 4, 3))
 ]
-PREFILL = [
+PREFILL: list[Config] = [
     {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": 3}
     for rows, columns, warps in ((16, 64, 4), (16, 128, 4), (32, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8))
 ]
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any]:
+def _kernels() -> tuple[Kernel, Kernel]:
     key = ["N", "K", "RUN", "PLAIN", "BITS", "SPLIT"]
     return tuned(_decode, DECODE, key), tuned(_prefill, PREFILL, ["BUCKET", *key])
 
@@ -226,67 +247,64 @@ def check_g_idx(g_idx: torch.Tensor, groups: int) -> None:
 
 
 def dequantize(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int,
-    dtype: torch.dtype = torch.float32, *, plain: bool = False, path: str = "auto",
-) -> torch.Tensor:  # fmt: skip
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bits: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    plain: bool = False,
+    path: str = "auto",
+) -> torch.Tensor:
     """The weight as `dtype` [out, in] (its transpose is contiguous). `plain`: what `plain_order` says of `g_idx`."""
-    columns, outputs = check(qweight, qzeros, scales, g_idx, bits)
-    if dtype not in ACTIVATIONS:
-        raise ValueError(f"qweight to {short(dtype)}; supported: {', '.join(map(short, ACTIVATIONS))}")
-    if path == "reference" or (path == "auto" and qweight.device.type != "cuda"):
-        return reference(qweight, qzeros, scales, g_idx, bits).to(dtype)
-    choose_path("dense", qweight, columns)
-    check_aligned({"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx})
+    weight = (qweight, qzeros, scales, g_idx)
+    columns, outputs = check(*weight, bits)
+    if not dequantized_by_kernel(dict(zip(TENSORS, weight, strict=True)), dtype, path):
+        return reference(*weight, bits).to(dtype)
     out = torch.empty(columns, outputs, dtype=dtype, device=qweight.device)
-    group = columns // scales.shape[0]
+    group = max(1, columns // scales.shape[0])
     run = run_length(group, columns, 32) if plain else 32
     grid = (triton.cdiv(columns, run), triton.cdiv(outputs, 64))
-    _dequantize[grid](qweight, qzeros, scales, g_idx, out, outputs, columns, group, run, plain, bits, BN=64)
+    _dequantize[grid](*weight, out, outputs, columns, group, run, plain, bits, BN=64)
     return out.t()
 
 
 def matmul(
-    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int,
-    *, plain: bool = False, path: str = "auto",
-) -> torch.Tensor:  # fmt: skip
-    """x [..., in] @ W^T -> [..., out], of x's type, accumulated in float32.
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bits: int,
+    *,
+    plain: bool = False,
+    path: str = "auto",
+) -> torch.Tensor:
+    """x [..., in] @ W^T -> [..., out], of x's type, accumulated in float32; see `multiply`.
 
     `plain`: whether groups are runs in order, `plain_order(g_idx, groups)`; it is not asked here because the answer
-    lies on the device. `path`: see `backend.choose_path`. `ValueError` for what is not covered.
+    lies on the device.
     """
-    columns, outputs = check(qweight, qzeros, scales, g_idx, bits)
-    check_activations(x, columns, qweight.device)
-    flat = x.view(-1, columns)
-    rows = flat.shape[0]
-    way = choose_path(path, x, rows)
-    if rows == 0:
-        return x.new_zeros(*x.shape[:-1], outputs)
     weight = (qweight, qzeros, scales, g_idx)
-    if way == "reference":
-        y = (flat.float() @ reference(*weight, bits).t()).to(x.dtype)
-    elif way == "dense":
-        y = flat @ dequantize(*weight, bits, x.dtype, plain=plain, path="kernel").t()
-    else:
-        check_aligned({"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx})
-        y = _launch(way, flat, weight, bits, plain)
-    return y.view(*x.shape[:-1], outputs)
+    columns, outputs = check(*weight, bits)
+    return multiply(
+        x,
+        columns,
+        outputs,
+        dict(zip(TENSORS, weight, strict=True)),
+        path,
+        reference=lambda flat: (flat.float() @ reference(*weight, bits).t()).to(x.dtype),
+        dense=lambda flat: flat @ dequantize(*weight, bits, x.dtype, plain=plain, path="kernel").t(),
+        kernel=lambda way, flat: _launch(way, flat, weight, bits, plain),
+    )
 
 
 def _launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...], bits: int, plain: bool) -> torch.Tensor:
     (rows, columns), (groups, outputs) = x.shape, weight[2].shape
-    decode, prefill = _kernels()
-    group = columns // groups
-    longest = LONGEST_RUN if way == "decode" else 32
+    group, longest = max(1, columns // groups), LONGEST_RUN if way == "decode" else 32
     run = run_length(group, columns, longest) if plain else longest
     programs = triton.cdiv(outputs, 64) * (1 if way == "decode" else triton.cdiv(rows, 32))
     parts = splits(programs, triton.cdiv(columns, run), x.device, 2)
-    out = x.new_empty(parts, rows, outputs, dtype=x.dtype if parts == 1 else torch.float32)
-    if way == "decode":
-        decode[lambda meta: (triton.cdiv(outputs, meta["BN"]), parts)](
-            x, *weight, out, outputs, columns, group, run, plain, bits, parts
-        )
-    else:
-        prefill[lambda meta: (triton.cdiv(rows, meta["BM"]), triton.cdiv(outputs, meta["BN"]), parts)](
-            x, *weight, out, rows, bucket(rows), outputs, columns, group, run, plain, bits, parts
-        )
-    return joined(out, x.dtype)
+    constants = {"N": outputs, "K": columns, "GROUP": group, "RUN": run, "PLAIN": plain, "BITS": bits}
+    return launch(way, _kernels(), x, weight, outputs, ("BN", outputs), parts, constants)

@@ -5,12 +5,15 @@ alone, and scales stay the float16 they were stored in. Nothing is repacked, so 
 Everything that can be wrong with a weight is found when a module is made, and said with the layer's name.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import nn
 
 from workbench_kernels import awq, gptq, ops
-from workbench_kernels.blocks import check_blocks
-from workbench_kernels.types import block_type
+from workbench_kernels.gguf.blocks import check_blocks
+from workbench_kernels.gguf.types import block_type
 
 
 class _Packed(nn.Module):
@@ -26,12 +29,12 @@ class _Packed(nn.Module):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; supported: [{out_features}]")
         self.register_buffer("bias", bias)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # `.to(dtype)` may move packed tensors but must not convert the scales among them.
         kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None and name != "bias"}
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         for name, tensor in kept.items():
-            self._buffers[name] = tensor.to(self._buffers[name].device)
+            self._buffers[name] = tensor.to(getattr(self, name).device)
         return self
 
     def _biased(self, y: torch.Tensor) -> torch.Tensor:
@@ -49,7 +52,7 @@ class AwqLinear(_Packed):
     ) -> None:
         super().__init__()
         in_features, out_features, _ = awq.check(qweight, qzeros, scales)
-        for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales)):
+        for name, tensor in zip(awq.TENSORS, (qweight, qzeros, scales), strict=True):
             self.register_buffer(name, tensor)
         self._finish(in_features, out_features, bias)
 
@@ -61,14 +64,19 @@ class GptqLinear(_Packed):
     """`gptq.matmul`; tensors as in the checkpoint."""
 
     def __init__(
-        self, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int,
+        self,
+        qweight: torch.Tensor,
+        qzeros: torch.Tensor,
+        scales: torch.Tensor,
+        g_idx: torch.Tensor,
+        bits: int,
         bias: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         in_features, out_features = gptq.check(qweight, qzeros, scales, g_idx, bits)
         gptq.check_g_idx(g_idx, scales.shape[0])
         self.bits, self.plain = bits, gptq.plain_order(g_idx, scales.shape[0])
-        for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales), ("g_idx", g_idx)):
+        for name, tensor in zip(gptq.TENSORS, (qweight, qzeros, scales, g_idx), strict=True):
             self.register_buffer(name, tensor)
         self._finish(in_features, out_features, bias)
 
@@ -97,6 +105,8 @@ class BlockLinear(_Packed):
 class BlockEmbedding(nn.Module):
     """Rows of a packed matrix, de-quantized as they are looked up; may share `data` with a `BlockLinear`."""
 
+    data: torch.Tensor
+
     def __init__(self, data: torch.Tensor, kind: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.embedding_dim, self.num_embeddings = check_blocks(block_type(kind), data, "data"), data.shape[0]
@@ -104,7 +114,8 @@ class BlockEmbedding(nn.Module):
         self.register_buffer("data", data)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return ops.block_rows(ids, self.data, self.kind, self.dtype)
+        rows: torch.Tensor = ops.block_rows(ids, self.data, self.kind, self.dtype)
+        return rows
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, kind={self.kind}"

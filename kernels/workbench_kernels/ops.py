@@ -6,8 +6,9 @@ allocate comes from the graph's own pool. A shape's first call may tune and comp
 
 import torch
 
-from workbench_kernels import awq, blocks, gptq
-from workbench_kernels.types import block_type
+from workbench_kernels import awq, gptq
+from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.types import block_type
 
 
 @torch.library.custom_op("workbench_kernels::awq_matmul", mutates_args=())
@@ -16,25 +17,25 @@ def awq_matmul(x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, sca
     return awq.matmul(x, qweight, qzeros, scales)
 
 
-@awq_matmul.register_fake
-def _(x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], scales.shape[1])
-
-
 @torch.library.custom_op("workbench_kernels::gptq_matmul", mutates_args=())
 def gptq_matmul(
-    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int,
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    bits: int,
     plain: bool,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """`gptq.matmul` with the path that fits the device and the rows."""
     return gptq.matmul(x, qweight, qzeros, scales, g_idx, bits, plain=plain)
 
 
+@awq_matmul.register_fake
 @gptq_matmul.register_fake
 def _(
-    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int,
-    plain: bool,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, *others: object
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], scales.shape[1])
 
 
@@ -59,4 +60,4 @@ def block_rows(ids: torch.Tensor, data: torch.Tensor, kind: str, dtype: torch.dt
 @block_rows.register_fake
 def _(ids: torch.Tensor, data: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
     known = block_type(kind)
-    return data.new_empty(*ids.shape, data.shape[1] // known.bytes * known.weights, dtype=dtype)
+    return data.new_empty(*ids.shape, data.shape[1] // known.layout.size_bytes * known.layout.weights, dtype=dtype)

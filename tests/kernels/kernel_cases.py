@@ -34,30 +34,53 @@ def cases() -> Iterator[dict[str, Any]]:
                 ("dense", 3, 13, 17 if small else 2, 1),
             ):
                 yield {
-                    "op": "blocks", "kind": name, "dtype": dtype, "path": path, "M": m, "N": n, "parts": parts,
+                    "op": "blocks",
+                    "kind": name,
+                    "dtype": dtype,
+                    "path": path,
+                    "M": m,
+                    "N": n,
+                    "parts": parts,
                     "K": blocks * (32 if small else 256),
-                }  # fmt: skip
+                }
     for name, path, m, n, k, parts in (
-        ("Q4_K", "decode", 1, 1, 256, 1), ("Q4_K", "decode", 1, 7, 256 * 5, 2), ("Q8_0", "decode", 1, 9, 32 * 37, 4),
-        ("Q6_K", "prefill", 17, 3, 256 * 3, 2), ("Q4_0", "prefill", 1, 5, 32 * 29, 4),
+        ("Q4_K", "decode", 1, 1, 256, 1),
+        ("Q4_K", "decode", 1, 7, 256 * 5, 2),
+        ("Q8_0", "decode", 1, 9, 32 * 37, 4),
+        ("Q6_K", "prefill", 17, 3, 256 * 3, 2),
+        ("Q4_0", "prefill", 1, 5, 32 * 29, 4),
         ("Q5_K", "prefill", 2, 1, 256, 1),
-    ):  # fmt: skip
+    ):
         yield {"op": "blocks", "kind": name, "dtype": "float32", "path": path, "M": m, "N": n, "K": k, "parts": parts}
     for k, n, group in ((96, 24, 32), (130, 8, 130), (48, 136, 16), (384, 16, 128)):
         for path, m in (("decode", 1), ("prefill", 7), ("dense", 3)):
             for dtype in ("float32", "float16"):
                 yield {
-                    "op": "awq", "dtype": dtype, "path": path, "M": m, "N": n, "K": k, "group": group,
+                    "op": "awq",
+                    "dtype": dtype,
+                    "path": path,
+                    "M": m,
+                    "N": n,
+                    "K": k,
+                    "group": group,
                     "parts": 2 if k == 384 and path != "dense" else 1,
-                }  # fmt: skip
+                }
     for bits in (2, 4, 8):
         for k, n, group, order in ((96, 48, 32, "plain"), (112, 16, 112, "plain"), (128, 32, 32, "act")):
             for path, m in (("decode", 1), ("prefill", 7), ("dense", 3)):
                 for dtype in ("float32", "float16"):
                     yield {
-                        "op": "gptq", "bits": bits, "dtype": dtype, "path": path, "M": m, "N": n, "K": k,
-                        "group": group, "order": order, "parts": 2 if order == "act" and path != "dense" else 1,
-                    }  # fmt: skip
+                        "op": "gptq",
+                        "bits": bits,
+                        "dtype": dtype,
+                        "path": path,
+                        "M": m,
+                        "N": n,
+                        "K": k,
+                        "group": group,
+                        "order": order,
+                        "parts": 2 if order == "act" and path != "dense" else 1,
+                    }
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -148,8 +171,9 @@ def weight_of(case: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
 
 def product(case: dict[str, Any], x: Any, packed: tuple[Any, ...], path: str) -> Any:
     """The operation itself."""
-    from workbench_kernels import awq, blocks, gptq
-    from workbench_kernels.types import block_type
+    from workbench_kernels import awq, gptq
+    from workbench_kernels.gguf import blocks
+    from workbench_kernels.gguf.types import block_type
 
     if case["op"] == "blocks":
         return blocks.matmul(block_type(case["kind"]), x, *packed, path=path)
@@ -160,8 +184,9 @@ def product(case: dict[str, Any], x: Any, packed: tuple[Any, ...], path: str) ->
 
 def dequantized(case: dict[str, Any], packed: tuple[Any, ...], path: str) -> Any:
     """The de-quantize-only operation, float32."""
-    from workbench_kernels import awq, blocks, gptq
-    from workbench_kernels.types import block_type
+    from workbench_kernels import awq, gptq
+    from workbench_kernels.gguf import blocks
+    from workbench_kernels.gguf.types import block_type
 
     if case["op"] == "blocks":
         return blocks.dequantize(block_type(case["kind"]), *packed, path=path)
@@ -173,7 +198,8 @@ def dequantized(case: dict[str, Any], packed: tuple[Any, ...], path: str) -> Any
 def run(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     """`matmul`, `reference`: largest errors over the largest output; `same`: de-quantizing is exact, both ways."""
     import torch
-    from workbench_kernels import awq, blocks, gptq
+    from workbench_kernels import awq, gptq
+    from workbench_kernels.gguf import blocks
 
     weight, packed = weight_of(case)
     x = torch.randn(case["M"], case["K"]).to(getattr(torch, case["dtype"]))

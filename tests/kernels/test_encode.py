@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch")
 llama_cpp = pytest.importorskip("llama_cpp")
 gguf = pytest.importorskip("gguf")
 
-from workbench_kernels.encode import ENCODERS, PIECE, encode  # noqa: E402
-from workbench_kernels.types import BLOCK_TYPES  # noqa: E402
+from workbench_kernels.encoders.encode import ENCODERS, PIECE, encode  # noqa: E402
+from workbench_kernels.gguf.types import BLOCK_TYPES  # noqa: E402
 
 COLUMNS = 512
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -26,8 +26,14 @@ def by_llama_cpp(kind: str, weight: Any, importance: Any = None) -> Any:
     quantize = library.ggml_quantize_chunk
     quantize.restype = ctypes.c_size_t
     quantize.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
-    ]  # fmt: skip
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     number = gguf.GGMLQuantizationType[kind]
     count, size = gguf.GGML_QUANT_SIZES[number]
     rows, columns = weight.shape
@@ -89,14 +95,15 @@ def importances(seed: int) -> Iterator[tuple[str, Any]]:
 
 def test_every_type_with_an_encoder_is_one_with_a_kernel() -> None:
     assert set(ENCODERS) == set(BLOCK_TYPES) - {"IQ4_XS", "IQ4_NL"}
-    for kind, encoder in ENCODERS.items():
-        assert (encoder.weights, encoder.size_bytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    for name, kind in BLOCK_TYPES.items():
+        sizes = kind.layout.weights, kind.layout.size_bytes
+        assert sizes == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_bytes_are_llama_cpps(kind: str, device: str) -> None:
-    size, seen = ENCODERS[kind].size_bytes, set()
+    size, seen = BLOCK_TYPES[kind].layout.size_bytes, set()
     for said, importance in importances(0):
         for name, weight in weights(0):
             on_device = None if importance is None else importance.to(device)
@@ -133,9 +140,10 @@ def test_any_shape(kind: str, rows: int, columns: int) -> None:
 def test_what_is_made_is_near_what_it_was_made_of(kind: str) -> None:
     """By this package's own de-quantizer, so that an encoder and a kernel cannot drift apart."""
     weight = torch.randn(8, COLUMNS, generator=torch.Generator().manual_seed(3))
-    blocks = encode(kind, weight).view(-1, ENCODERS[kind].size_bytes)
+    layout = BLOCK_TYPES[kind].layout
+    blocks = encode(kind, weight).view(-1, layout.size_bytes)
     error = (BLOCK_TYPES[kind].reference(blocks).view_as(weight) - weight).square().mean().sqrt()
-    bits = ENCODERS[kind].size_bytes * 8 / ENCODERS[kind].weights
+    bits = layout.size_bytes * 8 / layout.weights
     assert 0 < error < 3 * 2**-bits
 
 

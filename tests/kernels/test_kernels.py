@@ -29,15 +29,18 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installe
 def interpreted() -> dict[str, dict[str, Any]]:
     """The outcome of every case, from one process in which Triton interprets."""
     answer = subprocess.run(
-        [sys.executable, "-P", str(HERE / "kernel_cases.py")], capture_output=True, text=True, timeout=600,
+        [sys.executable, "-P", str(HERE / "kernel_cases.py")],
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert answer.returncode == 0, answer.stderr
     return {found["id"]: found for found in map(json.loads, answer.stdout.splitlines())}
 
 
 def test_the_cases_are_all_there_is() -> None:
-    from workbench_kernels.types import BLOCK_TYPES
+    from workbench_kernels.gguf.types import BLOCK_TYPES
 
     assert {case["kind"] for case in CASES.values() if case["op"] == "blocks"} == set(BLOCK_TYPES)
     assert {case["bits"] for case in CASES.values() if case["op"] == "gptq"} == {2, 4, 8}
@@ -72,13 +75,18 @@ def check(case: dict[str, Any], found: dict[str, Any]) -> None:
 def test_kernels_compile_for_hopper(operation: str, tmp_path: Path) -> None:
     """Triton's compiler needs no GPU: what the interpreter accepts, the compiler may not."""
     answer = subprocess.run(
-        [sys.executable, "-P", "-m", "workbench_kernels.compiled", operation], capture_output=True, text=True,
-        timeout=600, cwd=tmp_path,
+        [sys.executable, "-P", "-m", "workbench_kernels.compiled", operation],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=tmp_path,
         env={
-            **os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path),
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(tmp_path),
             "PYTHONPATH": str(KERNELS),
         },
-    )  # fmt: skip
+    )
     assert answer.returncode == 0, answer.stderr
     found = [json.loads(line) for line in answer.stdout.splitlines()]
     assert {one["kernel"] for one in found} == {"decode", "prefill", "dequantize"}
@@ -91,8 +99,11 @@ def test_kernels_compile_for_hopper(operation: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("program", ["bench.py", "bench_decode.py"])
 def test_benchmarks_say_that_they_need_a_gpu(program: str) -> None:
     answer = subprocess.run(
-        [sys.executable, str(KERNELS / program)], capture_output=True, text=True, timeout=120,
+        [sys.executable, str(KERNELS / program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    )
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr.startswith(f"{program} measures a GPU, and torch sees none") and answer.stderr.count("\n") == 1

@@ -44,9 +44,16 @@ def test_gptqmodel(bits: int, order: str) -> None:
     words = (stored << torch.arange(0, 32, bits)).sum(2)
     qzeros = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     layer: Any = TorchLinear(
-        bits=bits, group_size=32, sym=False, desc_act=order == "act", in_features=128, out_features=64, bias=False,
-        pack_dtype=torch.int32, register_buffers=True,
-    )  # fmt: skip
+        bits=bits,
+        group_size=32,
+        sym=False,
+        desc_act=order == "act",
+        in_features=128,
+        out_features=64,
+        bias=False,
+        pack_dtype=torch.int32,
+        register_buffers=True,
+    )
     for name, tensor in (("qweight", qweight), ("qzeros", qzeros.clone()), ("scales", scales), ("g_idx", g_idx)):
         assert getattr(layer, name).shape == tensor.shape and getattr(layer, name).dtype == tensor.dtype
         setattr(layer, name, tensor)

@@ -106,10 +106,11 @@ def test_without_triton_the_references_work(tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ModuleNotFoundError('no triton', name='triton')")
     program = (
-        "import torch; from workbench_kernels import q8_0, backend;"
+        "import torch; from workbench_kernels import backend;"
+        "from workbench_kernels.gguf import blocks, q8_0;"
         "data = torch.zeros(3, 34, dtype=torch.uint8); x = torch.ones(2, 32);"
-        "assert backend.triton is None and q8_0.matmul(x, data).abs().max() == 0\n"
-        "try: q8_0.matmul(x, data, path='prefill')\n"
+        "assert backend.triton is None and blocks.matmul(q8_0.TYPE, x, data).abs().max() == 0\n"
+        "try: blocks.matmul(q8_0.TYPE, x, data, path='prefill')\n"
         "except ValueError as error: print(error)"
     )
     kernels = ROOT / "kernels"

@@ -11,13 +11,15 @@ from tests.kernels.kernel_cases import random_blocks, random_words, weight_of
 torch = pytest.importorskip("torch")
 pytest.importorskip("gguf")
 
-from workbench_kernels import awq, blocks, gptq, q4_k, q8_0  # noqa: E402
+from workbench_kernels import awq, gptq  # noqa: E402
 from workbench_kernels.checks import check_aligned  # noqa: E402
+from workbench_kernels.gguf.blocks import dequantize, matmul  # noqa: E402
+from workbench_kernels.gguf.types import BLOCK_TYPES, block_type  # noqa: E402
 from workbench_kernels.modules import AwqLinear, BlockLinear, GptqLinear  # noqa: E402
-from workbench_kernels.types import BLOCK_TYPES, block_type  # noqa: E402
 
 AWQ = {"op": "awq", "N": 16, "K": 64, "group": 32}
 GPTQ = {"op": "gptq", "bits": 4, "order": "plain", "N": 16, "K": 64, "group": 32}
+Q4_K = block_type("Q4_K")
 
 
 def test_unknown_block_type_names_the_tensor() -> None:
@@ -40,7 +42,7 @@ def test_unknown_block_type_names_the_tensor() -> None:
 def test_activations(change: Any, words: str) -> None:
     data = random_blocks("Q4_K", 5, 512)
     with pytest.raises(ValueError, match=words):
-        q4_k.matmul(change(torch.randn(3, 512)), data)
+        matmul(Q4_K, change(torch.randn(3, 512)), data)
 
 
 @pytest.mark.parametrize(
@@ -57,16 +59,16 @@ def test_activations(change: Any, words: str) -> None:
 def test_blocks(change: Any, words: str) -> None:
     data = change(random_blocks("Q4_K", 5, 512))
     with pytest.raises(ValueError, match=words):
-        q4_k.matmul(torch.randn(3, 512), data)
+        matmul(Q4_K, torch.randn(3, 512), data)
     with pytest.raises(ValueError, match=words):
-        q4_k.dequantize(data)
+        dequantize(Q4_K, data)
 
 
 def test_kernels_want_aligned_tensors() -> None:
     shifted = torch.zeros(64, dtype=torch.uint8)[8:42].view(1, 34)
     with pytest.raises(ValueError, match="Q8_0 blocks begins at an odd address; supported: a multiple of 16 bytes"):
         check_aligned({"Q8_0 blocks": shifted})
-    assert q8_0.matmul(torch.ones(1, 32), shifted).shape == (1, 1), "the reference takes any"
+    assert matmul(block_type("Q8_0"), torch.ones(1, 32), shifted).shape == (1, 1), "the reference takes any"
 
 
 def test_columns_that_fill_no_block() -> None:
@@ -76,18 +78,18 @@ def test_columns_that_fill_no_block() -> None:
 
 def test_types_to_dequantize_to() -> None:
     with pytest.raises(ValueError, match="Q4_K blocks to float64; supported: float16, bfloat16, float32"):
-        q4_k.dequantize(random_blocks("Q4_K", 1, 256), torch.float64)
+        dequantize(Q4_K, random_blocks("Q4_K", 1, 256), torch.float64)
 
 
 def test_paths() -> None:
     data, x = random_blocks("Q4_K", 2, 256), torch.randn(2, 256)
     with pytest.raises(ValueError, match="path 'fast': supported are auto, reference, decode, prefill, dense"):
-        q4_k.matmul(x, data, path="fast")
+        matmul(Q4_K, x, data, path="fast")
     # Without a GPU and without the interpreter a kernel is refused, not silently replaced.
     with pytest.raises(ValueError, match="kernels run on CUDA devices|needs Triton"):
-        q4_k.matmul(x, data, path="prefill")
+        matmul(Q4_K, x, data, path="prefill")
     with pytest.raises(ValueError, match="kernels run on CUDA devices|needs Triton"):
-        q4_k.dequantize(data, path="kernel")
+        dequantize(Q4_K, data, path="kernel")
 
 
 @pytest.mark.parametrize(
@@ -158,4 +160,4 @@ def test_a_bias_of_another_size() -> None:
 
 
 def test_no_rows_at_all() -> None:
-    assert blocks.matmul(block_type("Q8_0"), torch.randn(0, 64), random_blocks("Q8_0", 5, 64)).shape == (0, 5)
+    assert matmul(block_type("Q8_0"), torch.randn(0, 64), random_blocks("Q8_0", 5, 64)).shape == (0, 5)

@@ -18,7 +18,7 @@ def import_kernels() -> Any:
         if not (beside / "workbench_kernels").is_dir():
             raise install_with("workbench_kernels (kernel: workbench)", "pip install -e . in a checkout") from None
         sys.path.append(str(beside))
+    import workbench_kernels.gguf.types
     import workbench_kernels.modules
-    import workbench_kernels.types
 
     return workbench_kernels

@@ -55,7 +55,7 @@ def test_a_gpu_whose_blocks_differ_is_found_out() -> None:
     """The comparison that every file is made with, on blocks of which one bit was changed."""
     torch, np = pytest.importorskip("torch"), pytest.importorskip("numpy")
     pytest.importorskip("llama_cpp")
-    from workbench_kernels.encode import encode
+    from workbench_kernels.encoders.encode import encode
 
     from workbench.worker.ggml.encode import same_as_llama_cpp
 

@@ -79,13 +79,13 @@ def _read_checkpoint(path: Path, dtype: str | None, device: str, attention: str,
     for stem in stems:
         _linear(model, path, stem)
         bias = tensors.pop(f"{stem}.bias", None)
-        parts = [take(f"{stem}.{part}") for part in ("qweight", "qzeros", "scales")]
+        qweight, qzeros, scales = (take(f"{stem}.{part}") for part in ("qweight", "qzeros", "scales"))
         bias = None if bias is None else bias.to(kind)
         try:
             if quantization["quant_method"] == "awq":
-                module = AwqLinear(*parts, bias=bias)
+                module: AwqLinear | GptqLinear = AwqLinear(qweight, qzeros, scales, bias)
             else:
-                module = GptqLinear(*parts, take(f"{stem}.g_idx"), int(quantization["bits"]), bias=bias)
+                module = GptqLinear(qweight, qzeros, scales, take(f"{stem}.g_idx"), int(quantization["bits"]), bias)
         except ValueError as error:
             raise UserError(f"{path}: {stem}: {error}. Leave `kernel: workbench` out.") from None
         _replace(model, path, stem, module)
@@ -148,8 +148,8 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remot
         TensorProcessor,
         get_gguf_hf_weights_map,
     )
+    from workbench_kernels.gguf.types import block_type
     from workbench_kernels.modules import BlockEmbedding, BlockLinear
-    from workbench_kernels.types import block_type
 
     try:
         reader = open_gguf(path)
@@ -201,7 +201,7 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remot
         stem = name.removesuffix(".weight")
         try:
             if type(model.get_submodule(stem)) is torch.nn.Embedding:
-                module = BlockEmbedding(data, type_name, kind)
+                module: BlockEmbedding | BlockLinear = BlockEmbedding(data, type_name, kind)
             else:
                 module = BlockLinear(data, type_name, values.pop(f"{stem}.bias", None))
             _replace(model, path, stem, module)

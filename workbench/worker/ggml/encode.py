@@ -79,7 +79,7 @@ class Checked:
 
 def not_covered(types: dict[str, str | None], names: set[str]) -> list[str]:
     """What hinders the encoders: types of a dry run that they do not make, tensors that it did not name."""
-    from workbench_kernels.encode import ENCODERS
+    from workbench_kernels.encoders.encode import ENCODERS
 
     return [
         *sorted({kind for kind in types.values() if kind and kind not in ENCODERS and kind != "F16"}),
@@ -210,7 +210,7 @@ def _encoded(tensor: Any, wanted: str, importance: Any, device: str) -> tuple[An
     """A tensor's blocks (or float16 numbers), uint8 [experts x out, bytes of a row], and what their check said."""
     import numpy as np
     import torch
-    from workbench_kernels.encode import encode
+    from workbench_kernels.encoders.encode import encode
 
     rows = tensor.data.reshape(-1, tensor.data.shape[-1])
     columns, of_expert = int(tensor.shape[0]), int(tensor.shape[1])

@@ -61,6 +61,11 @@ def inverse(levels: float, size: torch.Tensor) -> torch.Tensor:
     return found.masked_fill_(found.isinf(), 0.0)
 
 
+def root(value: torch.Tensor) -> torch.Tensor:
+    """The square root, through float64: torch's in float32 is not the nearest number everywhere."""
+    return value.double().sqrt_().float()
+
+
 def first_largest(x: torch.Tensor) -> torch.Tensor:
     """The weight [...] of the largest size in [n, ...], the first of several; +0 where there are only zeros."""
     return x.gather(0, x.abs().argmax(0, keepdim=True))[0] + 0.0
@@ -102,24 +107,8 @@ def descended(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]
     """
     largest = first_largest(x)
     empty = largest.abs() < EPSILON
-    weights = x * x
-    weighted = weights * x
     codes = (x * (number(-levels, x) / largest)).round_().clamp_(-levels, levels - 1)
-    products, norms = total(weighted * codes), total((weights * codes).mul_(codes))
-    for _ in range(5):
-        for i in range(x.shape[0]):
-            code = codes[i]
-            less = products - weighted[i] * code
-            norm_less = norms - weights[i] * code * code
-            moved = nearest(x[i] * norm_less / less).clamp_(-levels, levels - 1).float()
-            more = less + weighted[i] * moved
-            norm_more = norm_less + weights[i] * moved * moved
-            better = (less > 0) & (moved != code) & (norm_more > 0)
-            better &= more * more * norms > products * products * norm_more
-            codes[i] = torch.where(better, moved, code)
-            products = torch.where(better, more, products)
-            norms = torch.where(better, norm_more, norms)
-    scale = torch.where(norms > 0, products / norms, 0.0)
+    codes, scale = _rounds(x, x * x, codes, -levels, levels - 1)
     codes = codes.add_(levels).masked_fill_(empty, 0).to(torch.int32)
     return codes, scale.masked_fill_(empty, 0.0)
 
@@ -192,24 +181,33 @@ def positive(x: torch.Tensor, weights: torch.Tensor, levels: int) -> tuple[torch
         better = new_error < error
         grid = torch.where(better, new_grid, grid)
         error = torch.where(better, new_error, error)
-    whole = nearest(x * grid).clamp_(max=levels)
+    codes, scale = _rounds(x, weights, nearest(x * grid).clamp_(max=levels).float(), None, levels)
+    return codes.to(torch.int32).masked_fill_(empty, 0), scale.masked_fill_(empty, 0.0)
+
+
+def _rounds(
+    x: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, low: int | None, high: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Five rounds over the codes, each moved if the best scale for all of them then leaves a smaller error.
+
+    x, weights, codes: float32 [n, ...]. Codes are from `low` to `high`; without a `low` they are kept as bytes. Returns
+    codes, float32 [n, ...], and the best scales for them, float32 [...], 0 where there is none.
+    """
     weighted = weights * x
-    codes = whole.float()
     products, norms = total(weighted * codes), total((weights * codes).mul_(codes))
-    codes = (whole & 255).float()
+    codes = codes if low is not None else (codes.to(torch.int32) & 255).float()
     for _ in range(5):
         for i in range(x.shape[0]):
             code = codes[i]
             less = products - weighted[i] * code
             norm_less = norms - weights[i] * code * code
-            whole = nearest(x[i] * norm_less / less).clamp_(max=levels)
+            whole = nearest(x[i] * norm_less / less).clamp_(low, high)
             moved = whole.float()
             more = less + weighted[i] * moved
             norm_more = norm_less + weights[i] * moved * moved
-            better = (less > 0) & (norm_less > 0) & (moved != code)
+            better = (less > 0) & (moved != code) & ((norm_less if low is None else norm_more) > 0)
             better &= more * more * norms > products * products * norm_more
-            codes[i] = torch.where(better, (whole & 255).float(), code)
+            codes[i] = torch.where(better, moved if low is not None else (whole & 255).float(), code)
             products = torch.where(better, more, products)
             norms = torch.where(better, norm_more, norms)
-    scale = torch.where(norms > 0, products / norms, 0.0)
-    return codes.to(torch.int32).masked_fill_(empty, 0), scale.masked_fill_(empty, 0.0)
+    return codes, torch.where(norms > 0, products / norms, 0.0)

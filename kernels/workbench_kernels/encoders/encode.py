@@ -1,7 +1,7 @@
 """Blocks made on the device that holds the weights, byte for byte what llama.cpp's quantizer writes.
 
-Plain torch, so any device: the types with 32 weights a block are in `encode_32.py`, the K-quants in `encode_k.py`, the
-searches that both are made of, and what it takes to be equal to the last bit, in `encode_search.py`. Here: which types
+Plain torch, so any device: the types with 32 weights a block are in `small_blocks.py`, the K-quants in `k_quants.py`,
+the searches that both are made of, and what it takes to be equal to the last bit, in `search.py`. Here: which types
 there are, what may be encoded, and the weights' way through in pieces of bounded memory.
 
 A piece holds whole rows and lies turned around, [weight of a run, run, block, row]: what is summed in order then is
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from workbench_kernels import encode_32, encode_k
 from workbench_kernels.checks import short
+from workbench_kernels.encoders import k_quants, small_blocks
+from workbench_kernels.gguf.types import BLOCK_TYPES
 
 PIECE = {"cpu": 2**19, "cuda": 2**24}
 """Weights of a piece, by the device: what stays in a processor's cache; what keeps a GPU busy for longer than it takes
@@ -23,10 +24,8 @@ to ask for it. At the peak some 70 bytes a weight are in use."""
 
 @dataclass(frozen=True)
 class Encoder:
-    """A block type: its size, and the function that makes blocks of a piece."""
+    """How blocks of a type are made of a piece; their sizes are in `BLOCK_TYPES`."""
 
-    weights: int
-    size_bytes: int
     run: int
     """Weights that share a scale."""
     halves: tuple[int, int]
@@ -35,18 +34,18 @@ class Encoder:
 
 
 ENCODERS = {
-    "Q8_0": Encoder(32, 34, 32, (0, 2), encode_32.q8_0),
-    "Q6_K": Encoder(256, 210, 16, (208, 210), encode_k.q6_k),
-    "Q5_K": Encoder(256, 176, 32, (0, 4), encode_k.q5_k),
-    "Q5_1": Encoder(32, 24, 32, (0, 4), encode_32.q5_1),
-    "Q5_0": Encoder(32, 22, 32, (0, 2), encode_32.q5_0),
-    "Q4_K": Encoder(256, 144, 32, (0, 4), encode_k.q4_k),
-    "Q4_1": Encoder(32, 20, 32, (0, 4), encode_32.q4_1),
-    "Q4_0": Encoder(32, 18, 32, (0, 2), encode_32.q4_0),
-    "Q3_K": Encoder(256, 110, 16, (108, 110), encode_k.q3_k),
-    "Q2_K": Encoder(256, 84, 16, (80, 84), encode_k.q2_k),
+    "Q8_0": Encoder(32, (0, 2), small_blocks.q8_0),
+    "Q6_K": Encoder(16, (208, 210), k_quants.q6_k),
+    "Q5_K": Encoder(32, (0, 4), k_quants.q5_k),
+    "Q5_1": Encoder(32, (0, 4), small_blocks.q5_1),
+    "Q5_0": Encoder(32, (0, 2), small_blocks.q5_0),
+    "Q4_K": Encoder(32, (0, 4), k_quants.q4_k),
+    "Q4_1": Encoder(32, (0, 4), small_blocks.q4_1),
+    "Q4_0": Encoder(32, (0, 2), small_blocks.q4_0),
+    "Q3_K": Encoder(16, (108, 110), k_quants.q3_k),
+    "Q2_K": Encoder(16, (80, 84), k_quants.q2_k),
 }
-"""By llama.cpp's name of the type."""
+"""Encoders by llama.cpp's name of the type."""
 
 
 def encode(kind: str, weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
@@ -58,11 +57,11 @@ def encode(kind: str, weight: torch.Tensor, importance: torch.Tensor | None = No
     """
     if kind not in ENCODERS:
         raise ValueError(f"type {kind}; supported: {', '.join(ENCODERS)}")
-    encoder = ENCODERS[kind]
-    _check(kind, encoder, weight, importance)
+    encoder, layout = ENCODERS[kind], BLOCK_TYPES[kind].layout
+    _check(kind, layout.weights, weight, importance)
     outputs, inputs = weight.shape
-    blocks, runs = inputs // encoder.weights, encoder.weights // encoder.run
-    found = torch.empty(outputs, blocks * encoder.size_bytes, dtype=torch.uint8, device=weight.device)
+    blocks, runs = inputs // layout.weights, layout.weights // encoder.run
+    found = torch.empty(outputs, blocks * layout.size_bytes, dtype=torch.uint8, device=weight.device)
     if importance is not None:
         importance = _turned(importance[None], blocks, runs, encoder.run)
     rows = max(1, PIECE.get(weight.device.type, PIECE["cpu"]) // inputs)
@@ -83,12 +82,12 @@ def _turned(rows: torch.Tensor, blocks: int, runs: int, run: int) -> torch.Tenso
     return rows.reshape(-1, blocks, runs, run).permute(3, 2, 1, 0).contiguous()
 
 
-def _check(kind: str, encoder: Encoder, weight: torch.Tensor, importance: torch.Tensor | None) -> None:
+def _check(kind: str, in_block: int, weight: torch.Tensor, importance: torch.Tensor | None) -> None:
     if weight.dtype != torch.float32 or weight.ndim != 2:
         raise ValueError(f"weight is {short(weight.dtype)} with {weight.ndim} dimensions; supported: float32 [out, in]")
     inputs = weight.shape[1]
-    if inputs % encoder.weights or not inputs:
-        raise ValueError(f"weight has {inputs} columns; supported for {kind}: multiples of {encoder.weights}")
+    if inputs % in_block or not inputs:
+        raise ValueError(f"weight has {inputs} columns; supported for {kind}: multiples of {in_block}")
     if not bool(weight.isfinite().all()):
         raise ValueError("weight holds NaN or infinity; supported: finite numbers")
     if importance is None:

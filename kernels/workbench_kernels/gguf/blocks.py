@@ -2,7 +2,7 @@
 
 A row of W [out, in] is a run of blocks; a block is a few scales and the codes of 32 or 256 weights, and a weight is
 `scale x code + shift` with scale and shift from its block. A type's file gives four small Triton functions in these
-words, and here they are compiled into the kernels:
+words (`Unpacking`), and here they are compiled into the kernels:
 
 - a **segment** is a run of J words (16 or 32 bits, as the block's size allows them to be aligned) whose scales are
   found together. `LOAD` reads the words [n, S, J] of some rows and segments, and their packed scales [n, S].
@@ -24,56 +24,71 @@ but memory would hold something that is in no file, and every type would need a 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from workbench_kernels.backend import (
-    ACTIVATIONS,
-    DENSE_BYTES,
-    bucket,
-    choose_path,
-    jit,
-    joined,
-    splits,
-    tl,
-    triton,
-    tuned,
-)  # fmt: skip
-from workbench_kernels.checks import check_activations, check_aligned, check_packed, short
+from workbench_kernels.backend import DENSE_BYTES, Config, Kernel, jit, share, splits, tl, triton, tuned
+from workbench_kernels.checks import check_packed
+from workbench_kernels.products import dequantized_by_kernel, launch, multiply
 
 REFERENCE_WEIGHTS = 2**23
 """Weights that the reference de-quantizes at a time (32 MiB in float32)."""
 
 
 @dataclass(frozen=True)
-class BlockType:
-    """One of llama.cpp's block types; the docstring of its file has the layout."""
+class Layout:
+    """Sizes of a block and of the parts that the kernels cut it into; weights = segments x words x groups x planes."""
 
-    name: str
     weights: int
-    """In a block."""
-    bytes: int
-    """Of a block."""
+    size_bytes: int
     word: torch.dtype
     """int16 or int32: what a block is read in."""
     segments: int
-    """In a block."""
     segment_words: int
     groups: int
     planes: int
-    load: Any
-    scales: Any
-    codes: Any
-    columns: Any
+
+
+@dataclass(frozen=True)
+class Unpacking:
+    """The four Triton functions of a block type; the docstring of this file says what each gives."""
+
+    load: Kernel
+    scales: Kernel
+    codes: Kernel
+    columns: Kernel
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """One of llama.cpp's block types; the docstring of its file says which byte is what."""
+
+    name: str
+    layout: Layout
+    unpacking: Unpacking
     reference: Callable[[torch.Tensor], torch.Tensor]
     """uint8 [blocks, bytes] -> float32 [blocks, weights], in plain torch."""
 
     def row_bytes(self, columns: int) -> int:
-        """Of a row of so many weights; `ValueError` if they do not fill whole blocks."""
-        if columns % self.weights:
-            raise ValueError(f"{columns} columns; supported by {self.name}: multiples of {self.weights}")
-        return columns // self.weights * self.bytes
+        """Bytes of a row of so many weights; `ValueError` if they do not fill whole blocks."""
+        if columns % self.layout.weights:
+            raise ValueError(f"{columns} columns; supported by {self.name}: multiples of {self.layout.weights}")
+        return columns // self.layout.weights * self.layout.size_bytes
+
+
+# --- what the types' references share -----------------------------------------------------------
+
+
+def halves(data: torch.Tensor) -> torch.Tensor:
+    """The float16 numbers that bytes [n, 2 m] are: float32 [n, m]."""
+    return data.contiguous().view(torch.float16).float()
+
+
+def cut(data: torch.Tensor, bits: int) -> torch.Tensor:
+    """Bytes [..., m] cut into codes of so many bits: uint8 [..., 8 / bits, m], the lowest bits first."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
+    codes: torch.Tensor = (data[..., None, :] >> shifts[:, None]) & (2**bits - 1)
+    return codes
 
 
 # --- Triton -------------------------------------------------------------------------------------
@@ -81,18 +96,29 @@ class BlockType:
 
 @jit
 def _decode(
-    x, w, out, N: tl.constexpr, ROW_WORDS: tl.constexpr, SEGMENTS: tl.constexpr, SPLIT: tl.constexpr,
-    J: tl.constexpr, GROUPS: tl.constexpr, PLANES: tl.constexpr,
-    LOAD: tl.constexpr, SCALES: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr,
-    BN: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    out,
+    N: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    J: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PLANES: tl.constexpr,
+    LOAD: tl.constexpr,
+    SCALES: tl.constexpr,
+    CODES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BN: tl.constexpr,
+    S: tl.constexpr,
+):
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     part = tl.program_id(1)
     j = tl.arange(0, J)
     acc = tl.zeros((BN, S, J), tl.float32)
-    steps: tl.constexpr = (SEGMENTS + S - 1) // S
-    each: tl.constexpr = (steps + SPLIT - 1) // SPLIT
-    for step in range(part * each, tl.minimum(part * each + each, steps)):
+    first, end = share(part, (SEGMENTS + S - 1) // S, SPLIT)
+    for step in range(first, end):
         s = step * S + tl.arange(0, S)
         rows, inside = n[:, None], (n[:, None] < N) & (s[None, :] < SEGMENTS)
         parts = LOAD(w + rows.to(tl.int64) * ROW_WORDS, s[None, :], j[None, None, :], inside)
@@ -112,20 +138,35 @@ def _decode(
 
 @jit
 def _prefill(
-    x, w, out, M, BUCKET: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROW_WORDS: tl.constexpr,
-    SEGMENTS: tl.constexpr, SPLIT: tl.constexpr, J: tl.constexpr, GROUPS: tl.constexpr, PLANES: tl.constexpr,
-    LOAD: tl.constexpr, SCALES: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    out,
+    M,
+    BUCKET: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    J: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PLANES: tl.constexpr,
+    LOAD: tl.constexpr,
+    SCALES: tl.constexpr,
+    CODES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    S: tl.constexpr,
+):
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     part = tl.program_id(2)
     j = tl.arange(0, J)
     flat = tl.arange(0, S * J)
     acc = tl.zeros((BM, BN), tl.float32)
-    steps: tl.constexpr = (SEGMENTS + S - 1) // S
-    each: tl.constexpr = (steps + SPLIT - 1) // SPLIT
-    for step in range(part * each, tl.minimum(part * each + each, steps)):
+    first, end = share(part, (SEGMENTS + S - 1) // S, SPLIT)
+    for step in range(first, end):
         s = step * S + tl.arange(0, S)
         rows, inside = n[:, None], (n[:, None] < N) & (s[None, :] < SEGMENTS)
         parts = LOAD(w + rows.to(tl.int64) * ROW_WORDS, s[None, :], j[None, None, :], inside)
@@ -144,11 +185,22 @@ def _prefill(
 
 @jit
 def _dequantize(
-    w, out, N, K: tl.constexpr, ROW_WORDS: tl.constexpr, SEGMENTS: tl.constexpr, J: tl.constexpr,
-    GROUPS: tl.constexpr, PLANES: tl.constexpr,
-    LOAD: tl.constexpr, SCALES: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr,
-    BN: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+    w,
+    out,
+    N,
+    K: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    J: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PLANES: tl.constexpr,
+    LOAD: tl.constexpr,
+    SCALES: tl.constexpr,
+    CODES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BN: tl.constexpr,
+    S: tl.constexpr,
+):
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     s = tl.program_id(1) * S + tl.arange(0, S)
     j = tl.arange(0, J)
@@ -164,6 +216,18 @@ def _dequantize(
 
 
 @jit
+def words_at(place, j, inside):
+    """Words `j` from each of the places [n, S] on, int32 [n, S, J]."""
+    return tl.load(place[:, :, None] + j, mask=inside[:, :, None], other=0).to(tl.int32)
+
+
+@jit
+def word_at(place, inside):
+    """The word at each of the places [n, S], int32."""
+    return tl.load(place, mask=inside, other=0).to(tl.int32)
+
+
+@jit
 def half_of(bits):
     """The low 16 bits of an integer as a float16's value."""
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -175,100 +239,93 @@ def byte_of(word, index):
     return (word >> (8 * index)) & 255
 
 
-DECODE = [
-    {"BN": rows, "S": segments, "num_warps": warps, "num_stages": stages}
-    for rows, segments, warps, stages in (
-        (8, 8, 4, 2), (16, 8, 4, 2), (32, 8, 4, 2), (16, 4, 4, 2), (16, 8, 8, 2), (8, 16, 8, 2), (8, 16, 4, 2),
-        (4, 32, 4, 3),
-    )
-]  # fmt: skip
+DECODE: list[Config] = [
+    {"BN": rows, "S": segments, "num_warps": warps, "num_stages": 2}
+    for rows, segments, warps in ((8, 8, 4), (16, 8, 4), (32, 8, 4), (16, 4, 4), (16, 8, 8), (8, 16, 8), (8, 16, 4))
+] + [{"BN": 4, "S": 32, "num_warps": 4, "num_stages": 3}]
 """Where a step reads fewer values of x than there are threads, Triton 3.9 loads them in the layout of the codes,
 without a detour through shared memory and its barriers; so such steps come first."""
 
-PREFILL = [
+PREFILL: list[Config] = [
     {"BM": 16, "BN": 64, "S": 8, "num_warps": 4, "num_stages": 3},
     {"BM": 16, "BN": 32, "S": 8, "num_warps": 4, "num_stages": 3},
     {"BM": 32, "BN": 64, "S": 8, "num_warps": 4, "num_stages": 3},
     {"BM": 64, "BN": 64, "S": 4, "num_warps": 4, "num_stages": 3},
     {"BM": 64, "BN": 128, "S": 4, "num_warps": 8, "num_stages": 3},
 ]
-TILE = {"BN": 8, "S": 16}
-"""Of de-quantizing, which is bound by writing; not tuned."""
+TILE: Config = {"BN": 8, "S": 16}
+"""Tile of de-quantizing, which is bound by writing; not tuned."""
 
 
 @functools.cache
-def _kernels(kind: BlockType) -> tuple[Any, Any]:
+def _kernels(kind: BlockType) -> tuple[Kernel, Kernel]:
     """A type's decode and prefill kernels, each with a tuner of its own."""
     return tuned(_decode, DECODE, ["N", "ROW_WORDS", "SPLIT"]), tuned(_prefill, PREFILL, ["BUCKET", "N", "K", "SPLIT"])
 
 
-def _common(kind: BlockType, columns: int) -> dict[str, Any]:
-    row_bytes = kind.row_bytes(columns)
+def constants_of(kind: BlockType, columns: int) -> dict[str, object]:
+    """What the kernels have to know of a type and of the length of a row."""
+    layout, unpacking = kind.layout, kind.unpacking
     return {
-        "ROW_WORDS": row_bytes // kind.word.itemsize,
-        "SEGMENTS": columns // kind.weights * kind.segments,
-        "J": kind.segment_words, "GROUPS": kind.groups, "PLANES": kind.planes,
-        "LOAD": kind.load, "SCALES": kind.scales, "CODES": kind.codes, "COLUMNS": kind.columns,
-    }  # fmt: skip
+        "ROW_WORDS": kind.row_bytes(columns) // layout.word.itemsize,
+        "SEGMENTS": _segments(kind, columns),
+        "J": layout.segment_words,
+        "GROUPS": layout.groups,
+        "PLANES": layout.planes,
+        "LOAD": unpacking.load,
+        "SCALES": unpacking.scales,
+        "CODES": unpacking.codes,
+        "COLUMNS": unpacking.columns,
+    }
 
 
-# --- what a type's file calls -------------------------------------------------------------------
+def _segments(kind: BlockType, columns: int) -> int:
+    return columns // kind.layout.weights * kind.layout.segments
 
 
-def check_blocks(kind: BlockType, blocks: torch.Tensor, name: str) -> int:
+# --- public -------------------------------------------------------------------------------------
+
+
+def check_blocks(kind: BlockType, blocks: torch.Tensor, name: str | None = None) -> int:
     """Columns of a weight [out, row bytes]; `ValueError` that names it unless it is whole blocks of this type."""
+    name = name or f"{kind.name} blocks"
+    size_bytes, weights = kind.layout.size_bytes, kind.layout.weights
     check_packed(blocks, torch.uint8, (None, None), name)
-    if blocks.shape[1] == 0 or blocks.shape[1] % kind.bytes:
+    if blocks.shape[1] == 0 or blocks.shape[1] % size_bytes:
         raise ValueError(
-            f"{name} has rows of {blocks.shape[1]} bytes; supported for {kind.name}: multiples of {kind.bytes} "
-            f"({kind.weights} weights each)"
+            f"{name} has rows of {blocks.shape[1]} bytes; supported for {kind.name}: multiples of {size_bytes} "
+            f"({weights} weights each)"
         )
-    return blocks.shape[1] // kind.bytes * kind.weights
+    return blocks.shape[1] // size_bytes * weights
 
 
 def dequantize(
-    kind: BlockType, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, *,
-    path: str = "auto", name: str = "blocks",
-) -> torch.Tensor:  # fmt: skip
+    kind: BlockType, blocks: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto"
+) -> torch.Tensor:
     """uint8 [out, row bytes] -> `dtype` [out, in]. `path`: `auto`, `reference` or `kernel`."""
-    columns = check_blocks(kind, blocks, name)
-    if dtype not in ACTIVATIONS:
-        raise ValueError(f"{name} to {short(dtype)}; supported: {', '.join(map(short, ACTIVATIONS))}")
+    columns = check_blocks(kind, blocks)
     rows = blocks.shape[0]
-    if path == "reference" or (path == "auto" and blocks.device.type != "cuda"):
-        return kind.reference(blocks.reshape(-1, kind.bytes)).view(rows, columns).to(dtype)
-    choose_path("dense", blocks, rows)
-    check_aligned({name: blocks})
+    if not dequantized_by_kernel({f"{kind.name} blocks": blocks}, dtype, path):
+        return kind.reference(blocks.reshape(-1, kind.layout.size_bytes)).view(rows, columns).to(dtype)
     out = torch.empty(rows, columns, dtype=dtype, device=blocks.device)
     if rows:
-        common = _common(kind, columns)
-        grid = (triton.cdiv(rows, TILE["BN"]), triton.cdiv(common["SEGMENTS"], TILE["S"]))
-        _dequantize[grid](blocks.view(kind.word), out, rows, columns, **common, **TILE)
+        grid = (triton.cdiv(rows, TILE["BN"]), triton.cdiv(_segments(kind, columns), TILE["S"]))
+        _dequantize[grid](blocks.view(kind.layout.word), out, rows, columns, **constants_of(kind, columns), **TILE)
     return out
 
 
-def matmul(
-    kind: BlockType, x: torch.Tensor, blocks: torch.Tensor, *, path: str = "auto", name: str = "blocks"
-) -> torch.Tensor:
-    """x [..., in] times the transpose of blocks [out, in as bytes] -> [..., out], of x's type.
-
-    `path`: see `backend.choose_path`. `ValueError` for a shape, type, stride or device that is not covered.
-    """
-    columns = check_blocks(kind, blocks, name)
-    check_activations(x, columns, blocks.device)
-    flat = x.view(-1, columns)
-    rows, outputs = flat.shape[0], blocks.shape[0]
-    way = choose_path(path, x, rows)
-    if rows == 0 or outputs == 0:
-        return x.new_zeros(*x.shape[:-1], outputs)
-    if way == "reference":
-        y = _reference(kind, flat, blocks)
-    elif way == "dense":
-        y = _dense(kind, flat, blocks, name)
-    else:
-        check_aligned({name: blocks})
-        y = _launch(kind, way, flat, blocks, columns)
-    return y.view(*x.shape[:-1], outputs)
+def matmul(kind: BlockType, x: torch.Tensor, blocks: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
+    """x [..., in] times the transpose of blocks [out, in as bytes] -> [..., out], of x's type; see `multiply`."""
+    return multiply(
+        x,
+        check_blocks(kind, blocks),
+        blocks.shape[0],
+        {f"{kind.name} blocks": blocks},
+        path,
+        reference=lambda flat: _reference(kind, flat, blocks),
+        dense=lambda flat: _dense(kind, flat, blocks),
+        kernel=lambda way, flat: _launch(kind, way, flat, blocks),
+    )
 
 
 def _reference(kind: BlockType, x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -276,33 +333,25 @@ def _reference(kind: BlockType, x: torch.Tensor, blocks: torch.Tensor) -> torch.
     y = x.new_empty(x.shape[0], blocks.shape[0])
     wide, step = x.float(), max(1, REFERENCE_WEIGHTS // x.shape[1])
     for start in range(0, blocks.shape[0], step):
-        some = blocks[start : start + step]
-        weights = kind.reference(some.reshape(-1, kind.bytes)).view(some.shape[0], -1)
+        weights = dequantize(kind, blocks[start : start + step], path="reference")
         y[:, start : start + step] = wide @ weights.t()
     return y
 
 
-def _dense(kind: BlockType, x: torch.Tensor, blocks: torch.Tensor, name: str) -> torch.Tensor:
+def _dense(kind: BlockType, x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     y = x.new_empty(x.shape[0], blocks.shape[0])
     # Multiples of 16 rows, so that every piece begins where wide loads may.
     step = max(16, DENSE_BYTES // (x.shape[1] * x.element_size()) // 16 * 16)
     for start in range(0, blocks.shape[0], step):
-        weights = dequantize(kind, blocks[start : start + step], x.dtype, path="kernel", name=name)
+        weights = dequantize(kind, blocks[start : start + step], x.dtype, path="kernel")
         torch.mm(x, weights.t(), out=y[:, start : start + step])
     return y
 
 
-def _launch(kind: BlockType, way: str, x: torch.Tensor, blocks: torch.Tensor, columns: int) -> torch.Tensor:
-    (rows, outputs), words = (x.shape[0], blocks.shape[0]), blocks.view(kind.word)
-    common = _common(kind, columns)
-    decode, prefill = _kernels(kind)
+def _launch(kind: BlockType, way: str, x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    (rows, columns), outputs = x.shape, blocks.shape[0]
+    constants = constants_of(kind, columns) | {"N": outputs} | ({} if way == "decode" else {"K": columns})
     programs = triton.cdiv(outputs, 8) if way == "decode" else triton.cdiv(rows, 32) * triton.cdiv(outputs, 64)
-    parts = splits(programs, common["SEGMENTS"] // 16, x.device)
-    out = x.new_empty(parts, rows, outputs, dtype=x.dtype if parts == 1 else torch.float32)
-    if way == "decode":
-        decode[lambda meta: (triton.cdiv(outputs, meta["BN"]), parts)](x, words, out, outputs, SPLIT=parts, **common)
-    else:
-        prefill[lambda meta: (triton.cdiv(rows, meta["BM"]), triton.cdiv(outputs, meta["BN"]), parts)](
-            x, words, out, rows, bucket(rows), outputs, columns, SPLIT=parts, **common
-        )
-    return joined(out, x.dtype)
+    parts = splits(programs, _segments(kind, columns) // 16, x.device)
+    words = (blocks.view(kind.layout.word),)
+    return launch(way, _kernels(kind), x, words, outputs, ("BN", outputs), parts, constants)

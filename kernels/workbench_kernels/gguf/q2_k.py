@@ -14,28 +14,26 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q2_K`.
 
 import torch
 
-from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.blocks import byte_of, half_of
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, byte_of, cut, half_of, halves, word_at, words_at
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 84] -> float32 [n, 256]."""
-    d, dmin = data[:, 80:].contiguous().view(torch.float16).float().split(1, dim=1)
+    d, dmin = halves(data[:, 80:]).chunk(2, dim=1)
     scale, least = d * (data[:, :16] & 15).float(), dmin * (data[:, :16] >> 4).float()
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=data.device)
-    codes = (data[:, 16:80].reshape(-1, 2, 1, 32) >> shifts[:, None]) & 3
-    return (scale[:, :, None] * codes.view(-1, 16, 16).float() - least[:, :, None]).view(-1, 256)
+    codes = cut(data[:, 16:80].reshape(-1, 2, 32), 2).view(-1, 16, 16).float()
+    return (scale[:, :, None] * codes - least[:, :, None]).view(-1, 256)
 
 
 @jit
 def _load(row, s, j, inside):
     block, h, i = row + (s // 4) * 21, (s // 2) % 2, s % 2
     return (
-        tl.load((block + 4 + 8 * h + 4 * i)[:, :, None] + j, mask=inside[:, :, None], other=0),
-        tl.load(block + 20, mask=inside, other=0),
-        tl.load(block + 2 * h, mask=inside, other=0),
-        tl.load(block + 2 * h + 1, mask=inside, other=0),
+        words_at(block + 4 + 8 * h + 4 * i, j, inside),
+        word_at(block + 20, inside),
+        word_at(block + 2 * h, inside),
+        word_at(block + 2 * h + 1, inside),
     )
 
 
@@ -55,17 +53,9 @@ def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
     return 128 * (s // 2) + 32 * g + 16 * (s % 2) + 4 * j + r
 
 
-TYPE = blocks.BlockType(
-    name="Q2_K", weights=256, bytes=84, word=torch.int32, segments=4, segment_words=4, groups=4, planes=4,
-    load=_load, scales=_scales, codes=_codes, columns=_columns, reference=reference,
-)  # fmt: skip
-
-
-def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto") -> torch.Tensor:
-    """uint8 [out, in / 256 x 84] -> [out, in]."""
-    return blocks.dequantize(TYPE, data, dtype, path=path, name="Q2_K blocks")
-
-
-def matmul(x: torch.Tensor, data: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
-    """x [..., in] @ W^T -> [..., out] for W as uint8 [out, in / 256 x 84]; see `blocks.matmul`."""
-    return blocks.matmul(TYPE, x, data, path=path, name="Q2_K blocks")
+TYPE = BlockType(
+    "Q2_K",
+    Layout(weights=256, size_bytes=84, word=torch.int32, segments=4, segment_words=4, groups=4, planes=4),
+    Unpacking(load=_load, scales=_scales, codes=_codes, columns=_columns),
+    reference,
+)

@@ -14,14 +14,13 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q4_K`, and `get_scale_min
 
 import torch
 
-from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.blocks import byte_of, half_of
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, byte_of, cut, half_of, halves, word_at, words_at
 
 
 def run_scales(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first 16 bytes of Q4_K and Q5_K blocks, uint8 [n, 16] -> scales and mins, float32 [n, 8] each."""
-    d, dmin = data[:, :4].contiguous().view(torch.float16).float().split(1, dim=1)
+    d, dmin = halves(data[:, :4]).chunk(2, dim=1)
     low, middle, high = data[:, 4:8], data[:, 8:12], data[:, 12:16]
     scale = torch.cat([low & 63, (high & 15) | (low >> 6 << 4)], dim=1)
     least = torch.cat([middle & 63, (high >> 4) | (middle >> 6 << 4)], dim=1)
@@ -31,36 +30,30 @@ def run_scales(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 144] -> float32 [n, 256]."""
     scale, least = run_scales(data[:, :16])
-    q = data[:, 16:].reshape(-1, 4, 1, 32)
-    codes = torch.cat([q & 15, q >> 4], dim=2).view(-1, 8, 32).float()
+    codes = cut(data[:, 16:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32).float()
     return (scale[:, :, None] * codes - least[:, :, None]).view(-1, 256)
-
-
-@jit
-def run_scales_of(both, low, middle, high, run):
-    """Scale and -min of run 0-7, from a block's first four words."""
-    i = run % 4
-    a, b, c = byte_of(low, i), byte_of(middle, i), byte_of(high, i)
-    scale = tl.where(run < 4, a & 63, (c & 15) | ((a >> 6) << 4))
-    least = tl.where(run < 4, b & 63, (c >> 4) | ((b >> 6) << 4))
-    return half_of(both) * scale.to(tl.float32), -half_of(both >> 16) * least.to(tl.float32)
 
 
 @jit
 def _load(row, s, j, inside):
     block, c = row + (s // 4) * 36, s % 4
     return (
-        tl.load((block + 4 + c * 8)[:, :, None] + j, mask=inside[:, :, None], other=0),
-        tl.load(block, mask=inside, other=0),
-        tl.load(block + 1, mask=inside, other=0),
-        tl.load(block + 2, mask=inside, other=0),
-        tl.load(block + 3, mask=inside, other=0),
+        words_at(block + 4 + c * 8, j, inside),
+        word_at(block, inside),
+        word_at(block + 1, inside),
+        word_at(block + 2, inside),
+        word_at(block + 3, inside),
     )
 
 
 @jit
 def scales(parts, s, g: tl.constexpr):
-    return run_scales_of(parts[1], parts[2], parts[3], parts[4], 2 * (s % 4) + g)
+    # Scale and -min of run 0-7, from the block's first four words.
+    run = 2 * (s % 4) + g
+    low, middle, high = byte_of(parts[2], run % 4), byte_of(parts[3], run % 4), byte_of(parts[4], run % 4)
+    scale = tl.where(run < 4, low & 63, (high & 15) | ((low >> 6) << 4))
+    least = tl.where(run < 4, middle & 63, (high >> 4) | ((middle >> 6) << 4))
+    return half_of(parts[1]) * scale.to(tl.float32), -half_of(parts[1] >> 16) * least.to(tl.float32)
 
 
 @jit
@@ -73,17 +66,9 @@ def columns(s, j, g: tl.constexpr, r: tl.constexpr):
     return 64 * s + 32 * g + 4 * j + r
 
 
-TYPE = blocks.BlockType(
-    name="Q4_K", weights=256, bytes=144, word=torch.int32, segments=4, segment_words=8, groups=2, planes=4,
-    load=_load, scales=scales, codes=_codes, columns=columns, reference=reference,
-)  # fmt: skip
-
-
-def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto") -> torch.Tensor:
-    """uint8 [out, in / 256 x 144] -> [out, in]."""
-    return blocks.dequantize(TYPE, data, dtype, path=path, name="Q4_K blocks")
-
-
-def matmul(x: torch.Tensor, data: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
-    """x [..., in] @ W^T -> [..., out] for W as uint8 [out, in / 256 x 144]; see `blocks.matmul`."""
-    return blocks.matmul(TYPE, x, data, path=path, name="Q4_K blocks")
+TYPE = BlockType(
+    "Q4_K",
+    Layout(weights=256, size_bytes=144, word=torch.int32, segments=4, segment_words=8, groups=2, planes=4),
+    Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
+    reference,
+)

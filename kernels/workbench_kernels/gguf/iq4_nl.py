@@ -10,10 +10,10 @@ Source of the layout and the levels: llama.cpp, ggml-common.h, `block_iq4_nl` an
 
 import torch
 
-from workbench_kernels import blocks
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.blocks import half_of
-from workbench_kernels.q4_0 import columns, load
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.q4_0 import columns, load
+from workbench_kernels.gguf.q8_0 import scales
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -25,8 +25,7 @@ def levels_of(codes: torch.Tensor) -> torch.Tensor:
 
 def reference(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 18] -> float32 [n, 32]."""
-    scale = data[:, :2].contiguous().view(torch.float16).float()
-    return scale * levels_of(torch.cat([data[:, 2:] & 15, data[:, 2:] >> 4], dim=1))
+    return halves(data[:, :2]) * levels_of(cut(data[:, 2:], 4).reshape(-1, 32))
 
 
 @jit
@@ -39,27 +38,13 @@ def level_of(q):
 
 
 @jit
-def _scales(parts, s, g: tl.constexpr):
-    scale = half_of(parts[1])
-    return scale, tl.zeros_like(scale)
-
-
-@jit
 def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
     return level_of((parts[0] >> (8 * (r % 2) + 4 * (r // 2))) & 15)
 
 
-TYPE = blocks.BlockType(
-    name="IQ4_NL", weights=32, bytes=18, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4,
-    load=load, scales=_scales, codes=_codes, columns=columns, reference=reference,
-)  # fmt: skip
-
-
-def dequantize(data: torch.Tensor, dtype: torch.dtype = torch.float32, *, path: str = "auto") -> torch.Tensor:
-    """uint8 [out, in / 32 x 18] -> [out, in]."""
-    return blocks.dequantize(TYPE, data, dtype, path=path, name="IQ4_NL blocks")
-
-
-def matmul(x: torch.Tensor, data: torch.Tensor, *, path: str = "auto") -> torch.Tensor:
-    """x [..., in] @ W^T -> [..., out] for W as uint8 [out, in / 32 x 18]; see `blocks.matmul`."""
-    return blocks.matmul(TYPE, x, data, path=path, name="IQ4_NL blocks")
+TYPE = BlockType(
+    "IQ4_NL",
+    Layout(weights=32, size_bytes=18, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4),
+    Unpacking(load=load, scales=scales, codes=_codes, columns=columns),
+    reference,
+)

@@ -1,0 +1,57 @@
+"""IQ4_XS: 256 weights in 136 bytes (4.25 bits a weight) as 8 runs of 32, w = d x (scale - 32) x LEVELS[q].
+
+    bytes 0-1     d      float16
+    bytes 2-3     upper 2 bits of each run's scale, run 0 lowest
+    bytes 4-7     lower 4 bits of each run's scale, run 0 in the low half of byte 4
+    bytes 8-135   q      4 bits each, 16 bytes a run: byte b holds weight b (low half) and b + 16 (high half)
+
+The levels are IQ4_NL's. Read in 32-bit words, 34 a block. A segment is a run: four words.
+Source of the layout: llama.cpp, ggml-common.h, `block_iq4_xs`.
+"""
+
+import torch
+
+from workbench_kernels.backend import jit, tl
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
+from workbench_kernels.gguf.iq4_nl import level_of, levels_of
+from workbench_kernels.gguf.q4_1 import columns
+
+
+def reference(data: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 136] -> float32 [n, 256]."""
+    lower = cut(data[:, 4:8], 4).transpose(1, 2).reshape(-1, 8)
+    upper = cut(data[:, 2:4], 2).transpose(1, 2).reshape(-1, 8)
+    scale = halves(data[:, :2]) * ((lower | (upper << 4)).float() - 32)
+    codes = cut(data[:, 8:].reshape(-1, 8, 16), 4).reshape(-1, 8, 32)
+    return (scale[:, :, None] * levels_of(codes)).view(-1, 256)
+
+
+@jit
+def _load(row, s, j, inside):
+    block, run = row + (s // 8) * 34, s % 8
+    return (
+        words_at(block + 2 + 4 * run, j, inside),
+        word_at(block, inside),
+        word_at(block + 1, inside),
+    )
+
+
+@jit
+def _scales(parts, s, g: tl.constexpr):
+    run = s % 8
+    lower, upper = (parts[2] >> (4 * run)) & 15, (parts[1] >> (16 + 2 * run)) & 3
+    scale = half_of(parts[1]) * ((lower | (upper << 4)) - 32).to(tl.float32)
+    return scale, tl.zeros_like(scale)
+
+
+@jit
+def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
+    return level_of((parts[0] >> (8 * (r % 4) + 4 * (r // 4))) & 15)
+
+
+TYPE = BlockType(
+    "IQ4_XS",
+    Layout(weights=256, size_bytes=136, word=torch.int32, segments=8, segment_words=4, groups=1, planes=8),
+    Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
+    reference,
+)

@@ -1,0 +1,71 @@
+"""Q3_K: 256 weights in 110 bytes (3.4375 bits a weight) as 16 runs of 16, w = d x (scale - 32) x (q - 4).
+
+In each half h of the block (128 weights), with v = 0..3 counting its quarters and b = 0..31 inside one:
+
+    bytes 0-31     upper bit of q: bit 4h + v of byte b
+    bytes 32-95    lower 2 bits of q: bits 2v, 2v + 1 of byte 32 + 32h + b
+    bytes 96-107   scale, 6 bits a run; weight 128h + 32v + b is in run 8h + 2v + b // 16. Lower 4 bits: low halves of
+                   bytes 96-103 for runs 0-7, high halves for runs 8-15; upper 2 bits: bits 2 (run // 4) and the
+                   next of byte 104 + run % 4
+    bytes 108-109  d, float16
+
+Read in 16-bit words (110 is no multiple of 4), 55 a block. A segment is (h, b // 16): eight words.
+Source of the layout: llama.cpp, ggml-common.h, `block_q3_K`, and `dequantize_row_q3_K`.
+"""
+
+import torch
+
+from workbench_kernels.backend import jit, tl
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
+from workbench_kernels.gguf.q6_k import columns
+
+
+def reference(data: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 110] -> float32 [n, 256]."""
+    run_scales = cut(data[:, 96:104], 4).reshape(-1, 16) | (cut(data[:, 104:108], 2).reshape(-1, 16) << 4)
+    scale = halves(data[:, 108:]) * (run_scales.float() - 32)
+    lower, upper = cut(data[:, 32:96].reshape(-1, 2, 32), 2), cut(data[:, :32], 1).view(-1, 2, 4, 32)
+    codes = (lower | (upper << 2)).view(-1, 16, 16).float() - 4
+    return (scale[:, :, None] * codes).view(-1, 256)
+
+
+@jit
+def _load(row, s, j, inside):
+    block, h, i = row + (s // 4) * 55, (s // 2) % 2, s % 2
+    return (
+        words_at(block + 16 + 16 * h + 8 * i, j, inside),
+        words_at(block + 8 * i, j, inside),
+        word_at(block + 54, inside),
+        # Bytes 96-103, runs 8h + 0..7 in one of their halves, and bytes 104-107.
+        word_at(block + 48, inside),
+        word_at(block + 49, inside),
+        word_at(block + 50, inside),
+        word_at(block + 51, inside),
+        word_at(block + 52, inside),
+        word_at(block + 53, inside),
+    )
+
+
+@jit
+def _scales(parts, s, g: tl.constexpr):
+    # Run 8h + 2g + i: byte 2g + i of the eight, half h; upper bits 2 (2h + g // 2) of byte (2g + i) % 4.
+    h, i = (s // 2) % 2, s % 2
+    lower = (parts[3 + g] >> (8 * i + 4 * h)) & 15
+    upper = (parts[7 + g % 2] >> (8 * i + 4 * h + 2 * (g // 2))) & 3
+    scale = half_of(parts[2]) * ((lower | (upper << 4)) - 32).to(tl.float32)
+    return scale, -4.0 * scale
+
+
+@jit
+def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
+    lower = (parts[0] >> (8 * r + 2 * g)) & 3
+    upper = (parts[1] >> (8 * r + 4 * ((s // 2) % 2) + g)) & 1
+    return (lower | (upper << 2)).to(tl.float32)
+
+
+TYPE = BlockType(
+    "Q3_K",
+    Layout(weights=256, size_bytes=110, word=torch.int16, segments=4, segment_words=8, groups=4, planes=2),
+    Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
+    reference,
+)

@@ -1,0 +1,50 @@
+"""Q4_1: 32 weights in 20 bytes (5 bits a weight), w = d x q + m.
+
+    bytes 0-1    d    float16
+    bytes 2-3    m    float16
+    bytes 4-19   q    4 bits each: byte b holds weight b in its low half and weight b + 16 in its high half
+
+Read in 32-bit words, five a block: word j of the codes holds weights 4j ... 4j + 3 and the same + 16. llama.cpp takes
+this type and Q5_0, Q5_1 where rows are no multiple of 256.
+Source of the layout: llama.cpp, ggml-common.h, `block_q4_1`.
+"""
+
+import torch
+
+from workbench_kernels.backend import jit, tl
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
+
+
+def reference(data: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 20] -> float32 [n, 32]."""
+    scale, least = halves(data[:, :4]).chunk(2, dim=1)
+    return scale * cut(data[:, 4:], 4).reshape(-1, 32).float() + least
+
+
+@jit
+def _load(row, s, j, inside):
+    block = row + s * 5
+    return words_at(block + 1, j, inside), word_at(block, inside)
+
+
+@jit
+def scales(parts, s, g: tl.constexpr):
+    return half_of(parts[1]), half_of(parts[1] >> 16)
+
+
+@jit
+def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
+    return ((parts[0] >> (8 * (r % 4) + 4 * (r // 4))) & 15).to(tl.float32)
+
+
+@jit
+def columns(s, j, g: tl.constexpr, r: tl.constexpr):
+    return 32 * s + 4 * j + r % 4 + 16 * (r // 4)
+
+
+TYPE = BlockType(
+    "Q4_1",
+    Layout(weights=32, size_bytes=20, word=torch.int32, segments=1, segment_words=4, groups=1, planes=8),
+    Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
+    reference,
+)

@@ -1,0 +1,48 @@
+"""Q8_0: 32 weights in 34 bytes (8.5 bits a weight), w = d x q.
+
+    bytes 0-1    d    float16
+    bytes 2-33   q    int8, one a weight, in order
+
+Read in 16-bit words (34 is no multiple of 4): word j of a block's sixteen holds weights 2j and 2j + 1.
+Source of the layout: llama.cpp, ggml-common.h, `block_q8_0`.
+"""
+
+import torch
+
+from workbench_kernels.backend import jit, tl
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, half_of, halves, word_at, words_at
+
+
+def reference(data: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 34] -> float32 [n, 32]."""
+    return halves(data[:, :2]) * data[:, 2:].view(torch.int8).float()
+
+
+@jit
+def _load(row, s, j, inside):
+    block = row + s * 17
+    return words_at(block + 1, j, inside), word_at(block, inside)
+
+
+@jit
+def scales(parts, s, g: tl.constexpr):
+    scale = half_of(parts[1])
+    return scale, tl.zeros_like(scale)
+
+
+@jit
+def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
+    return ((parts[0] << (24 - 8 * r)) >> 24).to(tl.float32)
+
+
+@jit
+def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
+    return 32 * s + 2 * j + r
+
+
+TYPE = BlockType(
+    "Q8_0",
+    Layout(weights=32, size_bytes=34, word=torch.int16, segments=1, segment_words=16, groups=1, planes=2),
+    Unpacking(load=_load, scales=scales, codes=_codes, columns=_columns),
+    reference,
+)
