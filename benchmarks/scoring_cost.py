@@ -44,7 +44,7 @@ def timed(payload: dict[str, Any], progress: Any) -> dict[str, list[float]]:
         (i, ids, first) for i, (ids, first) in enumerate(zip(stored["windows"], stored["score_from"], strict=True))
     ]
     module = importlib.import_module(BACKENDS[job.backend])
-    engine = module.Backend(job)
+    engine = module.Engine(job)
     spec = {"windows": evaluation.path, "base": job.base_digest}
 
     def peers() -> None:

@@ -231,6 +231,7 @@ def recommend(
     from workbench.report.table import build
     from workbench.report.verdicts import recommend as wing
     from workbench.sizes import parse_size
+    from workbench.worker.backends import serving_command
 
     if format not in ("terminal", "json"):
         raise unknown("format", format, ["terminal", "json"])
@@ -246,7 +247,8 @@ def recommend(
         backend=backend,
         sort=sort,
     )
-    found = wing.recommend(build(_stored(rows or [results]), machine=machine, recipe=recipe), wishes, str(home()))
+    table = build(_stored(rows or [results]), machine=machine, recipe=recipe)
+    found = wing.recommend(table, wishes, lambda row: serving_command(row, str(home())))
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
     if found.choice:
         row = found.choice.line.row

@@ -33,7 +33,7 @@ def collect(payload: dict[str, Any], progress: Any) -> dict[str, str]:
     for number, (name, model) in enumerate(payload["models"].items()):
         progress(number, len(payload["models"]), name)
         try:
-            engine = module.Backend(_job(payload["backend"], model))
+            engine = module.Engine(_job(payload["backend"], model))
             engine.score([(0, payload["ids"], 0)], {})
             found[name] = Keeper.rows(len(payload["ids"]) - 1)
             engine.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from workbench.machine.work import work
 from workbench.quantize.record import DTYPE_TYPES, artifact_key, provenance_of, stored_artifact
 from workbench.recipe.load import Recipe
 from workbench.records import Artifact, Variant, to_json
-from workbench.worker.methods import METHODS
+from workbench.worker.methods import method_named
 
 
 def convert_base(recipe: Recipe, base: dict[str, Any], show: Show) -> Artifact:
@@ -68,12 +67,8 @@ def quantize_gguf(
             python=interpreter("llamacpp", sys.executable),
             limit_s=recipe.limits.quantize_s,
         )
-        by = made["encoder"]
-        if by["name"] == "workbench":
-            show.say(
-                f"{variant.name}: blocks made by workbench's encoders on {by['device']}; {by['rows_equal']} of "
-                f"{by['rows_checked']} rows compared with llama.cpp's are the same"
-            )
+        for note in made["notes"]:
+            show.say(f"{variant.name}: {note}")
         return made, cost
 
     return _gguf(recipe, base, variant, weighted, run, source.disk_bytes)
@@ -100,19 +95,6 @@ def _gguf(
         partial = folder / name
         partial.unlink(missing_ok=True)
         made, cost = run(partial)
-        warnings = []
-        if made["fallbacks"]:
-            got = sorted({made["tensor_types"][tensor] for tensor in made["fallbacks"]})
-            warnings.append(
-                f"{len(made['fallbacks'])} of {len(made['tensor_types'])} tensors are {', '.join(got)} instead of "
-                f"{kind}: their rows are no multiple of 256"
-            )
-        by = made.get("encoder", {})
-        if by.get("rows_equal", 0) < by.get("rows_checked", 0):
-            warnings.append(
-                f"{by['rows_checked'] - by['rows_equal']} of {by['rows_checked']} rows that were compared are not the "
-                "bytes that llama.cpp's quantizer makes"
-            )
         artifact = Artifact(
             variant=variant.name,
             method=variant.method,
@@ -122,9 +104,8 @@ def _gguf(
             disk_bytes=made["disk_bytes"],
             parameters=base["parameters"],
             tensor_types=made["tensor_types"],
-            warnings=warnings,
-            provenance=provenance_of(recipe, base, variant, "gguf", cost, calibration)
-            | ({"encoder": by} if by else {}),
+            warnings=made["warnings"],
+            provenance=provenance_of(recipe, base, variant, "gguf", cost, calibration) | made.get("provenance", {}),
         )
         return dict(to_json(artifact))
 
@@ -133,5 +114,5 @@ def _gguf(
 
 def _encoder(variant: Variant) -> str:
     """Who is asked to make a GGUF's blocks: `llamacpp`, `workbench`, or `auto` where the worker has a choice."""
-    module = importlib.import_module(METHODS["gguf"])
-    return str(module.encoder_of(variant.options, has_cuda()))
+    method = method_named("gguf")
+    return str(method.making(method.Options(**variant.options), has_cuda()).arguments["encoder"])

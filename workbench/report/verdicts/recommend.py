@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,8 +88,8 @@ class Recommendation:
     """Those from which the choice differs by noise alone in what was asked for."""
 
 
-def recommend(table: Table, wishes: Wishes, home: str = "$WORKBENCH_HOME") -> Recommendation:
-    """The choice among a table's lines; `home` is where `$WORKBENCH_HOME` in their paths is.
+def recommend(table: Table, wishes: Wishes, command: Callable[[Row], str | None] = lambda row: None) -> Recommendation:
+    """The choice among a table's lines; `command` says how to serve what a row is of.
 
     Raises `UserError` for a backend that no line is of.
     """
@@ -142,31 +141,12 @@ def recommend(table: Table, wishes: Wishes, home: str = "$WORKBENCH_HOME") -> Re
     return Recommendation(
         wishes=wishes,
         choice=choice,
-        command=serve(choice.line.row, home) if choice else None,
+        command=command(choice.line.row) if choice else None,
         front=tuple(sorted(front, key=lambda one: _rank(one.line, order[0]))),
         fitting=tuple(sorted(fitting, key=lambda one: _rank(one.line, order[0]))),
         rejected=rejected,
         tied=tuple(name for name in tied if choice and name != choice.name),
     )
-
-
-def serve(row: Row, home: str = "$WORKBENCH_HOME") -> str | None:
-    """The command that serves a row's artifact in its engine, on this machine only."""
-    path = shlex.quote(row.artifact.path.replace("$WORKBENCH_HOME", home, 1))
-    threads = row.options.get("threads")
-    layers = row.options.get("gpu_layers")
-    if row.backend == "llamacpp":
-        more = f" --threads {threads}" if threads else ""
-        # -1 means all layers to the binding; the server counts them.
-        more += " --n-gpu-layers 999" if layers == -1 and device(row) != "cpu" else ""
-        more += f" --n-gpu-layers {layers}" if isinstance(layers, int) and layers >= 0 else ""
-        return f"llama-server --model {path}{more} --host 127.0.0.1 --port 8080"
-    if row.backend == "vllm":
-        more = " --enforce-eager" if row.options.get("enforce_eager") else ""
-        return f"vllm serve {path}{more} --host 127.0.0.1 --port 8000"
-    if row.backend == "transformers":
-        return f"transformers serve {path} --host 127.0.0.1 --port 8000"
-    return None
 
 
 def memory_bytes(line: Line) -> float | None:

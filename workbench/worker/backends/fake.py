@@ -10,15 +10,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from workbench.records import Artifact, Job
+from workbench.shape import EngineMemory, Sequences, Shape, Stored
 
-PACKAGES = ("torch",)
+MODULE = "torch"
+PACKAGES: tuple[str, ...] = ("torch",)
 INSTALL = "nothing; it is part of the tests"
-FORMATS = ("safetensors", "awq", "gptq", "gguf")
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "gguf")
+AXES: tuple[str, ...] = ()
+MAKES_REFERENCE = False
 ENVIRONMENT: dict[str, str] = {}
 
 
@@ -38,11 +42,25 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     return None
 
 
+def refuses(options: Options, cuda: bool) -> str | None:
+    """It refuses nothing."""
+    return None
+
+
+def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Options, cuda: bool) -> EngineMemory:
+    """The file."""
+    return EngineMemory(stored.disk_bytes, 0, 0, 0)
+
+
+def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> None:
+    """It serves nobody."""
+
+
 def load_engine() -> None:
     """There is none."""
 
 
-class Backend:
+class Engine:
     """See `backends/__init__.py` for the contract."""
 
     def __init__(self, job: Job) -> None:

@@ -9,24 +9,33 @@ stopping criteria and processors that differ between models; the loop is what al
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import install_with
 from workbench.records import Artifact, Job
+from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import packed
 
-PACKAGES = ("transformers", "torch")
+MODULE = "transformers"
+PACKAGES: tuple[str, ...] = ("transformers", "torch")
 INSTALL = "pip install transformers accelerate"
-FORMATS = ("safetensors", "awq", "gptq", "gguf")
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "gguf")
+AXES: tuple[str, ...] = ("kv_cache",)
+MAKES_REFERENCE = True
 # GPTQModel sizes its worker pools by the cores and refuses to start on two (facts of version 7.6).
 ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "4"}
 
 M_MMAP_THRESHOLD = -3
 MMAP_THRESHOLD_BYTES = 32 << 20
 """glibc's name for what is mapped apart, and where its own adjustment ends (mallopt(3))."""
+
+RUNTIME_BYTES = {"awq": 735e6, "gptq": 895e6}
+PLAIN_RUNTIME_BYTES = 480e6
+"""By format: AWQ and GPTQ bring GPTQModel and its layers. Measured: transformers 5.19 and torch 2.13 (CPU), CPython
+3.11, x86-64."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +60,39 @@ class Options:
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     """Every format of ours can be loaded."""
-    if artifact.format in FORMATS:
+    if artifact.format in LOADS:
         return None
     return f"transformers does not read {artifact.format}"
+
+
+def refuses(options: Options, cuda: bool) -> str | None:
+    """Every option can be had everywhere."""
+    return None
+
+
+def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Options, cuda: bool) -> EngineMemory:
+    """A layer's activations of a whole prompt, or the scored logits; a GGUF has the weights of the dtype it becomes."""
+    quantized = form in RUNTIME_BYTES
+    if options.dtype != "auto":
+        computed = DTYPE_BYTES[options.dtype]
+    else:
+        computed = DTYPE_BYTES[shape.dtype] if cuda and options.device != "cpu" else 4
+    width = (2 if cuda else 4) if quantized else computed
+    activations = load.widest_tokens * (3 * shape.inner + 4 * shape.hidden) * width
+    logits = load.scored_tokens * shape.vocab_size * (width + 4.0)
+    return EngineMemory(
+        weights=stored.disk_bytes if quantized else shape.parameters * computed,
+        # AWQ and GPTQ are computed in 16 bits everywhere.
+        kv_cache=shape.cached_values * load.tokens * load.batch * (2.0 if quantized else computed),
+        workspace=max(activations, logits) + SCORE_CHUNK_BYTES,
+        runtime=RUNTIME_BYTES.get(form, PLAIN_RUNTIME_BYTES),
+        notes=("a GGUF is de-quantized when transformers loads it",) if form == "gguf" else (),
+    )
+
+
+def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
+    """Its own server."""
+    return f"transformers serve {path} --host 127.0.0.1 --port 8000"
 
 
 def load_engine() -> Any:
@@ -64,7 +103,7 @@ def load_engine() -> Any:
     return torch
 
 
-class Backend:
+class Engine:
     """One model; see `backends/__init__.py` for the contract."""
 
     continuous = False

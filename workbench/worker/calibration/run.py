@@ -12,7 +12,6 @@ to each other.
 
 from __future__ import annotations
 
-import importlib
 import os
 import resource
 import time
@@ -39,8 +38,7 @@ from workbench.worker.calibration.walk import Skeleton, forward
 from workbench.worker.calibration.weights import Weights, open_weights, read_layer
 from workbench.worker.calibration.windows import Windows, read_windows
 from workbench.worker.ggml import imatrix
-
-METHODS = ("awq", "gptq")
+from workbench.worker.methods import METHODS, CalibratedMethod, method_named
 
 
 def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
             work.finished(index)
         with _timed(seconds, "write"):
             for variant in variants:
-                finish(variant.checkpoint, weights, variant.module, variant.options)
+                finish(variant.checkpoint, weights, variant.method, variant.options)
             if wants_imatrix:
                 out = Path(payload["imatrix_out"])
                 written = _write_imatrix(out, work, weights, windows, payload["tokens_digest"])
@@ -127,7 +125,7 @@ def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
             variant.name: {
                 "seconds": seconds.get(variant.name, 0.0),
                 "tensor_errors": work.note.errors[variant.name],
-                "tensor_types": _tensor_types(variant),
+                "tensor_types": variant.tensor_types,
                 "warnings": work.note.warnings[variant.name] + too_short,
             }
             for variant in variants
@@ -139,12 +137,13 @@ def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Variant:
-    """One thing to make: a method's module, its options, and where the result goes."""
+    """One thing to make: a method, its options, where the result goes and what each tensor of the base becomes."""
 
     name: str
-    module: Any
+    method: CalibratedMethod
     options: Any
     checkpoint: Checkpoint
+    tensor_types: dict[str, str]
 
     @property
     def cost(self) -> float:
@@ -164,24 +163,26 @@ def _variants(entries: list[dict[str, Any]], weights: Weights) -> tuple[list[_Va
 
 
 def _variant(entry: dict[str, Any], weights: Weights) -> _Variant:
-    name, method = entry["name"], entry["method"]
-    if method not in METHODS:
-        raise unknown("method", method, METHODS, name)
-    module = importlib.import_module(f"workbench.worker.methods.{method}")
-    options = module.Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["options"].items()})
-    module.check(options)
-    if options.engine != "workbench":
+    name = entry["name"]
+    known = {word: method for word in METHODS if isinstance(method := method_named(word), CalibratedMethod)}
+    if entry["method"] not in known:
+        raise unknown("method", entry["method"], known, name)
+    method = known[entry["method"]]
+    options = method.Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["options"].items()})
+    method.check(options)
+    if method.making(options, cuda=False).stage != "pass":
         raise UserError(f"{name}: `engine: {options.engine}` does not take part in the calibration pass")
-    check_shapes(weights, name, module, options)
-    return _Variant(name, module, options, Checkpoint(Path(entry["out"]), layout_of(weights, module, options)))
+    check_shapes(weights, name, method, options)
+    layout, types = layout_of(weights, method, options)
+    return _Variant(name, method, options, Checkpoint(Path(entry["out"]), layout), types)
 
 
 def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> Tensors:
     """A layer's tensors as a variant stores them; its errors and warnings go into the note."""
     prefix = f"{LAYERS}.{layer.index}."
     (made, errors, warnings), moved = with_cpu_fallback(
-        lambda: variant.module.quantize(layer, variant.options),
-        lambda: variant.module.quantize(on_cpu(layer), variant.options),
+        lambda: variant.method.quantize(layer, variant.options),
+        lambda: variant.method.quantize(on_cpu(layer), variant.options),
         device,
     )
     synchronize(device)
@@ -205,17 +206,6 @@ def _write_imatrix(out: Path, work: Work, weights: Weights, windows: Windows, da
     count, longest = len(windows.lengths), max(windows.lengths)
     imatrix.write(out, means, tokens=windows.tokens, windows=count, window=longest, dataset=dataset)
     return {"path": str(out), "entries": len(means), "bytes": out.stat().st_size}
-
-
-def _tensor_types(variant: _Variant) -> dict[str, str]:
-    """What each tensor of the base became."""
-    kinds = {}
-    for name, (kind, _) in variant.checkpoint.layout.items():
-        if name.endswith(".qweight"):
-            kinds[name.removesuffix(".qweight") + ".weight"] = variant.module.tensor_type(variant.options)
-        elif not name.endswith((".qzeros", ".scales", ".g_idx")):
-            kinds[name] = kind
-    return kinds
 
 
 def _too_short(windows: Windows, weights: Weights) -> list[str]:

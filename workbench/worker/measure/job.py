@@ -38,7 +38,7 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     conditions: dict[str, Any] = {"page_cache_before": resident.cached_fraction(job.artifact.path)}
 
     start = timing.now()
-    engine = module.Backend(job)
+    engine = module.Engine(job)
     load_s = timing.now() - start
     memory["peak_load"] = resident.peak_bytes()
 
@@ -116,7 +116,7 @@ def refer(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     (evaluation,) = job.evaluations.values()
     windows = _windows_of(evaluation)
     progress(0, len(windows), "loading")
-    engine = _engine(job).Backend(job)
+    engine = _engine(job).Engine(job)
     spec = {
         "windows": evaluation.path,
         "make_reference": payload["out"],

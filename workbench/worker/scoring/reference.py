@@ -9,6 +9,9 @@ import os
 from typing import Any
 
 from workbench.errors import UserError, install_with
+from workbench.shape import DTYPES
+from workbench.worker import Tensors
+from workbench.worker.base.checkpoint import lay_out
 
 TOP_K = 256
 """Ids kept exactly, unless the spec or the byte budget says fewer."""
@@ -57,56 +60,41 @@ def _likeliest(work: Any, k: int) -> Any:
 
 
 class ReferenceWriter:
-    """A reference being written: memory-mapped under a temporary name, so that it never stands in memory
-    whole."""
+    """A reference being written: memory-mapped under a temporary name, so that it never stands in memory whole."""
 
     def __init__(self, path: str, identity: dict[str, str], tokens: int, k: int, draws: int) -> None:
         import numpy
 
-        id_type = ("U16", numpy.uint16) if int(identity["vocab_size"]) <= 1 << 16 else ("I32", numpy.int32)
-        real = ("F32", numpy.float32)
+        ids = "U16" if int(identity["vocab_size"]) <= 1 << 16 else "I32"
         fields = {
-            "correct": (real, [tokens]),
-            "tail_mass": (real, [tokens]),
-            "logprobs": (real, [tokens, k]),
-            "tail_logprobs": (real, [tokens, draws]),
-            "top": (id_type, [tokens]),
-            "ids": (id_type, [tokens, k]),
-            "tail_ids": (id_type, [tokens, draws]),
+            "correct": ("F32", (tokens,)),
+            "tail_mass": ("F32", (tokens,)),
+            "logprobs": ("F32", (tokens, k)),
+            "tail_logprobs": ("F32", (tokens, draws)),
+            "top": (ids, (tokens,)),
+            "ids": (ids, (tokens, k)),
+            "tail_ids": (ids, (tokens, draws)),
         }
-        self._path, self._k, self._draws = path, k, draws
+        self._path, self._k, self._draws, self._fields = path, k, draws, fields
         self._partial = f"{path}.{os.getpid()}.partial"
         self._metadata = identity | {"top_k": str(k), "tail_draws": str(draws), "digest": "0" * 16}
-        header: dict[str, Any] = {"__metadata__": self._metadata}
-        offset = 0
-        for name, ((code, kind), shape) in fields.items():
-            end = offset + math.prod(shape) * numpy.dtype(kind).itemsize
-            header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
-            offset = end
-        self._header = header
-        text = self._header_bytes()
+        head, begins, size = lay_out(fields, self._metadata)
         with open(self._partial, "wb") as file:
-            file.write(text)
-            file.truncate(len(text) + offset)
-        self._arrays: dict[str, Any] = {}
-        for name, ((_, kind), shape) in fields.items():
-            begin = len(text) + header[name]["data_offsets"][0]
-            self._arrays[name] = (
-                numpy.memmap(self._partial, kind, "r+", begin, tuple(shape)) if math.prod(shape) else None
-            )
-
-    def _header_bytes(self) -> bytes:
-        """The safetensors header: its length in 8 bytes, JSON, spaces up to a multiple of 8."""
-        text = json.dumps(self._header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+            file.write(head)
+            file.truncate(size)
+        # numpy maps no array without entries; nothing is put into such a field.
+        self._arrays = {
+            name: numpy.memmap(self._partial, DTYPES[code].name, "r+", begins[name], shape)
+            for name, (code, shape) in fields.items()
+            if math.prod(shape)
+        }
 
     def add(self, at: int, work: Any, top: Any, correct: Any, log_probability: Any, log_total: Any) -> None:
         """Store a chunk; overwrites `work` [c, vocab], which holds exp(logit - maximum)."""
         import torch
 
         def put(name: str, value: Any) -> None:
-            if self._arrays[name] is not None:
+            if name in self._arrays:
                 self._arrays[name][at : at + len(value)] = value.cpu().numpy()
 
         ids = _likeliest(work, self._k)
@@ -135,18 +123,18 @@ class ReferenceWriter:
     def close(self) -> str:
         """Seal the file under its name with the digest of its content, and return that."""
         for array in self._arrays.values():
-            if array is not None:
-                array.flush()
-        self._arrays = {}
-        start = len(self._header_bytes())
+            array.flush()
+        self._arrays.clear()
+        head, *_ = lay_out(self._fields, self._metadata)
         content = hashlib.sha256(json.dumps(self._metadata, sort_keys=True).encode())
         with open(self._partial, "r+b") as file:
-            file.seek(start)
+            file.seek(len(head))
             while block := file.read(1 << 20):
                 content.update(block)
             self._metadata["digest"] = content.hexdigest()[:16]
             file.seek(0)
-            file.write(self._header_bytes())
+            # As long as before: a digest has always as many digits.
+            file.write(lay_out(self._fields, self._metadata)[0])
         os.replace(self._partial, self._path)
         return self._metadata["digest"]
 
@@ -187,7 +175,7 @@ class ReferenceReader:
                 )
         self.top_k, self.draws, self.digest = int(found["top_k"]), int(found["tail_draws"]), found["digest"]
 
-    def rows(self, first: int, end: int, device: Any) -> dict[str, Any]:
+    def rows(self, first: int, end: int, device: Any) -> Tensors:
         """Tokens `first` to `end` of every field on `device`: ids int64, the rest float32."""
         import torch
 
