@@ -36,7 +36,6 @@ def collect(payload: dict[str, Any], progress: Any) -> dict[str, str]:
             engine = module.Engine(_job(payload["backend"], model))
             engine.score([(0, payload["ids"], 0)], {})
             found[name] = Keeper.rows(len(payload["ids"]) - 1)
-            engine.close()
             del engine
             # vLLM collects garbage several times a start, each time through all that was ever imported.
             gc.freeze()

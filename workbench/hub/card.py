@@ -6,14 +6,12 @@ The numbers are those of stored rows, the words those of the tables; nothing is 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from workbench.errors import UserError, unknown
 from workbench.front_matter import block
-from workbench.hub.licences import licence as known_licence
-from workbench.hub.licences import refusal
+from workbench.hub.licences import known_licence, refusal
 from workbench.records import Row
 from workbench.report.formats.markdown import markdown
 from workbench.report.store import machine_of
@@ -119,17 +117,15 @@ def _provenance(row: Row) -> list[tuple[str, str]]:
     ]
 
 
-def _encoder(by: dict[str, Any]) -> str:
+def _encoder(by: Mapping[str, object]) -> str:
     """Who made a GGUF's blocks; nothing for other formats, and for files from before there was a choice."""
-    if not by:
-        return ""
-    compared = (
-        f", {by['rows_equal']} of {by['rows_checked']} rows compared are llama.cpp's" if "rows_checked" in by else ""
-    )
-    return f"made by {by.get('name')} on {by.get('device')}{compared}"
+    made = f"made by {by.get('name')} on {by.get('device')}" if by else ""
+    if "rows_checked" in by:
+        made += f", {by['rows_equal']} of {by['rows_checked']} rows compared are llama.cpp's"
+    return made
 
 
-def _text(words: Any) -> str:
+def _text(words: object) -> str:
     """Text that markdown and HTML show as it is, on one line."""
     plain = "".join(mark if mark.isprintable() else " " for mark in str(words))
     plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

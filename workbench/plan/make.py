@@ -52,9 +52,9 @@ def make(
     here = machine()
     cuda = has_cuda() if cuda is None else cuda
     if memory_bytes is None:
-        if cuda and not here["gpus"]:
+        if cuda and not here.gpus:
             raise UserError("--device cuda: there is no GPU here; say how much memory it has: --memory 24GiB")
-        memory_bytes = min(gpu["memory_bytes"] for gpu in here["gpus"]) if cuda else here["memory_bytes"]
+        memory_bytes = min(gpu.memory_bytes for gpu in here.gpus) if cuda else here.memory_bytes
     shape = shape or shape_of(_read(recipe), f"{recipe.path}: base")
     load = recipe.workload
     for value, name in ((context, "context"), (batch, "batch")):

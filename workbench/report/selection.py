@@ -27,9 +27,18 @@ class Pair(NamedTuple):
 
 
 def pair_of(row: Row) -> Pair:
-    """Base, variant, engine, and how it was run; an option that says nothing is as good as none, as in older rows."""
+    """Base, variant, engine, and how it was run."""
+    # An option at its engine's default is null, and absent from rows that are older than the option.
     options = {name: value for name, value in row.options.items() if value is not None}
     return Pair(row.base, row.artifact.variant, row.backend, digest([options, to_json(row.workload)]))
+
+
+def by_pair(rows: Iterable[Row]) -> dict[Pair, list[Row]]:
+    """The rows of each pair, in their order."""
+    found: dict[Pair, list[Row]] = {}
+    for row in rows:
+        found.setdefault(pair_of(row), []).append(row)
+    return found
 
 
 def labels_of(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
@@ -105,20 +114,17 @@ def evaluation_digest(row: Row) -> str:
 
 
 def latest_of_each_pair(rows: list[Row], notes: list[str]) -> list[Row]:
-    pairs: dict[str, Row] = {}
-    measured: dict[str, Row] = {}
+    pairs: dict[Pair, Row] = {}
+    measured: dict[Pair, Row] = {}
     for row in rows:
-        # An option at its engine's default is null, and absent from rows that are older than the option.
-        chosen = {key: value for key, value in row.options.items() if value is not None}
-        name = digest([row.base, row.artifact.variant, row.backend, chosen, to_json(row.workload)])
-        if name not in pairs or age_of(row) >= age_of(pairs[name]):
-            pairs[name] = row
-        if row.measurement and (name not in measured or age_of(row) >= age_of(measured[name])):
-            measured[name] = row
-    for name, row in pairs.items():
-        good = measured.get(name)
+        pair = pair_of(row)
+        for newest in (pairs, measured) if row.measurement else (pairs,):
+            if pair not in newest or age_of(row) >= age_of(newest[pair]):
+                newest[pair] = row
+    for pair, row in pairs.items():
+        good = measured.get(pair)
         if row.error and good and good.artifact.digest == row.artifact.digest:
-            pairs[name] = good
+            pairs[pair] = good
             notes.append(
                 f"{row.artifact.variant} on {row.backend} was tried again and failed ({row.error}): what was measured "
                 "before is shown"

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
-from workbench.records import Artifact, Job, Row
+from workbench.records import Artifact, Job, Quality, Row
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
 
 BACKENDS = {
@@ -34,7 +34,7 @@ class Engine(Protocol):
     continuous: bool
     """Whether `serve` fills a free slot at once."""
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
         """What `Reducer(spec).result()` says of all windows: (index, ids, first scored position)."""
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:

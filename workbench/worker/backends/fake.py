@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
 
 MODULE = "torch"
@@ -64,10 +64,10 @@ class Engine:
     """See `backends/__init__.py` for the contract."""
 
     def __init__(self, job: Job) -> None:
-        only = job.options.get("only") or job.artifact.variant
+        options = Options(**job.options)
         if os.environ.get("WORKBENCH_FAKE_BROKEN"):
             raise RuntimeError("fake engine: broken since tonight")
-        self._do = job.options.get("do", "nothing") if job.artifact.variant == only else "nothing"
+        self._do = options.do if options.only in ("", job.artifact.variant) else "nothing"
         # Slower without a word in the recipe, as an engine's new version may be: in everything, or with one variant.
         self._step_s = 0.001 * float(os.environ.get("WORKBENCH_FAKE_SLOWER", "1"))
         if os.environ.get("WORKBENCH_FAKE_LIMPS") == job.artifact.variant:
@@ -86,7 +86,7 @@ class Engine:
         if self._do == "memory":
             raise MemoryError("fake engine: cannot allocate 1 TiB")
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
         """Noise, or NaN, through the real reducer."""
         import json
         from pathlib import Path
@@ -138,6 +138,3 @@ class Engine:
     def settings(self) -> dict[str, Any]:
         """A CPU, as everywhere."""
         return {"device": "cpu"}
-
-    def close(self) -> None:
-        """Nothing to close."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from workbench.disk import disk_faults
 from workbench.errors import UserError
-from workbench.front_matter import licence_of
+from workbench.front_matter import stated_licence
 from workbench.records import digest as short_digest
 from workbench.worker import Progress
 from workbench.worker.base.alone import alone
@@ -79,7 +79,7 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         config = checked_config(path, remote_code)
         if equivalent:
             write_equivalent(path, config, tensors, int(equivalent["hidden"]), int(equivalent["seed"]), out, progress)
-            license_name = license_name or licence_of(path / "README.md")
+            license_name = license_name or stated_licence(path / "README.md")
             shutil.rmtree(plain, ignore_errors=True)
             path = out
             config, tensors = checked_config(out, remote_code), checked_weights(out)
@@ -96,7 +96,7 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "revision": revision,
         "vocab_size": int(text_config(config)["vocab_size"]),
         "context_length": context_tokens(config),
-        "license": license_name or licence_of(path / "README.md"),
+        "license": license_name or stated_licence(path / "README.md"),
         "warnings": warnings,
         "tokenizer": any((path / name).is_file() for name in VOCABULARY_FILES),
         "digest": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),

@@ -13,7 +13,17 @@ import json
 from typing import Any
 
 from workbench.errors import cannot_import
-from workbench.records import Evaluation, Job, Measurement, from_json, to_json
+from workbench.records import (
+    Answers,
+    Evaluation,
+    Job,
+    Measurement,
+    Quality,
+    Reference,
+    ReferRequest,
+    from_json,
+    to_json,
+)
 from workbench.worker.backends import BACKENDS
 from workbench.worker.measure import answers, resident, timing
 from workbench.worker.measure.energy import Meter
@@ -21,8 +31,8 @@ from workbench.worker.scoring.reducer import compact
 from workbench.worker.tokens.spelling import check_spelling
 
 
-def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Worker: payload `{"job": Job}`; returns a `Measurement` as JSON."""
+def measure(payload: dict[str, Any], progress: Any) -> object:
+    """Worker: payload `{"job": Job}`; returns a `Measurement`."""
     job: Job = from_json(Job, payload["job"])
     sets = {name: _windows_of(test) for name, test in job.evaluations.items()}
     first = next(iter(sets), "")
@@ -35,14 +45,15 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     module = _engine(job)
     import_s = timing.now() - start
     memory = {"runtime": resident.resident_bytes()}
-    conditions: dict[str, Any] = {"page_cache_before": resident.cached_fraction(job.artifact.path)}
+    cached = resident.cached_fraction(job.artifact.path)
 
     start = timing.now()
     engine = module.Engine(job)
     load_s = timing.now() - start
     memory["peak_load"] = resident.peak_bytes()
 
-    qualities, score_s = {}, None
+    qualities: dict[str, Quality] = {}
+    score_s: float | None = None
     for name, test in job.evaluations.items():
         if name == first:
             check_spelling(test.path, engine.spell, job.artifact.variant)
@@ -52,7 +63,7 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
         found = engine.score(_watched(sets[name], progress, steps) if name == first else sets[name], spec)
         score_s = score_s or timing.now() - start
         qualities[name] = compact(found, job.artifact.method == "base")
-    answered = {}
+    answered: dict[str, Answers] = {}
     for name, task in job.tasks.items():
         progress(1, steps, f"task {name}")
         answered[name] = answers.answer(engine, task)
@@ -69,7 +80,7 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     meter, speeds, served, probes = Meter(), [], [], list[float]()
     for share in timing.shares(workload.repeats, job.rounds):
         if share.start:
-            progress.turn()
+            progress.pause()
         timed, probed = timing.speeds(
             engine, workload, text, stepped, meter=meter, probe=timing.work_probe, share=share
         )
@@ -77,7 +88,6 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
         served.append(timing.served(engine, workload, text, stepped, share=share))
         probes += probed
     memory["peak_timing"] = resident.peak_bytes() if exact else None
-    conditions["probe_s"] = probes
     settings = engine.settings()
     warnings = settings.pop("warnings", [])
     for name, each in qualities.items():
@@ -98,35 +108,36 @@ def measure(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
         qualities=qualities,
         tasks=answered,
         memory=_memory(engine.memory(), memory, before),
-        conditions=conditions,
+        conditions={"page_cache_before": cached, "probe_s": probes},
         settings=settings,
         warnings=warnings,
     )
-    return dict(to_json(measurement))
+    return to_json(measurement)
 
 
-def refer(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Worker: payload `{"job": Job, "out": path}`; scores the job's artifact, the base, once and writes the
-    reference that every other job is compared with (`quality.Reducer`, `make_reference`).
+def refer(payload: object, progress: Any) -> object:
+    """Worker for a `ReferRequest`: score the job's artifact, the base, once and write the reference that every other
+    job is compared with (`Reducer`, `make_reference`). Nothing is timed.
 
-    Nothing is timed. Returns its content's `digest`, and `settings`: dtype and device it was made with. Raises
-    `ValueError` if no scored position has finite logits: nothing could be compared with that.
+    Returns a `Reference`. Raises `ValueError` if no scored position has finite logits: nothing could be compared with
+    that.
     """
-    job: Job = from_json(Job, payload["job"])
+    request: ReferRequest = from_json(ReferRequest, payload)
+    job = request.job
     (evaluation,) = job.evaluations.values()
     windows = _windows_of(evaluation)
     progress(0, len(windows), "loading")
     engine = _engine(job).Engine(job)
     spec = {
         "windows": evaluation.path,
-        "make_reference": payload["out"],
+        "make_reference": request.out,
         "base": job.base_digest,
         "per_token": False,
     }
     made = engine.score(_watched(windows, progress, len(windows)), spec)
     if not any(window["count"] for window in made["windows"]):
         raise ValueError("the base gives NaN or infinite logits at every scored position")
-    return {"digest": made["made_reference_digest"], "settings": engine.settings()}
+    return to_json(Reference(made["made_reference_digest"] or "", engine.settings()))
 
 
 def _engine(job: Job) -> Any:

@@ -40,7 +40,7 @@ import struct
 from typing import Any
 
 from workbench.errors import UserError
-from workbench.records import REFERENCE_VERSION, digest
+from workbench.records import REFERENCE_VERSION, Quality, WindowScores, digest
 from workbench.worker import Tensors
 from workbench.worker.scoring.reference import TOP_K, ReferenceReader, ReferenceWriter, reference_shape
 
@@ -181,18 +181,11 @@ class Reducer:
             self._made.add(at, work, top, correct, log_probability, log_total)
         return columns
 
-    def result(self) -> dict[str, Any]:
-        """What was measured, as JSON; also completes the file of `make_reference`.
+    def result(self) -> Quality:
+        """What was measured; also completes the file of `make_reference`.
 
-        `{"windows": [...], "top_k", "tail_draws", "reference_digest", "vocab_size",
-        "made_reference_digest"}`; the first three of the others are null without a reference. A window holds
-        `count` (tokens with finite logits), `nonfinite` (the others, excluded from everything else) and
-        `nll_sum` in nats; with a reference also `kld_count` (tokens that the base too had finite logits for),
-        `kld_sum` and its lower bound `kld_low_sum` in nats, `same_top_sum`, `dp_square_sum`; with `greedy`
-        `greedy_sum`. With `per_token`
-        lists over the scored positions, `nll`, `kld`, `same_top` and `dp` (the correct token's probability
-        less the base's), to six digits, have null in the place of an excluded token, so that lists of two
-        passes stay aligned and no average can swallow one.
+        With `per_token` there are lists over the scored positions, to six digits and with null in the place of an
+        excluded token, so that lists of two passes stay aligned and no average can swallow one.
 
         Raises `RuntimeError` if a scored position was never given.
         """
@@ -210,7 +203,7 @@ class Reducer:
         for at, columns in self._pending:
             table[at : at + len(columns)] = columns.cpu()
         reference = self._reference
-        result: dict[str, Any] = {
+        result: Quality = {
             "windows": [
                 _window(table[a:b].double(), reference is not None, self._per_token, self._greedy)
                 for a, b in zip(self._starts, self._starts[1:], strict=False)
@@ -226,7 +219,7 @@ class Reducer:
         return result
 
 
-def compact(result: dict[str, Any], is_base: bool) -> dict[str, Any]:
+def compact(result: Quality, is_base: bool) -> Quality:
     """`Reducer.result()` as a row stores it: every sum and count as it is, of the per-token lists what is needed.
 
     - `kld`, for the quantiles.
@@ -240,15 +233,23 @@ def compact(result: dict[str, Any], is_base: bool) -> dict[str, Any]:
     nothing of a divergence, and at 65,504, where larger values are put. Means come from the sums, in full.
     """
 
-    def packed(values: list[float | None]) -> str:
+    def packed(values: str | list[float | None]) -> str:
+        if isinstance(values, str):
+            return values
         numbers = (math.nan if value is None else max(-65504.0, min(value, 65504.0)) for value in values)
         return base64.b64encode(struct.pack(f"<{len(values)}e", *numbers)).decode()
 
     windows = []
     for window in result["windows"]:
-        kept = {key: value for key, value in window.items() if key not in ("nll", "kld", "same_top", "dp")}
-        wanted = (["nll"] if is_base or window["nonfinite"] else []) + ["kld"]
-        windows.append(kept | {name: packed(window[name]) for name in wanted if name in window})
+        kept = window.copy()
+        kept.pop("same_top", None)
+        kept.pop("dp", None)
+        nll = kept.pop("nll", None)
+        if nll is not None and (is_base or window["nonfinite"]):
+            kept["nll"] = packed(nll)
+        if "kld" in window:
+            kept["kld"] = packed(window["kld"])
+        windows.append(kept)
     return {**result, "windows": windows}
 
 
@@ -284,7 +285,7 @@ def _divergence(stored: Tensors, work: Any, log_probability: Any, log_total: Any
     return low, missed
 
 
-def _window(table: Any, compared: bool, per_token: bool, greedy: bool = False) -> dict[str, Any]:
+def _window(table: Any, compared: bool, per_token: bool, greedy: bool = False) -> WindowScores:
     """One window's [n, 5] float64 table as JSON."""
     import torch
 
@@ -295,7 +296,7 @@ def _window(table: Any, compared: bool, per_token: bool, greedy: bool = False) -
         return [None if value != value else float(f"{value:.6g}") for value in table[:, column].tolist()]
 
     excluded = int(torch.isnan(table[:, 0]).sum())
-    window: dict[str, Any] = {"count": len(table) - excluded, "nonfinite": excluded, "nll_sum": total(0)}
+    window: WindowScores = {"count": len(table) - excluded, "nonfinite": excluded, "nll_sum": total(0)}
     if per_token:
         window["nll"] = listed(0)
     if greedy:

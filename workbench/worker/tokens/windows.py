@@ -26,7 +26,7 @@ from workbench.disk import write_whole
 from workbench.errors import UserError, unknown
 from workbench.worker import Progress
 from workbench.worker.tokens.conventions import CONVENTIONS, DEFAULT, Spans
-from workbench.worker.tokens.text import describe, one_line, read_text
+from workbench.worker.tokens.text import Source, one_line, read_text, source_of
 
 CORPUS_VERSION = 1
 """Of the way text becomes windows. Raise it when the same recipe would give other ids."""
@@ -66,23 +66,23 @@ def build(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         _check_set(entry)
     tokenizer, vocab_size, bos = open_tokenizer(base, bool(payload.get("allow_remote_code")))
     needs = _needed_tokens(sets)
-    sources: dict[str, Tokens] = {}
-    for done, (key, need) in enumerate(needs.items()):
-        progress(done, len(needs) + 1, f"reading {describe(json.loads(key))}")
-        sources[key] = _tokens(json.loads(key), tokenizer, need)
+    sources: dict[Source, Tokens] = {}
+    for done, (source, need) in enumerate(needs.items()):
+        progress(done, len(needs) + 1, f"reading {source}")
+        sources[source] = _tokens(source, tokenizer, need)
 
     chosen: dict[int, Spans] = {}
-    read: dict[str, list[tuple[int, int]]] = {}
+    read: dict[Source, list[tuple[int, int]]] = {}
     for index, entry in enumerate(sets):
         if entry["role"] == "evaluation":
-            key = _key(entry["source"])
+            key = source_of(entry["source"])
             chosen[index] = _evaluation_spans(entry, len(sources[key].ids))
             read.setdefault(key, []).extend((start, start + entry["window"]) for start, _ in chosen[index])
     evaluated = _runs_of(sources[key].ids[a:b] for key, spans in read.items() for a, b in _merged(spans))
     overlap = bool(payload.get("allow_overlap"))
     for index, entry in enumerate(sets):
         if entry["role"] == "calibration":
-            key = _key(entry["source"])
+            key = source_of(entry["source"])
             ids, used = sources[key].ids, _merged(read.get(key, []))
             starts = _calibration_starts(entry, ids, used, set() if overlap else evaluated)
             if not overlap:
@@ -92,8 +92,8 @@ def build(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
     replies = []
     for index, entry in enumerate(sets):
-        source = sources[_key(entry["source"])]
-        replies.append(_write(entry, source, chosen[index], tokenizer, vocab_size, bos))
+        text = sources[source_of(entry["source"])]
+        replies.append(_write(entry, text, chosen[index], tokenizer, vocab_size, bos))
     progress(1, 1, "token windows written")
     return {"sets": replies}
 
@@ -122,21 +122,17 @@ def _check_set(entry: dict[str, Any]) -> None:
             raise UserError(f"{name}: `score: {score}` needs a `stride` from 1 to {window - 1}, not {stride}.")
 
 
-def _key(source: dict[str, Any]) -> str:
-    return json.dumps(source, sort_keys=True)
-
-
 def _spans(entry: dict[str, Any], tokens: int) -> Spans:
     """The windows of so many tokens by the set's convention."""
     convention = CONVENTIONS[entry.get("score") or DEFAULT]
     return convention.spans(tokens, int(entry["window"]), int(entry.get("stride") or 0))
 
 
-def _needed_tokens(sets: list[dict[str, Any]]) -> dict[str, int | None]:
+def _needed_tokens(sets: list[dict[str, Any]]) -> dict[Source, int | None]:
     """How many tokens of each distinct source are wanted; None for all of them."""
-    needs: dict[str, int | None] = {}
+    needs: dict[Source, int | None] = {}
     for entry in sets:
-        key = _key(entry["source"])
+        key = source_of(entry["source"])
         if entry.get("windows") is None:
             needs[key] = None
             continue
@@ -167,7 +163,7 @@ def open_tokenizer(base: Path, remote_code: bool) -> tuple[Any, int, int | None]
     return tokenizer, int(sizes["vocab_size"]), int(bos) if adds_bos else None
 
 
-def _tokens(source: dict[str, Any], tokenizer: Any, need_tokens: int | None) -> Tokens:
+def _tokens(source: Source, tokenizer: Any, need_tokens: int | None) -> Tokens:
     text = read_text(source, need_tokens)
     fast = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
@@ -186,7 +182,7 @@ def _evaluation_spans(entry: dict[str, Any], count: int) -> Spans:
         room = f"{len(spans)} windows of {window} fit" if spans else f"no window of {window} fits"
         fewer = f"Ask for {len(spans)} or fewer" if spans else f"Use a window of {count} or fewer"
         raise UserError(
-            f"evaluation '{entry.get('name')}': {describe(entry['source'])} has {count} tokens, so {room}, "
+            f"evaluation '{entry.get('name')}': {source_of(entry['source'])} has {count} tokens, so {room}, "
             f"but {wanted or 'at least one'} asked for. {fewer}, or name a longer text."
         )
     return spans[:wanted]
@@ -238,7 +234,7 @@ def _calibration_starts(
     if len(starts) < wanted:
         left = " that evaluation does not use" if used else ""
         raise UserError(
-            f"calibration '{entry.get('name')}': {describe(entry['source'])} has {len(ids)} tokens and "
+            f"calibration '{entry.get('name')}': {source_of(entry['source'])} has {len(ids)} tokens and "
             f"{len(starts)} windows "
             f"of {window}{left}, but {wanted} asked for. Ask for fewer or shorter ones, or name a longer "
             "text."
