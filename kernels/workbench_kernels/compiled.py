@@ -54,7 +54,7 @@ def facts(launch: Launch, architecture: int, config: Config | None = None) -> Fa
     config = config or launch.configs[0]
     tile, options = parted(config)
     function = launch.function
-    known = launch.arguments | tile
+    known = {**launch.arguments, **tile}
     fixed = {parameter.name for parameter in function.params if parameter.is_constexpr}
     signature, aligned = {}, {}
     for place, name in enumerate(function.arg_names):
