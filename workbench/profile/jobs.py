@@ -7,7 +7,6 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
 from workbench.home import interpreter
 from workbench.machine.identity import has_cuda, machine, program, versions
@@ -136,7 +135,7 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
     return replace(row, key=digest([*causes, reference] if reference and is_scored(row) else causes))
 
 
-def _cause(workload: Workload) -> dict[str, Any]:
+def _cause(workload: Workload) -> dict[str, object]:
     """The workload as it stands in a key. Not as it is stored: what schema 1 measured is not to be measured anew."""
     (prompt_tokens, *more_prompt_tokens), (batch, *more_batch) = workload.prompt_tokens, workload.batches
     old = {"prompt_tokens": prompt_tokens, "more_prompt_tokens": more_prompt_tokens}
@@ -144,13 +143,13 @@ def _cause(workload: Workload) -> dict[str, Any]:
     return {name: value for name, value in to_json(workload).items() if name != "batches"} | old
 
 
-def trusting(recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
+def trusting(recipe: Recipe, options: dict[str, object]) -> dict[str, object]:
     """The options with the base's word on remote code, where the engine has an option for it."""
     said = recipe.base.trust_remote_code and "trust_remote_code" in options
     return {**options, "trust_remote_code": True} if said else options
 
 
-def all_options(recipe: Recipe, backend: str, given: dict[str, Any]) -> dict[str, Any]:
+def all_options(recipe: Recipe, backend: str, given: dict[str, object]) -> dict[str, object]:
     """What a worker is told: the given options, and the defaults of those that are not."""
     return trusting(recipe, to_json(backend_named(backend).Options(**given)))
 

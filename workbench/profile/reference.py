@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from workbench.console import Show
 from workbench.errors import UserError, WorkFailed
@@ -89,7 +88,7 @@ def _reference(recipe: Recipe, made: Made, evaluation: str, key: str, show: Show
     return replace(found, path=str(folder / name))
 
 
-def _reference_options(recipe: Recipe) -> dict[str, Any]:
+def _reference_options(recipe: Recipe) -> dict[str, object]:
     """The maker's options as the recipe has them, but for the dtype, which a variant's comparison is not to choose."""
     return all_options(recipe, REFERENCE_MAKER, recipe.backend(REFERENCE_MAKER).options) | {"dtype": "auto"}
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality
+from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
 from workbench.worker.scoring.reducer import Scoring
 
@@ -65,7 +65,7 @@ class Engine:
     """See `backends/__init__.py` for the contract."""
 
     def __init__(self, job: Job) -> None:
-        options = Options(**job.options)
+        options: Options = from_json(Options, job.options)
         if os.environ.get("WORKBENCH_FAKE_BROKEN"):
             raise RuntimeError("fake engine: broken since tonight")
         self._do = options.do if options.only in ("", job.artifact.variant) else "nothing"
