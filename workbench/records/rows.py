@@ -37,11 +37,11 @@ class Artifact:
     path: str
     """A Hugging Face directory, or a `.gguf` file."""
     digest: str
-    """Of everything that determined the bytes: base, method, options, calibration, versions."""
+    """Digest of everything that determined the bytes: base, method, options, calibration, versions."""
     disk_bytes: int
     """All weight tensors as stored, without headers; tied embeddings once."""
     parameters: int
-    """Of the base, tied embeddings once."""
+    """The base's weights, tied embeddings once."""
     tensor_types: dict[str, str] = field(default_factory=dict)
     """The type each tensor really got, by its name in the file."""
     warnings: list[str] = field(default_factory=list)
@@ -179,7 +179,7 @@ class Served:
     """Sequences at once."""
     prompt_tokens: int
     new_tokens: list[int]
-    """Of each request."""
+    """New tokens of each request."""
     seconds: list[float]
     """From the first request to the last one's end."""
     continuous: bool

@@ -27,7 +27,7 @@ def silent(done: float, total: float, text: str) -> None:
 
 
 def make_base(path: Path, bos: bool, vocab_size: int = 300) -> Path:
-    """A directory with a byte-level tokenizer (one token a byte) and a config; corpus.py needs no weights."""
+    """A directory with a byte-level tokenizer (one token a byte) and a config; windows.py needs no weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,7 @@
 """From any source of a base model to one Hugging Face directory that every method and engine reads.
 
 A base comes from a hub repository (`hub`), a local directory or a file inside an installed Python package
-(`sources`), a GGUF file (`dequantize`), or a bare configuration (`random_base`). `prepare` checks what it finds
+(`sources`), a GGUF file (`dequantize`), or a bare configuration (`random_weights`). `prepare` checks what it finds
 (`checkpoint`) and, where asked, rewrites it as the same function with other weights (`equivalent`). What is
 already a directory is used in place; nothing is copied, so a base from a hub costs no disk twice.
 

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.disk import write_whole
 from workbench.errors import UserError, unknown
 from workbench.records import Evaluation, TokenSet, TokensRequest, from_json, to_json
 from workbench.worker import Progress
 from workbench.worker.tokens.conventions import CONVENTIONS, Spans
+from workbench.worker.tokens.file import TokenFile, write_tokens
 from workbench.worker.tokens.text import Source, one_line, read_text, source_of
 
 CORPUS_VERSION = 1
@@ -257,16 +257,8 @@ def _write(
     digest = hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
     out = Path(each.out)
     used = sorted({token for ids in windows for token in ids})
-    content = {
-        "windows": windows,
-        "score_from": score_from,
-        "vocab_size": vocab_size,
-        "bos": bos,
-        "digest": digest,
-        "spelling": dict(zip(map(str, used), tokenizer.convert_ids_to_tokens(used), strict=True)),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, json.dumps(content, separators=(",", ":")))
+    spelling = dict(zip(map(str, used), tokenizer.convert_ids_to_tokens(used), strict=True))
+    write_tokens(out, TokenFile(windows, score_from, vocab_size, bos, digest, spelling))
     return Evaluation(
         each.name,
         str(out),
