@@ -205,7 +205,7 @@ def real_base(real_home: Path) -> Path:
     program = (
         "from workbench.quantize.base import prepare; from workbench.console import Console;"
         "from workbench.recipe.load import load;"
-        "print(prepare(load('recipes/tiny.yaml'), Console(quiet=True))['path'])"
+        "print(prepare(load('recipes/tiny.yaml'), Console(quiet=True)).path)"
     )
     answer = subprocess.run(
         [sys.executable, "-c", program],

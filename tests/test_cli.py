@@ -97,8 +97,8 @@ def test_a_run_measures_once_and_its_table_has_what_is_promised(bench: Bench) ->
         assert row["measurement"]["speeds"][0]["rounds"] == [1, 1]
         assert [len(each["windows"]) for each in row["measurement"]["qualities"].values()] == [3]
     steps = [line.rpartition(": ")[0] for line in first.stderr.splitlines() if line.startswith("fake: ")]
-    assert sorted(step for step in steps[:2]) == ["fake: base", "fake: gguf-Q8_0"], "both loaded before a second turn"
-    assert [f"{step}, turn 2" for step in steps[:2]] == steps[2:]
+    assert sorted(step for step in steps[:2]) == ["fake: base", "fake: gguf-Q8_0"], "both loaded before a second round"
+    assert [f"{step}, round 2" for step in steps[:2]] == steps[2:]
     (provenance,) = [row["artifact"]["provenance"] for row in stored if row["artifact"]["variant"] != "base"]
     assert provenance["base"] and provenance["versions"]["llama-cpp-python"] and provenance["cost"]["seconds"] > 0
 

@@ -1,7 +1,6 @@
-"""The command line: one function a subcommand, each a single library call.
+"""The command line: one function a subcommand, each a single library call; what they take is in `options.py`.
 
-Nothing heavy is imported here at top level, so that `--help` answers at once; what the subcommands take is declared in
-`options.py`.
+Nothing heavy is imported here at top level, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -112,14 +111,13 @@ def table(
     output: o.Output = None,
 ) -> None:
     """Print the comparison table of stored rows; as Parquet, the rows of all machines and evaluations."""
-
     from workbench.report.table import build
 
     if format in FILE_FORMATS:
         if output is None and sys.stdout.isatty():
             raise UserError(f"{format.capitalize()} is not for a terminal: name a file with --output rows.{format}")
         found = [row for row in _stored(rows or [results]) if recipe in (None, row.recipe)]
-        write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.get("name"))]))
+        write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.name)]))
         return
     _known("format", format, FORMATS)
     write(output, FORMATS[format](build(_stored(rows or [results]), machine=machine, recipe=recipe)))
@@ -187,7 +185,7 @@ def recommend(
 
     _known("format", format, ["terminal", "json"])
     relative, value = wing.parse_share(max_perplexity, "--max-perplexity") if max_perplexity else (None, None)
-    wishes = wing.Wishes(
+    constraints = wing.Constraints(
         memory_bytes=parse_size(memory, "--memory") if memory else None,
         size_bytes=parse_size(max_size, "--max-size") if max_size else None,
         max_perplexity=relative,
@@ -199,7 +197,7 @@ def recommend(
         sort=sort,
     )
     table = build(_stored(rows or [results]), machine=machine, recipe=recipe)
-    found = wing.recommend(table, wishes, lambda row: serving_command(row, str(home())))
+    found = wing.recommend(table, constraints, lambda row: serving_command(row, str(home())))
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
     row = found.choice.line.row if found.choice else None
     if row and not local(row.artifact.path).exists():

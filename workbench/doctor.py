@@ -18,12 +18,12 @@ IMPORT_LIMIT_S = 180
 def report() -> int:
     """Print the state of the machine and its engines; 1 if no engine works."""
     here = machine()
-    print(f"machine    {here['name']}")
-    print(f"           {here['cpu']}, {here['threads']} threads, {here['memory_bytes'] / 2**30:.0f} GiB")
-    print(f"           {here['system']}")
-    for gpu in here["gpus"]:
-        print(f"           {gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, driver {here['driver']}")
-    if not here["gpus"]:
+    print(f"machine    {here.name}")
+    print(f"           {here.cpu}, {here.threads} threads, {here.memory_bytes / 2**30:.0f} GiB")
+    print(f"           {here.system}")
+    for gpu in here.gpus:
+        print(f"           {gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB, driver {here.driver}")
+    if not here.gpus:
         print("           no NVIDIA GPU")
     folder = home()
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ class NamedShape:
 
     @property
     def layer(self) -> int | None:
-        """Of which decoder layer, if of any."""
+        """The decoder layer it is of, if it is of any."""
         match = re.match(r"blk\.(\d+)\.", self.name)
         return int(match[1]) if match else None
 
@@ -133,7 +133,7 @@ class Sequences(NamedTuple):
     """What is in memory at once."""
 
     tokens: int
-    """Of each sequence, prompt and new ones."""
+    """Tokens of each sequence, prompt and new ones."""
     batch: int
     prompt_tokens: int
     window: int = 0

@@ -22,7 +22,7 @@ from workbench.plan import formats, need, tensors
 from workbench.plan import make as plan
 from workbench.recipe.choices import BackendChoice, method_of
 from workbench.recipe.load import Recipe, parse
-from workbench.records import Variant
+from workbench.records import Machine, Variant
 from workbench.shape import Sequences, Shape, Stored
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -341,7 +341,7 @@ def test_out_of_memory_is_answered_with_the_batch_that_would_fit(monkeypatch: py
     """On a machine of 24 GiB, Llama-3.1-8B in four bits takes some sequences of 8,192 tokens, and not 64."""
     from workbench.machine import identity
 
-    monkeypatch.setattr(identity, "machine", lambda: {"gpus": [], "memory_bytes": 24 << 30})
+    monkeypatch.setattr(identity, "machine", lambda: Machine(memory_bytes=24 << 30))
     monkeypatch.setattr(identity, "has_cuda", lambda: False)
     wide = recipe(workload={"prompt_tokens": 8000, "new_tokens": 192, "batch": 64}, backends={"llamacpp": None})
     said = plan.advice(wide, wide.backends[0], "gguf-Q4_K_M")

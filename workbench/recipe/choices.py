@@ -15,7 +15,7 @@ from workbench.errors import UserError, unknown
 from workbench.recipe.messages import validate
 from workbench.records import Variant, to_json
 from workbench.worker.backends import BACKENDS, backend_named
-from workbench.worker.methods import BASE, METHODS, Method, method_named
+from workbench.worker.methods import BASE, METHODS, Making, Method, method_named
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ def method_of(variant: Variant) -> tuple[Method, Any]:
     return method, method.Options(**variant.options)
 
 
+def making_of(variant: Variant, cuda: bool = False) -> Making:
+    """How a variant is made; `cuda`: on a machine with a GPU."""
+    method, options = method_of(variant)
+    return method.making(options, cuda)
+
+
 def form_for(variant: Variant, backend: str) -> str:
     """The format that a backend gets of a variant: the first that it loads, or the first of all if it loads none."""
     written, loaded = method_named(variant.method).WRITES, backend_named(backend).LOADS
@@ -51,8 +57,7 @@ def form_for(variant: Variant, backend: str) -> str:
 
 def wants_gguf_base(variants: Sequence[Variant], choices: Sequence[BackendChoice]) -> bool:
     """Whether the base is needed as a GGUF file: a variant is made from it, or an engine loads no other form of it."""
-    made = (method.making(options, cuda=False) for method, options in map(method_of, variants))
-    return any(how.stage == "gguf" for how in made) or any(
+    return any(making_of(variant).stage == "gguf" for variant in variants) or any(
         form_for(Variant(BASE, BASE), choice.name) == "gguf" for choice in choices
     )
 

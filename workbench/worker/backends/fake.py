@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "torch"
 PACKAGES: tuple[str, ...] = ("torch",)
@@ -79,10 +80,10 @@ class Engine:
     """See `backends/__init__.py` for the contract."""
 
     def __init__(self, job: Job) -> None:
-        only = job.options.get("only") or job.artifact.variant
+        options = Options(**job.options)
         if os.environ.get("WORKBENCH_FAKE_BROKEN"):
             raise RuntimeError("fake engine: broken since tonight")
-        self._do = job.options.get("do", "nothing") if job.artifact.variant == only else "nothing"
+        self._do = options.do if options.only in ("", job.artifact.variant) else "nothing"
         # Slower without a word in the recipe, as an engine's new version may be: in everything, or with one variant.
         self._step_s = 0.001 * float(os.environ.get("WORKBENCH_FAKE_SLOWER", "1"))
         if os.environ.get("WORKBENCH_FAKE_LIMPS") == job.artifact.variant:
@@ -106,20 +107,17 @@ class Engine:
         if self._do == "memory":
             raise MemoryError("fake engine: cannot allocate 1 TiB")
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """Noise, or NaN, through the real reducer."""
-        import json
-        from pathlib import Path
-
         import torch
 
         from workbench.worker.scoring.reducer import Reducer
 
-        vocab_size = json.loads(Path(spec["windows"]).read_text())["vocab_size"]
-        reducer = Reducer(spec)
+        reducer = Reducer(asked)
         noise = torch.Generator().manual_seed(0)
-        for index, ids, first in windows:
-            logits = torch.randn(len(ids) - first, vocab_size, generator=noise)
+        for index, ids, first in asked.windows:
+            progress(index)
+            logits = torch.randn(len(ids) - first, asked.tokens.vocab_size, generator=noise)
             if self._do == "nan":
                 logits[:] = float("nan")
             if self._do == "one-nan" and index == 0:
@@ -158,6 +156,3 @@ class Engine:
     def settings(self) -> dict[str, Any]:
         """A CPU, as everywhere."""
         return {"device": "cpu"}
-
-    def close(self) -> None:
-        """Nothing to close."""

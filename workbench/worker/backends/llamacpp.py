@@ -11,13 +11,14 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
 from workbench.shape import SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.ggml.mixtures import tensor_bytes
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "llama_cpp"
 PACKAGES: tuple[str, ...] = ("llama-cpp-python",)
@@ -131,20 +132,20 @@ class Engine:
         # The binding's own makes a pointer object each time, which is slow in caches that a step has just emptied.
         address = ctypes.cast(api.llama_get_logits, ctypes.c_void_p).value
         self._get_logits = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address or 0)
-        options, load = job.options, job.workload
-        self._threads = options.get("threads") or len(os.sched_getaffinity(0))
+        self._options, load = Options(**job.options), job.workload
+        options = self._options
+        self._threads = options.threads or len(os.sched_getaffinity(0))
         self._heard: list[str] = []
         self._listener = _listen(api, self._heard)
 
         params = api.llama_model_default_params()
-        params.n_gpu_layers = options.get("gpu_layers", -1)
-        params.load_mode = api.LLAMA_LOAD_MODE_MMAP if options.get("mmap", True) else api.LLAMA_LOAD_MODE_NONE
+        params.n_gpu_layers = options.gpu_layers
+        params.load_mode = api.LLAMA_LOAD_MODE_MMAP if options.mmap else api.LLAMA_LOAD_MODE_NONE
         self._model = api.llama_model_load_from_file(job.artifact.path.encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp could not load {job.artifact.path}{self._last_words()}")
         self._vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
-        self._kv_cache = options.get("kv_cache") or "f16"
-        self._flash_attention = options.get("flash_attention")
+        self._kv_cache = options.kv_cache or "f16"
         self._context: Any = None
         self._batch: Any = None
         self._slots = self._room = 0
@@ -175,8 +176,8 @@ class Engine:
         context.n_threads = context.n_threads_batch = self._threads
         if self._kv_cache == "q8_0":
             context.type_k = context.type_v = api.GGML_TYPE_Q8_0
-        if self._flash_attention is not None:
-            context.flash_attn_type = int(self._flash_attention)
+        if self._options.flash_attention is not None:
+            context.flash_attn_type = int(self._options.flash_attention)
         self._context = api.llama_init_from_model(self._model, context)
         if not self._context:
             raise RuntimeError(f"llama.cpp could not make a context for {batch} x {tokens} tokens{self._last_words()}")
@@ -243,12 +244,13 @@ class Engine:
         chosen: list[int] = self._rows(rows).argmax(axis=1).tolist()
         return chosen
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """Reduce each window's logits from its first scored position on."""
         from workbench.worker.scoring.reducer import Reducer
 
-        reducer = Reducer(spec)
-        for index, ids, first in windows:
+        reducer = Reducer(asked)
+        for index, ids, first in asked.windows:
+            progress(index)
             self.prepare(1, len(ids))
             self._forget()
             last = len(ids) - 1
@@ -366,8 +368,3 @@ class Engine:
             "kv_cache": self._kv_cache,
             "features": features,
         }
-
-    def close(self) -> None:
-        """Free the context and the model."""
-        self._drop_context()
-        self._api.llama_model_free(self._model)

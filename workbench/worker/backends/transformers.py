@@ -9,15 +9,16 @@ stopping criteria and processors that differ between models; the loop is what al
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import install_with
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import packed
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "transformers"
 PACKAGES: tuple[str, ...] = ("transformers", "torch")
@@ -112,51 +113,44 @@ class Engine:
         torch = self._torch = load_engine()
         from transformers import AutoModelForCausalLM
 
-        options, artifact = job.options, job.artifact
-        wanted = options.get("device", "auto")
-        self._device = "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-        if wanted == "cuda" and self._device != "cuda":
+        options, artifact = Options(**job.options), job.artifact
+        self._device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+        if options.device == "cuda" and self._device != "cuda":
             raise install_with("A CUDA build of torch, or a GPU,", "pip install torch (CUDA build)")
-        torch.set_num_threads(options.get("threads") or len(os.sched_getaffinity(0)))
-        chosen = options.get("dtype", "auto")
-        if chosen == "auto" and self._device == "cpu":
-            chosen = "bfloat16" if artifact.format in ("awq", "gptq") else "float32"
-        arguments: dict[str, Any] = {
-            "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
-            "attn_implementation": options.get("attention", "sdpa"),
-            "trust_remote_code": options.get("trust_remote_code", False),
-            "local_files_only": True,
-        }
-        if self._device == "cuda":
-            arguments["device_map"] = "cuda"
-        path = Path(artifact.path)
-        if artifact.format == "gguf":
-            arguments["gguf_file"] = path.name
-            path = path.parent
-        else:
-            arguments["use_safetensors"] = True
+        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
         self._format, self._scored_in, self._path = artifact.format, "", artifact.path
         self._first_point, self._cache_bytes = job.workload.points[0], 0
-        self._packed: dict[str, Any] = {}
-        if options.get("kernel") == "workbench" and artifact.format in packed.FORMATS:
-            self._load_packed(Path(artifact.path), options)
+        self._packed: dict[str, object] = {}
+        path = Path(artifact.path)
+        if options.kernel == "workbench" and artifact.format in packed.FORMATS:
+            self._load_packed(path, options)
             return
-        self._model = AutoModelForCausalLM.from_pretrained(str(path), **arguments).eval()
+        chosen = options.dtype
+        if chosen == "auto" and self._device == "cpu":
+            chosen = "bfloat16" if artifact.format in ("awq", "gptq") else "float32"
+        is_gguf = artifact.format == "gguf"
+        self._model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent if is_gguf else path),
+            dtype=chosen if chosen == "auto" else getattr(torch, chosen),
+            attn_implementation=options.attention,
+            trust_remote_code=options.trust_remote_code,
+            local_files_only=True,
+            **({"gguf_file": path.name} if is_gguf else {"use_safetensors": True}),
+            **({"device_map": "cuda"} if self._device == "cuda" else {}),
+        ).eval()
         if self._device == "cpu" and artifact.format in ("awq", "gptq"):
             self._repack()
 
-    def _load_packed(self, path: Path, options: dict[str, Any]) -> None:
+    def _load_packed(self, path: Path, options: Options) -> None:
         """By `kernels/`; float32 on a CPU, where the reference computes."""
-        dtype = options.get("dtype", "auto")
-        if dtype == "auto":
-            dtype = "float32" if self._device == "cpu" else None
+        by_itself = "float32" if self._device == "cpu" else None
         loaded = packed.load(
             path,
             self._format,
-            dtype=dtype,
+            dtype=by_itself if options.dtype == "auto" else options.dtype,
             device=self._device,
-            attention=options.get("attention", "sdpa"),
-            trust_remote_code=options.get("trust_remote_code", False),
+            attention=options.attention,
+            trust_remote_code=options.trust_remote_code,
         )
         self._model = loaded.model
         self._packed = {"kernel": "workbench", "packed": loaded.packed, "unpacked": loaded.dense}
@@ -177,14 +171,15 @@ class Engine:
         if tuned:
             libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """One forward a window; the head runs only on the positions that are scored."""
         from workbench.worker.scoring import head
         from workbench.worker.scoring.reducer import Reducer
 
-        torch, reducer = self._torch, Reducer(spec)
+        torch, reducer = self._torch, Reducer(asked)
         with torch.inference_mode(), head.in_float32(self._model) as widened:
-            for index, ids, first in windows:
+            for index, ids, first in asked.windows:
+                progress(index)
                 inputs = torch.tensor([ids], device=self._device)
                 keep = len(ids) - first
                 logits = self._model(input_ids=inputs, use_cache=False, logits_to_keep=keep).logits[0]
@@ -280,7 +275,3 @@ class Engine:
             return "none, de-quantized"
         chosen = {type(module).__name__ for module in self._model.modules() if "qweight" in module._buffers}
         return " ".join(["gptqmodel", *sorted(chosen)])
-
-    def close(self) -> None:
-        """Drop the model."""
-        del self._model

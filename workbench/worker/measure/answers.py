@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from workbench.records import Task
+from workbench.records import Answers, Task
 from workbench.worker.measure.likelihoods import decoder_of, log_likelihoods
 from workbench.worker.tokens.tasks import Item, TaskFile
 
@@ -15,7 +15,7 @@ SHOWN = 160
 """Characters of an answer that a row keeps."""
 
 
-def answer(engine: Any, task: Task) -> dict[str, Any]:
+def answer(engine: Any, task: Task) -> Answers:
     """Put a task to an engine: `correct` (1 or 0 an item, in the order of its file), `given` (what was answered: the
     choice's index, or the text's beginning) and `warnings`.
 

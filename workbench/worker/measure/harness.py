@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, install_with
+from workbench.records import Answers
 from workbench.worker.tokens.tasks import TaskFile
 
 METRICS = ("acc", "exact_match", "acc_norm", "em", "f1")
 """What an item is judged by: the first of these that the task has, or its first number."""
 NEW_TOKENS = 256
-"""Of an answer whose task sets no limit, as the harness has it."""
+"""New tokens of an answer whose task sets no limit, as the harness has it."""
 
 
-def run(engine: Any, content: TaskFile, tokenizer: Path) -> dict[str, Any]:
+def run(engine: Any, content: TaskFile, tokenizer: Path) -> Answers:
     """One task of the harness; `tasks.answer` says what is returned, here with the `metric` that judged."""
     try:
         from lm_eval.evaluator import simple_evaluate

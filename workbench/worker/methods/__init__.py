@@ -37,9 +37,11 @@ class Making:
     """Distributions whose versions the bytes depend on."""
     python: str = ""
     """Whose interpreter does the work, as in `WORKBENCH_PYTHON_<NAME>`; by default the program's own."""
+    source: Making | None = None
+    """Of the stage `gguf`: how the file came about that it starts from."""
     function: str = ""
-    """Of the stages `base` and `gguf`: the worker as `module:function`. It is given a `Request` and `arguments`, writes
-    `out`, and answers as `Answer`."""
+    """Of the stages `base` and `gguf`: the worker as `module:function`. It is given a `VariantRequest` and `arguments`,
+    writes `out`, and answers with a `MadeVariant`."""
     arguments: Mapping[str, object] = field(default_factory=dict)
     maker: str = ""
     """Who makes the bytes, where that is not told by the options as they stand."""

@@ -44,10 +44,26 @@ def making(options: Options, cuda: bool) -> Making:
 def sizes(shape: Shape, options: Options, form: str) -> Stored:
     """As it is, or as llama.cpp's base."""
     if form == "gguf":
-        return gguf.sizes(shape, gguf.Options(sixteen_bit(shape.dtype)), form)  # type: ignore[arg-type]
+        return gguf.sizes(shape, _sixteen_bit(shape.dtype), form)
     return Stored(shape.parameters * DTYPE_BYTES[shape.dtype])
 
 
-def sixteen_bit(dtype: str) -> str:
-    """The type of llama.cpp's base, for a base of that dtype."""
-    return DTYPE_CODES[dtype] if DTYPE_BYTES[dtype] == 2 else "BF16"
+def conversion(dtype: str, model: str) -> Making:
+    """How a base of that dtype becomes the GGUF file of its own precision that all others are made from."""
+    kind = DTYPE_CODES[dtype]
+    return Making(
+        "base",
+        packages=gguf.PACKAGES,
+        function="workbench.worker.methods.gguf:convert",
+        arguments={"dtype": dtype, "name": model},
+        file_name=f"{kind}.gguf",
+    )
+
+
+def sixteen_bit(dtype: str) -> Making:
+    """How that file becomes llama.cpp's base."""
+    return gguf.making(_sixteen_bit(dtype), cuda=False)
+
+
+def _sixteen_bit(dtype: str) -> gguf.Options:
+    return gguf.Options("F16" if dtype == "float16" else "BF16")
