@@ -251,7 +251,7 @@ class Engine:
             sizes["reserved_peak"] = int(cuda.max_memory_reserved())
         return sizes
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Device, dtype, threads, and what became of the format."""
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         settings = {"device": self._device, "dtype": dtype, "threads": self._torch.get_num_threads()}
