@@ -17,6 +17,7 @@ from typing import Any, Literal
 from workbench.errors import install_with
 from workbench.records import Artifact, Job
 from workbench.worker.backends import packed
+from workbench.worker.base.gguf_config import load_gguf
 
 PACKAGES = ("transformers", "torch")
 INSTALL = "pip install transformers accelerate"
@@ -91,18 +92,17 @@ class Backend:
         if self._device == "cuda":
             arguments["device_map"] = "cuda"
         path = Path(artifact.path)
-        if artifact.format == "gguf":
-            arguments["gguf_file"] = path.name
-            path = path.parent
-        else:
-            arguments["use_safetensors"] = True
         self._format, self._scored_in, self._path = artifact.format, "", artifact.path
         self._first_point, self._cache_bytes = job.workload.points[0], 0
         self._packed: dict[str, Any] = {}
         if options.get("kernel") == "workbench" and artifact.format in packed.FORMATS:
             self._load_packed(Path(artifact.path), options)
             return
-        self._model = AutoModelForCausalLM.from_pretrained(str(path), **arguments).eval()
+        if artifact.format == "gguf":
+            # Not by itself: it leaves keys and tensors out without a word.
+            self._model = load_gguf(path, **arguments).eval()
+            return
+        self._model = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **arguments).eval()
         if self._device == "cpu" and artifact.format in ("awq", "gptq"):
             self._repack()
 

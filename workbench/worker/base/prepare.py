@@ -48,7 +48,7 @@ from workbench.worker.base.whole import check_whole
 PREPARE_VERSION = 1
 """Version of the bytes that `prepare` writes for a given source. Raise it when they change."""
 
-CHECKS_VERSION = 2
+CHECKS_VERSION = 3
 """Version of what `prepare` refuses. Raise it, and every base is looked at anew, though its bytes and digest stay."""
 
 
@@ -71,7 +71,7 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
     plain = out / ".plain" if equivalent else out
 
     with disk_faults(out):
-        path, revision, license_name = _directory(source, plain, remote_code, offline, progress)
+        path, revision, license_name, unproven = _directory(source, plain, remote_code, offline, progress)
         config = checked_config(path, remote_code)
         tensors = checked_weights(path)
         check_types(path, tensors)
@@ -97,7 +97,7 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "vocab_size": int(text_config(config)["vocab_size"]),
         "context_length": context_tokens(config),
         "license": license_name or licence_of(path / "README.md"),
-        "warnings": warnings,
+        "warnings": unproven + warnings,
         "tokenizer": any((path / name).is_file() for name in VOCABULARY_FILES),
         "digest": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
     }
@@ -133,14 +133,14 @@ def _state(source: dict[str, Any]) -> str:
 
 def _directory(
     source: dict[str, Any], out: Path, remote_code: bool, offline: bool, progress: Progress
-) -> tuple[Path, str, str | None]:
-    """A Hugging Face directory for the source, the revision or digest of its content, and its license."""
+) -> tuple[Path, str, str | None, list[str]]:
+    """A Hugging Face directory for the source, the revision or digest of its content, its license, and warnings."""
     kind = kind_of(source)
     if kind == "hub":
         path = download(source["hub"], source.get("revision") or "main", offline, progress)
-        return path, path.name, None
+        return path, path.name, None, []
     if kind == "config":
-        return random_directory(source, out, remote_code, offline, progress)
+        return *random_directory(source, out, remote_code, offline, progress), []
     if kind == "package":
         path, license_name = package_file(source["package"], source.get("file"))
     else:
@@ -149,7 +149,7 @@ def _directory(
         checked_config(path, remote_code)
         files = sorted({t.file for t in checked_weights(path).values()})
         files += [path / n for n in (*CONFIG_FILES[:2], *TOKENIZER_FILES) if (path / n).is_file()]
-        return path, content_digest(files, progress), license_name
+        return path, content_digest(files, progress), license_name, []
     if path.suffix.lower() in PICKLES:
         raise only_pickles(path, [path.name])
     if path.suffix.lower() != ".gguf":
@@ -157,5 +157,5 @@ def _directory(
             f"{path} is a file but not a GGUF file. Name a Hugging Face directory (with config.json and "
             "*.safetensors) or a .gguf file."
         )
-    from_file = dequantized_directory(path, out, progress)
-    return out, content_digest([path], progress), from_file or license_name
+    from_file, unproven = dequantized_directory(path, out, progress)
+    return out, content_digest([path], progress), from_file or license_name, unproven
