@@ -82,7 +82,7 @@ def worker(asked: str) -> None:
     prompt, new = (512, 1) if given["test"] == "pp512" else (1, 128)
     load = Workload(prompt_tokens=[prompt], new_tokens=new, repeats=1 + SAMPLES)
     artifact = Artifact("v", "gguf", "gguf", given["file"], "", 0, 0)
-    engine = llamacpp.Backend(Job("m", artifact, "llamacpp", {"threads": given["threads"]}, load))
+    engine = llamacpp.Engine(Job("m", artifact, "llamacpp", {"threads": given["threads"]}, load))
     ticks: list[float] = []
 
     def clock() -> float:

@@ -159,11 +159,11 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     work = out / "work"
 
-    from workbench.worker.tokens.text import read_text
+    from workbench.worker.tokens.text import read_text, source_of
 
     source = {"file": str(arguments.text.resolve())} if arguments.text else {"module": "pydoc_data.topics"}
     text = out / "evaluation.txt"
-    text.write_text(read_text(source), encoding="utf-8")
+    text.write_text(read_text(source_of(source)), encoding="utf-8")
     entry = {
         "role": "evaluation",
         "name": "evaluation",

@@ -59,7 +59,7 @@ def decoding(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
 
     load = Workload(prompt_tokens=[PROMPT_TOKENS], new_tokens=NEW_TOKENS)
     artifact = Artifact("v", "gguf", "gguf", payload["file"], "", 0, 0)
-    engine = llamacpp.Backend(Job("m", artifact, "llamacpp", {"threads": payload["threads"]}, load))
+    engine = llamacpp.Engine(Job("m", artifact, "llamacpp", {"threads": payload["threads"]}, load))
     timing.run(engine, [payload["prompt"]], NEW_TOKENS)
     with open("/proc/self/status") as status:
         own = next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))

@@ -55,7 +55,7 @@ def main() -> int:
     given = parser.parse_args()
     load = Workload(prompt_tokens=[32], new_tokens=33)
     artifact = Artifact("v", "gguf", "gguf", given.file, "", 0, 0)
-    engine = llamacpp.Backend(Job("m", artifact, "llamacpp", {"threads": given.threads}, load))
+    engine = llamacpp.Engine(Job("m", artifact, "llamacpp", {"threads": given.threads}, load))
     workers = {"one": engine, "other": engine, "slowed": Slowed(engine)}
     chance = random.Random(0)
     timing.run(engine, [[1] * 32], 8)

@@ -48,7 +48,7 @@ def main() -> int:
     load = Workload(prompt_tokens=[given.prompt], new_tokens=given.new)
     artifact = Artifact("base", "base", "safetensors", given.model, "", 0, 0)
     threads = len(os.sched_getaffinity(0))
-    engine = backend.Backend(Job("m", artifact, "transformers", {"threads": threads}, load))
+    engine = backend.Engine(Job("m", artifact, "transformers", {"threads": threads}, load))
     torch, model, chance = engine._torch, engine._model, random.Random(0)
 
     def fresh() -> list[int]:

@@ -103,7 +103,7 @@ def ours(given: dict[str, Any]) -> None:
     batch = given["batch"] if what == "latency" else given["slots"]
     load = Workload(prompt_tokens=[given["prompt"]], new_tokens=given["new"], batches=[batch], repeats=1)
     artifact = Artifact("base", "base", "safetensors", given["model"], "", 0, 1)
-    engine = vllm.Backend(Job("m", artifact, "vllm", {"enforce_eager": True}, load))
+    engine = vllm.Engine(Job("m", artifact, "vllm", {"enforce_eager": True}, load))
 
     def turn() -> dict[str, float]:
         if what == "latency":

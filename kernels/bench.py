@@ -23,6 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workbench_kernels.products import Launch
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
@@ -49,6 +53,10 @@ class Operation:
     """(out, in) -> its tensors, random, on the GPU."""
     matmul: Callable[..., torch.Tensor]
     """(x, *tensors, path=...)"""
+    launch: Callable[..., "Launch"]
+    """(way, x, *tensors) -> what multiplying would launch, `way` being `decode` or `prefill`."""
+    dequantize_launch: Callable[..., "Launch"]
+    """(*tensors) -> what de-quantizing to float16 would launch."""
 
 
 @dataclass(frozen=True)
@@ -65,39 +73,55 @@ class Measured:
     torch_fp16_s: float
 
 
-def operations() -> dict[str, Operation]:
-    """All operations, by name."""
+def operations(device: str = "cuda") -> dict[str, Operation]:
+    """All operations, by name, with weights on `device`."""
     from workbench_kernels import awq, gptq
     from workbench_kernels.gguf import blocks
     from workbench_kernels.gguf.types import BLOCK_TYPES
 
     def words(*shape: int) -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
+        return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
 
     def scales(groups: int, outputs: int) -> torch.Tensor:
-        return (torch.rand(groups, outputs, device="cuda") * 0.01 + 0.001).half()
+        return (torch.rand(groups, outputs, device=device) * 0.01 + 0.001).half()
 
-    def make_awq(n: int, k: int) -> tuple[torch.Tensor, ...]:
-        return words(k, n // 8), words(k // GROUP, n // 8), scales(k // GROUP, n)
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float16, device=device)
 
-    def make_gptq(bits: int, n: int, k: int) -> tuple[torch.Tensor, ...]:
-        order = torch.arange(k, dtype=torch.int32, device="cuda") // GROUP
-        return words(k * bits // 32, n), words(k // GROUP, n * bits // 32), scales(k // GROUP, n), order
-
-    def with_bits(bits: int) -> Callable[..., torch.Tensor]:
-        return lambda x, qweight, qzeros, scales, g_idx, path: gptq.matmul(
-            x, qweight, qzeros, scales, g_idx, bits, plain=True, path=path
+    def awq_operation() -> Operation:
+        return Operation(
+            lambda n, k: (words(k, n // 8), words(k // GROUP, n // 8), scales(k // GROUP, n)),
+            awq.matmul,
+            lambda way, x, *weight: awq.launch(way, x, weight),
+            lambda *weight: awq.dequantize_launch(weight, empty(weight[0].shape[0], weight[2].shape[1])),
         )
 
-    def make_blocks(kind: blocks.BlockType, n: int, k: int) -> tuple[torch.Tensor, ...]:
-        # Bytes below 32: any float16 among them is below 0.01, and products stay inside float16's range.
-        return (torch.randint(0, 32, (n, kind.row_bytes(k)), dtype=torch.uint8, device="cuda"),)
+    def gptq_operation(bits: int) -> Operation:
+        def make(n: int, k: int) -> tuple[torch.Tensor, ...]:
+            order = torch.arange(k, dtype=torch.int32, device=device) // GROUP
+            return words(k * bits // 32, n), words(k // GROUP, n * bits // 32), scales(k // GROUP, n), order
 
-    found = {"awq-4": Operation(make_awq, awq.matmul)}
-    found |= {f"gptq-{bits}": Operation(partial(make_gptq, bits), with_bits(bits)) for bits in (4, 8)}
-    return found | {
-        name: Operation(partial(make_blocks, kind), partial(blocks.matmul, kind)) for name, kind in BLOCK_TYPES.items()
-    }
+        return Operation(
+            make,
+            lambda x, q, z, s, order, path: gptq.matmul(x, q, z, s, order, bits, plain=True, path=path),
+            lambda way, x, *weight: gptq.launch(way, x, weight, bits, True),
+            lambda *weight: gptq.dequantize_launch(weight, bits, True, empty(weight[3].shape[0], weight[2].shape[1])),
+        )
+
+    def block_operation(kind: blocks.BlockType) -> Operation:
+        def dequantize_launch(data: torch.Tensor) -> "Launch":
+            return blocks.dequantize_launch(kind, data, empty(data.shape[0], blocks.check_blocks(kind, data)))
+
+        return Operation(
+            # Bytes below 32: any float16 among them is below 0.01, and products stay inside float16's range.
+            lambda n, k: (torch.randint(0, 32, (n, kind.row_bytes(k)), dtype=torch.uint8, device=device),),
+            partial(blocks.matmul, kind),
+            partial(blocks.launch, kind),
+            dequantize_launch,
+        )
+
+    found = {"awq-4": awq_operation()} | {f"gptq-{bits}": gptq_operation(bits) for bits in (4, 8)}
+    return found | {name: block_operation(kind) for name, kind in BLOCK_TYPES.items()}
 
 
 def copy_bandwidth() -> float:

@@ -1,21 +1,31 @@
-"""The command as a person types it, in a place of its own: what the tests of whole commands share."""
+"""Whole commands in a place of their own. `bench(...)` calls the console script's function in this process, which saves
+starting an interpreter each time; `bench.typed(...)` and `bench.start(...)` are processes, for what only those have:
+signals, pipes, two at once. Workers are processes always.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import yaml
 
 from tests.places import ROOT
+from workbench import cli
+from workbench.machine.identity import machine
+from workbench.worker.backends import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -51,10 +61,13 @@ class Bench:
         path.write_text(yaml.safe_dump({key: part for key, part in whole.items() if part is not None}))
         return str(path)
 
+    def place(self, words: tuple[str, ...]) -> list[str]:
+        """Where rows go, for the commands that read or write some."""
+        return [] if words[0] in ("quantize", "schema", "doctor", "clean") else ["--results", str(self.results)]
+
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
-        place = [] if words[0] in ("quantize", "schema", "doctor", "clean") else ["--results", str(self.results)]
         return subprocess.Popen(
-            [*self.before, sys.executable, "-m", "workbench.cli", *words, *place],
+            [*self.before, sys.executable, "-m", "workbench.cli", *words, *self.place(words)],
             cwd=self.folder,
             env=self.environment(**more),
             stdout=subprocess.PIPE,
@@ -63,6 +76,35 @@ class Bench:
         )
 
     def __call__(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """The command in this process: what it says, and its exit code. Any other exception fails the test."""
+        assert not self.before, "words before the command need a process: `typed`"
+        environment, code = self.environment(**more), 0
+        engines = {name: module for name, module in BACKENDS.items() if name != "fake"}
+        if environment["WORKBENCH_FAKE_BACKEND"]:
+            engines["fake"] = "workbench.worker.backends.fake"
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+        with (
+            patch.dict(os.environ, environment, clear=True),
+            patch.dict(BACKENDS, engines, clear=True),
+            patch.object(sys, "argv", ["workbench", *words, *self.place(words)]),
+            patch.object(tempfile, "tempdir", environment["TMPDIR"]),
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            machine.cache_clear()  # Its name is of the cache that `WORKBENCH_HOME` names.
+            try:
+                cli.main()
+            except SystemExit as stop:
+                assert stop.code is None or isinstance(stop.code, int), stop.code
+                code = stop.code or 0
+            finally:
+                machine.cache_clear()
+        told = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+        return subprocess.CompletedProcess(words, code, *told)
+
+    def typed(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """The command in a process of its own."""
         child = self.start(*words, **more)
         try:
             out, err = child.communicate(timeout=300)

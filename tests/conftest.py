@@ -9,6 +9,7 @@ import signal
 import string
 import subprocess
 import sys
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in items:
                 if item.get_closest_marker("gpu"):
                     item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fast tests compute on one thread: on tensors this small two of them wait for each other longer than they work."""
+    torch = sys.modules.get("torch")
+    if torch is None or request.node.get_closest_marker("slow"):
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter with the standard library only, as somebody's own engine environment may be."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False, symlinks=True)
+    return str(folder / "bin" / "python")
 
 
 ON_A_SMALL_DISK = """
@@ -183,7 +205,7 @@ def real_base(real_home: Path) -> Path:
     program = (
         "from workbench.quantize.base import prepare; from workbench.console import Console;"
         "from workbench.recipe.load import load;"
-        "print(prepare(load('recipes/tiny.yaml'), Console(quiet=True))['path'])"
+        "print(prepare(load('recipes/tiny.yaml'), Console(quiet=True)).path)"
     )
     answer = subprocess.run(
         [sys.executable, "-c", program],
@@ -198,8 +220,12 @@ def real_base(real_home: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cli") / "home"
+def shared_home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A cache in which the small model's base, its GGUF form and its Q8_0 are made."""
+    folder = tmp_path_factory.mktemp("cli")
+    place = Bench(folder / "home", folder, tiny_llama)
+    assert place("quantize", place.recipe()).returncode == 0
+    return place.home
 
 
 @pytest.fixture

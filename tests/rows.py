@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.places import ROOT
-from workbench.records import Artifact, Evaluation, Measurement, Row, Speed, Workload
+from workbench.records import Artifact, Evaluation, Machine, Measurement, Row, Speed, Workload
 
 ENGINES = ("transformers", "vllm", "llamacpp")
 REAL = sorted(ROOT.glob("results/*/rows.jsonl"))
@@ -64,7 +64,7 @@ def a_row(
         if evaluation
         else {},
         "measurement": measurement if measured else None,
-        "machine": {"name": machine},
+        "machine": Machine(machine),
         "versions": {"toy": "1.0"},
         "started_at": "2026-11-21T10:00:00Z",
         "duration_s": 3.0,

@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -57,14 +56,6 @@ def fresh(tmp_path: Path, tiny_llama: Path) -> Iterator[Bench]:
     assert not place.workers()
 
 
-@pytest.fixture(scope="session")
-def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An interpreter without any engine."""
-    folder = tmp_path_factory.mktemp("bare")
-    venv.create(folder, with_pip=False, symlinks=True)
-    return str(folder / "bin" / "python")
-
-
 def only_line(answer: subprocess.CompletedProcess[str]) -> str:
     """The one line that a refused command says; notes on the way to it are not counted."""
     assert answer.returncode == 2 and answer.stdout == "", answer
@@ -76,9 +67,10 @@ def only_line(answer: subprocess.CompletedProcess[str]) -> str:
 # --- the main job -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_measures_once_and_its_table_has_what_is_promised(bench: Bench) -> None:
     recipe = bench.recipe(evaluation=EVALUATION)
-    first = bench("run", recipe, "--format", "json")
+    first = bench.typed("run", recipe, "--format", "json")
     assert first.returncode == 0, first.stderr
     lines = json.loads(first.stdout)
     assert [(line["variant"], line["backend"]) for line in lines] == [("base", "fake"), ("gguf-Q8_0", "fake")]
@@ -105,17 +97,17 @@ def test_a_run_measures_once_and_its_table_has_what_is_promised(bench: Bench) ->
         assert row["measurement"]["speeds"][0]["rounds"] == [1, 1]
         assert [len(each["windows"]) for each in row["measurement"]["qualities"].values()] == [3]
     steps = [line.rpartition(": ")[0] for line in first.stderr.splitlines() if line.startswith("fake: ")]
-    assert sorted(step for step in steps[:2]) == ["fake: base", "fake: gguf-Q8_0"], "both loaded before a second turn"
-    assert [f"{step}, turn 2" for step in steps[:2]] == steps[2:]
+    assert sorted(step for step in steps[:2]) == ["fake: base", "fake: gguf-Q8_0"], "both loaded before a second round"
+    assert [f"{step}, round 2" for step in steps[:2]] == steps[2:]
     (provenance,) = [row["artifact"]["provenance"] for row in stored if row["artifact"]["variant"] != "base"]
     assert provenance["base"] and provenance["versions"]["llama-cpp-python"] and provenance["cost"]["seconds"] > 0
 
-    again = bench("run", recipe, "--format", "json")
+    again = bench.typed("run", recipe, "--format", "json")
     assert (again.returncode, json.loads(again.stdout)) == (0, lines)
     assert bench.rows() == stored, "work done once is not done again"
     assert again.stderr == "", "and not a step was taken"
 
-    table = bench("table", "--format", "json")
+    table = bench.typed("table", "--format", "json")
     assert json.loads(table.stdout) == lines
 
 
@@ -191,7 +183,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.slow if fault == "nan" else ()) for fault in FAULTS]
+)
 def test_a_failed_job_is_a_row_and_the_run_goes_on(bench: Bench, fault: str) -> None:
     recipe = bench.recipe(
         backends={"fake": {"do": fault, "only": "base"}},
@@ -228,6 +222,7 @@ def test_garbage_on_stdout_is_nobodys_answer(bench: Bench) -> None:
     assert [line["error"] for line in json.loads(answer.stdout)] == [None, None]
 
 
+@pytest.mark.slow
 def test_a_few_nan_logits_are_a_warning(bench: Bench) -> None:
     recipe = bench.recipe(backends={"fake": {"do": "one-nan", "only": "gguf-Q8_0"}}, evaluation=EVALUATION)
     answer = bench("run", recipe, "--format", "json")
@@ -275,13 +270,12 @@ def test_a_pair_that_cannot_run_is_a_line_with_its_reason(bench: Bench) -> None:
 
 
 def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(bench: Bench) -> None:
-    slow = {"prompt_tokens": 8, "new_tokens": 400, "repeats": 3}
-    recipe = bench.recipe(variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}], workload=slow)
+    load = {"prompt_tokens": 8, "new_tokens": 50, "repeats": 2}
+    recipe = bench.recipe(variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}], workload=load)
     bench("quantize", recipe)
-    child = bench.start("run", recipe)
+    child = bench.start("run", recipe, WORKBENCH_FAKE_SLOWER="15")  # Three quarters of a second each repeat.
     try:
         bench.wait_for(lambda: len(bench.rows()) == 1 and bool(bench.workers()), child)
-        time.sleep(0.3)  # Into the middle of the second job.
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=60)
     finally:
@@ -371,8 +365,9 @@ def test_misspelt_words_are_refused_before_any_work(fresh: Bench, command: str, 
 
 def test_a_wrong_recipe_is_one_line(fresh: Bench) -> None:
     recipe = fresh.recipe(variants=[{"gguf": {"type": "Q8_0", "imatrx": True}}])
-    for command in ("run", "quantize", "profile"):
-        line = only_line(fresh(command, recipe))
+    said = [fresh(command, recipe) for command in ("run", "quantize", "profile")]
+    for answer in [*said, fresh.typed("run", recipe)]:
+        line = only_line(answer)
         assert line == f"error: {recipe}: variants[0].gguf: unknown key 'imatrx'. Did you mean 'imatrix'?"
     assert not fresh.home.exists()
 
@@ -473,12 +468,13 @@ def test_a_package_that_is_not_installed(bench: Bench) -> None:
 # --- a full disk --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_finished_rows_are_kept(
     fresh: Bench, small_disk: Callable[[Path, str], list[str]]
 ) -> None:
     """A file system of 600 KB: the base's GGUF form does not fit."""
     fresh = replace(fresh, before=tuple(small_disk(fresh.home.parent, "600k")))
-    answer = fresh("run", fresh.recipe(), "--format", "json")
+    answer = fresh.typed("run", fresh.recipe(), "--format", "json")
     assert answer.returncode == 1
     base, variant = json.loads(answer.stdout)
     assert base["error"] is None

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from workbench.profile import jobs, reference
-from workbench.quantize import base, gguf, record, tokens
+from workbench.quantize import alone, base, record, tokens
 from workbench.quantize.make import Made
+from workbench.recipe.choices import making_of
 from workbench.recipe.load import Recipe, parse
-from workbench.records import Artifact, Evaluation, Task, Variant, digest
+from workbench.records import Artifact, Evaluation, ImportanceMatrix, PreparedBase, Task, Variant, digest
 from workbench.worker.base import prepare
 
 SET = {"source": {"text": "a"}}
@@ -74,17 +75,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """What is asked of the cache; every package has version 1.0, and there is no GPU."""
     found: list[tuple[str, str]] = []
 
-    def entry(kind: str, key: str, _build: Any) -> Any:
+    def entry(kind: str, key: str, _record: type, _build: Any) -> Any:
         found.append((kind, key))
         raise Asked
 
     for module in (base, record, tokens):
         monkeypatch.setattr(module, "entry", entry)
-    for module in (record, gguf, jobs, reference):
+    for module in (record, jobs, reference):
         monkeypatch.setattr(
             module, "versions", lambda names, _python="": {name: "1.0" for name in names if name != "lm-eval"}
         )
-    for module in (jobs, reference, gguf):
+    for module in (jobs, reference):
         monkeypatch.setattr(module, "has_cuda", lambda: False)
     monkeypatch.setattr(prepare, "identify", lambda source: ["identity", source])
     return found
@@ -94,16 +95,8 @@ def a_recipe(form: str = "plain", **more: Any) -> Recipe:
     return parse(PLAIN | FORMS[form] | more, Path("/x/r.yaml"))
 
 
-def prepared() -> Any:
-    return {
-        "digest": "base-digest",
-        "path": "p",
-        "dtype": "float32",
-        "parameters": 10,
-        "weight_bytes": 40,
-        "source": {"hub": "a/b"},
-        "tokenizer": True,
-    }
+def prepared() -> PreparedBase:
+    return PreparedBase("p", "base-digest", "float32", 10, 40, source={"hub": "a/b"})
 
 
 def made_of(recipe: Recipe) -> Made:
@@ -151,13 +144,14 @@ def test_keys_of_artifacts(asked: list[tuple[str, str]]) -> None:
 
     def quantized(variant: Variant) -> None:
         source = replace(made_of(recipe).artifacts["gguf-Q4_0"][0], digest="s")
-        imatrix = {"path": "i", "digest": "imx"}
-        gguf.quantize_gguf(recipe, prepared(), source, variant, imatrix, None)  # type: ignore[arg-type]
+        how = making_of(variant)
+        matrix = ImportanceMatrix("imx", path="i") if how.calibration else None
+        alone.make_alone(recipe, prepared(), variant, how, None, form="gguf", source=source, looks_at=matrix)  # type: ignore[arg-type]
 
     plain, weighted, awq = (variants[name] for name in variants if name != "base")
-    assert record.artifact_key(prepared(), awq, "awq", ["tok", "float32"]) == "4a7f6fc4691d1c66"
+    assert record.artifact_key(prepared(), awq, making_of(awq), ["tok", "float32"]) == "4a7f6fc4691d1c66"
     for run in (
-        lambda: gguf.convert_base(recipe, prepared(), None),  # type: ignore[arg-type]
+        lambda: base.as_gguf(recipe, prepared(), None),  # type: ignore[arg-type]
         lambda: quantized(plain),
         lambda: quantized(weighted),
     ):

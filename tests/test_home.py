@@ -20,6 +20,7 @@ import pytest
 from tests.places import ROOT
 from workbench import home as place
 from workbench.errors import UserError
+from workbench.records import Cost
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +75,8 @@ def test_an_entry_is_made_once(home: Path) -> None:
         made.append(folder)
         return {"n": len(made)}
 
-    first = place.entry("artifacts", "k", make)
-    assert first == place.entry("artifacts", "k", make) == (home / "artifacts" / "k", {"n": 1})
+    first = place.entry("artifacts", "k", dict, make)
+    assert first == place.entry("artifacts", "k", dict, make) == (home / "artifacts" / "k", {"n": 1})
     assert sorted(p.name for p in first[0].iterdir()) == ["artifact.json", "weights"]
     assert [p.name for p in (home / "artifacts").iterdir()] == ["k"]
 
@@ -89,7 +90,7 @@ def make(folder):
     with open({str(tmp_path / "made")!r}, "a") as file: file.write("x")
     time.sleep(0.5)
     return {{"by": os.getpid()}}
-print(entry("bases", "k", make)[1]["by"])
+print(entry("bases", "k", dict, make)[1]["by"])
 """
     both = [python(program), python(program)]
     answers = {child.communicate(timeout=60)[0].strip() for child in both}
@@ -107,16 +108,26 @@ def test_failed_work_leaves_no_entry_and_is_taken_up_again(home: Path) -> None:
         return {"found": (folder / "half").read_text()}
 
     with pytest.raises(RuntimeError, match="in the middle"):
-        place.entry("artifacts", "k", breaks)
+        place.entry("artifacts", "k", dict, breaks)
     assert not (home / "artifacts" / "k").exists()
-    folder, record = place.entry("artifacts", "k", resumes)
+    folder, record = place.entry("artifacts", "k", dict, resumes)
     assert record == {"found": "done so far"} and (folder / "half").exists()
 
 
 def test_a_folder_without_its_record_is_made_again(home: Path) -> None:
     """Such as one that somebody restored by halves."""
     (home / "artifacts" / "k").mkdir(parents=True)
-    assert place.entry("artifacts", "k", lambda folder: {"n": 1})[1] == {"n": 1}
+    assert place.entry("artifacts", "k", dict, lambda folder: {"n": 1})[1] == {"n": 1}
+
+
+@pytest.mark.parametrize("text", ["", '{"seconds": 1', "[1]", '{"sec', '{"minutes": 1}', "\x00"])
+def test_a_record_that_cannot_be_read_is_as_good_as_none(home: Path, text: str) -> None:
+    folder, first = place.entry("artifacts", "k", Cost, lambda folder: Cost(1.0))
+    assert place.stored("artifacts", "k", Cost) == first == Cost(1.0)
+    (folder / "artifact.json").write_text(text)
+    assert place.stored("artifacts", "k", Cost) is None and place.stored("artifacts", "other", Cost) is None
+    assert place.entry("artifacts", "k", Cost, lambda folder: Cost(2.0)) == (folder, Cost(2.0))
+    assert place.stored("artifacts", "k", Cost) == Cost(2.0)
 
 
 def test_a_killed_maker_leaves_nothing_finished_and_no_lock(home: Path, tmp_path: Path) -> None:
@@ -128,7 +139,7 @@ def make(folder):
     (folder / "half").write_text("x")
     Path({str(tmp_path / "here")!r}).touch()
     time.sleep(600)
-entry("bases", "k", make)
+entry("bases", "k", dict, make)
 """
     child = python(program)
     limit = time.monotonic() + 20
@@ -137,7 +148,7 @@ entry("bases", "k", make)
     child.kill()
     child.communicate()
     assert not (home / "bases" / "k").exists()
-    assert place.entry("bases", "k", lambda folder: {"half": (folder / "half").exists()})[1] == {"half": True}
+    assert place.entry("bases", "k", dict, lambda folder: {"half": (folder / "half").exists()})[1] == {"half": True}
 
 
 FILLS_IT = """
@@ -148,12 +159,12 @@ def make(folder):
     (folder / "weights").write_bytes(b"x" * 1_000_000)
     return {}
 
-place.entry("artifacts", "small", lambda folder: {"n": 1})
+place.entry("artifacts", "small", dict, lambda folder: {"n": 1})
 try:
-    place.entry("artifacts", "k", make)
+    place.entry("artifacts", "k", dict, make)
 except UserError as error:
     print(error)
-assert place.entry("artifacts", "small", make)[1] == {"n": 1}, "finished work is kept"
+assert place.entry("artifacts", "small", dict, make)[1] == {"n": 1}, "finished work is kept"
 """
 
 
@@ -174,7 +185,7 @@ def test_a_full_disk_where_none_can_be_mounted(number: int) -> None:
         raise OSError(number, os.strerror(number))
 
     with pytest.raises(UserError, match="the disk is full"):
-        place.entry("artifacts", "k", make)
+        place.entry("artifacts", "k", dict, make)
 
 
 def test_other_errors_pass_as_they_are() -> None:
@@ -182,7 +193,7 @@ def test_other_errors_pass_as_they_are() -> None:
         raise FileNotFoundError(errno.ENOENT, "no such thing")
 
     with pytest.raises(FileNotFoundError):
-        place.entry("artifacts", "k", make)
+        place.entry("artifacts", "k", dict, make)
 
 
 # --- locks --------------------------------------------------------------------------------------
@@ -287,7 +298,7 @@ def test_a_home_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture
 def filled(home: Path) -> Path:
-    place.entry("artifacts", "whole", lambda folder: {"n": 1})
+    place.entry("artifacts", "whole", dict, lambda folder: {"n": 1})
     for path in ("artifacts/half.partial/weights", "bases/half.partial/weights", "logs/one/log.txt", "states/s/x"):
         (home / path).parent.mkdir(parents=True)
         (home / path).write_bytes(b"x" * 1000)

@@ -70,7 +70,7 @@ def test_nights_good_regressed_broken_and_mended(bench: Bench) -> None:  # noqa:
     site = bench.folder / "site"
 
     def night(**more: str) -> subprocess.CompletedProcess[str]:
-        return bench("nightly", recipe, "--site", str(site), "--issue", **{**TWENTY_MS, **gh, **more})
+        return bench.typed("nightly", recipe, "--site", str(site), "--issue", **{**TWENTY_MS, **gh, **more})
 
     first = night()
     assert first.returncode == 0, first.stdout + first.stderr
@@ -104,7 +104,7 @@ def test_nights_good_regressed_broken_and_mended(bench: Bench) -> None:  # noqa:
 
     # Accepted, a slow night is the new normal.
     assert night(WORKBENCH_FAKE_SLOWER="30").returncode == 1
-    accepted = bench("nightly", recipe, "--accept")
+    accepted = bench.typed("nightly", recipe, "--accept")
     assert accepted.returncode == 0 and "is the new normal" in accepted.stdout
     assert night(WORKBENCH_FAKE_SLOWER="30").returncode == 0
 
@@ -115,8 +115,8 @@ def test_one_engine_broken_does_not_hide_the_other(bench: Bench) -> None:  # noq
     whole["backends"] = {"fake": {}, "llamacpp": {"threads": 1}}
     Path(bench.folder / "two.yaml").write_text(yaml.safe_dump(whole))
     recipe = str(bench.folder / "two.yaml")
-    assert bench("nightly", recipe, **TWENTY_MS).returncode == 0
-    night = bench("nightly", recipe, WORKBENCH_FAKE_BROKEN="1", **TWENTY_MS)
+    assert bench.typed("nightly", recipe, **TWENTY_MS).returncode == 0
+    night = bench.typed("nightly", recipe, WORKBENCH_FAKE_BROKEN="1", **TWENTY_MS)
     assert night.returncode == 1
     assert night.stdout.count("on fake: broken") == 2 and "on llamacpp: broken" not in night.stdout
     measured = [row for row in bench.rows() if row["backend"] == "llamacpp" and row["measurement"]]
@@ -126,9 +126,9 @@ def test_one_engine_broken_does_not_hide_the_other(bench: Bench) -> None:  # noq
 def test_only_what_is_suspect_is_measured_again(bench: Bench) -> None:  # noqa: F811
     recipe = bench.recipe("one-limps", variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}])
     sixty_ms = {"WORKBENCH_FAKE_SLOWER": "60"}  # the machine's own slowness is small beside it
-    assert bench("nightly", recipe, **sixty_ms).returncode == 0
+    assert bench.typed("nightly", recipe, **sixty_ms).returncode == 0
     before = len(bench.rows())
-    night = bench("nightly", recipe, WORKBENCH_FAKE_LIMPS="gguf-Q8_0", **sixty_ms)
+    night = bench.typed("nightly", recipe, WORKBENCH_FAKE_LIMPS="gguf-Q8_0", **sixty_ms)
     assert night.returncode == 1 and "regressed" in night.stdout
     times = Counter(row["artifact"]["variant"] for row in bench.rows()[before:])
     assert times == {"base": 1, "gguf-Q8_0": 3, "gguf-Q4_0": 1}
@@ -136,7 +136,7 @@ def test_only_what_is_suspect_is_measured_again(bench: Bench) -> None:  # noqa: 
 
 def test_a_killed_night_is_taken_up_where_it_was(bench: Bench) -> None:  # noqa: F811
     recipe = bench.recipe("killed", variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}])
-    assert bench("nightly", recipe, **TWENTY_MS).returncode == 0
+    assert bench.typed("nightly", recipe, **TWENTY_MS).returncode == 0
     before = len(bench.rows())
     child = bench.start("nightly", recipe, WORKBENCH_FAKE_SLOWER="40")
     try:
@@ -149,7 +149,7 @@ def test_a_killed_night_is_taken_up_where_it_was(bench: Bench) -> None:  # noqa:
         worker.kill()
         worker.wait(10)
     kept = bench.rows()[before]
-    again = bench("nightly", recipe, WORKBENCH_FAKE_SLOWER="40")
+    again = bench.typed("nightly", recipe, WORKBENCH_FAKE_SLOWER="40")
     assert "taking up the night that began at" in again.stderr
     # The job measured before the kill was not measured anew but to be sure of what is twice as slow.
     rows = bench.rows()[before:]
@@ -168,9 +168,9 @@ def test_without_gh_or_its_credentials_the_night_is_kept_and_the_reason_told(ben
     recipe = bench.recipe("gh")
     empty = bench.folder / "empty"
     empty.mkdir()
-    git = bench("nightly", recipe, "--issue", PATH=str(empty), **TWENTY_MS)
+    git = bench.typed("nightly", recipe, "--issue", PATH=str(empty), **TWENTY_MS)
     assert git.returncode == 2 and "Install it with: https://cli.github.com" in git.stderr
-    refused = bench("nightly", recipe, "--issue", GH_REFUSES="1", **TWENTY_MS, **gh)
+    refused = bench.typed("nightly", recipe, "--issue", GH_REFUSES="1", **TWENTY_MS, **gh)
     assert refused.returncode == 2 and "GH_TOKEN" in refused.stderr
     assert len(notes(bench)) == 2
 
@@ -206,7 +206,7 @@ def test_rows_and_notes_go_where_a_url_says(bench: Bench) -> None:  # noqa: F811
 
 
 def test_nothing_to_accept(bench: Bench) -> None:  # noqa: F811
-    answer = bench("nightly", bench.recipe("none"), "--accept")
+    answer = bench.typed("nightly", bench.recipe("none"), "--accept")
     assert answer.returncode == 2 and "nothing to accept" in answer.stderr
 
 
@@ -218,7 +218,7 @@ def test_the_tiny_recipe_in_a_real_engine(bench: Bench, real_home: Path) -> None
     answers = []
     for _ in range(2):
         site = str(bench.folder / "site")
-        answer = bench("nightly", recipe, "--backend", "llamacpp", "--site", site, WORKBENCH_HOME=str(real_home))
+        answer = bench.typed("nightly", recipe, "--backend", "llamacpp", "--site", site, WORKBENCH_HOME=str(real_home))
         assert answer.returncode in (0, 1), answer.stderr
         for metric in ("perplexity", "kld_mean", "top1_agreement", "disk_bytes", "broken"):
             assert metric not in answer.stdout, answer.stdout

@@ -1,4 +1,4 @@
-"""What a release promises: the changelog's newest entry is the version, and the version makes nothing anew."""
+"""What a release promises: its entry in the changelog, its tree in the README, and that it makes nothing anew."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from tests.places import ROOT
 from workbench import __version__
 from workbench.quantize.record import artifact_key
-from workbench.records import Variant, digest
+from workbench.recipe.choices import making_of
+from workbench.records import PreparedBase, Variant, digest
 
 
 def test_the_newest_release_in_the_changelog_is_the_version() -> None:
@@ -26,4 +27,22 @@ def test_a_release_makes_no_artifact_anew() -> None:
     versions = {name: importlib.metadata.version(name) for name in packages}
     variant = Variant("v", "gguf", {"type": "Q8_0"})
     then = digest(["base", "gguf", variant.options, versions, "0.1.0", []])
-    assert artifact_key({"digest": "base"}, variant, "gguf", []) == then
+    assert artifact_key(PreparedBase("p", "base", "float32", 1, 4), variant, making_of(variant), []) == then
+
+
+def test_the_readmes_tree_is_the_tree() -> None:
+    """Every file and folder of the program is named there, in its folder, and nothing that is not there."""
+    lines = (ROOT / "README.md").read_text().split("\nworkbench/\n")[1].split("```")[0].splitlines()
+    named, folders = set(), ["workbench"]
+    for line in lines:
+        depth = (len(line) - len(line.lstrip())) // 2
+        first = line.split()[0]
+        if first.endswith("/"):
+            folders[depth:] = [first.rstrip("/")]
+            named.add("/".join(folders))
+        here = "/".join(folders[: depth + first.endswith("/")])
+        named |= {f"{here}/{name}" for name in re.findall(r"(?<![\w/])\w+\.py\b", line)}
+    found = {path.relative_to(ROOT) for path in (ROOT / "workbench").rglob("*.py")}
+    modules = {str(path) for path in found if path.name != "__init__.py"}
+    rooms = {str(path.parent) for path in found if path.name == "__init__.py"} - {"workbench"}
+    assert named == modules | rooms

@@ -23,7 +23,7 @@ from workbench.errors import UserError
 from workbench.profile import jobs
 from workbench.quantize.make import Made
 from workbench.recipe.load import parse
-from workbench.records import Artifact, Evaluation, Job, Measurement, Task, Workload, from_json, to_json
+from workbench.records import Artifact, Evaluation, Job, Measurement, PreparedBase, Task, Workload, from_json, to_json
 from workbench.report import estimates as statistics
 from workbench.report.formats import FORMATS
 from workbench.report.formats.data import objects
@@ -181,7 +181,7 @@ def test_a_row_is_of_its_sets_and_tasks(tmp_path: Path) -> None:
     """Another set or another task is another row; a harness that is not installed is told, and its task left out."""
     loaded = recipe(evaluation={"a": SET, "b": SET}, backends={"llamacpp": None})
     artifact = Artifact("base", "base", "gguf", "b.gguf", "d", 1, 1)
-    made = Made({"digest": "b"}, {"base": [artifact]}, {}, {"a": an_evaluation("a", "d1")})
+    made = Made(PreparedBase("p", "b", "float32", 1, 4), {"base": [artifact]}, {}, {"a": an_evaluation("a", "d1")})
 
     def plan(**more: Any) -> Any:
         return jobs.planned_row(loaded, replace(made, **more), loaded.backends[0], "base", None)
@@ -209,6 +209,7 @@ def test_a_variant_with_another_tokenizer_is_refused(
         "source": {"text": TEXT},
         "window": 32,
         "windows": 3,
+        "score": "second-half",
         "out": str(tmp_path / "e.json"),
     }
     (made,) = corpus.build({"base": str(tiny_llama), "sets": [entry]}, lambda *_: None)["sets"]
@@ -257,6 +258,7 @@ def test_a_vocabulary_that_one_engine_pads_changes_nothing(
         "source": {"text": TEXT},
         "window": 32,
         "windows": 3,
+        "score": "second-half",
         "out": str(tmp_path / "e.json"),
     }
     (made,) = corpus.build({"base": str(tiny_llama), "sets": [entry]}, lambda *_: None)["sets"]

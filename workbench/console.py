@@ -6,13 +6,16 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
+
+from workbench.errors import UserError
 
 LINE_EVERY_S = 30.0
 
 
 class Console:
-    """Draws `artifacts.Show` on standard error, so that standard output stays the answer."""
+    """A `Show` that draws on standard error, so that standard output stays the answer."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -72,8 +75,22 @@ def _seconds(span_s: float) -> str:
     return f"{span_s:.1f} s" if span_s < 90 else f"{int(span_s // 60)} min {int(span_s % 60)} s"
 
 
+def write(output: Path | None, content: str | bytes) -> None:
+    """Write the answer to a file, or without one to standard output. Raises `UserError` if the file cannot be."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if output is None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(data)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}). Name another --output") from None
+
+
 class Show(Protocol):
-    """What the work tells the person; `console.py` draws it."""
+    """Where the work tells what it does."""
 
     def say(self, text: str) -> None: ...
     def task(self, text: str) -> Any: ...

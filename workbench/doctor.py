@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import subprocess
 import sys
@@ -10,40 +9,41 @@ import sys
 from workbench.home import home, interpreter
 from workbench.machine.identity import has_cuda, machine, versions
 from workbench.records import Artifact
-from workbench.worker.backends import BACKENDS
+from workbench.worker.backends import BACKENDS, backend_named
+from workbench.worker.methods import METHODS, method_named
 
-MODULES = {"transformers": "transformers", "vllm": "vllm", "llamacpp": "llama_cpp"}
-FORMATS = ("safetensors", "awq", "gptq", "gguf")
 IMPORT_LIMIT_S = 180
 
 
 def report() -> int:
     """Print the state of the machine and its engines; 1 if no engine works."""
     here = machine()
-    print(f"machine    {here['name']}")
-    print(f"           {here['cpu']}, {here['threads']} threads, {here['memory_bytes'] / 2**30:.0f} GiB")
-    print(f"           {here['system']}")
-    for gpu in here["gpus"]:
-        print(f"           {gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, driver {here['driver']}")
-    if not here["gpus"]:
+    print(f"machine    {here.name}")
+    print(f"           {here.cpu}, {here.threads} threads, {here.memory_bytes / 2**30:.0f} GiB")
+    print(f"           {here.system}")
+    for gpu in here.gpus:
+        print(f"           {gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB, driver {here.driver}")
+    if not here.gpus:
         print("           no NVIDIA GPU")
     folder = home()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"cache      {folder}, {shutil.disk_usage(folder).free / 2**30:.0f} GiB free")
     working = 0
-    for name, path in BACKENDS.items():
-        module = importlib.import_module(path)
+    backends = {name: backend_named(name) for name in BACKENDS}
+    forms = [form for backend in backends.values() for form in backend.LOADS]
+    forms += [form for name in METHODS for form in method_named(name).WRITES]
+    for name, backend in backends.items():
         python = interpreter(name, sys.executable)
-        found = versions(module.PACKAGES, python)
-        problem = _import_problem(python, MODULES[name])
+        found = versions(backend.PACKAGES, python)
+        problem = _import_problem(python, backend.MODULE)
         if problem:
-            print(f"{name:10} not usable: {problem}. Install it with: {module.INSTALL}")
+            print(f"{name:10} not usable: {problem}. Install it with: {backend.INSTALL}")
             continue
         working += 1
         print(f"{name:10} {', '.join(f'{package} {version}' for package, version in found.items())}  ({python})")
-        for kind in FORMATS:
-            reason = module.unsupported(Artifact("", "", kind, "", "", 0, 0), has_cuda())
-            print(f"           {kind:12} {'loads' if reason is None else reason}")
+        for form in dict.fromkeys(forms):
+            reason = backend.unsupported(Artifact("", "", form, "", "", 0, 0), has_cuda())
+            print(f"           {form:12} {'loads' if reason is None else reason}")
     return 0 if working else 1
 
 

@@ -34,7 +34,7 @@ def fields_of(card: Path) -> Mapping[str, object]:
         return {}
 
 
-def licence_of(card: Path) -> str | None:
+def stated_licence(card: Path) -> str | None:
     """The licence that a card states, by its own name where the hub has no word for it."""
     fields = fields_of(card)
     stated = fields.get("license_name") if fields.get("license") == "other" else fields.get("license")

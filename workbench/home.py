@@ -18,11 +18,13 @@ import tomllib
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from workbench.disk import disk_faults, write_whole
 from workbench.errors import UserError
+from workbench.records import from_json, to_json
 
+Record = TypeVar("Record")
 Kind = Literal["artifacts", "bandwidth", "bases", "imatrix", "references", "tasks", "tokens"]
 """What is made once and kept, each kind in a folder of that name."""
 LEFTOVERS = ("logs", "states")
@@ -111,7 +113,7 @@ def machine_lock(waiting: Callable[[], None] | None = None) -> contextlib.Abstra
     return lock(Path(tempfile.gettempdir()) / f"workbench-{os.getuid()}.lock", waiting)
 
 
-def entry(kind: Kind, key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+def entry(kind: Kind, key: str, record: type[Record], make: Callable[[Path], Record]) -> tuple[Path, Record]:
     """The cache folder `kind/key`, made by `make(folder)` if it is not there yet, and its record.
 
     `make` writes files into the folder it is given and returns the record stored beside them as
@@ -119,17 +121,31 @@ def entry(kind: Kind, key: str, make: Callable[[Path], dict[str, Any]]) -> tuple
     resumed is taken up again. Raises whatever `make` raises; a full disk becomes a `UserError`.
     """
     final = home() / kind / key
-    record = f"{kind.rstrip('s')}.json"
     with lock(home() / "locks" / f"{kind}-{key}"):
-        if not (final / record).exists():
+        found = stored(kind, key, record)
+        if found is None:
             partial = final.with_name(f"{key}.partial")
             partial.mkdir(parents=True, exist_ok=True)
             with disk_faults(partial):
-                write_whole(partial / record, json.dumps(make(partial), indent=1))
+                found = make(partial)
+                write_whole(partial / _record_name(kind), json.dumps(to_json(found), indent=1))
                 if final.exists():
                     shutil.rmtree(final)
                 partial.rename(final)
-    return final, json.loads((final / record).read_text())
+    return final, found
+
+
+def stored(kind: Kind, key: str, record: type[Record]) -> Record | None:
+    """The record of the cache folder `kind/key`; None if there is none, or half of one, or one of another shape."""
+    try:
+        found: Record = from_json(record, json.loads((home() / kind / key / _record_name(kind)).read_text()))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    return found
+
+
+def _record_name(kind: Kind) -> str:
+    return f"{kind.rstrip('s')}.json"
 
 
 def remember(recipe: Path) -> None:
@@ -149,6 +165,16 @@ def last_recipe() -> Path | None:
     """The recipe last quantized on this machine, if any."""
     file = home() / "last-recipe"
     return Path(file.read_text().strip()) if file.exists() else None
+
+
+def recipe_or_last(given: Path | None) -> Path:
+    """The recipe that was given, or else that last quantized here. Raises `UserError` if there is none any more."""
+    last = given or last_recipe()
+    if last is None:
+        raise UserError("no recipe was quantized here yet: run `workbench quantize RECIPE`, or name a recipe")
+    if given is None and not last.exists():
+        raise UserError(f"{last}: the recipe last quantized here is gone; name a recipe")
+    return last
 
 
 def clean(everything: bool) -> int:

@@ -1,9 +1,9 @@
 """The program in one screen: recipe -> artifacts -> rows.
 
-Each job of `profile` is one artifact in one engine, in a process of its own. Jobs
-take turns (`Together`), one at work at a time. A row is stored the moment its job ends, whether it succeeded, failed
-or cannot run, and what is already measured on this machine is not measured again. Before the first job that scores
-tokens the base's own distributions are recorded, the reference that every divergence of the recipe is measured from.
+Each job of `profile` is one artifact in one engine, in a process of its own. Jobs are timed in interleaved rounds, one
+at work at a time. A row is stored the moment its job ends, whether it succeeded, failed or cannot run, and what is
+already measured on this machine is not measured again. Before the first job that scores tokens the base's own
+distributions are recorded, the reference that every divergence of the recipe is measured from.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from workbench.home import home, lock, remember
 from workbench.machine.identity import machine
 from workbench.profile.jobs import already_measured, harness_missing, is_scored, pairs_of, planned_row
 from workbench.profile.measure import portable_row, run_job
-from workbench.profile.reference import Reference, all_references, reference_keys, with_reference
-from workbench.profile.turns import Together, room_beside
+from workbench.profile.reference import all_references, reference_keys, with_reference
+from workbench.profile.rounds import Interleaved, room_beside
 from workbench.quantize.make import Made, make
 from workbench.recipe.load import Recipe
-from workbench.records import Row, digest
+from workbench.records import Reference, Row, digest
 from workbench.report import store
 
 
@@ -53,7 +53,7 @@ def profile(
     is empty; with `again`, everything is. `only`: these (backend, variant) and no others, not even the base.
     """
     here = machine()
-    folder = store.under(results, here["name"])
+    folder = store.under(results, here.name)
     before = [] if again else store.read(folder)[0]
     measured, failed = already_measured(before, since), {(row.key, row.started_at) for row in before if row.error}
     pairs, keys = list(pairs_of(recipe, backends, variants)), reference_keys(recipe, made)
@@ -75,13 +75,13 @@ def profile(
     random.Random(f"{recipe.name} {recipe.workload.seed}").shuffle(order)
 
     def store_row(row: Row) -> None:
-        store.append(results, here["name"], portable_row(row))
+        store.append(results, here.name, portable_row(row))
         rows[row.place] = row
         if row.error:
             show.say(f"{row.artifact.variant} on {row.backend} failed: {row.error}")
 
     waited = False
-    with Together(store_row) as jobs:
+    with Interleaved(store_row) as jobs:
 
         def wait() -> None:
             nonlocal waited

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict
 
 
@@ -22,7 +22,7 @@ class NamedShape:
 
     @property
     def layer(self) -> int | None:
-        """Of which decoder layer, if of any."""
+        """The decoder layer it is of, if it is of any."""
         match = re.match(r"blk\.(\d+)\.", self.name)
         return int(match[1]) if match else None
 
@@ -68,8 +68,6 @@ DTYPES = FLOATS | {"I32": Dtype("int32", 4), "U16": Dtype("uint16", 2)}
 """The same, with those that packed weights and ids are stored in."""
 DTYPE_BYTES = {dtype.name: dtype.size_bytes for dtype in DTYPES.values()}
 DTYPE_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
-UBATCH_TOKENS = 512
-"""Tokens that llama.cpp computes at once (`backends/llamacpp.py`)."""
 SCORE_CHUNK_BYTES = 4 << 20
 """Working memory of one pass of `worker/scoring/reducer.py` on a processor."""
 
@@ -110,3 +108,57 @@ class Shape:
     def parameters(self) -> int:
         """Weights, tied embeddings once."""
         return sum(tensor.weights for tensor in self.tensors)
+
+    @property
+    def cached_values(self) -> int:
+        """Keys and values of one token over all layers."""
+        return self.traits.layers * (self.latent or 2 * self.traits.kv_heads * self.head_dim)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an artifact's files hold of a base of some shape."""
+
+    disk_bytes: int
+    """All weight tensors: what `Artifact.disk_bytes` will be."""
+    types: dict[str, str] = field(default_factory=dict)
+    """Tensor -> type, where the format tells."""
+    fallbacks: tuple[str, ...] = ()
+    """Tensors that get another type than the mixture means for them."""
+    refused: str | None = None
+    """Why it cannot be made of this shape."""
+
+
+class Sequences(NamedTuple):
+    """What is in memory at once."""
+
+    tokens: int
+    """Tokens of each sequence, prompt and new ones."""
+    batch: int
+    prompt_tokens: int
+    window: int = 0
+    """Tokens of a window that is scored; 0: nothing is."""
+
+    @property
+    def scored_tokens(self) -> int:
+        """Positions of a window whose logits are looked at."""
+        return -(-self.window // 2)
+
+    @property
+    def widest_tokens(self) -> int:
+        """Tokens that go through the model together, at the most."""
+        return max(self.batch * self.prompt_tokens, self.window)
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """What an engine needs for a variant, in bytes."""
+
+    weights: float
+    kv_cache: float
+    workspace: float
+    runtime: float
+    """Resident memory of its interpreter with its libraries and no model."""
+    notes: tuple[str, ...] = ()
+    devices: int = 1
+    """Over how many devices it is spread."""

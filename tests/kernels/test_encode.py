@@ -103,15 +103,17 @@ def test_every_type_with_an_encoder_is_one_with_a_kernel() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_bytes_are_llama_cpps(kind: str, device: str) -> None:
-    size, seen = BLOCK_TYPES[kind].layout.size_bytes, set()
+    size, seen, blocks = BLOCK_TYPES[kind].layout.size_bytes, set(), list(weights(0))
+    whole = torch.cat([weight for _, weight in blocks])
     for said, importance in importances(0):
-        for name, weight in weights(0):
-            on_device = None if importance is None else importance.to(device)
-            found = encode(kind, weight.to(device), on_device).cpu()
-            wanted = by_llama_cpp(kind, weight, importance)
-            other = (found.view(-1, size) != wanted.view(-1, size)).any(1)
+        on_device = None if importance is None else importance.to(device)
+        found = encode(kind, whole.to(device), on_device).cpu()
+        wanted = by_llama_cpp(kind, whole, importance)
+        parts = (each.split([len(weight) for _, weight in blocks]) for each in (found, wanted))
+        for (name, _), ours, theirs in zip(blocks, *parts, strict=True):
+            other = (ours.reshape(-1, size) != theirs.reshape(-1, size)).any(1)
             assert not bool(other.any()), f"{name}, importances {said}: {int(other.sum())} of {other.numel()} blocks"
-            seen.add((name, bytes(found.numpy().tobytes())))
+            seen.add((name, bytes(ours.numpy().tobytes())))
     different = len(seen) / len({name for name, _ in seen})
     assert different == 1 if kind == "Q8_0" else different > 3, "importances matter"
 

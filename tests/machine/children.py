@@ -71,7 +71,7 @@ def deaf(payload: Any, progress: Any) -> None:
     """Ignores every signal it can, then hangs."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    time.sleep(600)
+    hangs(payload, progress)
 
 
 def killed(payload: Any, progress: Any) -> None:
@@ -112,10 +112,10 @@ def aborts_afterwards(payload: Any, progress: Any) -> int:
 
 
 def leaves_a_thread(payload: Any, progress: Any) -> int:
-    """A thread that would keep the process alive."""
+    """A thread that would keep the process alive for ever."""
     import threading
 
-    threading.Thread(target=time.sleep, args=(600,)).start()
+    threading.Thread(target=threading.Event().wait).start()
     return 42
 
 
@@ -139,9 +139,8 @@ def takes_turns(payload: Any, progress: Any) -> list[float]:
     used = [time.process_time()]
     for _ in range(payload["turns"]):
         print("still here", flush=True)
-        progress.turn()
+        progress.pause()
         used.append(time.process_time())
-        time.sleep(payload.get("work_s", 0))
     return used
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.fake_driver import NVML, FakeGpu
@@ -92,8 +93,9 @@ def a_machine(
 ) -> None:
     """The files of /proc and /sys that are read, in ticks of a hundredth of a second."""
     (root / f"proc/{os.getpid()}").mkdir(parents=True, exist_ok=True)
-    (root / "proc/stat").write_text(f"cpu  {busy} 0 0 {10_000 - busy} 0 0 0 {stolen} 0 0\ncpu0 1 2 3\n")
-    fields = ["S", *["0"] * 10, str(own), *["0"] * 20]
+    stat = f"cpu  {busy} 0 0 {10_000 - busy} 0 0 0 {stolen} 0 0\ncpu0 1 2 3\nbtime 1\n"
+    (root / "proc/stat").write_text(stat)
+    fields = ["S", *["0"] * 10, str(own), *["0"] * 30]
     (root / f"proc/{os.getpid()}/stat").write_text(f"1 (a (b) c) {' '.join(fields)}\n")
     core = root / "sys/devices/system/cpu/cpu0"
     (core / "cpufreq").mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ def seen(root: Path, *states: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
     clock = iter(range(100, 200))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(module, "_tree", lambda pid: [])
-    monkeypatch.setattr(module.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(root / "proc"))
     monitor = Monitor(root)
     for state in states:
         if state.get("waited"):

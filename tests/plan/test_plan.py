@@ -20,10 +20,10 @@ from tests.places import ROOT
 from workbench.errors import UserError
 from workbench.plan import formats, need, tensors
 from workbench.plan import make as plan
-from workbench.recipe.choices import BackendChoice
+from workbench.recipe.choices import BackendChoice, method_of
 from workbench.recipe.load import Recipe, parse
-from workbench.records import Variant
-from workbench.shape import Shape
+from workbench.records import Machine, Variant
+from workbench.shape import Sequences, Shape, Stored
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 LLAMA_8B = {
@@ -62,24 +62,31 @@ def shape(**changes: Any) -> Shape:
     return tensors.shape_of(read, "here")
 
 
+def stored(of: Shape, method: str, **options: Any) -> Stored:
+    module, chosen = method_of(Variant("v", method, options))
+    return module.sizes(of, chosen, method)
+
+
+def kv_cache(of: Shape, backend: str, tokens: int, batch: int = 1, cuda: bool = True, **options: Any) -> float | None:
+    choice, load = BackendChoice(backend, options), Sequences(tokens, batch, 512)
+    return need.need_of(of, Variant("base", "base"), choice, load, cuda).kv_cache_bytes
+
+
 def test_the_kv_cache_of_llama_at_its_full_context() -> None:
     """17.2 GB in float16, as everybody computes it; q8_0 holds 34 bytes for 32 values."""
-    whole = need.kv_cache_bytes(shape(), BackendChoice("llamacpp", {}), 131072, 1, cuda=True)
+    whole = kv_cache(shape(), "llamacpp", 131072)
     assert whole == 2 * 32 * 8 * 128 * 131072 * 2 == pytest.approx(17.2e9, rel=0.002)
-    eight = BackendChoice("llamacpp", {"kv_cache": "q8_0"})
-    assert need.kv_cache_bytes(shape(), eight, 131072, 1, cuda=True) == whole * 34 / 64
-    assert need.kv_cache_bytes(shape(), BackendChoice("vllm", {"kv_cache": "fp8"}), 131072, 2, cuda=True) == whole
-    on_cpu = need.kv_cache_bytes(shape(), BackendChoice("transformers", {}), 1000, 1, cuda=False)
-    assert on_cpu == 2 * 32 * 8 * 128 * 1000 * 4
-    latent = replace(shape(), latent=576)
-    assert need.kv_cache_bytes(latent, BackendChoice("vllm", {}), 1024, 1, cuda=True) == 576 * 32 * 1024 * 2
+    assert kv_cache(shape(), "llamacpp", 131072, kv_cache="q8_0") == whole * 34 / 64
+    assert kv_cache(shape(), "vllm", 131072, 2, kv_cache="fp8") == whole
+    assert kv_cache(shape(), "transformers", 1000, cuda=False) == 2 * 32 * 8 * 128 * 1000 * 4
+    assert kv_cache(replace(shape(), latent=576), "vllm", 1024) == 576 * 32 * 1024 * 2
 
 
 def test_sizes_are_those_that_llama_cpp_publishes() -> None:
     for kind, gib in PUBLISHED.items():
-        stored, _, fallbacks = need.stored_bytes(shape(), Variant("v", "gguf", {"type": kind}), "llamacpp")
-        assert stored / 2**30 == pytest.approx(gib, abs=0.006), kind
-        assert fallbacks == []
+        file = stored(shape(), "gguf", type=kind)
+        assert file.disk_bytes / 2**30 == pytest.approx(gib, abs=0.006), kind
+        assert file.fallbacks == ()
     assert shape().parameters == 8030261248
 
 
@@ -88,7 +95,7 @@ def test_groups_that_do_not_divide_a_layer_cannot_run() -> None:
 
     def reason(**options: Any) -> str | None:
         choice = BackendChoice("transformers", {})
-        return need.need_of(odd, Variant("v", "awq", options), choice, 576, 1, 512, 0, False).unsupported
+        return need.need_of(odd, Variant("v", "awq", options), choice, Sequences(576, 1, 512), False).unsupported
 
     assert reason() == "group_size 128 does not divide the inputs of every layer; take 16 or 32 or 64 or -1"
     assert reason(group_size=64) is reason(group_size=-1) is reason(engine="gptqmodel") is None
@@ -96,12 +103,12 @@ def test_groups_that_do_not_divide_a_layer_cannot_run() -> None:
 
 def test_what_falls_back_is_named() -> None:
     odd = shape(hidden_size=2880, num_attention_heads=45, num_key_value_heads=9, head_dim=64)
-    _, types, fallbacks = need.stored_bytes(odd, Variant("v", "gguf", {"type": "Q4_K_M"}), "llamacpp")
-    assert "blk.0.attn_q.weight" in fallbacks and types["blk.0.attn_q.weight"] == "Q5_0"
-    assert "blk.0.ffn_down.weight" not in fallbacks  # 14336 is a multiple of 256
+    file = stored(odd, "gguf", type="Q4_K_M")
+    assert "blk.0.attn_q.weight" in file.fallbacks and file.types["blk.0.attn_q.weight"] == "Q5_0"
+    assert "blk.0.ffn_down.weight" not in file.fallbacks  # 14336 is a multiple of 256
     variant = Variant("gguf-Q4_K_M", "gguf", {"type": "Q4_K_M"})
-    found = need.need_of(odd, variant, BackendChoice("llamacpp", {}), 576, 1, 512, 0, True)
-    assert found.fallbacks == tuple(fallbacks)
+    found = need.need_of(odd, variant, BackendChoice("llamacpp", {}), Sequences(576, 1, 512), True)
+    assert found.fallbacks == file.fallbacks
 
 
 @pytest.mark.parametrize(
@@ -140,10 +147,9 @@ def test_tensors_by_configuration_are_those_that_transformers_makes(changes: dic
     ours = tensors.shape_of({"config": small, "dtype": "float32", "tensors": None, "naming": "hf"}, "here")
     theirs = tensors.shape_of({"config": small, "dtype": "float32", "tensors": named, "naming": "hf"}, "here")
     assert sum(map(_weights, named.values())) == ours.parameters
-    mixture = Variant("v", "gguf", {"type": "Q4_K_M"})
-    assert need.stored_bytes(ours, mixture, "llamacpp")[:1] == need.stored_bytes(theirs, mixture, "llamacpp")[:1]
-    awq = Variant("v", "awq", {"group_size": 128})
-    assert need.stored_bytes(ours, awq, "vllm") == need.stored_bytes(theirs, awq, "vllm")
+    mixtures = [stored(each, "gguf", type="Q4_K_M").disk_bytes for each in (ours, theirs)]
+    assert mixtures[0] == mixtures[1]
+    assert stored(ours, "awq", group_size=128) == stored(theirs, "awq", group_size=128)
 
 
 def _weights(sides: tuple[int, ...]) -> int:
@@ -321,13 +327,11 @@ def test_the_plan_is_for_the_point_that_needs_most() -> None:
     load = {"prompt_tokens": [512, 4096], "new_tokens": 128, "batch": [1, 4], "requests": 2}
     made = plan.make(recipe(workload=load, backends={"llamacpp": None}), cuda=True, memory_bytes=1 << 40)
     cache = made.needs[0].kv_cache_bytes
-    assert cache == need.kv_cache_bytes(shape(), BackendChoice("llamacpp", {}), 4224, 1, cuda=True)
+    assert cache == kv_cache(shape(), "llamacpp", 4224)
     wide = plan.make(
         recipe(workload={**load, "batch": [1, 16]}, backends={"llamacpp": None}), cuda=True, memory_bytes=1
     )
-    assert wide.needs[0].kv_cache_bytes == need.kv_cache_bytes(
-        shape(), BackendChoice("llamacpp", {}), 512 + 192, 16, cuda=True
-    )
+    assert wide.needs[0].kv_cache_bytes == kv_cache(shape(), "llamacpp", 512 + 192, 16)
     assert "16 x 704" in formats.terminal(wide)
     one = plan.make(recipe(workload=load, backends={"llamacpp": None}), cuda=True, memory_bytes=1 << 40, context=1024)
     assert [(point.tokens, point.batch) for point in one.points] == [(1024, 1)]
@@ -337,7 +341,7 @@ def test_out_of_memory_is_answered_with_the_batch_that_would_fit(monkeypatch: py
     """On a machine of 24 GiB, Llama-3.1-8B in four bits takes some sequences of 8,192 tokens, and not 64."""
     from workbench.machine import identity
 
-    monkeypatch.setattr(identity, "machine", lambda: {"gpus": [], "memory_bytes": 24 << 30})
+    monkeypatch.setattr(identity, "machine", lambda: Machine(memory_bytes=24 << 30))
     monkeypatch.setattr(identity, "has_cuda", lambda: False)
     wide = recipe(workload={"prompt_tokens": 8000, "new_tokens": 192, "batch": 64}, backends={"llamacpp": None})
     said = plan.advice(wide, wide.backends[0], "gguf-Q4_K_M")

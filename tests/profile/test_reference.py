@@ -22,7 +22,7 @@ import yaml
 from tests.places import ROOT
 from tests.rows import a_row
 from workbench.profile import reference
-from workbench.records import Evaluation, Job, Workload, from_json, to_json
+from workbench.records import Evaluation, Job, Reference, Workload, from_json, to_json
 from workbench.report import estimates as statistics
 from workbench.worker.backends import BACKENDS
 from workbench.worker.measure import job as profile
@@ -173,7 +173,7 @@ def test_rows_of_a_lost_reference_are_measured_again_beside_new_ones() -> None:
         return replace(found, measurement=replace(found.measurement, qualities={"prose": quality}))
 
     rows = {"a": row("a", "new"), "b": row("b", "old"), "c": row("c", None), "d": a_row(key="d", measured=False)}
-    assert set(reference.with_reference(rows, {"prose": reference.Reference("r", "new")})) == {"a", "c", "d"}
+    assert set(reference.with_reference(rows, {"prose": Reference("new")})) == {"a", "c", "d"}
     assert set(reference.with_reference(rows, None)) == set(rows)  # nothing is measured: nothing to stand beside
 
 

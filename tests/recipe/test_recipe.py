@@ -16,7 +16,7 @@ import yaml
 
 from tests.places import ROOT
 from workbench.errors import UserError
-from workbench.recipe.choices import format_of, limits_of
+from workbench.recipe.choices import form_for, limits_of
 from workbench.recipe.json_schema import schema
 from workbench.recipe.load import load, parse
 from workbench.recipe.model import Base
@@ -93,7 +93,8 @@ def test_variants_may_be_written_short_or_long() -> None:
     )
     assert [v.name for v in loaded.variants][:3] == ["base", "gguf-Q8_0", "mine"]
     assert [v.method for v in loaded.variants] == ["base", "gguf", "gguf", "awq", "gptq"]
-    assert format_of(loaded.variant("mine")) == "gguf" and format_of(loaded.variant("base")) == "safetensors"
+    assert form_for(loaded.variant("mine"), "llamacpp") == "gguf"
+    assert form_for(loaded.variant("base"), "vllm") == "safetensors"
     assert limits_of(loaded.variant("base")) == {}
 
 

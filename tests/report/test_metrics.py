@@ -38,7 +38,7 @@ def test_every_metric_by_hand() -> None:
     speed = row.measurement.speeds[0]
     row = replace(
         row,
-        machine={**row.machine, "copy_bytes_per_s": 16_000.0},
+        machine=replace(row.machine, copy_bytes_per_s=16_000.0),
         measurement=replace(row.measurement, speeds=[replace(speed, energy_j=[12.0, None, 20.0])]),
     )
     assert values(row) == {

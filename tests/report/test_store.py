@@ -21,7 +21,7 @@ import pytest
 from tests.places import ROOT
 from tests.rows import a_row
 from workbench.errors import UserError
-from workbench.records import SCHEMA_VERSION, to_json
+from workbench.records import SCHEMA_VERSION, Machine, to_json
 from workbench.report import migrate, store
 
 
@@ -39,9 +39,9 @@ def test_a_rerun_supersedes_in_place_but_not_on_another_machine(tmp_path: Path) 
     store.append(tmp_path, "desk", first)
     store.append(tmp_path, "desk", second)
     store.append(tmp_path, "desk", replace(first, duration_s=9.0))
-    store.append(tmp_path, "lab", replace(first, machine={"name": "lab"}))
+    store.append(tmp_path, "lab", replace(first, machine=Machine("lab")))
     rows, warnings = store.read(tmp_path)
-    assert [(row.key, row.duration_s, row.machine["name"]) for row in rows] == [
+    assert [(row.key, row.duration_s, row.machine.name) for row in rows] == [
         ("a", 9.0, "desk"),
         ("b", 3.0, "desk"),
         ("a", 3.0, "lab"),

@@ -83,6 +83,17 @@ def test_objects_have_what_is_promised_and_no_nan() -> None:
     assert failed["decode_tok_s"] is failed["perplexity_delta"] is failed["unsupported"] is None
 
 
+def test_an_engine_that_runs_the_base_as_another_model_is_told_in_each_of_its_rows() -> None:
+    """As llama.cpp without Mistral's sliding window (1.66 nats): all its numbers of quality are that model's."""
+    rows = [compared(row, 1.66 if row.backend == "llamacpp" else 0.001) for row in demo_rows() if row.measurement]
+    table = build(rows)
+    for line in table.lines:
+        told = [text for text in line.warnings if "runs the base as another model" in text]
+        assert len(told) == (line.row.backend == "llamacpp"), line.row.backend
+    (text,) = (text for text in table.footnotes if "another model" in text)
+    assert text.startswith("llamacpp runs the base as another model: it differs there") and "by 1.660 nats" in text
+
+
 def test_footnotes_are_numbered_and_told_once() -> None:
     table = build(demo_rows())
     assert table.footnotes == (

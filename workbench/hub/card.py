@@ -6,22 +6,18 @@ The numbers are those of stored rows, the words those of the tables; nothing is 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from workbench.errors import UserError, unknown
 from workbench.front_matter import block
-from workbench.hub.licences import licence as known_licence
-from workbench.hub.licences import refusal
+from workbench.hub.licences import known_licence, refusal
 from workbench.records import Row
 from workbench.report.formats.markdown import markdown
-from workbench.report.selection import BASE
 from workbench.report.store import machine_of
 from workbench.report.table import build
-from workbench.report.verdicts import recommend
-
-LIBRARIES = {"gguf": "gguf", "awq": "transformers", "gptq": "transformers"}
-"""What opens an artifact's format, in the hub's words."""
+from workbench.worker.backends import serving_command
+from workbench.worker.methods import BASE, METHODS, method_named
 
 
 def find(rows: Sequence[Row], variant: str, recipe: str | None = None) -> Row:
@@ -51,7 +47,7 @@ def front_matter(row: Row, licence: str | None, author: str = "") -> dict[str, s
     base = base_model(row)
     known = known_licence(licence)
     standard = known is not None and known.standard
-    method = {"awq": ["awq", "4-bit"], "gptq": ["gptq"], "gguf": ["gguf"]}.get(row.artifact.format, [])
+    method = method_named(row.artifact.method if row.artifact.method in METHODS else BASE)
     fields = {
         "base_model": base,
         "base_model_relation": "quantized" if base else None,
@@ -59,9 +55,9 @@ def front_matter(row: Row, licence: str | None, author: str = "") -> dict[str, s
         "license": known.id if known and standard else "other" if licence else None,
         "license_name": None if standard else licence,
         "license_link": known.link if known and not standard else None,
-        "library_name": LIBRARIES.get(row.artifact.format, "transformers"),
+        "library_name": method.LIBRARY,
         "pipeline_tag": "text-generation",
-        "tags": ["quantized", *method, "workbench"],
+        "tags": ["quantized", *method.TAGS, "workbench"],
     }
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -88,11 +84,10 @@ def card(rows: Sequence[Row], row: Row, licence: str | None = None, author: str 
         f"A quantized form of {of}: {bits}{artifact.disk_bytes / 2**20:,.1f} MiB of weights, format {artifact.format}.",
     ]
     lines += [f"\n- {_text(warning)}" for warning in artifact.warnings]
-    command = recommend.serve(row)
+    name = artifact.path.rstrip("/").rpartition("/")[2]
+    command = serving_command(replace(row, artifact=replace(artifact, path=name)))
     if command:
-        name = artifact.path.rstrip("/").rpartition("/")[2]
-        shell = re.sub(r"(serve|--model) \S+", lambda found: f"{found[1]} {name}", command)
-        lines += ["", "```sh", shell.replace("`", "'"), "```"]
+        lines += ["", "```sh", command.replace("`", "'"), "```"]
     if any(each.measurement for each in shown):
         lines += ["", "## Measured", "", markdown(build(shown)).strip()]
     lines += ["", "## Where it comes from", ""]
@@ -122,17 +117,15 @@ def _provenance(row: Row) -> list[tuple[str, str]]:
     ]
 
 
-def _encoder(by: dict[str, Any]) -> str:
+def _encoder(by: Mapping[str, object]) -> str:
     """Who made a GGUF's blocks; nothing for other formats, and for files from before there was a choice."""
-    if not by:
-        return ""
-    compared = (
-        f", {by['rows_equal']} of {by['rows_checked']} rows compared are llama.cpp's" if "rows_checked" in by else ""
-    )
-    return f"made by {by.get('name')} on {by.get('device')}{compared}"
+    made = f"made by {by.get('name')} on {by.get('device')}" if by else ""
+    if "rows_checked" in by:
+        made += f", {by['rows_equal']} of {by['rows_checked']} rows compared are llama.cpp's"
+    return made
 
 
-def _text(words: Any) -> str:
+def _text(words: object) -> str:
     """Text that markdown and HTML show as it is, on one line."""
     plain = "".join(mark if mark.isprintable() else " " for mark in str(words))
     plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -17,10 +17,10 @@ class Licence:
     id: str
     name: str
     link: str
-    redistribution: bool
-    """Whether derivatives may be passed on at all."""
     asks: tuple[str, ...] = ()
-    """What the redistributor has to do."""
+    """What whoever passes a derivative on has to do."""
+    redistribution: bool = True
+    """Whether derivatives may be passed on at all."""
     standard: bool = True
     """Whether the hub knows the identifier; else the card says `other` and the name."""
 
@@ -48,41 +48,41 @@ LICENCES: dict[str, Licence] = {
             "apache-2.0",
             "Apache License 2.0",
             "https://www.apache.org/licenses/LICENSE-2.0",
-            True,
             (_COPY, "keep its notices, and say that the files were changed"),
         ),
-        Licence(
-            "mit", "MIT License", "https://opensource.org/license/mit", True, (_COPY + " with its copyright notice",)
-        ),
-        Licence("bsd-3-clause", "BSD 3-Clause", "https://opensource.org/license/bsd-3-clause", True, (_COPY,)),
+        Licence("mit", "MIT License", "https://opensource.org/license/mit", (_COPY + " with its copyright notice",)),
+        Licence("bsd-3-clause", "BSD 3-Clause", "https://opensource.org/license/bsd-3-clause", (_COPY,)),
         Licence(
             "cc-by-4.0",
             "CC BY 4.0",
             "https://creativecommons.org/licenses/by/4.0/",
-            True,
             ("name the author, link the licence, and say what was changed",),
         ),
         Licence(
             "cc-by-sa-4.0",
             "CC BY-SA 4.0",
             "https://creativecommons.org/licenses/by-sa/4.0/",
-            True,
             ("name the author, say what was changed, and use the same licence",),
         ),
         Licence(
             "cc-by-nc-4.0",
             "CC BY-NC 4.0",
             "https://creativecommons.org/licenses/by-nc/4.0/",
-            True,
             ("name the author, say what was changed, and allow no commercial use",),
         ),
-        Licence("cc-by-nd-4.0", "CC BY-ND 4.0", "https://creativecommons.org/licenses/by-nd/4.0/", False),
-        Licence("cc-by-nc-nd-4.0", "CC BY-NC-ND 4.0", "https://creativecommons.org/licenses/by-nc-nd/4.0/", False),
+        Licence(
+            "cc-by-nd-4.0", "CC BY-ND 4.0", "https://creativecommons.org/licenses/by-nd/4.0/", redistribution=False
+        ),
+        Licence(
+            "cc-by-nc-nd-4.0",
+            "CC BY-NC-ND 4.0",
+            "https://creativecommons.org/licenses/by-nc-nd/4.0/",
+            redistribution=False,
+        ),
         Licence(
             "llama2",
             "Llama 2 Community License",
             "https://ai.meta.com/llama/license/",
-            True,
             (
                 _COPY.replace("licence", "agreement"),
                 'put in a text file named "Notice": "Llama 2 is licensed under the LLAMA 2 Community License, '
@@ -91,41 +91,22 @@ LICENCES: dict[str, Licence] = {
             ),
         ),
         Licence(
-            "llama3",
-            "Meta Llama 3 Community License",
-            "https://llama.meta.com/llama3/license/",
-            True,
-            _llama("Meta Llama 3"),
+            "llama3", "Meta Llama 3 Community License", "https://llama.meta.com/llama3/license/", _llama("Meta Llama 3")
         ),
         Licence(
-            "llama3.1",
-            "Llama 3.1 Community License",
-            "https://llama.meta.com/llama3_1/license/",
-            True,
-            _llama("Llama 3.1"),
+            "llama3.1", "Llama 3.1 Community License", "https://llama.meta.com/llama3_1/license/", _llama("Llama 3.1")
         ),
         Licence(
-            "llama3.2",
-            "Llama 3.2 Community License",
-            "https://www.llama.com/llama3_2/license/",
-            True,
-            _llama("Llama 3.2"),
+            "llama3.2", "Llama 3.2 Community License", "https://www.llama.com/llama3_2/license/", _llama("Llama 3.2")
         ),
         Licence(
-            "llama3.3",
-            "Llama 3.3 Community License",
-            "https://www.llama.com/llama3_3/license/",
-            True,
-            _llama("Llama 3.3"),
+            "llama3.3", "Llama 3.3 Community License", "https://www.llama.com/llama3_3/license/", _llama("Llama 3.3")
         ),
-        Licence(
-            "llama4", "Llama 4 Community License", "https://www.llama.com/llama4/license/", True, _llama("Llama 4")
-        ),
+        Licence("llama4", "Llama 4 Community License", "https://www.llama.com/llama4/license/", _llama("Llama 4")),
         Licence(
             "gemma",
             "Gemma Terms of Use",
             "https://ai.google.dev/gemma/terms",
-            True,
             (
                 "bind whoever gets it to the terms' use restrictions (section 3.2)",
                 "pass on a copy of the terms",
@@ -138,7 +119,6 @@ LICENCES: dict[str, Licence] = {
             "qwen",
             "Qwen License Agreement",
             "https://huggingface.co/Qwen/Qwen2.5-72B/blob/main/LICENSE",
-            True,
             (
                 "pass on a copy of the agreement",
                 "say that the files were changed",
@@ -152,7 +132,6 @@ LICENCES: dict[str, Licence] = {
             "qwen-research",
             "Qwen Research License Agreement",
             "https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE",
-            True,
             (
                 "pass on a copy of the agreement and its notice",
                 "say that the files were changed",
@@ -164,7 +143,6 @@ LICENCES: dict[str, Licence] = {
             "mrl",
             "Mistral AI Research License",
             "https://mistral.ai/licenses/MRL-0.1.md",
-            True,
             ("pass on a copy of the licence", "say that the files were changed", "allow research use only"),
             standard=False,
         ),
@@ -172,7 +150,6 @@ LICENCES: dict[str, Licence] = {
             "mnpl",
             "Mistral AI Non-Production License",
             "https://mistral.ai/licenses/MNPL-0.1.md",
-            True,
             ("pass on a copy of the licence", "say that the files were changed", "allow no use in production"),
             standard=False,
         ),
@@ -180,7 +157,6 @@ LICENCES: dict[str, Licence] = {
             "deepseek",
             "DeepSeek Model License",
             "https://github.com/deepseek-ai/DeepSeek-LLM/blob/main/LICENSE-MODEL",
-            True,
             (
                 "bind whoever gets it to the use restrictions (attachment A)",
                 "pass on a copy of the licence",
@@ -189,11 +165,7 @@ LICENCES: dict[str, Licence] = {
             standard=False,
         ),
         Licence(
-            "openrail",
-            "OpenRAIL",
-            "https://www.licenses.ai",
-            True,
-            ("bind whoever gets it to the use restrictions", _COPY),
+            "openrail", "OpenRAIL", "https://www.licenses.ai", ("bind whoever gets it to the use restrictions", _COPY)
         ),
     )
 }
@@ -214,7 +186,7 @@ FAMILIES = (
 """(family, what its names look like, the licences it comes under). A name proves nothing: this is a hint."""
 
 
-def licence(name: str | None) -> Licence | None:
+def known_licence(name: str | None) -> Licence | None:
     """The licence of an identifier; None if it is not known."""
     return LICENCES.get(name.strip().lower()) if name else None
 
@@ -231,7 +203,7 @@ def refusal(name: str | None, model: str) -> str | None:
     """Why a derivative of `model` under the licence `name` is not to be passed on; None if it may be."""
     if name is None:
         return f"the licence of {model} is not known. {hint(model)}".strip()
-    known = licence(name)
+    known = known_licence(name)
     if known is None:
         return f"what the licence '{name}' of {model} asks is not known here. {hint(model)}".strip()
     if not known.redistribution:

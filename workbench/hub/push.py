@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workbench.errors import UserError, install_with
-from workbench.front_matter import licence_of as stated_licence
+from workbench.front_matter import stated_licence
 from workbench.home import local
 from workbench.hub import card as cards
-from workbench.hub.licences import licence as known_licence
-from workbench.hub.licences import refusal
+from workbench.hub.licences import known_licence, refusal
 from workbench.records import Row
 
 ALLOWED = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model", ".md")
@@ -56,7 +55,6 @@ def push(
     author: str = "",
     private: bool = False,
     anyway: bool = False,
-    message: str = "",
 ) -> str:
     """Upload; the URL of the commit.
 
@@ -93,9 +91,7 @@ def push(
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        done = api.create_commit(
-            repository, operations, commit_message=message or f"{row.artifact.variant} of {row.base}"
-        )
+        done = api.create_commit(repository, operations, commit_message=f"{row.artifact.variant} of {row.base}")
     except Exception as error:
         said = " ".join(str(error).split())[:300]
         if isinstance(error, OfflineModeIsEnabled):

@@ -53,8 +53,8 @@ SILENT = {
 }
 SAMPLE_S = 0.1
 LOG_TAIL_CHARACTERS = 1500
-TURN = b"turn"
-"""What a child says when it waits, and the parent when it need not any more: `GO`."""
+PAUSE = b"pause"
+"""What a child says when it waits to be resumed; the parent resumes it by `GO`."""
 GO = b"\n"
 
 
@@ -103,9 +103,9 @@ def call(
 
 
 class Worker:
-    """The same in turns: where the function calls `progress.turn()` the child waits, doing nothing, to be resumed.
+    """The same with pauses: where the function calls `progress.pause()` the child waits, doing nothing, to be resumed.
 
-    So two jobs can be measured side by side in time without ever running at once. A context manager that ends the
+    So the rounds of several jobs can be interleaved without two ever running at once. A context manager that ends the
     child, whatever it is at.
     """
 
@@ -142,7 +142,7 @@ class Worker:
         on_progress: Progress | None = None,
         on_sample: Callable[[int], None] | None = None,
     ) -> Reply | None:
-        """Let the child work until its next turn (None) or its end (its reply). The limit counts working time only."""
+        """Let the child work until its next pause (None) or its end (its reply). The limit counts working time only."""
         started = time.monotonic()
         try:
             child = self._child or self._start()
@@ -157,7 +157,7 @@ class Worker:
             end = _follow(child, self._pipes[0], started, left_s, on_progress, on_sample)
         finally:
             self._active_s += time.monotonic() - started
-        if end == "turn":
+        if end == "pause":
             return None
         self._child = None
         _kill_session(child)
@@ -230,8 +230,8 @@ def _follow(
     time_limit_s: float | None,
     on_progress: Progress | None,
     on_sample: Callable[[int], None] | None,
-) -> Literal["end", "turn", "time"]:
-    """Read progress until the child ends, waits for its next turn, or has used its time up."""
+) -> Literal["end", "pause", "time"]:
+    """Read progress until the child ends, pauses, or has used its time up."""
     buffer = b""
     open_pipe = True
     while child.poll() is None:
@@ -248,12 +248,12 @@ def _follow(
         data = os.read(pipe, 65536)
         open_pipe = bool(data)
         *lines, buffer = (buffer + data).split(b"\n")
-        waits = TURN in lines
-        lines = [line for line in lines if line != TURN]
+        waits = PAUSE in lines
+        lines = [line for line in lines if line != PAUSE]
         if lines and on_progress is not None:
             on_progress(*json.loads(lines[-1]))
         if waits:
-            return "turn"
+            return "pause"
     return "end"
 
 
@@ -287,7 +287,7 @@ def _conclude(
     return Reply(None, error + (f"; its last words: {last[:300]}" if last else ""), False, tail, duration_s)
 
 
-class _Line:
+class _Reporter:
     """The child's `progress`."""
 
     def __init__(self, to_parent: int, from_parent: int) -> None:
@@ -303,25 +303,24 @@ class _Line:
         with contextlib.suppress(OSError):
             os.write(self._to_parent, json.dumps([done, total, text]).encode() + b"\n")
 
-    def turn(self) -> None:
+    def pause(self) -> None:
         """Wait until the parent resumes this worker."""
         with contextlib.suppress(OSError):
-            os.write(self._to_parent, TURN + b"\n")
+            os.write(self._to_parent, PAUSE + b"\n")
             os.read(self._from_parent, 1)
 
 
-def serve(request: Path, reply: Path, to_parent: int, from_parent: int) -> None:
+def run_request(request: Path, reply: Path, to_parent: int, from_parent: int) -> None:
     """The child's side: do what the request names, write the reply, leave at once."""
     for pipe in (to_parent, from_parent):
         os.set_inheritable(pipe, False)
     threading.Thread(target=_end_with_parent, args=(to_parent,), daemon=True).start()
-    progress = _Line(to_parent, from_parent)
+    progress = _Reporter(to_parent, from_parent)
     asked = json.loads(request.read_text())
     module, _, name = asked["function"].partition(":")
     try:
         value = getattr(importlib.import_module(module), name)(asked["payload"], progress)
-        answer: dict[str, Any] = {"value": value}
-        text = json.dumps(answer, allow_nan=False)
+        text = json.dumps({"value": value}, allow_nan=False)
     except UserError as error:
         text = json.dumps({"error": str(error), "user_error": True})
     except BaseException as error:
@@ -347,4 +346,4 @@ def _end_with_parent(pipe: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    run_request(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -5,6 +5,10 @@ Resident memory is split as the kernel splits it: anonymous (what the engine all
 engine look small before its pages are touched, and large because of pages that cost nothing.
 Device memory is asked of NVML, process by process; without an NVIDIA driver it stays `None`.
 
+By hand, though psutil is here: the split (psutil knows resident and shared memory only), the processes of a tree (to
+find them psutil reads those of the whole machine, 1 ms a sample instead of 0.04), and clocks (where the kernel tells
+none, psutil takes the nominal one of /proc/cpuinfo for it).
+
 Once a second it also looks at what would make a speed untrue: the load of other processes, time that a hypervisor
 gave to others, clocks while the job was busy, throttling, another's processes on the GPU. What cannot be read is None
 and warns of nothing.
@@ -17,20 +21,13 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import psutil
 
 from workbench.gpus import Gpu, Watch, gpus
+from workbench.records import Conditions
 
 FIELDS = {"VmRSS": "rss", "RssAnon": "rss_anon", "RssFile": "rss_file", "RssShmem": "rss_shared"}
-CONDITIONS = (
-    "others_cores",
-    "stolen_fraction",
-    "clock_hz",
-    "throttled",
-    "gpu_clock_hz",
-    "gpu_throttled",
-    "gpu_strangers",
-)
 CONDITIONS_S = 1.0
 """Seconds between two looks at clocks and load; they cost more than one at memory."""
 BUSY_CORES = 0.25
@@ -91,11 +88,18 @@ class Monitor:
         """Bytes, as `peak_rss`, `peak_rss_anon`, `peak_rss_file`, `peak_vram`..."""
         return {f"peak_{name}": size_bytes for name, size_bytes in self.peak.items()}
 
-    def conditions(self) -> dict[str, Any]:
-        """`others_cores`, `stolen_fraction`, `clock_hz` and `gpu_clock_hz` (lowest, median, highest while the job was
-        busy), `throttled`, `gpu_throttled`, `gpu_strangers`; None where it cannot be read or nothing was seen."""
+    def conditions(self) -> Conditions:
+        """What the machine did; None where it cannot be read or nothing was seen."""
         change = self._change()
-        found: dict[str, Any] = dict.fromkeys(CONDITIONS)
+        found = Conditions(
+            others_cores=None,
+            stolen_fraction=None,
+            clock_hz=_spread(self._clocks),
+            throttled=None,
+            gpu_clock_hz=None,
+            gpu_throttled=None,
+            gpu_strangers=None,
+        )
         span = change.get("moment", 0.0)
         if span > 0:
             if "busy" in change:
@@ -104,7 +108,6 @@ class Monitor:
                 found["stolen_fraction"] = round(change["stolen"] / max(change["all"], 1e-9), 4)
             if "throttles" in change:
                 found["throttled"] = change["throttles"] > 0
-        found["clock_hz"] = _spread(self._clocks)
         found["gpu_clock_hz"] = _spread(self._gpu_clocks)
         if self._gpu_reasons is not None:
             found["gpu_throttled"] = bool(self._gpu_reasons & (THERMAL | POWER_BRAKE))
@@ -112,25 +115,27 @@ class Monitor:
         return found
 
     def _look(self, pids: list[int], moment: float) -> None:
-        now = {"moment": moment, **_processor_seconds(self._root), **_throttles(self._root)}
+        now = {"moment": moment, **_processor_seconds()}
+        throttles = _of_cores(self._root, "thermal_throttle/*_throttle_count")
+        if throttles:
+            now["throttles"] = sum(throttles)
         if "busy" in now:
-            now["own"] = sum(_own_seconds(pid, self._root) for pid in (*pids, os.getpid()))
+            now["own"] = sum(_own_seconds(pid) for pid in (*pids, os.getpid()))
         before = self._last
         self._last = now
         if self._first is None:
             self._first = now
         elif "own" in now and "own" in before and now["own"] - before["own"] > 0.5 * (moment - before["moment"]):
-            # An idle core's clock says nothing.
-            clock = _clock_hz(self._root)
-            if clock:
-                self._clocks.append(clock)
+            # An idle core's clock says nothing; most virtual machines tell none.
+            clock_khz = max(_of_cores(self._root, "cpufreq/scaling_cur_freq"), default=0)
+            self._clocks += [clock_khz * 1e3] if clock_khz else []
         clocks, reasons = self._gpus.clocks()
         self._gpu_clocks += clocks
         if reasons is not None:
             self._gpu_reasons = (self._gpu_reasons or 0) | reasons
 
 
-def warnings(conditions: dict[str, Any]) -> list[str]:
+def warnings(conditions: Conditions) -> list[str]:
     """What in a job's conditions (`Monitor.conditions`, and the worker's `probe_s`) makes its speeds doubtful."""
     found = []
     others, stolen = conditions.get("others_cores"), conditions.get("stolen_fraction")
@@ -138,11 +143,12 @@ def warnings(conditions: dict[str, Any]) -> list[str]:
         found.append(f"the machine was busy: other processes took {others:.1f} cores on average")
     if stolen is not None and stolen > STOLEN:
         found.append(f"the machine was shared: its hypervisor gave {stolen:.0%} of the time to others")
-    for name, what in (("throttled", "the processor"), ("gpu_throttled", "the GPU")):
-        if conditions.get(name):
+    throttled = (conditions.get("throttled"), "the processor"), (conditions.get("gpu_throttled"), "the GPU")
+    for yes, what in throttled:
+        if yes:
             found.append(f"{what} throttled during the run")
-    for name, what in (("clock_hz", "the processor's clock"), ("gpu_clock_hz", "the GPU's clock")):
-        clock = conditions.get(name)
+    clocks = (conditions.get("clock_hz"), "the processor's clock"), (conditions.get("gpu_clock_hz"), "the GPU's clock")
+    for clock, what in clocks:
         if clock and clock[2] and 1 - clock[0] / clock[2] > CLOCK_SPREAD:
             found.append(f"{what} changed during the run: {clock[0] / 1e9:.2f} to {clock[2] / 1e9:.2f} GHz")
     probes = [seconds for seconds in conditions.get("probe_s") or () if seconds > 0]
@@ -163,44 +169,32 @@ def _spread(samples: Sequence[float]) -> list[float] | None:
     return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
 
 
-def _processor_seconds(root: Path) -> dict[str, float]:
+def _processor_seconds() -> dict[str, float]:
     """Seconds of all processors since the start: `busy`, `stolen`, `all`; nothing where it cannot be read."""
     try:
-        words = (root / "proc/stat").read_text().splitlines()[0].split()
-        ticks = [int(word) for word in words[1:9]]
-        user, nice, system, idle, waiting, hard, soft, stolen = ticks
-    except (OSError, ValueError, IndexError):
+        spent = psutil.cpu_times()
+        busy = spent.user + spent.nice + spent.system + spent.irq + spent.softirq
+        return {"busy": busy, "stolen": spent.steal, "all": busy + spent.idle + spent.iowait + spent.steal}
+    except (OSError, AttributeError):  # No /proc; a system that counts less than Linux.
         return {}
-    second = os.sysconf("SC_CLK_TCK")
-    busy = user + nice + system + hard + soft
-    return {"busy": busy / second, "stolen": stolen / second, "all": (busy + idle + waiting + stolen) / second}
 
 
-def _own_seconds(pid: int, root: Path) -> float:
+def _own_seconds(pid: int) -> float:
     """Processor time of a process and of its children that ended."""
     try:
-        fields = (root / f"proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return sum(int(word) for word in fields[11:15]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
+        spent = psutil.Process(pid).cpu_times()
+    except psutil.Error:
         return 0.0
+    return float(spent.user + spent.system + spent.children_user + spent.children_system)
 
 
-def _clock_hz(root: Path) -> float | None:
-    """The highest clock of any core now; None where it cannot be read (most virtual machines)."""
-    highest = 0.0
-    for file in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"):
+def _of_cores(root: Path, pattern: str) -> list[int]:
+    """The numbers in the kernel's files about each core; those that cannot be read are left out."""
+    found = []
+    for file in (root / "sys/devices/system/cpu").glob(f"cpu[0-9]*/{pattern}"):
         with contextlib.suppress(OSError, ValueError):
-            highest = max(highest, int(file.read_text()) * 1e3)
-    return highest or None
-
-
-def _throttles(root: Path) -> dict[str, float]:
-    """How often any core or package was too hot since the start."""
-    total, seen = 0, False
-    for file in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count"):
-        with contextlib.suppress(OSError, ValueError):
-            total, seen = total + int(file.read_text()), True
-    return {"throttles": float(total)} if seen else {}
+            found.append(int(file.read_text()))
+    return found
 
 
 def _tree(root: int) -> list[int]:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Generator
-from typing import Any
+from typing import TypeVar
 
 from workbench.console import Show
 from workbench.disk import disk_faults
@@ -15,55 +15,59 @@ from workbench.gpus import gpus
 from workbench.home import home, machine_lock
 from workbench.machine import isolate
 from workbench.machine.monitor import Monitor
-from workbench.records import digest
+from workbench.records import Cost, digest, from_json, to_json
+
+Answer = TypeVar("Answer")
 
 
 def work(
     function: str,
-    payload: Any,
+    request: object,
+    answer: type[Answer],
     show: Show,
     text: str,
     *,
     python: str = sys.executable,
     limit_s: float,
     environment: dict[str, str] | None = None,
-) -> tuple[Any, dict[str, Any]]:
-    """Run one worker alone on this machine; its value, and what it cost (`seconds`, `peak_rss_bytes`, `memory`,
-    `conditions`).
+) -> tuple[Answer, Cost]:
+    """Run one worker alone on this machine; its answer to the request, as a record of the type `answer`, and its cost.
 
     Raises `UserError` for what the user can mend and `WorkFailed` for the rest.
     """
-    running = turns(function, payload, show, text, python=python, limit_s=limit_s, environment=environment)
+    running = in_rounds(function, request, answer, show, text, python=python, limit_s=limit_s, environment=environment)
     while True:
         try:
             next(running)
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+            done: tuple[Answer, Cost] = end.value
+            return done
 
 
-def turns(
+def in_rounds(
     function: str,
-    payload: Any,
+    request: object,
+    answer: type[Answer],
     show: Show,
     text: str,
     *,
     python: str = sys.executable,
     limit_s: float,
     environment: dict[str, str] | None = None,
-) -> Generator[None, None, tuple[Any, dict[str, Any]]]:
-    """The same as a generator, which stands still where the worker waits for its next turn; closing it ends the worker.
+) -> Generator[None, None, tuple[Answer, Cost]]:
+    """The same as a generator, which stands still where the worker waits for its next round; closing it ends it.
 
     The machine is its own only while it works.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = home() / "logs" / f"{stamp}-{digest([function, text, time.time_ns()])[:8]}"
-    monitor, reply, turn = Monitor(watched=gpus(os.environ | (environment or {}))), None, 1
-    with isolate.Worker(function, payload, workdir=folder, python=python, environment=environment) as worker:
+    monitor, reply, round_ = Monitor(watched=gpus(os.environ | (environment or {}))), None, 1
+    with isolate.Worker(function, to_json(request), workdir=folder, python=python, environment=environment) as worker:
         while reply is None:
-            if turn > 1:
+            if round_ > 1:
                 yield
                 monitor.resume()
-            what = text if turn == 1 else f"{text}, turn {turn}"
+            what = text if round_ == 1 else f"{text}, round {round_}"
             # The lock first: what a step took is not what it waited.
             with (
                 machine_lock(lambda: show.say("waiting for another workbench run to end")),
@@ -71,9 +75,8 @@ def turns(
                 disk_faults(home()),
             ):
                 reply = worker.resume(time_limit_s=limit_s, on_progress=progress, on_sample=monitor)
-            turn += 1
-    value = isolate.answer(reply, folder)
+            round_ += 1
+    value: Answer = from_json(answer, isolate.answer(reply, folder))
     shutil.rmtree(folder, ignore_errors=True)
     memory = monitor.memory()
-    cost = {"seconds": round(reply.duration_s, 3), "peak_rss_bytes": memory.get("peak_rss")}
-    return value, cost | {"memory": memory, "conditions": monitor.conditions()}
+    return value, Cost(round(reply.duration_s, 3), memory.get("peak_rss"), memory, monitor.conditions())

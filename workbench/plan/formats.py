@@ -10,6 +10,7 @@ from typing import Any
 from workbench.plan.need import Need, Plan
 from workbench.records import to_json
 from workbench.sizes import size_text
+from workbench.worker.backends import backend_named
 
 
 def objects(plan: Plan) -> list[dict[str, Any]]:
@@ -22,7 +23,7 @@ def objects(plan: Plan) -> list[dict[str, Any]]:
         "batch": plan.batch,
         "memory_bytes": plan.memory_bytes,
     }
-    return [top | to_json(asdict(need)) for need in plan.needs]
+    return [top | {name: v for name, v in to_json(asdict(need)).items() if name != "devices"} for need in plan.needs]
 
 
 def json_text(plan: Plan) -> str:
@@ -37,9 +38,12 @@ def terminal(plan: Plan) -> str:
     from rich.table import Table as Grid
 
     grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-    axis = any("kv_cache" in need.options and need.options["kv_cache"] not in (None, "auto") for need in plan.needs)
-    left = ["variant", "backend", *(["kv cache"] if axis else [])]
-    for heading in left:
+    axes = [
+        axis
+        for axis in dict.fromkeys(axis for need in plan.needs for axis in backend_named(need.backend).AXES)
+        if any(need.options.get(axis) not in (None, "auto") for need in plan.needs)
+    ]
+    for heading in ("variant", "backend", *(axis.replace("_", " ") for axis in axes)):
         grid.add_column(heading, no_wrap=True)
     for heading in ("bpw", "disk", "weights", "KV cache", "workspace", "runtime", "need"):
         grid.add_column(heading, justify="right", no_wrap=True)
@@ -60,7 +64,7 @@ def terminal(plan: Plan) -> str:
         grid.add_row(
             need.variant,
             need.backend,
-            *([str(need.options.get("kv_cache") or "auto")] if axis else []),
+            *(str(need.options.get(axis) or "auto") for axis in axes),
             f"{need.bits_per_weight:.2f}",
             size_text(need.disk_bytes),
             *map(_size, sizes),

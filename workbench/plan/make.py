@@ -1,14 +1,13 @@
 """What a recipe will need before any of it is made: bytes of weights, KV cache and workspace, and what fits.
 
 Pure arithmetic on a shape, which a worker reads from `config.json` and headers (`worker/base/headers.py`); no
-weights are fetched and nothing is loaded. Weights are exact (each method's layout, and llama.cpp's own rules of which
-tensor gets which type, in `mixtures.py`). The KV cache is
+weights are fetched and nothing is loaded. Weights are exact: each method says what it stores (`sizes`). What an engine
+needs beside them it says itself (`needs`): the KV cache is
 
     2 x layers x kv_heads x head_dim x tokens x bytes a value
 
-and the workspace what the widest step of a forward keeps at once. What an engine's libraries and an interpreter
-take beside that (`RUNTIME_BYTES`) is measured, not derived. `benchmarks/plan_vs_measured.py` compares a plan with
-stored rows.
+and the workspace what the widest step of a forward keeps at once. What an engine's libraries and an interpreter take
+beside that is measured, not derived. `benchmarks/plan_vs_measured.py` compares a plan with stored rows.
 
 Rejected: a safety factor over everything. It would hide an error, and tell people to buy twice the memory.
 """
@@ -23,13 +22,14 @@ from typing import Any, cast
 from workbench.errors import UserError, WorkFailed
 from workbench.home import home
 from workbench.machine import isolate
-from workbench.plan.need import Need, Plan, Point, need_of, stored_bytes
+from workbench.plan.need import Need, Plan, need_of
 from workbench.plan.tensors import shape_of
-from workbench.recipe.choices import BackendChoice
+from workbench.recipe.choices import BackendChoice, method_of, wants_gguf_base
 from workbench.recipe.load import Recipe
-from workbench.records import Variant
-from workbench.shape import DTYPE_BYTES, Described, Shape
+from workbench.records import BaseRequest, Variant, to_json
+from workbench.shape import DTYPE_BYTES, Described, Sequences, Shape
 from workbench.sizes import size_text
+from workbench.worker.methods import BASE
 
 
 def make(
@@ -52,31 +52,32 @@ def make(
     here = machine()
     cuda = has_cuda() if cuda is None else cuda
     if memory_bytes is None:
-        if cuda and not here["gpus"]:
+        if cuda and not here.gpus:
             raise UserError("--device cuda: there is no GPU here; say how much memory it has: --memory 24GiB")
-        memory_bytes = min(gpu["memory_bytes"] for gpu in here["gpus"]) if cuda else here["memory_bytes"]
+        memory_bytes = min(gpu.memory_bytes for gpu in here.gpus) if cuda else here.memory_bytes
     shape = shape or shape_of(_read(recipe), f"{recipe.path}: base")
     load = recipe.workload
     for value, name in ((context, "context"), (batch, "batch")):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1")
-    points = [Point(prompt_tokens + load.new_tokens, many, prompt_tokens) for prompt_tokens, many in load.points]
+    window = next((test.window for test in recipe.evaluations.values()), 0)
+    sizes = [(prompt_tokens + load.new_tokens, many, prompt_tokens) for prompt_tokens, many in load.points]
     first, many = load.points[0]
     if load.requests:
-        points += [Point(first + load.longest_answer, many, first) for many in load.batches]
+        sizes += [(first + load.longest_answer, many, first) for many in load.batches]
     if context is not None or batch is not None:
         tokens = load.longest if context is None else context
-        points = [Point(tokens, many if batch is None else batch, min(max(load.prompt_tokens), tokens))]
+        sizes = [(tokens, many if batch is None else batch, min(max(load.prompt_tokens), tokens))]
+    points = [Sequences(*size, window) for size in sizes]
     longest = max(point.tokens for point in points)
     check_context(longest, shape.context_tokens, f"{recipe.path}: {'--context' if context else 'workload'}")
-    window = next((test.window for test in recipe.evaluations.values()), 0)
     needs = []
     for choice in recipe.backends:
         for variant in recipe.variants:
             if choice.takes(variant.name):
-                each = [need_of(shape, variant, choice, *point, window, cuda) for point in points]
+                each = [need_of(shape, variant, choice, point, cuda) for point in points]
                 place = max(range(len(points)), key=lambda i: each[i].need_bytes or 0)
-                needs.append(_fitted(each[place], shape, variant, choice, points[place], window, cuda, memory_bytes))
+                needs.append(_fitted(each[place], shape, variant, choice, points[place], cuda, memory_bytes))
     return Plan(
         recipe=recipe.name,
         model=recipe.model,
@@ -126,11 +127,8 @@ def check_context(tokens: int, context_tokens: int, where: str) -> None:
 
 def _read(recipe: Recipe) -> Described:
     """Ask a worker for the shape; it takes a moment of one core, so it does not wait for the machine."""
-    payload = {
-        "source": recipe.base.source(recipe.path.parent),
-        "equivalent": recipe.base.equivalent.model_dump() if recipe.base.equivalent else None,
-        "offline": False,
-    }
+    equivalent = recipe.base.equivalent.model_dump() if recipe.base.equivalent else None
+    payload = to_json(BaseRequest(recipe.base.source(recipe.path.parent), equivalent))
     folder = home() / "logs" / f"plan-{time.time_ns()}"
     reply = isolate.call("workbench.worker.base.headers:read", payload, workdir=folder, time_limit_s=600)
     value = isolate.answer(reply, folder)
@@ -143,23 +141,21 @@ def _fitted(
     shape: Shape,
     variant: Variant,
     choice: BackendChoice,
-    point: Point,
-    window: int,
+    point: Sequences,
     cuda: bool,
     memory_bytes: float,
 ) -> Need:
     """Whether it fits, and if not, the longest context that would."""
     if need.need_bytes is None:
         return need
-    # Tensor parallelism divides weights and cache; what it repeats on each GPU is small.
-    memory_bytes *= int(choice.options.get("tensor_parallel") or 1)
+    memory_bytes *= need.devices
     if need.need_bytes <= memory_bytes:
         return replace(need, fits=True)
     low, high = 0, point.tokens
     while low < high:
         middle = (low + high + 1) // 2
-        prompt_tokens = min(point.prompt_tokens, middle)
-        tried = need_of(shape, variant, choice, middle, point.batch, prompt_tokens, window, cuda)
+        shorter = point._replace(tokens=middle, prompt_tokens=min(point.prompt_tokens, middle))
+        tried = need_of(shape, variant, choice, shorter, cuda)
         if tried.need_bytes is not None and tried.need_bytes <= memory_bytes:
             low = middle
         else:
@@ -169,12 +165,16 @@ def _fitted(
 
 def _all_disk(recipe: Recipe, shape: Shape) -> int:
     """Everything a recipe writes: the base where it is rewritten, one conversion, each variant once."""
-    total = 0 if recipe.base.hub is None and recipe.base.path else shape.parameters * DTYPE_BYTES[shape.dtype]
-    if any(v.method == "gguf" for v in recipe.variants) or any(c.name == "llamacpp" for c in recipe.backends):
-        total += shape.parameters * DTYPE_BYTES[shape.dtype]
-        if shape.dtype == "float32":
-            total += stored_bytes(shape, Variant("base", "base"), "llamacpp")[0]
-    return total + sum(stored_bytes(shape, v, "")[0] for v in recipe.variants if v.method != "base")
+    base_bytes = shape.parameters * DTYPE_BYTES[shape.dtype]
+    total = 0 if recipe.base.hub is None and recipe.base.path else base_bytes
+    for variant in recipe.variants:
+        method, options = method_of(variant)
+        if variant.method != BASE and method.making(options, cuda=False).stage != "load":
+            total += method.sizes(shape, options, method.WRITES[0]).disk_bytes
+        elif variant.method == BASE and wants_gguf_base(recipe.variants, recipe.backends):
+            total += base_bytes
+            total += method.sizes(shape, options, "gguf").disk_bytes if shape.dtype == "float32" else 0
+    return total
 
 
 def _existing(folder: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -15,7 +14,7 @@ from workbench.quantize.make import Made
 from workbench.recipe.choices import BackendChoice, limits_of
 from workbench.recipe.load import Recipe
 from workbench.records import MEASUREMENT_VERSION, Artifact, Row, Workload, digest, to_json
-from workbench.worker.backends import BACKENDS
+from workbench.worker.backends import backend_named
 
 HARNESS = ("lm-eval",)
 """The package of lm-evaluation-harness."""
@@ -71,7 +70,7 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
 
     `reference` is the key of what the divergence is to be measured from, a part of the row's own key.
     """
-    module = importlib.import_module(BACKENDS[choice.name])
+    module = backend_named(choice.name)
     error = unsupported = None
     artifacts = made.artifacts.get(name, [])
     if artifacts:
@@ -79,8 +78,8 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
         best = reasons.index(None) if None in reasons else 0
         artifact = artifacts[best]
         unsupported = reasons[best] or limits_of(recipe.variant(name)).get(choice.name)
-        if unsupported is None and hasattr(module, "refuses"):
-            unsupported = module.refuses(choice.options, has_cuda())
+        if unsupported is None:
+            unsupported = module.refuses(module.Options(**choice.options), has_cuda())
         if unsupported and name in made.failures:
             # The form that this engine reads could have been made, and was not.
             error, unsupported = made.failures[name], None
@@ -96,7 +95,7 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
     if recipe.base.trust_remote_code and "trust_remote_code" in options:
         options["trust_remote_code"] = True
     found = versions(module.PACKAGES, interpreter(choice.name, sys.executable))
-    causes = [
+    causes: list[object] = [
         recipe.model,
         name,
         artifact.digest,

@@ -10,22 +10,31 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from workbench.console import Show
 from workbench.errors import UserError, WorkFailed
 from workbench.home import entry, interpreter, portable
 from workbench.machine import monitor
 from workbench.machine.identity import has_cuda, machine
-from workbench.machine.work import turns, work
+from workbench.machine.work import in_rounds, work
 from workbench.plan.make import advice
 from workbench.profile.jobs import now
-from workbench.profile.reference import REFERENCE_MAKER, Reference
-from workbench.profile.turns import TURNS, Turns
+from workbench.profile.reference import REFERENCE_MAKER
+from workbench.profile.rounds import ROUNDS, Rounds
 from workbench.quantize.make import Made
 from workbench.recipe.choices import BackendChoice
 from workbench.recipe.load import Recipe
-from workbench.records import Job, Measurement, Row, digest, from_json, to_json
+from workbench.records import (
+    Bandwidth,
+    BandwidthRequest,
+    Job,
+    Measurement,
+    Reference,
+    Row,
+    digest,
+    from_json,
+    to_json,
+)
 from workbench.worker.backends import BACKENDS
 
 OUT_OF_MEMORY = re.compile(
@@ -35,8 +44,8 @@ OUT_OF_MEMORY = re.compile(
 """Engines' words for a workload that does not fit."""
 
 
-def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Reference] | None, show: Show) -> Turns:
-    """Run the job in its engine's interpreter and fill the row in; yields between its turns."""
+def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Reference] | None, show: Show) -> Rounds:
+    """Run the job in its engine's interpreter and fill the row in; yields between its rounds."""
     module = importlib.import_module(BACKENDS[row.backend])
     job = Job(
         base=recipe.model,
@@ -46,31 +55,33 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
         workload=row.workload,
         evaluations=row.evaluations,
         references={name: each.path for name, each in (references or {}).items()},
-        base_digest=made.base["digest"],
+        base_digest=made.base.digest,
         tasks=row.tasks,
-        rounds=1 if has_cuda() else TURNS,
+        rounds=1 if has_cuda() else ROUNDS,
     )
     threads = str(row.options.get("threads") or len(os.sched_getaffinity(0)))
     environment = {**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     started_at, started = now(), time.monotonic()
     duration_s: float | None = None
-    measurement, error, doubts = None, None, list[str]()
-    here = row.machine | {"copy_bytes_per_s": _copy_bandwidth(show)}
+    measurement: Measurement | None = None
+    error: str | None = None
+    doubts: list[str] = []
+    here = replace(row.machine, copy_bytes_per_s=_copy_bandwidth(show))
     try:
-        value, cost = yield from turns(
+        measurement, cost = yield from in_rounds(
             "workbench.worker.measure.job:measure",
-            {"job": to_json(job)},
+            {"job": job},
+            Measurement,
             show,
             f"{row.backend}: {row.artifact.variant}",
             python=interpreter(row.backend, sys.executable),
             limit_s=recipe.limits.profile_s,
             environment=environment,
         )
-        duration_s = cost["seconds"]  # Without the wait for another run to end.
-        measurement = from_json(Measurement, value)
-        conditions = measurement.conditions | cost["conditions"]
+        duration_s = cost.seconds  # Without the wait for another run to end.
+        conditions = measurement.conditions | cost.conditions
         doubts = monitor.warnings(conditions)
-        measurement = replace(measurement, memory=measurement.memory | cost["memory"], conditions=conditions)
+        measurement = replace(measurement, memory=measurement.memory | cost.memory, conditions=conditions)
     except (WorkFailed, UserError) as problem:
         error = str(problem)
         if OUT_OF_MEMORY.search(error):
@@ -95,22 +106,23 @@ def portable_row(row: Row) -> Row:
 def _copy_bandwidth(show: Show) -> float | None:
     """Bytes a second that this machine copies, measured once; None where it cannot be."""
     here, device = machine(), "cuda" if has_cuda() else "cpu"
-    facts = [here["cpu"], here["threads"], here["memory_bytes"], here["gpus"], here["driver"], device]
+    facts = [here.cpu, here.threads, here.memory_bytes, here.gpus, here.driver, device]
 
-    def build(folder: Path) -> dict[str, Any]:
+    def build(folder: Path) -> Bandwidth:
         python = interpreter(REFERENCE_MAKER, sys.executable) if device == "cuda" else sys.executable
-        value, _ = work(
+        found, _ = work(
             "workbench.worker.measure.bandwidth:copy_bandwidth",
-            {"threads": here["threads"], "device": device},
+            BandwidthRequest(here.threads, device),
+            Bandwidth,
             show,
             "copy bandwidth",
             python=python,
             limit_s=300,
         )
-        return dict(value)
+        return found
 
     try:
-        return float(entry("bandwidth", digest(facts), build)[1]["bytes_per_s"])
+        return entry("bandwidth", digest(facts), Bandwidth, build)[1].bytes_per_s
     except (WorkFailed, UserError) as problem:
         show.say(f"no fraction of the memory's bandwidth: copying could not be measured: {problem}")
         return None

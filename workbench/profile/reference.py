@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,11 @@ from workbench.machine.identity import has_cuda, versions
 from workbench.machine.work import work
 from workbench.quantize.make import Made
 from workbench.recipe.load import Recipe
-from workbench.records import REFERENCE_VERSION, Job, Row, digest, to_json
+from workbench.records import REFERENCE_VERSION, Job, Reference, ReferRequest, Row, digest, to_json
 from workbench.worker.backends import BACKENDS
 
 REFERENCE_MAKER = "transformers"
 """The backend that scores the base for the reference: the one that computes in float32 on a CPU."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the base says of every scored token of an evaluation set (`worker/scoring/reference.py`)."""
-
-    path: str
-    digest: str
-    """Digest of its content."""
 
 
 def reference_keys(recipe: Recipe, made: Made) -> dict[str, str]:
@@ -42,7 +33,7 @@ def reference_keys(recipe: Recipe, made: Made) -> dict[str, str]:
     options = _reference_options(recipe)
     how = [options["device"], options["attention"], has_cuda()]
     return {
-        name: digest([made.base["digest"], test.digest, REFERENCE_VERSION, found, how])
+        name: digest([made.base.digest, test.digest, REFERENCE_VERSION, found, how])
         for name, test in made.evaluations.items()
     }
 
@@ -77,28 +68,28 @@ def _reference(recipe: Recipe, made: Made, evaluation: str, key: str, show: Show
         options=options,
         workload=recipe.workload,
         evaluations={evaluation: made.evaluations[evaluation]},
-        base_digest=made.base["digest"],
+        base_digest=made.base.digest,
     )
     threads = str(options.get("threads") or len(os.sched_getaffinity(0)))
     name = "reference.safetensors"
 
-    def build(folder: Path) -> dict[str, Any]:
+    def build(folder: Path) -> Reference:
         for leftover in folder.iterdir():
             leftover.unlink()
-        value, cost = work(
+        found, cost = work(
             "workbench.worker.measure.job:refer",
-            {"job": to_json(job), "out": str(folder / name)},
+            ReferRequest(job, str(folder / name)),
+            Reference,
             show,
             "reference: base's distributions" + (f" on {evaluation}" if len(made.evaluations) > 1 else ""),
             python=interpreter(REFERENCE_MAKER, sys.executable),
             limit_s=recipe.limits.profile_s,
             environment={**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
         )
-        causes = {"base": made.base["digest"], "evaluation": made.evaluations[evaluation].digest}
-        return {**value, **causes, "cost": cost}
+        return replace(found, base=made.base.digest, evaluation=made.evaluations[evaluation].digest, cost=cost)
 
-    folder, record = entry("references", key, build)
-    return Reference(str(folder / name), record["digest"])
+    folder, found = entry("references", key, Reference, build)
+    return replace(found, path=str(folder / name))
 
 
 def _reference_options(recipe: Recipe) -> dict[str, Any]:

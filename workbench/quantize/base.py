@@ -3,67 +3,89 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from workbench.console import Show
 from workbench.home import entry
 from workbench.machine.work import work
+from workbench.quantize.alone import make_alone
+from workbench.quantize.record import artifact_key, provenance_of
 from workbench.recipe.load import Recipe
-from workbench.records import Artifact, digest, to_json
+from workbench.records import Artifact, BaseRequest, PreparedBase, Variant, digest, to_json
+from workbench.shape import DTYPE_CODES
+from workbench.worker.methods import BASE, Making
+from workbench.worker.methods import base as forms
 
 
-def prepare(recipe: Recipe, show: Show) -> dict[str, Any]:
-    """The base as a Hugging Face directory: `path`, `digest`, `dtype`, `parameters`, `weight_bytes`..."""
+def prepare(recipe: Recipe, show: Show) -> PreparedBase:
+    """The base, downloaded, de-quantized, rewritten, or just found."""
     from workbench.worker.base.prepare import identify
 
     source = recipe.base.source(recipe.path.parent)
-    equivalent = to_json(recipe.base.equivalent.model_dump()) if recipe.base.equivalent else None
+    equivalent = recipe.base.equivalent.model_dump() if recipe.base.equivalent else None
     key = digest([identify(source), equivalent, recipe.base.trust_remote_code])
 
-    def build(folder: Path) -> dict[str, Any]:
+    def build(folder: Path) -> PreparedBase:
         for leftover in folder.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         out = folder / recipe.model
         out.mkdir()
-        payload = {
-            "source": source,
-            "equivalent": equivalent,
-            "out": str(out),
-            "allow_remote_code": recipe.base.trust_remote_code,
-            "offline": False,
-        }
         made, cost = work(
             "workbench.worker.base.prepare:prepare",
-            payload,
+            BaseRequest(source, equivalent, str(out), recipe.base.trust_remote_code),
+            PreparedBase,
             show,
             f"base: {recipe.model}",
             limit_s=recipe.limits.quantize_s,
         )
-        if Path(made["path"]) == out:
-            made["path"] = recipe.model  # Inside the entry, whatever the cache folder is called later.
-        return {**made, "key": key, "source": source, "equivalent": equivalent, "cost": cost}
+        # Inside the entry, whatever the cache folder is called later.
+        path = recipe.model if Path(made.path) == out else made.path
+        return replace(made, path=path, source=source, cost=cost)
 
-    folder, record = entry("bases", key, build)
-    record["path"] = str(folder / record["path"])
-    if not Path(record["path"]).exists():
+    folder, base = entry("bases", key, PreparedBase, build)
+    path = folder / base.path
+    if not path.exists():
         shutil.rmtree(folder)
         return prepare(recipe, show)
-    record["digest"] = digest([record["digest"], equivalent])
-    return record
+    return replace(base, path=str(path), digest=digest([base.digest, equivalent]))
 
 
-def base_artifact(base: dict[str, Any]) -> Artifact:
-    types = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+def as_gguf(recipe: Recipe, base: PreparedBase, show: Show) -> tuple[Artifact, Artifact]:
+    """The base as one lossless GGUF file, from which others are made; and as engines get it that read nothing else: the
+    same, or of 16 bits where the base has 32."""
+
+    def made(making: Making, title: str, source: Artifact | None = None) -> Artifact:
+        variant = Variant(BASE, "gguf", {"type": making.file_name.removesuffix(".gguf")})
+        artifact = make_alone(recipe, base, variant, making, show, form="gguf", source=source, title=title)
+        return replace(artifact, method=BASE)
+
+    whole = forms.conversion(base.dtype, recipe.model)
+    source = made(whole, f"GGUF conversion ({DTYPE_CODES[base.dtype]})")
+    if base.dtype != "float32":
+        return source, source
+    half = forms.sixteen_bit(base.dtype)
+    return source, made(half, f"GGUF {half.arguments['type']}", source)
+
+
+def as_loaded(recipe: Recipe, base: PreparedBase, variant: Variant, making: Making, form: str) -> Artifact:
+    """What an engine quantizes while it loads the base: the base's own files, under the variant's name and format."""
+    provenance = provenance_of(recipe, base, variant, making, None, None)
+    key = artifact_key(base, variant, making, [])
+    named = replace(base_artifact(base), variant=variant.name, method=variant.method, format=form)
+    return replace(named, digest=key, provenance=provenance)
+
+
+def base_artifact(base: PreparedBase) -> Artifact:
     return Artifact(
-        variant="base",
-        method="base",
+        variant=BASE,
+        method=BASE,
         format="safetensors",
-        path=base["path"],
-        digest=base["digest"],
-        disk_bytes=base["weight_bytes"],
-        parameters=base["parameters"],
-        tensor_types={"*": types.get(base["dtype"], base["dtype"])},
-        warnings=list(base.get("warnings", [])),
-        provenance={"source": base["source"], "revision": base.get("revision"), "cost": base.get("cost")},
+        path=base.path,
+        digest=base.digest,
+        disk_bytes=base.weight_bytes,
+        parameters=base.parameters,
+        tensor_types={"*": DTYPE_CODES.get(base.dtype, base.dtype)},
+        warnings=base.warnings,
+        provenance={"source": base.source, "revision": base.revision, "cost": to_json(base.cost)},
     )

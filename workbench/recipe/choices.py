@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib
-import json
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 from workbench.errors import UserError, unknown
 from workbench.recipe.messages import validate
 from workbench.records import Variant, to_json
-from workbench.worker.backends import BACKENDS
-from workbench.worker.methods import METHODS
+from workbench.worker.backends import BACKENDS, backend_named
+from workbench.worker.methods import BASE, METHODS, Making, Method, method_named
 
 
 @dataclass(frozen=True)
@@ -33,40 +33,39 @@ class BackendChoice:
 
 def limits_of(variant: Variant) -> dict[str, str]:
     """Backend name -> why it cannot load what this variant's options make."""
-    if variant.method == "base":
-        return {}
-    module, options = method_of(variant)
-    return dict(module.limits(options))
+    method, options = method_of(variant)
+    return method.limits(options)
 
 
-def format_of(variant: Variant) -> str:
-    """The artifact format a variant will have."""
-    return "safetensors" if variant.method == "base" else str(import_named(METHODS[variant.method]).FORMAT)
+def method_of(variant: Variant) -> tuple[Method, Any]:
+    """A variant's method, and its options as the method takes them."""
+    method = method_named(variant.method)
+    return method, method.Options(**variant.options)
 
 
-def import_named(name: str) -> Any:
-    return importlib.import_module(name)
+def making_of(variant: Variant, cuda: bool = False) -> Making:
+    """How a variant is made; `cuda`: on a machine with a GPU."""
+    method, options = method_of(variant)
+    return method.making(options, cuda)
 
 
-def method_of(variant: Variant) -> tuple[Any, Any]:
-    if variant.method == "base":
-        return _BaseMethod, None
-    module = import_named(METHODS[variant.method])
-    return module, module.Options(**variant.options)
+def form_for(variant: Variant, backend: str) -> str:
+    """The format that a backend gets of a variant: the first that it loads, or the first of all if it loads none."""
+    written, loaded = method_named(variant.method).WRITES, backend_named(backend).LOADS
+    return next((form for form in written if form in loaded), written[0])
 
 
-class _BaseMethod:
-    """The base needs nothing and every engine loads it."""
-
-    @staticmethod
-    def needs_calibration(options: Any) -> bool:
-        return False
+def wants_gguf_base(variants: Sequence[Variant], choices: Sequence[BackendChoice]) -> bool:
+    """Whether the base is needed as a GGUF file: a variant is made from it, or an engine loads no other form of it."""
+    return any(making_of(variant).stage == "gguf" for variant in variants) or any(
+        form_for(Variant(BASE, BASE), choice.name) == "gguf" for choice in choices
+    )
 
 
 def parse_variants(raw: Any, where: str) -> tuple[Variant, ...]:
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{where}: variants: a list with at least one entry, such as `- gguf: Q4_K_M`")
-    found = [Variant("base", "base")]
+    found = [Variant(BASE, BASE)]
     for i, entry in enumerate(raw):
         place = f"variants[{i}]"
         if isinstance(entry, str):
@@ -80,19 +79,16 @@ def parse_variants(raw: Any, where: str) -> tuple[Variant, ...]:
         if len(words) != 1:
             raise UserError(f"{where}: {place}: one method an entry, found {', '.join(words) or 'none'}")
         word = words[0]
-        module = import_named(METHODS[word])
-        value = entry[word]
-        if value is None:
-            value = {}
-        if word == "gguf" and not isinstance(value, dict):
-            value = {"type": value}
-        options = validate(TypeAdapter(module.Options), value, where, f"{place}.{word}")
-        if hasattr(module, "check"):
-            try:
-                module.check(options)
-            except UserError as error:
-                raise UserError(f"{where}: {place}: {error}") from None
-        name = entry.get("name") or module.default_name(options)
+        method = method_named(word)
+        value = {} if entry[word] is None else entry[word]
+        if method.SHORTHAND and not isinstance(value, dict):
+            value = {method.SHORTHAND: value}
+        options = validate(TypeAdapter(method.Options), value, where, f"{place}.{word}")
+        try:
+            method.check(options)
+        except UserError as error:
+            raise UserError(f"{where}: {place}: {error}") from None
+        name = entry.get("name") or method.default_name(options)
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise UserError(f"{where}: {place}.name: letters, digits, '.', '_' and '-' only, not {name!r}")
         if name in {variant.name for variant in found}:
@@ -120,14 +116,14 @@ def parse_backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple
         if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
             raise UserError(f"{where}: {place}.variants: a list of variant names or patterns")
         meant_by(patterns, variants, f"{where}: {place}.variants")
-        kind = import_named(BACKENDS[name]).Options
-        axis = options.get("kv_cache")
-        values = axis if isinstance(axis, list) and axis else [axis]
-        if len({json.dumps(value) for value in values}) < len(values):
-            raise UserError(f"{where}: {place}.kv_cache: names a value twice")
-        for value in values:
-            one = options if value is None else {**options, "kv_cache": value}
-            checked = validate(TypeAdapter(kind), one, where, place, also={"variants"})
+        backend = backend_named(name)
+        axes = {axis: options[axis] for axis in backend.AXES if isinstance(options.get(axis), list) and options[axis]}
+        for axis, values in axes.items():
+            if any(value in values[:i] for i, value in enumerate(values)):
+                raise UserError(f"{where}: {place}.{axis}: names a value twice")
+        for point in itertools.product(*axes.values()):
+            one = {**options, **dict(zip(axes, point, strict=True))}
+            checked = validate(TypeAdapter(backend.Options), one, where, place, also={"variants"})
             found.append(BackendChoice(name, to_json(checked), tuple(patterns)))
     return tuple(found)
 

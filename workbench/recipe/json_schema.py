@@ -6,10 +6,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from workbench.recipe.choices import import_named
 from workbench.recipe.model import NAME, Document, EvaluationModel
-from workbench.worker.backends import BACKENDS
-from workbench.worker.methods import METHODS
+from workbench.worker.backends import BACKENDS, backend_named
+from workbench.worker.methods import METHODS, method_named
 
 
 def schema() -> dict[str, Any]:
@@ -24,11 +23,11 @@ def schema() -> dict[str, Any]:
         return own
 
     forms: list[dict[str, Any]] = []
-    for word, module in METHODS.items():
-        options = options_of(import_named(module).Options, f"{word} options")
+    for word, method in {word: method_named(word) for word in METHODS}.items():
+        options = options_of(method.Options, f"{word} options")
         forms_of_value: list[dict[str, Any]] = [options]
-        if word == "gguf":
-            forms_of_value.append(options["properties"]["type"])
+        if method.SHORTHAND:
+            forms_of_value.append(options["properties"][method.SHORTHAND])
         if not options.get("required"):
             forms_of_value.append({"type": "null"})
             forms.append({"const": word})
@@ -41,13 +40,13 @@ def schema() -> dict[str, Any]:
             }
         )
     backends = {}
-    for word, module in BACKENDS.items():
-        options = options_of(import_named(module).Options, f"{word} options")
+    for word, backend in {word: backend_named(word) for word in BACKENDS}.items():
+        options = options_of(backend.Options, f"{word} options")
         options["properties"]["variants"] = {"type": "array", "items": {"type": "string"}}
-        if "kv_cache" in options["properties"]:
-            single = options["properties"]["kv_cache"]
+        for axis in backend.AXES:
+            single = options["properties"][axis]
             several = {"type": "array", "items": single, "minItems": 1, "uniqueItems": True}
-            options["properties"]["kv_cache"] = {"anyOf": [single, several]}
+            options["properties"][axis] = {"anyOf": [single, several]}
         backends[word] = {"anyOf": [options, {"type": "null"}]}
     one_set = {"$ref": "#/$defs/EvaluationModel"}
     several = {"type": "object", "additionalProperties": one_set, "minProperties": 1}

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from workbench.errors import UserError, did_you_mean, unknown
-from workbench.recipe.choices import BackendChoice, meant_by, method_of, parse_backends, parse_variants
+from workbench.recipe.choices import BackendChoice, limits_of, meant_by, method_of, parse_backends, parse_variants
 from workbench.recipe.messages import validate
 from workbench.recipe.model import NAME, Base, Calibration, Document, EvaluationModel, Limits, TaskModel
 from workbench.recipe.yaml_text import MAX_BYTES, parse_yaml
@@ -35,7 +35,7 @@ class Recipe:
     backends: tuple[BackendChoice, ...]
     calibration: Calibration | None
     evaluations: dict[str, EvaluationModel]
-    """By name; the first is what tables show."""
+    """The evaluation sets by name; the first is what tables show."""
     workload: Workload
     limits: Limits
     digest: str
@@ -107,16 +107,13 @@ def parse(data: Any, path: Path) -> Recipe:
     if document.calibration is None:
         # The base stands before what the recipe lists.
         for i, variant in enumerate(variants):
-            module, options = method_of(variant)
-            if module.needs_calibration(options):
+            method, options = method_of(variant)
+            if method.making(options, cuda=False).calibration:
                 raise UserError(
                     f"{where}: variants[{i - 1}] ({variant.name}) looks at calibration tokens: add a `calibration`"
                 )
     for variant in variants:
-        if variant.method == "base":
-            continue
-        module, options = method_of(variant)
-        for backend, reason in module.limits(options).items():
+        for backend, reason in limits_of(variant).items():
             if any(choice.name == backend and choice.takes(variant.name) for choice in backends):
                 warnings.append(f"{variant.name} will not run on {backend}: {reason}")
     return Recipe(

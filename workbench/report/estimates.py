@@ -27,9 +27,12 @@ import math
 import struct
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
-Quality = dict[str, Any]
+from workbench.records import Quality
+
+Total = Literal["nll_sum", "kld_sum", "same_top_sum", "dp_square_sum"]
+Count = Literal["count", "kld_count"]
 
 
 class Estimate(NamedTuple):
@@ -64,7 +67,7 @@ def perplexity_delta(q: Quality, base_q: Quality) -> Estimate:
     return Estimate(ppl - ppl0, _error(residuals, count), len(residuals))
 
 
-def mean_delta(q: Quality, base_q: Quality, total: str, count: str) -> Estimate | None:
+def mean_delta(q: Quality, base_q: Quality, total: Total, count: Count) -> Estimate | None:
     """The mean a token of `q` less the base's, both of per-window sums `total` over `count` tokens.
 
     Paired over windows as `perplexity_delta` is. None if one has no such token, or not as many windows.
@@ -85,7 +88,7 @@ def mean_delta(q: Quality, base_q: Quality, total: str, count: str) -> Estimate 
 
 def divergence(q: Quality) -> Estimate | None:
     """Mean KL divergence from the base, in nats a token; None if `q` was not compared with a reference."""
-    if "kld_sum" not in (q["windows"] or [{}])[0]:
+    if not _compared(q):
         return None
     return _mean(_pairs(q, "kld_sum", "kld_count"))
 
@@ -98,14 +101,14 @@ def divergence_quantile(q: Quality, p: float) -> float | None:
 
 def agreement(q: Quality) -> Estimate | None:
     """Share of tokens whose likeliest id is the base's; None if `q` was not compared with a reference."""
-    if "same_top_sum" not in (q["windows"] or [{}])[0]:
+    if not _compared(q):
         return None
     return _mean(_pairs(q, "same_top_sum", "kld_count"))
 
 
 def rms_dp(q: Quality) -> Estimate | None:
     """Root mean square of the correct token's change in probability; se = se(mean square) / (2 rms)."""
-    if "dp_square_sum" not in (q["windows"] or [{}])[0]:
+    if not _compared(q):
         return None
     mean = _mean(_pairs(q, "dp_square_sum", "kld_count"))
     root = math.sqrt(mean.value)
@@ -120,7 +123,7 @@ def accuracy(correct: Sequence[float]) -> Estimate | None:
 
 
 def accuracy_delta(correct: Sequence[float], base: Sequence[float]) -> Estimate | None:
-    """The same of the differences item by item: what both get wrong cancels. Raises `ValueError` for other items."""
+    """Difference of two accuracies, item by item: what both get wrong cancels. Raises `ValueError` for other items."""
     return accuracy([own - other for own, other in zip(correct, base, strict=True)])
 
 
@@ -203,8 +206,13 @@ def _exp(nats: float) -> float:
     return math.exp(min(nats, 300.0))
 
 
-def _pairs(q: Quality, total: str, count: str) -> list[tuple[float, int]]:
-    """(sum, tokens) of every window that has any token left."""
+def _compared(q: Quality) -> bool:
+    """Whether it was compared with a reference."""
+    return bool(q["windows"]) and "kld_sum" in q["windows"][0]
+
+
+def _pairs(q: Quality, total: Total, count: Count) -> list[tuple[float, int]]:
+    """Pairs (sum, tokens) of every window that has any token left."""
     return [(window[total], window[count]) for window in q["windows"] if window[count]]
 
 

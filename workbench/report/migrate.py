@@ -7,7 +7,7 @@ from typing import Any
 
 from workbench.records import SCHEMA_VERSION
 
-Step = Callable[[dict[str, Any]], dict[str, Any]]
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
 """From a stored row of one schema version to one of the next."""
 
 
@@ -29,12 +29,12 @@ def from_schema_1(old: dict[str, Any]) -> dict[str, Any]:
     return {**row, "workload": load}
 
 
-MIGRATIONS: dict[int, Step] = {1: from_schema_1}
+MIGRATIONS: dict[int, Migration] = {1: from_schema_1}
 """By the schema version that each starts from."""
 
 
 def migrate(
-    record: dict[str, Any], version: int, target: int = SCHEMA_VERSION, migrations: Mapping[int, Step] = MIGRATIONS
+    record: dict[str, Any], version: int, target: int = SCHEMA_VERSION, migrations: Mapping[int, Migration] = MIGRATIONS
 ) -> dict[str, Any]:
     """A stored row brought from schema `version` to `target`, step by step.
 

@@ -19,8 +19,9 @@ from workbench.records import Row
 from workbench.report import store
 from workbench.report.table import build
 from workbench.report.verdicts import recommend as wing
-from workbench.report.verdicts.recommend import Recommendation, Wishes, parse_share, recommend
+from workbench.report.verdicts.recommend import Constraints, Recommendation, parse_share, recommend
 from workbench.sizes import parse_size
+from workbench.worker.backends import serving_command
 
 MIB = 2**20
 BASE_NATS = [900.0, 960.0, 880.0, 930.0]
@@ -69,8 +70,8 @@ def house() -> list[Row]:
     ]
 
 
-def ask(rows: list[Row], **wishes: Any) -> Recommendation:
-    return recommend(build(rows), Wishes(**wishes))
+def ask(rows: list[Row], **constraints: Any) -> Recommendation:
+    return recommend(build(rows), Constraints(**constraints))
 
 
 def test_the_fastest_within_limits_and_why_not_the_others() -> None:
@@ -174,9 +175,9 @@ def test_memory_on_a_gpu_is_the_devices() -> None:
 def test_the_command_that_serves_it(backend: str, options: dict[str, Any], command: str | None) -> None:
     row = a_row("q", backend, options=options)
     row = replace(row, artifact=replace(row.artifact, path="/a b/q"))
-    assert wing.serve(row) == command
+    assert serving_command(row) == command
     moved = replace(row, artifact=replace(row.artifact, path="$WORKBENCH_HOME/q"))
-    assert command is None or "/home/me/cache/q" in (wing.serve(moved, "/home/me/cache") or "")
+    assert command is None or "/home/me/cache/q" in (serving_command(moved, "/home/me/cache") or "")
 
 
 def test_words_for_sizes_and_shares() -> None:

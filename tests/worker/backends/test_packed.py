@@ -48,7 +48,7 @@ def artifact(path: Path, format: str) -> Artifact:
 def engine(path: Path, format: str, **options: Any) -> Any:
     """The backend with one artifact loaded."""
     job = Job("b", artifact(path, format), "transformers", {"device": "cpu"} | options, Workload())
-    return backend.Backend(job)
+    return backend.Engine(job)
 
 
 def logits(model: Any, ids: Any = IDS) -> Any:

@@ -38,12 +38,16 @@ def test_what_the_encoders_do_not_make_is_refused_with_what_they_do(name: str) -
 
 def test_auto_is_llama_cpps_but_on_a_gpu() -> None:
     assert method.Options("Q4_K_M").encoder == "auto"
-    assert method.encoder_of({"type": "Q4_K_M", "encoder": "auto"}, cuda=False) == "llamacpp"
-    assert method.encoder_of({"type": "Q4_K_M", "encoder": "auto"}, cuda=True) == "auto"
-    assert method.encoder_of({"type": "IQ4_XS", "encoder": "auto"}, cuda=True) == "llamacpp"
-    assert method.encoder_of({"type": "Q4_K_M", "encoder": "workbench"}, cuda=False) == "workbench"
-    assert method.encoder_of({"type": "Q4_K_M", "encoder": "llamacpp"}, cuda=True) == "llamacpp"
-    assert method.encoder_of({"type": "BF16"}, cuda=True) == "llamacpp", "the base itself"
+
+    def encoder(kind: Any, encoder: Any = "auto", *, cuda: bool) -> object:
+        return method.making(method.Options(kind, encoder=encoder), cuda).arguments["encoder"]
+
+    assert encoder("Q4_K_M", "auto", cuda=False) == "llamacpp"
+    assert encoder("Q4_K_M", "auto", cuda=True) == "auto"
+    assert encoder("IQ4_XS", "auto", cuda=True) == "llamacpp"
+    assert encoder("Q4_K_M", "workbench", cuda=False) == "workbench"
+    assert encoder("Q4_K_M", "llamacpp", cuda=True) == "llamacpp"
+    assert encoder("BF16", cuda=True) == "llamacpp", "the base itself"
 
 
 def test_names_tell_an_encoder_that_was_asked_for() -> None:
@@ -106,8 +110,10 @@ def assert_pairs_are_equal(made: list[dict[str, Any]]) -> dict[tuple[str, bool],
     for pair in made:
         where = pair["type"], pair["imatrix"]
         theirs, ours = pair["llamacpp"], pair["workbench"]
-        assert theirs.pop("encoder") == {"name": "llamacpp", "device": "cpu"}
-        by = ours.pop("encoder")
+        assert theirs.pop("provenance") == {"encoder": {"name": "llamacpp", "device": "cpu"}}
+        assert theirs.pop("notes") == []
+        by, (note,) = ours.pop("provenance")["encoder"], ours.pop("notes")
+        assert f"{by['rows_equal']} of {by['rows_checked']} rows compared with llama.cpp's are the same" in note
         assert by["name"] == "workbench" and by["rows_equal"] == by["rows_checked"] >= 8, by
         paths = Path(theirs.pop("path")), Path(ours.pop("path"))
         assert theirs == ours, where
@@ -296,4 +302,4 @@ def test_what_holds_other_types_is_left_to_llama_cpp(experts: Path, tmp_path: Pa
         call("workbench.worker.methods.gguf:quantize", {**payload, "encoder": "workbench"})
     assert not out.exists()
     made = call("workbench.worker.methods.gguf:quantize", {**payload, "encoder": "auto"})
-    assert made["encoder"]["name"] == "llamacpp" and "IQ4_XS" in made["tensor_types"].values()
+    assert made["provenance"]["encoder"]["name"] == "llamacpp" and "IQ4_XS" in made["tensor_types"].values()

@@ -87,8 +87,8 @@ def test_check_refuses_what_the_quantizer_would(name: str) -> None:
 def test_names() -> None:
     assert method.default_name(method.Options("Q4_K_M")) == "gguf-Q4_K_M"
     assert method.default_name(method.Options("IQ2_M", imatrix=True)) == "gguf-IQ2_M-imatrix"
-    assert not method.needs_calibration(method.Options("Q4_K_M"))
-    assert method.needs_calibration(method.Options("Q4_K_M", imatrix=True))
+    assert method.making(method.Options("Q4_K_M"), cuda=False).calibration == ""
+    assert method.making(method.Options("Q4_K_M", imatrix=True), cuda=False).calibration == "imatrix"
 
 
 # --- the real thing -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 
 from tests.places import ROOT
 from workbench.errors import UserError
-from workbench.worker.tokens.text import read_text
+from workbench.worker.tokens.text import read_text, source_of
 from workbench.worker.tokens.windows import build
 
 EVALUATION = {"role": "evaluation", "name": "test", "window": 16, "windows": 4, "score": "second-half"}
@@ -27,7 +27,7 @@ def silent(done: float, total: float, text: str) -> None:
 
 
 def make_base(path: Path, bos: bool, vocab_size: int = 300) -> Path:
-    """A directory with a byte-level tokenizer (one token a byte) and a config; corpus.py needs no weights."""
+    """A directory with a byte-level tokenizer (one token a byte) and a config; windows.py needs no weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -153,7 +153,7 @@ def test_calibration_is_seeded_and_order_of_sets_is_free(base: Path, tmp_path: P
     look = {**CALIBRATION, "source": source}
     test = {**EVALUATION, "source": source}
     (first, _), (second, _) = run(base, tmp_path, look, test)
-    assert (first["role"], second["role"]) == ("calibration", "evaluation")
+    assert (first["name"], second["name"]) == ("look", "test")
     (_, _), (again, _) = run(base, tmp_path, test, look)
     [_, (other, _)] = run(base, tmp_path, test, {**look, "seed": 1})
     assert first["digest"] == again["digest"] != other["digest"]
@@ -233,7 +233,7 @@ def test_misspelt_words(base: Path, tmp_path: Path) -> None:
 
 def no_text(source: dict[str, Any]) -> str:
     with pytest.raises(UserError) as caught:
-        read_text(source)
+        read_text(source_of(source))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -241,7 +241,7 @@ def no_text(source: dict[str, Any]) -> str:
 def test_module_text_is_joined_in_the_order_of_keys() -> None:
     from pydoc_data.topics import topics
 
-    text = read_text({"module": "pydoc_data.topics"})
+    text = read_text(source_of({"module": "pydoc_data.topics"}))
     assert len(text) == sum(map(len, topics.values())) + 2 * (len(topics) - 1)
     assert text.startswith(topics[min(topics)]) and text.endswith(topics[max(topics)])
 
@@ -251,22 +251,24 @@ def test_module_that_holds_a_string_or_nothing(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "corpus_one.py").write_text("BODY = 'some text'\n")
     (tmp_path / "corpus_two.py").write_text("a = 'x'\nb = {'k': 1}\n")
     (tmp_path / "corpus_none.py").write_text("import json\n")
-    assert read_text({"module": "corpus_one"}) == "some text"
-    assert read_text({"module": "corpus_two", "attribute": "a"}) == "x"
-    assert "Known: a, b." in no_text({"module": "corpus_two"})
-    assert "more than strings" in no_text({"module": "corpus_two", "attribute": "b"})
+    assert read_text(source_of({"module": "corpus_one"})) == "some text"
+    (tmp_path / "corpus_own.py").write_text("a = 'x'\ncorpus_own = {'b': 'y', 'a': 'z'}\n")
+    (tmp_path / "corpus_numbers.py").write_text("b = {'k': 1}\n")
+    assert read_text(source_of({"module": "corpus_own"})) == "z\n\ny"
+    assert "it holds several (a, b)" in no_text({"module": "corpus_two"})
+    assert "more than strings" in no_text({"module": "corpus_numbers"})
     assert "neither strings nor mappings" in no_text({"module": "corpus_none"})
     assert "cannot be imported" in no_text({"module": "corpus_absent"})
 
 
 def test_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("héllo\nthere", encoding="utf-8")
-    assert read_text({"file": str(tmp_path / "a.txt")}) == "héllo\nthere"
+    assert read_text(source_of({"file": str(tmp_path / "a.txt")})) == "héllo\nthere"
     (tmp_path / "b.jsonl").write_text(
         '{"text": "one\u2028x", "body": "1"}\n\n{"text": "two", "body": "2"}\n', encoding="utf-8"
     )
-    assert read_text({"file": str(tmp_path / "b.jsonl")}) == "one\u2028x\n\ntwo"
-    assert read_text({"file": str(tmp_path / "b.jsonl"), "field": "body"}) == "1\n\n2"
+    assert read_text(source_of({"file": str(tmp_path / "b.jsonl")})) == "one\u2028x\n\ntwo"
+    assert read_text(source_of({"file": str(tmp_path / "b.jsonl"), "field": "body"})) == "1\n\n2"
 
 
 def test_bad_files(tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ def test_package_files() -> None:
     assert "pip install not-there-at-all" in no_text({"package": "not-there-at-all", "file": "x"})
     assert "Did you mean 'pytest/__init__.py'?" in no_text({"package": "pytest", "file": "pytest/__init_.py"})
     assert "which `file`" in no_text({"package": "pytest"})
-    assert "pytest" in read_text({"package": "pytest", "file": "pytest/__init__.py"})
+    assert "pytest" in read_text(source_of({"package": "pytest", "file": "pytest/__init__.py"}))
 
 
 @pytest.mark.slow
@@ -308,9 +310,10 @@ def test_datasets(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"document {i}"}) for i in range(50)]
     (folder / "test.jsonl").write_text("\n".join(lines))
     source = {"dataset": str(folder), "split": "test"}
-    text = read_text(source)
+    text = read_text(source_of(source))
     assert text.startswith("document 0\n\ndocument 1\n\n") and text.endswith("document 49")
-    streamed = read_text({**source, "streaming": True}, need_tokens=10)
+    streamed = read_text(source_of({**source, "dataset": str(folder.rename(tmp_path / "c4"))}), need_tokens=10)
+    folder.symlink_to("c4")
     assert text.startswith(streamed) and 80 < len(streamed) < 200
     assert "no text field 'body'" in no_text({**source, "field": "body"})
     assert "split" in no_text({**source, "split": "tset"})
@@ -320,8 +323,8 @@ def test_datasets(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_dataset_without_a_hub(tmp_path: Path) -> None:
     code = (
-        "from workbench.worker.tokens.text import read_text\nfrom workbench.errors import UserError\n"
-        "try: read_text({'dataset': 'wikitext', 'config': 'wikitext-2-raw-v1', 'split': 'test'})\n"
+        "from workbench.worker.tokens.text import read_text, source_of\nfrom workbench.errors import UserError\n"
+        "try: read_text(source_of({'dataset': 'wikitext', 'config': 'wikitext-2-raw-v1', 'split': 'test'}))\n"
         "except UserError as error: print('UserError', error)\n"
     )
     for extra in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):

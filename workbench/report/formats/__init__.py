@@ -6,21 +6,30 @@ himself what to put side by side.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from workbench.records import Row
-from workbench.report.formats.data import comma_separated, json_text
-from workbench.report.formats.markdown import markdown
-from workbench.report.formats.parquet import parquet
-from workbench.report.formats.terminal import terminal
-from workbench.report.table import Table
+if TYPE_CHECKING:
+    from workbench.records import Row
+    from workbench.report.table import Table
+
+
+def _writer(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module beside this one, imported when it is called: help texts need the names alone."""
+
+    def write(what: object) -> Any:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(what)
+
+    return write
+
 
 FORMATS: dict[str, Callable[[Table], str]] = {
-    "terminal": terminal,
-    "markdown": markdown,
-    "csv": comma_separated,
-    "json": json_text,
+    "terminal": _writer("terminal", "terminal"),
+    "markdown": _writer("markdown", "markdown"),
+    "csv": _writer("data", "comma_separated"),
+    "json": _writer("data", "json_text"),
 }
 FILE_FORMATS: dict[str, Callable[[Sequence[Row]], bytes]] = {
-    "parquet": parquet,
+    "parquet": _writer("parquet", "parquet"),
 }

@@ -12,22 +12,21 @@ is renamed into place when whole, the index last.
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from workbench.disk import write_whole
 from workbench.errors import UserError
 from workbench.records import Row, digest
-from workbench.report import units
 from workbench.report.formats.data import objects
 from workbench.report.metrics import METRICS
-from workbench.report.site import page
+from workbench.report.site.page import page
+from workbench.report.site.templates import fill
 from workbench.report.store import machine_of
 from workbench.report.table import Table, build
+from workbench.report.units import amount
 from workbench.report.verdicts.steps import Series, Step, series_like, series_of, steps_of
 
 GREEN, RED, GREY = "#15803d", "#b91c1c", "#5c6675"
@@ -49,9 +48,7 @@ def publish(rows: Sequence[Row], folder: Path, home_url: str = "") -> list[Step]
     for (machine, recipe), table in tables.items():
         own = [one for one in series_like(table, series) if one.recipe == recipe]
         mine = [step for step in steps if any(step.series is one for one in own)]
-        files[path_of(machine, recipe)] = page.page(
-            table, own, mine, title=f"{recipe} on {machine}", back="../index.html"
-        )
+        files[path_of(machine, recipe)] = page(table, own, mine, title=f"{recipe} on {machine}", back="../index.html")
     still = [step for step in worse if step.open]
     files["feed.json"] = json.dumps(feed(worse, home_url), indent=1)
     files["badge.svg"] = badge(still)
@@ -74,33 +71,25 @@ def path_of(machine: str, recipe: str) -> str:
 
 def index(tables: dict[tuple[str, str], Table], series: Sequence[Series], worse: Sequence[Step]) -> str:
     """The first page: what there is, and what got worse."""
-    still = [step for step in worse if step.open]
-    items = []
+    pages = []
     for (machine, recipe), table in tables.items():
-        newest = max(line.row.started_at for line in table.lines)
-        nights = {p.at[:10] for one in series if (one.machine, one.recipe) == (machine, recipe) for p in one.points}
-        count = sum((step.series.machine, step.series.recipe) == (machine, recipe) for step in still)
-        failed = sum(bool(line.row.error) for line in table.lines)
-        items.append(
-            f"<tr><th scope=row><a href='{_e(path_of(machine, recipe))}'>{_e(recipe)}</a></th><td>{_e(machine)}</td>"
-            f"<td>{_e(newest[:10])}</td><td class=n>{len(nights)}</td><td class=n>{len(table.lines)}</td>"
-            f"<td class=n>{failed}</td><td class=n>{count}</td></tr>"
+        own = [one for one in series if (one.machine, one.recipe) == (machine, recipe)]
+        pages.append(
+            {
+                "path": path_of(machine, recipe),
+                "recipe": recipe,
+                "machine": machine,
+                "latest": max(line.row.started_at for line in table.lines)[:10],
+                "nights": len({point.at[:10] for one in own for point in one.points}),
+                "pairs": len(table.lines),
+                "failed": sum(bool(line.row.error) for line in table.lines),
+                "open": sum(step.open and any(step.series is one for one in own) for step in worse),
+            }
         )
-    heads = ("recipe", "machine", "latest", "nights", "pairs", "failed", "open regressions")
-    titles = "".join(f"<th scope=col{' class=n' if place > 2 else ''}>{head}</th>" for place, head in enumerate(heads))
-    body = (
-        "<header><h1>Workbench, measured nightly</h1><p class=soft>Every variant of every recipe in every engine. "
-        "<a href=feed.json>Feed of regressions</a> · <a href=data.json>data</a></p>"
-        "<p><img src=badge.svg alt=''></p></header><main><section><h2>Tables</h2><div class=scroll tabindex=0><table>"
-        f"<thead><tr>{titles}</tr></thead>"
-        f"<tbody>{''.join(items)}</tbody></table></div></section><section><h2>Regressions</h2>"
-        + (page.steps_list(worse) if worse else "<p>None.</p>")
-        + "</section></main>"
-    )
-    return page.document("Workbench, measured nightly", body)
+    return fill("index.html", title="Workbench, measured nightly", pages=pages, steps=worse)
 
 
-def feed(worse: Sequence[Step], home_url: str) -> dict[str, Any]:
+def feed(worse: Sequence[Step], home_url: str) -> dict[str, object]:
     """Regressions as JSON Feed 1.1."""
     home = home_url.rstrip("/")
     items = []
@@ -115,7 +104,7 @@ def feed(worse: Sequence[Step], home_url: str) -> dict[str, Any]:
                 "title": f"{one.label}: {METRICS[step.metric].title} {100 * step.relative:+.1f} %",
                 "content_text": (
                     f"{one.pair.base}, {one.label}, on {one.machine}: {step.metric} "
-                    f"{units.amount(step.before, unit)} -> {units.amount(step.after, unit)} since {step.first.at} "
+                    f"{amount(step.before, unit)} -> {amount(step.after, unit)} since {step.first.at} "
                     f"(last good {step.last.at})."
                 ),
                 "date_published": step.first.at,
@@ -135,7 +124,7 @@ def feed(worse: Sequence[Step], home_url: str) -> dict[str, Any]:
                 },
             }
         )
-    whole: dict[str, Any] = {"version": "https://jsonfeed.org/version/1.1", "title": "Workbench regressions"}
+    whole: dict[str, object] = {"version": "https://jsonfeed.org/version/1.1", "title": "Workbench regressions"}
     if home:
         whole |= {"home_page_url": f"{home}/index.html", "feed_url": f"{home}/feed.json"}
     return whole | {"items": items}
@@ -184,7 +173,3 @@ def _write(path: Path, content: str) -> None:
         write_whole(path, content.encode("utf-8", "replace"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}). Name another folder to publish to") from None
-
-
-def _e(text: str) -> str:
-    return html.escape(text, quote=True)

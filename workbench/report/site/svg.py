@@ -11,16 +11,16 @@ from dataclasses import dataclass
 FONT = 11
 """Pixels, of every text in a plot."""
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
-"""By engine, beside the colour: not everybody sees colours, and not every printer has them."""
+"""Shapes by engine, beside the colours: not everybody sees colours, and not every printer has them."""
 WIDE, NARROW = 560, 340
 """Pixels: a column of a desktop's page, and a phone's."""
 
-STYLE = (
+COLOURS = (
     "--ink:#1c2430;--soft:#5c6675;--rule:#d7dce3;--paper:#fff;"
     "--c0:#1f6feb;--c1:#c2410c;--c2:#15803d;--c3:#7e22ce;--c4:#a16207;"
     "--p0:#1f6feb;--p1:#7aa7e9;--p2:#c2410c;--p3:#e0a07d;--p4:#15803d;--p5:#8a94a3"
 )
-STYLE_DARK = (
+DARK_COLOURS = (
     "--ink:#e6eaf0;--soft:#9aa5b4;--rule:#343c48;--paper:#12161c;"
     "--c0:#6ea8fe;--c1:#fb923c;--c2:#4ade80;--c3:#c084fc;--c4:#facc15;"
     "--p0:#6ea8fe;--p1:#3d6198;--p2:#fb923c;--p3:#95562a;--p4:#4ade80;--p5:#7b8595"
@@ -44,12 +44,12 @@ class Axis:
     scale: float = 1.0
     """What a stored number is divided by."""
     log: bool = False
-    """Asked for; granted where the values span more than a factor of four."""
+    """Whether a logarithmic axis is asked for; it is granted where the values span more than a factor of four."""
 
 
 def standalone(svg: str) -> str:
     """The plot as a file of its own, on white; its colours spelt out, since few programs know CSS variables."""
-    colours = dict(pair.split(":") for pair in STYLE.split(";"))
+    colours = dict(pair.split(":") for pair in COLOURS.split(";"))
     rules = re.sub(r"var\((--\w+)\)", lambda found: colours[found[1]], RULES).replace("svg ", "")
     head, _, rest = svg.partition(">")
     paper = f'<rect width="100%" height="100%" fill="{colours["--paper"]}"/>'
@@ -125,6 +125,15 @@ def _nice(low: float, high: float, steps: int) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def y_ticks(scale: Scale, left: float, right: float) -> list[str]:
+    """Lines across the plot, each with its number on the left."""
+    out = []
+    for place, text in scale.ticks:
+        out.append(f'<path class="g" d="M{left} {place:.1f}H{right}"/>')
+        out.append(text_element(left - 6, place + 4, text, "t", "end"))
+    return out
 
 
 def x_ticks(scale: Scale, bottom: float, top: float, width: float) -> list[str]:

@@ -1,32 +1,21 @@
 """The engines. A backend is one module and one line here; the recipe's word is the key.
 
-A backend module has, readable by the parent without its engine: `Options` (a frozen dataclass: the recipe's
-keys), `PACKAGES` (distributions whose versions identify it), `INSTALL` (the command), `FORMATS`,
-`unsupported(artifact, cuda)` (why a pair cannot run, or None), `ENVIRONMENT` (for its worker), and
-
-    def load_engine() -> object     imports the engine; so that importing is not counted as loading the model
-    class Backend:
-        def __init__(self, job)     loads the model
-        def score(self, windows, spec)      what `quality.Reducer(spec).result()` says of all windows
-        def prepare(self, batch, tokens)    optional: make room for so many sequences of so many tokens
-        def generate(self, prompts, new_tokens)   yields the tokens gained by each sequence, step by step
-        def serve(self, prompts, new_tokens, slots)   yields the tokens gained by all in each step; so many for each
-                                    prompt, so many prompts at once. `continuous`: a free slot is filled at once
-        def complete(self, prompts, new_tokens, stop)   the likeliest continuation of each prompt (as ids), of at most
-                                    so many tokens, without the first of `stop` and what follows it
-        def spell(self, ids)        each id as the artifact's own vocabulary has it; None where it cannot be told
-        def memory(self)            bytes, as the engine itself states them: `weights`, `kv_cache` at the workload's
-                                    length, `workspace` where it knows; `kv_cache_reserved` if it reserves more
-        def settings(self)          dtype, threads, kernels: what it really runs with
-        def close(self)
-
-A backend speaks token ids only and holds no clock. `score` takes the reducer's JSON spec instead
-of yielding logits, because vLLM's logits are born in a process of its own, where the reducer must be built.
+`Backend` is what such a module says, readable by the parent without its engine, and `Engine` what it loads in a worker.
+An engine speaks token ids only and holds no clock. `score` takes what the reducer is asked instead of yielding logits,
+because vLLM's logits are born in a process of its own, where the reducer must be built.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, cast, runtime_checkable
+
+from workbench.records import Artifact, Job, Quality, Row
+from workbench.shape import EngineMemory, Sequences, Shape, Stored
+from workbench.worker.scoring.reducer import Scoring
 
 BACKENDS = {
     "transformers": "workbench.worker.backends.transformers",
@@ -37,3 +26,91 @@ BACKENDS = {
 if os.environ.get("WORKBENCH_FAKE_BACKEND"):
     # For tests of what a real engine cannot be made to do on demand; never offered to people.
     BACKENDS["fake"] = "workbench.worker.backends.fake"
+
+
+class Engine(Protocol):
+    """One engine with one model, which making it loads. `prepare(batch, tokens)` may be there too: it makes room for so
+    many sequences of so many tokens."""
+
+    continuous: bool
+    """Whether `serve` fills a free slot at once."""
+
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
+        """What `Reducer(asked).result()` says of all windows; `progress` is told the index of each before it."""
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
+        """Yield the tokens gained by each sequence, step by step."""
+
+    def serve(self, prompts: list[list[int]], new_tokens: list[int], slots: int) -> Iterator[int]:
+        """Yield the tokens gained by all in each step; so many for each prompt, so many prompts at once."""
+
+    def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:
+        """The likeliest continuation of each prompt, of at most so many tokens, without the first of `stop` and what
+        follows it."""
+
+    def spell(self, ids: list[int]) -> list[str | None] | None:
+        """Each id as the artifact's own vocabulary has it; None where it cannot be told."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes, as the engine itself states them: `weights`, `kv_cache` at the workload's length, `workspace` where it
+        knows; `kv_cache_reserved` if it reserves more."""
+
+    def settings(self) -> dict[str, Any]:
+        """Dtype, threads, kernels: what it really runs with."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What a backend's module says."""
+
+    Options: type[Any]
+    """The recipe's keys: a frozen dataclass."""
+    AXES: tuple[str, ...]
+    """Options that a recipe may give a list of values, each measured beside the others."""
+    MODULE: str
+    """What to import to see whether the engine is there."""
+    PACKAGES: tuple[str, ...]
+    """Distributions whose versions identify it."""
+    INSTALL: str
+    """The command that installs it."""
+    LOADS: tuple[str, ...]
+    """Formats of artifacts."""
+    ENVIRONMENT: dict[str, str]
+    """Of its worker."""
+    MAKES_REFERENCE: bool
+    """Whether it may score the base for the divergence of all others: it computes in float32 on a CPU."""
+
+    def unsupported(self, artifact: Artifact, cuda: bool) -> str | None:
+        """Why it cannot load an artifact, or None."""
+
+    def refuses(self, options: Any, cuda: bool) -> str | None:
+        """Why these options cannot be had on this device, or None."""
+
+    def needs(self, shape: Shape, form: str, stored: Stored, load: Sequences, options: Any, cuda: bool) -> EngineMemory:
+        """What it needs for an artifact of format `form`."""
+
+    def serving_command(self, path: str, options: Mapping[str, Any], device: str | None) -> str | None:
+        """The command that serves an artifact, as it was measured with these options on that device, on this machine
+        only; `path` as a shell takes it."""
+
+    def load_engine(self) -> object:
+        """Import the engine, so that importing is not counted as loading the model."""
+
+    def Engine(self, job: Job) -> Engine:
+        """The engine with a job's model."""
+
+
+def backend_named(name: str) -> Backend:
+    """The module of a backend."""
+    module = importlib.import_module(BACKENDS[name])
+    assert isinstance(module, Backend), f"{module.__name__} does not say all that `Backend` asks for"
+    return cast(Backend, module)
+
+
+def serving_command(row: Row, home: str = "$WORKBENCH_HOME") -> str | None:
+    """The command that serves a row's artifact as it was measured; `home` is where `$WORKBENCH_HOME` in its path is."""
+    if row.backend not in BACKENDS:
+        return None
+    path = shlex.quote(row.artifact.path.replace("$WORKBENCH_HOME", home, 1))
+    device = row.measurement.device if row.measurement else row.options.get("device")
+    return backend_named(row.backend).serving_command(path, row.options, device)

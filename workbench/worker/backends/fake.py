@@ -10,15 +10,20 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
+from workbench.shape import EngineMemory, Sequences, Shape, Stored
+from workbench.worker.scoring.reducer import Scoring
 
-PACKAGES = ("torch",)
+MODULE = "torch"
+PACKAGES: tuple[str, ...] = ("torch",)
 INSTALL = "nothing; it is part of the tests"
-FORMATS = ("safetensors", "awq", "gptq", "gguf")
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "gguf")
+AXES: tuple[str, ...] = ()
+MAKES_REFERENCE = False
 ENVIRONMENT: dict[str, str] = {}
 
 
@@ -38,18 +43,32 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     return None
 
 
+def refuses(options: Options, cuda: bool) -> str | None:
+    """It refuses nothing."""
+    return None
+
+
+def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Options, cuda: bool) -> EngineMemory:
+    """The file."""
+    return EngineMemory(stored.disk_bytes, 0, 0, 0)
+
+
+def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> None:
+    """It serves nobody."""
+
+
 def load_engine() -> None:
     """There is none."""
 
 
-class Backend:
+class Engine:
     """See `backends/__init__.py` for the contract."""
 
     def __init__(self, job: Job) -> None:
-        only = job.options.get("only") or job.artifact.variant
+        options = Options(**job.options)
         if os.environ.get("WORKBENCH_FAKE_BROKEN"):
             raise RuntimeError("fake engine: broken since tonight")
-        self._do = job.options.get("do", "nothing") if job.artifact.variant == only else "nothing"
+        self._do = options.do if options.only in ("", job.artifact.variant) else "nothing"
         # Slower without a word in the recipe, as an engine's new version may be: in everything, or with one variant.
         self._step_s = 0.001 * float(os.environ.get("WORKBENCH_FAKE_SLOWER", "1"))
         if os.environ.get("WORKBENCH_FAKE_LIMPS") == job.artifact.variant:
@@ -68,20 +87,17 @@ class Backend:
         if self._do == "memory":
             raise MemoryError("fake engine: cannot allocate 1 TiB")
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """Noise, or NaN, through the real reducer."""
-        import json
-        from pathlib import Path
-
         import torch
 
         from workbench.worker.scoring.reducer import Reducer
 
-        vocab_size = json.loads(Path(spec["windows"]).read_text())["vocab_size"]
-        reducer = Reducer(spec)
+        reducer = Reducer(asked)
         noise = torch.Generator().manual_seed(0)
-        for index, ids, first in windows:
-            logits = torch.randn(len(ids) - first, vocab_size, generator=noise)
+        for index, ids, first in asked.windows:
+            progress(index)
+            logits = torch.randn(len(ids) - first, asked.tokens.vocab_size, generator=noise)
             if self._do == "nan":
                 logits[:] = float("nan")
             if self._do == "one-nan" and index == 0:
@@ -120,6 +136,3 @@ class Backend:
     def settings(self) -> dict[str, Any]:
         """A CPU, as everywhere."""
         return {"device": "cpu"}
-
-    def close(self) -> None:
-        """Nothing to close."""

@@ -11,21 +11,37 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
+from workbench.shape import SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
+from workbench.worker.ggml.mixtures import tensor_bytes
+from workbench.worker.scoring.reducer import Scoring
 
-PACKAGES = ("llama-cpp-python",)
+MODULE = "llama_cpp"
+PACKAGES: tuple[str, ...] = ("llama-cpp-python",)
 INSTALL = "pip install llama-cpp-python"
-FORMATS = ("gguf",)
+LOADS: tuple[str, ...] = ("gguf",)
+AXES: tuple[str, ...] = ("kv_cache",)
+MAKES_REFERENCE = False
 # Every large buffer in a mapping of its own, at the same place in its first page. 128 KiB is where glibc begins, but it
 # raises that with what is freed, up to 32 MiB; and where a buffer lies is worth 4 % of a prefill or of a step. That
 # would be the process's history, not the variant. With 1 MiB the buffer of the quantized activations is still left out.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 UBATCH_TOKENS = 512
+"""Tokens that are computed at once."""
 LOG_WARNING = 3
+
+CONTEXT_STEP = 256
+"""A sequence's context is rounded up to this."""
+KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
+"""Bytes a value of the KV cache."""
+REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL"})
+"""Types that are copied into another layout on an x86 processor with AVX-512 (`ggml-cpu/repack.cpp`)."""
+RUNTIME_BYTES = 285e6
+"""Measured: llama-cpp-python 0.3.36, CPython 3.11, x86-64."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +60,44 @@ class Options:
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     """llama.cpp reads GGUF only; the base has a GGUF form of its own."""
-    if artifact.format in FORMATS:
+    if artifact.format in LOADS:
         return None
     return f"llama.cpp reads GGUF files only, not {artifact.format} checkpoints"
+
+
+def refuses(options: Options, cuda: bool) -> str | None:
+    """Every option can be had everywhere."""
+    return None
+
+
+def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Options, cuda: bool) -> EngineMemory:
+    """A processor's weights are the mapped file, and a second copy of what is repacked. The graph's buffer is as wide
+    as its widest step for a micro-batch: the logits, or the MLP. A processor touches no more of it than it uses."""
+    tokens = -(-load.tokens // CONTEXT_STEP) * CONTEXT_STEP
+    cache = shape.cached_values * tokens * load.batch * KV_BYTES[options.kv_cache or "f16"]
+    width = min(UBATCH_TOKENS, max(load.widest_tokens, load.batch))
+    logits = max(load.scored_tokens, load.batch) * shape.vocab_size * 4.0
+    if cuda:
+        widest = max(shape.vocab_size + shape.hidden, 2 * shape.inner + 3 * shape.hidden)
+        return EngineMemory(stored.disk_bytes, cache, width * widest * 4 + logits, RUNTIME_BYTES)
+    repacked = sum(
+        tensor_bytes(stored.types[t.name], t)
+        for t in shape.tensors
+        if stored.types[t.name] in REPACKED and len(t.shape) == 2 and t.shape[0] % 8 == 0 and t.layer is not None
+    )
+    touched = max(logits + width * shape.hidden * 4, width * (2 * shape.inner + 3 * shape.hidden) * 4)
+    workspace = touched + logits + SCORE_CHUNK_BYTES
+    return EngineMemory(stored.disk_bytes + repacked, cache, workspace, RUNTIME_BYTES)
+
+
+def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
+    """llama.cpp's own server."""
+    threads, layers = options.get("threads"), options.get("gpu_layers")
+    more = f" --threads {threads}" if threads else ""
+    # -1 means all layers to the binding; the server counts them.
+    more += " --n-gpu-layers 999" if layers == -1 and device != "cpu" else ""
+    more += f" --n-gpu-layers {layers}" if isinstance(layers, int) and layers >= 0 else ""
+    return f"llama-server --model {path}{more} --host 127.0.0.1 --port 8080"
 
 
 def load_engine() -> Any:
@@ -71,7 +122,7 @@ def _listen(api: Any, heard: list[str]) -> Any:
     return listen
 
 
-class Backend:
+class Engine:
     """One model and one context; see `backends/__init__.py` for the contract."""
 
     continuous = True
@@ -81,20 +132,20 @@ class Backend:
         # The binding's own makes a pointer object each time, which is slow in caches that a step has just emptied.
         address = ctypes.cast(api.llama_get_logits, ctypes.c_void_p).value
         self._get_logits = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address or 0)
-        options, load = job.options, job.workload
-        self._threads = options.get("threads") or len(os.sched_getaffinity(0))
+        self._options, load = Options(**job.options), job.workload
+        options = self._options
+        self._threads = options.threads or len(os.sched_getaffinity(0))
         self._heard: list[str] = []
         self._listener = _listen(api, self._heard)
 
         params = api.llama_model_default_params()
-        params.n_gpu_layers = options.get("gpu_layers", -1)
-        params.load_mode = api.LLAMA_LOAD_MODE_MMAP if options.get("mmap", True) else api.LLAMA_LOAD_MODE_NONE
+        params.n_gpu_layers = options.gpu_layers
+        params.load_mode = api.LLAMA_LOAD_MODE_MMAP if options.mmap else api.LLAMA_LOAD_MODE_NONE
         self._model = api.llama_model_load_from_file(job.artifact.path.encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp could not load {job.artifact.path}{self._last_words()}")
         self._vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
-        self._kv_cache = options.get("kv_cache") or "f16"
-        self._flash_attention = options.get("flash_attention")
+        self._kv_cache = options.kv_cache or "f16"
         self._context: Any = None
         self._batch: Any = None
         self._slots = self._room = 0
@@ -125,8 +176,8 @@ class Backend:
         context.n_threads = context.n_threads_batch = self._threads
         if self._kv_cache == "q8_0":
             context.type_k = context.type_v = api.GGML_TYPE_Q8_0
-        if self._flash_attention is not None:
-            context.flash_attn_type = int(self._flash_attention)
+        if self._options.flash_attention is not None:
+            context.flash_attn_type = int(self._options.flash_attention)
         self._context = api.llama_init_from_model(self._model, context)
         if not self._context:
             raise RuntimeError(f"llama.cpp could not make a context for {batch} x {tokens} tokens{self._last_words()}")
@@ -193,12 +244,13 @@ class Backend:
         chosen: list[int] = self._rows(rows).argmax(axis=1).tolist()
         return chosen
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """Reduce each window's logits from its first scored position on."""
         from workbench.worker.scoring.reducer import Reducer
 
-        reducer = Reducer(spec)
-        for index, ids, first in windows:
+        reducer = Reducer(asked)
+        for index, ids, first in asked.windows:
+            progress(index)
             self.prepare(1, len(ids))
             self._forget()
             last = len(ids) - 1
@@ -316,8 +368,3 @@ class Backend:
             "kv_cache": self._kv_cache,
             "features": features,
         }
-
-    def close(self) -> None:
-        """Free the context and the model."""
-        self._drop_context()
-        self._api.llama_model_free(self._model)

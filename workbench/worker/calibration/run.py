@@ -12,9 +12,7 @@ to each other.
 
 from __future__ import annotations
 
-import importlib
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from typing import Any
 
 from workbench.disk import disk_faults
 from workbench.errors import UserError, unknown
+from workbench.records import Calibrated, CalibrationRequest, CheckpointRequest, MadeVariant, from_json, to_json
 from workbench.worker import Progress, Tensors
 from workbench.worker.architectures import LAYERS, Layer, on_cpu
 from workbench.worker.calibration.device import (
@@ -39,44 +38,36 @@ from workbench.worker.calibration.walk import Skeleton, forward
 from workbench.worker.calibration.weights import Weights, open_weights, read_layer
 from workbench.worker.calibration.windows import Windows, read_windows
 from workbench.worker.ggml import imatrix
+from workbench.worker.methods import METHODS, CalibratedMethod, method_named
 
-METHODS = ("awq", "gptq")
 
+def run(payload: object, progress: Progress) -> object:
+    """Worker for a `CalibrationRequest`: make all calibrated variants of a base in one pass. Returns `Calibrated`.
 
-def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Worker: make all calibrated variants of a base in one pass.
-
-    Payload: `base` (directory), `tokens` (JSON file `{"windows": [[id, ...], ...]}`), `tokens_digest`, `variants`
-    (`name`, `method`, `options`, `out`: a directory, empty or with interrupted work), `imatrix_out` (file or null),
-    `state` (directory that an interrupted run goes on from), `device` (`auto`, `cpu`, `cuda`, `cuda:1`), `threads`,
-    `seed`, and optionally `precision` (`auto`, `float32`, `bfloat16`).
-
-    Returns `seconds` by phase, `peak_rss_bytes`, `peak_device_bytes` (None on a CPU), `variants` (name ->
-    `seconds`, `tensor_errors`, `tensor_types`, `warnings`), `refused` (name -> why its options do not fit this
-    base; the others are made), `imatrix`, `device`, `precision`. Raises `UserError` for input that cannot be
-    calibrated on, and where there is nothing left to make.
+    A variant whose options do not fit this base is refused, and the others are made. Raises `UserError` for input that
+    cannot be calibrated on, and where there is nothing left to make.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
+    request: CalibrationRequest = from_json(CalibrationRequest, payload)
     started = time.perf_counter()
-    if payload.get("threads"):
-        torch.set_num_threads(int(payload["threads"]))
-    torch.manual_seed(int(payload.get("seed") or 0))
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    torch.manual_seed(request.seed)
     exact_products()
-    device = choose_device(payload.get("device") or "auto")
-    precision = choose_precision(payload.get("precision") or "auto", device)
-    weights = open_weights(Path(payload["base"]))
-    windows = read_windows(Path(payload["tokens"]), weights)
-    wants_imatrix = payload["imatrix_out"] is not None
-    variants, refused = _variants(payload["variants"], weights)
-    if refused and not variants and not wants_imatrix:
+    device = choose_device(request.device)
+    precision = choose_precision(request.precision, device)
+    weights = open_weights(Path(request.base))
+    windows = read_windows(Path(request.tokens), weights)
+    variants, refused = _variants(request.variants, weights)
+    if refused and not variants and not request.imatrix_out:
         raise UserError("; ".join(refused.values()))
 
-    state, written = Path(payload["state"]), None
+    state = Path(request.state)
     with torch.inference_mode(), disk_faults(state, "The finished layers are kept."):
         checkpoints = {variant.name: variant.checkpoint for variant in variants}
-        work = open_work(state, key_of(payload, weights, device, precision), windows, weights, checkpoints)
+        work = open_work(state, key_of(request, weights, device, precision), windows, weights, checkpoints)
         note = work.note
         seconds = note.seconds
         model = Skeleton(weights, windows, device)
@@ -95,7 +86,7 @@ def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
                     f"layer {index} and its Gram matrices do not fit into the free memory of {device}: free some, or "
                     "set CUDA_VISIBLE_DEVICES to another device, or to nothing for the CPU; finished layers are kept"
                 ) from None
-            if wants_imatrix:
+            if request.imatrix_out:
                 work.keep_importance(index, grams)
             layer = Layer(index, tensors, grams, weights.architecture)
             for variant in variants:
@@ -111,40 +102,32 @@ def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
             work.finished(index)
         with _timed(seconds, "write"):
             for variant in variants:
-                finish(variant.checkpoint, weights, variant.module, variant.options)
-            if wants_imatrix:
-                out = Path(payload["imatrix_out"])
-                written = _write_imatrix(out, work, weights, windows, payload["tokens_digest"])
+                finish(variant.checkpoint, weights, variant.method, variant.options)
+            if request.imatrix_out:
+                _write_imatrix(Path(request.imatrix_out), work, weights, windows, request.tokens_digest)
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - started
     too_short = _too_short(windows, weights)
-    return {
-        "seconds": seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_device_bytes": int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None,
-        "device": str(device),
-        "precision": precision,
-        "variants": {
-            variant.name: {
-                "seconds": seconds.get(variant.name, 0.0),
-                "tensor_errors": work.note.errors[variant.name],
-                "tensor_types": _tensor_types(variant),
-                "warnings": work.note.warnings[variant.name] + too_short,
-            }
-            for variant in variants
-        },
-        "refused": refused,
-        "imatrix": written,
+    made_variants = {
+        variant.name: MadeVariant(
+            variant.tensor_types,
+            tensor_errors=note.errors[variant.name],
+            warnings=note.warnings[variant.name] + too_short,
+            seconds=seconds.get(variant.name, 0.0),
+        )
+        for variant in variants
     }
+    return to_json(Calibrated(seconds, made_variants, refused))
 
 
 @dataclass(frozen=True)
 class _Variant:
-    """One thing to make: a method's module, its options, and where the result goes."""
+    """One thing to make: a method, its options, where the result goes and what each tensor of the base becomes."""
 
     name: str
-    module: Any
+    method: CalibratedMethod
     options: Any
     checkpoint: Checkpoint
+    tensor_types: dict[str, str]
 
     @property
     def cost(self) -> float:
@@ -152,36 +135,38 @@ class _Variant:
         return 0.8 if getattr(self.options, "rounding", "nearest") == "compensated" else 0.5
 
 
-def _variants(entries: list[dict[str, Any]], weights: Weights) -> tuple[list[_Variant], dict[str, str]]:
+def _variants(requests: list[CheckpointRequest], weights: Weights) -> tuple[list[_Variant], dict[str, str]]:
     """What can be made, and the reasons of what cannot."""
     made, refused = [], {}
-    for entry in entries:
+    for request in requests:
         try:
-            made.append(_variant(entry, weights))
+            made.append(_variant(request, weights))
         except UserError as error:
-            refused[entry["name"]] = str(error)
+            refused[request.name] = str(error)
     return made, refused
 
 
-def _variant(entry: dict[str, Any], weights: Weights) -> _Variant:
-    name, method = entry["name"], entry["method"]
-    if method not in METHODS:
-        raise unknown("method", method, METHODS, name)
-    module = importlib.import_module(f"workbench.worker.methods.{method}")
-    options = module.Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["options"].items()})
-    module.check(options)
-    if options.engine != "workbench":
+def _variant(request: CheckpointRequest, weights: Weights) -> _Variant:
+    name = request.name
+    known = {word: method for word in METHODS if isinstance(method := method_named(word), CalibratedMethod)}
+    if request.method not in known:
+        raise unknown("method", request.method, known, name)
+    method = known[request.method]
+    options = method.Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in request.options.items()})
+    method.check(options)
+    if method.making(options, cuda=False).stage != "pass":
         raise UserError(f"{name}: `engine: {options.engine}` does not take part in the calibration pass")
-    check_shapes(weights, name, module, options)
-    return _Variant(name, module, options, Checkpoint(Path(entry["out"]), layout_of(weights, module, options)))
+    check_shapes(weights, name, method, options)
+    layout, types = layout_of(weights, method, options)
+    return _Variant(name, method, options, Checkpoint(Path(request.out), layout), types)
 
 
 def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> Tensors:
     """A layer's tensors as a variant stores them; its errors and warnings go into the note."""
     prefix = f"{LAYERS}.{layer.index}."
     (made, errors, warnings), moved = with_cpu_fallback(
-        lambda: variant.module.quantize(layer, variant.options),
-        lambda: variant.module.quantize(on_cpu(layer), variant.options),
+        lambda: variant.method.quantize(layer, variant.options),
+        lambda: variant.method.quantize(on_cpu(layer), variant.options),
         device,
     )
     synchronize(device)
@@ -192,8 +177,8 @@ def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> Tenso
     return dict(made)
 
 
-def _write_imatrix(out: Path, work: Work, weights: Weights, windows: Windows, dataset: str) -> dict[str, Any]:
-    """The importance matrix from the stored diagonals; `entries` and `bytes` of what was written."""
+def _write_imatrix(out: Path, work: Work, weights: Weights, windows: Windows, dataset: str) -> None:
+    """Write the importance matrix from the stored diagonals."""
     means = {}
     for index in range(weights.layers):
         diagonals = work.importance(index)
@@ -204,18 +189,6 @@ def _write_imatrix(out: Path, work: Work, weights: Weights, windows: Windows, da
     out.parent.mkdir(parents=True, exist_ok=True)
     count, longest = len(windows.lengths), max(windows.lengths)
     imatrix.write(out, means, tokens=windows.tokens, windows=count, window=longest, dataset=dataset)
-    return {"path": str(out), "entries": len(means), "bytes": out.stat().st_size}
-
-
-def _tensor_types(variant: _Variant) -> dict[str, str]:
-    """What each tensor of the base became."""
-    kinds = {}
-    for name, (kind, _) in variant.checkpoint.layout.items():
-        if name.endswith(".qweight"):
-            kinds[name.removesuffix(".qweight") + ".weight"] = variant.module.tensor_type(variant.options)
-        elif not name.endswith((".qzeros", ".scales", ".g_idx")):
-            kinds[name] = kind
-    return kinds
 
 
 def _too_short(windows: Windows, weights: Weights) -> list[str]:

@@ -7,14 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from workbench.records import Task
+from workbench.records import Answers, Task
 from workbench.worker.measure.likelihoods import decoder_of, log_likelihoods
+from workbench.worker.tokens.tasks import Item, TaskFile
 
 SHOWN = 160
 """Characters of an answer that a row keeps."""
 
 
-def answer(engine: Any, task: Task) -> dict[str, Any]:
+def answer(engine: Any, task: Task) -> Answers:
     """Put a task to an engine: `correct` (1 or 0 an item, in the order of its file), `given` (what was answered: the
     choice's index, or the text's beginning) and `warnings`.
 
@@ -22,7 +23,7 @@ def answer(engine: Any, task: Task) -> dict[str, Any]:
     A task of the harness: see `harness.run`.
     """
     path = Path(task.path)
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content: TaskFile = json.loads(path.read_text(encoding="utf-8"))
     if task.harness:
         from workbench.worker.measure import harness
 
@@ -53,7 +54,7 @@ def answer(engine: Any, task: Task) -> dict[str, Any]:
     return {"correct": correct, "given": shown, "warnings": warnings}
 
 
-def right(item: dict[str, Any], said: Any) -> bool:
+def right(item: Item, said: Any) -> bool:
     """Whether what was answered is what the item expects."""
     if "choices" in item:
         return said is not None and item["choices"] == said

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, install_with
+from workbench.records import Answers
+from workbench.worker.tokens.tasks import TaskFile
 
 METRICS = ("acc", "exact_match", "acc_norm", "em", "f1")
 """What an item is judged by: the first of these that the task has, or its first number."""
 NEW_TOKENS = 256
-"""Of an answer whose task sets no limit, as the harness has it."""
+"""New tokens of an answer whose task sets no limit, as the harness has it."""
 
 
-def run(engine: Any, content: dict[str, Any], tokenizer: Path) -> dict[str, Any]:
+def run(engine: Any, content: TaskFile, tokenizer: Path) -> Answers:
     """One task of the harness; `tasks.answer` says what is returned, here with the `metric` that judged."""
     try:
         from lm_eval.evaluator import simple_evaluate
@@ -75,7 +77,7 @@ def _metric(samples: list[dict[str, Any]]) -> str:
     return chosen
 
 
-def adapter(engine: Any, content: dict[str, Any], tokenizer: Path) -> Any:
+def adapter(engine: Any, content: TaskFile, tokenizer: Path) -> Any:
     """An `lm_eval.api.model.LM` that answers by a backend; `cut` counts prompts that were too long."""
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
@@ -100,8 +102,8 @@ def adapter(engine: Any, content: dict[str, Any], tokenizer: Path) -> Any:
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             ids = list(spelling.encode(string, add_special_tokens=False).ids)
-            wanted = add_special_tokens is not False and bos is not None and ids[:1] != [bos]
-            return [bos, *ids] if wanted else ids
+            wanted = add_special_tokens is not False and ids[:1] != [bos]
+            return [bos, *ids] if bos is not None and wanted else ids
 
         def _fit(self, ids: list[int], room: int) -> list[int]:
             if len(ids) <= room:

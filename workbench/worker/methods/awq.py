@@ -22,11 +22,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from workbench.errors import UserError
+from workbench.shape import Shape, Stored
 from workbench.worker.architectures import Group, Layer, Producer
-from workbench.worker.methods import rounding
+from workbench.worker.methods import Making, grouped, rounding
 
-FORMAT = "awq"
-NEEDS_CALIBRATION = True
+SHORTHAND = ""
+WRITES: tuple[str, ...] = ("awq",)
+LIBRARY = "transformers"
+TAGS: tuple[str, ...] = ("awq", "4-bit")
+CONFIG_FILE = ""
 
 EXPONENTS = 20
 """Exponents tried: 0, 1/20, ... 19/20, as AutoAWQ does."""
@@ -64,11 +68,6 @@ def default_name(options: Options) -> str:
     return "-".join(parts)
 
 
-def needs_calibration(options: Options) -> bool:
-    """Always: the Gram matrices are all it looks at."""
-    return True
-
-
 def check(options: Options) -> None:
     """Refuse, when the recipe is read, what no checkpoint of this format can hold."""
     rounding.check_grid("awq", options.group_size, options.damping)
@@ -81,7 +80,20 @@ def limits(options: Options) -> dict[str, str]:
     return {} if options.zero_point else {"vllm": "vLLM loads AWQ only with zero points"}
 
 
+def making(options: Options, cuda: bool) -> Making:
+    """In the calibration pass, or by GPTQModel."""
+    return grouped.making("awq", options)
+
+
+def sizes(shape: Shape, options: Options, form: str) -> Stored:
+    """What the checkpoint will hold."""
+    return grouped.sizes(shape, options, quantizes, stored)
+
+
 # --- what the pass asks of a method -------------------------------------------------------------
+
+check_linear = grouped.check_linear
+tensor_type = grouped.tensor_type
 
 
 def quantizes(options: Options, linear: str) -> bool:
@@ -97,11 +109,6 @@ def stored(options: Options, linear: str, rows: int, columns: int) -> dict[str, 
         "qzeros": ("I32", (columns // size, rows // 8)),
         "scales": ("F16", (columns // size, rows)),
     }
-
-
-def tensor_type(options: Options) -> str:
-    """What a quantized tensor is called in an artifact's record."""
-    return f"I{options.bits}-" + ("row" if options.group_size == -1 else f"g{options.group_size}")
 
 
 def quantization_config(options: Options) -> dict[str, Any]:

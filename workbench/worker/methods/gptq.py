@@ -23,7 +23,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from workbench.shape import Shape, Stored
 from workbench.worker.architectures import Layer
+from workbench.worker.methods import Making, grouped
 from workbench.worker.methods.rounding import (
     check_grid,
     compensate,
@@ -36,8 +38,11 @@ from workbench.worker.methods.rounding import (
     stacked,
 )
 
-FORMAT = "gptq"
-NEEDS_CALIBRATION = True
+SHORTHAND = ""
+WRITES: tuple[str, ...] = ("gptq",)
+LIBRARY = "transformers"
+TAGS: tuple[str, ...] = ("gptq",)
+CONFIG_FILE = "quantize_config.json"
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,6 @@ def default_name(options: Options) -> str:
     return "-".join(parts)
 
 
-def needs_calibration(options: Options) -> bool:
-    """Always: the Gram matrices are all it looks at."""
-    return True
-
-
 def check(options: Options) -> None:
     """Refuse, when the recipe is read, what no checkpoint of this format can hold."""
     check_grid("gptq", options.group_size, options.damping)
@@ -89,7 +89,20 @@ def limits(options: Options) -> dict[str, str]:
     return {}
 
 
+def making(options: Options, cuda: bool) -> Making:
+    """In the calibration pass, or by GPTQModel."""
+    return grouped.making("gptq", options)
+
+
+def sizes(shape: Shape, options: Options, form: str) -> Stored:
+    """What the checkpoint will hold."""
+    return grouped.sizes(shape, options, quantizes, stored)
+
+
 # --- what the pass asks of a method -------------------------------------------------------------
+
+check_linear = grouped.check_linear
+tensor_type = grouped.tensor_type
 
 
 def stored(options: Options, linear: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -107,11 +120,6 @@ def stored(options: Options, linear: str, rows: int, columns: int) -> dict[str, 
 def quantizes(options: Options, linear: str) -> bool:
     """Whether this linear layer is quantized; GPTQ takes all of a decoder layer's."""
     return True
-
-
-def tensor_type(options: Options) -> str:
-    """What a quantized tensor is called in an artifact's record."""
-    return f"I{options.bits}-" + ("row" if options.group_size == -1 else f"g{options.group_size}")
 
 
 def quantization_config(options: Options) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A `Reducer` takes the logits of consecutive positions wherever they are (a device tensor, a tensor over
 llama.cpp's own buffer, inside vLLM's worker) and keeps five float32 a token, so full logits never pile up.
-It is made of a plain JSON spec, because vLLM's worker is another process and has to build the same one.
+It is made of a plain `Scoring`, because vLLM's worker is another process and has to build the same one.
 
 What is kept of the base is a *compact reference*, not its vocabulary: a token's k likeliest ids and their
 log-probabilities, the mass T of all others (the tail), and m ids drawn from that tail in proportion to their
@@ -34,15 +34,16 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import math
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 from workbench.errors import UserError
-from workbench.records import REFERENCE_VERSION, digest
+from workbench.records import REFERENCE_VERSION, Quality, WindowScores, digest
 from workbench.worker import Tensors
 from workbench.worker.scoring.reference import TOP_K, ReferenceReader, ReferenceWriter, reference_shape
+from workbench.worker.tokens.file import TokenFile
 
 _CHUNK_BYTES = {"cpu": 4 << 20, "other": 32 << 20}
 """Working memory. On a processor a chunk should stay in the cache between its passes (a whole window at once
@@ -51,44 +52,45 @@ took 2.5 times as long a row); on an accelerator it should be large enough to hi
 _COLUMNS = ("nll", "kld", "kld_low", "same_top", "dp")
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What one pass over an evaluation set is to find out. Plain JSON, because vLLM's worker is another process."""
+
+    tokens: TokenFile
+    reference: str | None = None
+    """Path of a reference to compare with."""
+    make_reference: str | None = None
+    """Path to write one to from these logits; both may be given."""
+    base: str = ""
+    """Digest of the base that a reference is or must be of."""
+    top_k: int = TOP_K
+    """Ids a made reference keeps exactly, lowered to fit 2,000 bytes a token and a 40th of llama.cpp's logits file, but
+    for vocabularies under 20,000 ids, where 1,024 bytes are always allowed."""
+    per_token: bool = True
+    """Whether to give per-token lists, which quantiles need."""
+    greedy: bool = False
+    """Whether to count, without a reference, how often the likeliest id was the text's own."""
+
+    @property
+    def windows(self) -> list[tuple[int, list[int], int]]:
+        """(index, ids, first scored position) of each."""
+        pairs = zip(self.tokens.windows, self.tokens.score_from, strict=True)
+        return [(index, ids, first) for index, (ids, first) in enumerate(pairs)]
+
+
 class Reducer:
     """Reduces the logits of one pass over an evaluation set.
-
-    `spec` is plain JSON:
-    - `windows`: path of the evaluation,
-      JSON `{"windows": [[id]], "score_from": [position], "vocab_size": n}`;
-    - `reference`: path of a reference to compare with, or null;
-    - `make_reference`: path to write one to from these logits, or null (both may be given);
-    - `base`: digest of the base that a reference is or must be of; required to be equal to the file's;
-    - `top_k`: ids a made reference keeps exactly (default 256), lowered to fit 2,000 bytes a token and a 40th
-      of llama.cpp's logits file, but for vocabularies under 20,000 ids, where 1,024 bytes are always allowed;
-    - `per_token`: also return per-token lists (default true), which quantiles need;
-    - `greedy`: without a reference, also count how often the likeliest id was the text's own (default false).
 
     Raises `UserError` if the reference is of other tokens, another base, another vocabulary or format.
     """
 
-    def __init__(self, spec: dict[str, Any]) -> None:
-        path = spec["windows"]
-        with open(path, encoding="utf-8") as file:
-            evaluation = json.load(file)
-        self._windows: list[list[int]] = evaluation["windows"]
-        self._score_from: list[int] = evaluation["score_from"]
-        self._vocab: int = evaluation["vocab_size"]
-        if len(self._windows) != len(self._score_from):
-            raise UserError(
-                f"{path}: {len(self._windows)} windows but {len(self._score_from)} score_from; make it anew"
-            )
-        highest = max((max(window, default=0) for window in self._windows), default=0)
-        if highest >= self._vocab:
-            raise UserError(
-                f"{path}: token id {highest} is outside its vocabulary of {self._vocab}; "
-                "make it anew with this tokenizer"
-            )
+    def __init__(self, asked: Scoring) -> None:
+        tokens = asked.tokens
+        self._windows, self._score_from, self._vocab = tokens.windows, tokens.score_from, tokens.vocab_size
         counts = [max(0, len(w) - 1 - s) for w, s in zip(self._windows, self._score_from, strict=True)]
         self._starts = list(itertools.accumulate(counts, initial=0))
-        self._per_token = bool(spec.get("per_token", True))
-        self._greedy = bool(spec.get("greedy")) and not spec.get("reference")
+        self._per_token = asked.per_token
+        self._greedy = asked.greedy and not asked.reference
         self._seen = bytearray(self._starts[-1])
         self._pending: list[tuple[int, Any]] = []
         self._work: Any = None
@@ -96,16 +98,16 @@ class Reducer:
         identity = {
             "format": "workbench.reference",
             "version": str(REFERENCE_VERSION),
-            "base": str(spec.get("base") or ""),
-            "evaluation": digest({k: evaluation[k] for k in ("windows", "score_from", "vocab_size")}),
+            "base": asked.base,
+            "evaluation": digest({"windows": self._windows, "score_from": self._score_from, "vocab_size": self._vocab}),
             "vocab_size": str(self._vocab),
             "scored_tokens": str(self._starts[-1]),
         }
-        self._reference = ReferenceReader(spec["reference"], identity) if spec.get("reference") else None
+        self._reference = ReferenceReader(asked.reference, identity) if asked.reference else None
         self._made = None
-        if spec.get("make_reference"):
-            k, draws = reference_shape(self._vocab, spec.get("top_k") or TOP_K)
-            self._made = ReferenceWriter(spec["make_reference"], identity, self._starts[-1], k, draws)
+        if asked.make_reference:
+            k, draws = reference_shape(self._vocab, asked.top_k)
+            self._made = ReferenceWriter(asked.make_reference, identity, self._starts[-1], k, draws)
 
     def __call__(self, window: int, first_position: int, logits: Any) -> None:
         """Reduce `logits` [n, at least vocab_size] of positions `first_position ...` of a window.
@@ -181,18 +183,11 @@ class Reducer:
             self._made.add(at, work, top, correct, log_probability, log_total)
         return columns
 
-    def result(self) -> dict[str, Any]:
-        """What was measured, as JSON; also completes the file of `make_reference`.
+    def result(self) -> Quality:
+        """What was measured; also completes the file of `make_reference`.
 
-        `{"windows": [...], "top_k", "tail_draws", "reference_digest", "vocab_size",
-        "made_reference_digest"}`; the first three of the others are null without a reference. A window holds
-        `count` (tokens with finite logits), `nonfinite` (the others, excluded from everything else) and
-        `nll_sum` in nats; with a reference also `kld_count` (tokens that the base too had finite logits for),
-        `kld_sum` and its lower bound `kld_low_sum` in nats, `same_top_sum`, `dp_square_sum`; with `greedy`
-        `greedy_sum`. With `per_token`
-        lists over the scored positions, `nll`, `kld`, `same_top` and `dp` (the correct token's probability
-        less the base's), to six digits, have null in the place of an excluded token, so that lists of two
-        passes stay aligned and no average can swallow one.
+        With `per_token` there are lists over the scored positions, to six digits and with null in the place of an
+        excluded token, so that lists of two passes stay aligned and no average can swallow one.
 
         Raises `RuntimeError` if a scored position was never given.
         """
@@ -210,7 +205,7 @@ class Reducer:
         for at, columns in self._pending:
             table[at : at + len(columns)] = columns.cpu()
         reference = self._reference
-        result: dict[str, Any] = {
+        result: Quality = {
             "windows": [
                 _window(table[a:b].double(), reference is not None, self._per_token, self._greedy)
                 for a, b in zip(self._starts, self._starts[1:], strict=False)
@@ -226,7 +221,7 @@ class Reducer:
         return result
 
 
-def compact(result: dict[str, Any], is_base: bool) -> dict[str, Any]:
+def compact(result: Quality, is_base: bool) -> Quality:
     """`Reducer.result()` as a row stores it: every sum and count as it is, of the per-token lists what is needed.
 
     - `kld`, for the quantiles.
@@ -240,15 +235,23 @@ def compact(result: dict[str, Any], is_base: bool) -> dict[str, Any]:
     nothing of a divergence, and at 65,504, where larger values are put. Means come from the sums, in full.
     """
 
-    def packed(values: list[float | None]) -> str:
+    def packed(values: str | list[float | None]) -> str:
+        if isinstance(values, str):
+            return values
         numbers = (math.nan if value is None else max(-65504.0, min(value, 65504.0)) for value in values)
         return base64.b64encode(struct.pack(f"<{len(values)}e", *numbers)).decode()
 
     windows = []
     for window in result["windows"]:
-        kept = {key: value for key, value in window.items() if key not in ("nll", "kld", "same_top", "dp")}
-        wanted = (["nll"] if is_base or window["nonfinite"] else []) + ["kld"]
-        windows.append(kept | {name: packed(window[name]) for name in wanted if name in window})
+        kept = window.copy()
+        kept.pop("same_top", None)
+        kept.pop("dp", None)
+        nll = kept.pop("nll", None)
+        if nll is not None and (is_base or window["nonfinite"]):
+            kept["nll"] = packed(nll)
+        if "kld" in window:
+            kept["kld"] = packed(window["kld"])
+        windows.append(kept)
     return {**result, "windows": windows}
 
 
@@ -284,7 +287,7 @@ def _divergence(stored: Tensors, work: Any, log_probability: Any, log_total: Any
     return low, missed
 
 
-def _window(table: Any, compared: bool, per_token: bool, greedy: bool = False) -> dict[str, Any]:
+def _window(table: Any, compared: bool, per_token: bool, greedy: bool = False) -> WindowScores:
     """One window's [n, 5] float64 table as JSON."""
     import torch
 
@@ -295,7 +298,7 @@ def _window(table: Any, compared: bool, per_token: bool, greedy: bool = False) -
         return [None if value != value else float(f"{value:.6g}") for value in table[:, column].tolist()]
 
     excluded = int(torch.isnan(table[:, 0]).sum())
-    window: dict[str, Any] = {"count": len(table) - excluded, "nonfinite": excluded, "nll_sum": total(0)}
+    window: WindowScores = {"count": len(table) - excluded, "nonfinite": excluded, "nll_sum": total(0)}
     if per_token:
         window["nll"] = listed(0)
     if greedy:

@@ -24,66 +24,118 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, get_args
 
 from workbench.errors import UserError, did_you_mean
+from workbench.records import Task, Tasks, TasksRequest, from_json, to_json
 from workbench.worker import Progress
+from workbench.worker.base.checkpoint import read_json
+from workbench.worker.tokens.text import is_jsonl, jsonl_entries
 
-WAYS = ("exact", "contains", "regex", "choices")
+Way = Literal["exact", "contains", "regex", "choices"]
+WAYS: tuple[Way, ...] = get_args(Way)
 KEYS = ("id", "prompt", *WAYS, "answer", "stop", "new_tokens")
 NEW_TOKENS = 32
 HARNESS_LONGEST = 4096
 """Tokens that an engine is made ready for where only the harness knows its prompts; longer ones lose their start."""
 
 
-def build(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Worker: `base` (a Hugging Face directory), `tasks` (name -> `file`, `limit`, `new_tokens`, `chat`, or `lm_eval`,
-    `include`, `limit`, `shots`), `out` (a folder), `allow_remote_code`.
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a task's file, checked."""
 
-    Writes `NAME.json` for each and the tokenizer beside them. Returns `{"tasks": {name: Task}}` with paths
-    relative to `out`. Raises `UserError` for what is wrong with a file, with the entry's place.
+    where: str
+    """Its place, for messages."""
+    id: object
+    prompt: str
+    way: Way
+    texts: list[str]
+    """What is expected, or the choices."""
+    right: int
+    """The right choice."""
+    stop: list[str]
+    new_tokens: int | None
+
+
+class Item(TypedDict, total=False):
+    """An entry in token ids: `windows`, `first` and `choices`, or the other keys with one of the ways."""
+
+    id: object
+    windows: list[list[int]]
+    """Prompt and choice, a window a choice."""
+    first: int
+    """The last position before the choices."""
+    choices: int
+    """The right one."""
+    prompt: list[int]
+    exact: list[str]
+    contains: list[str]
+    regex: list[str]
+    stop: list[str]
+    new_tokens: int
+
+
+class TaskFile(TypedDict, total=False):
+    """What is written for a task: `items`, or what the `harness` is asked for."""
+
+    vocab_size: int
+    bos: int | None
+    stop: list[int]
+    """Ids that end an answer."""
+    longest: int
+    """Tokens of the longest prompt with its answer."""
+    items: list[Item]
+    harness: dict[str, Any]
+
+
+def build(payload: object, progress: Progress) -> object:
+    """Worker for a `TasksRequest`: write `NAME.json` for each task, and the tokenizer beside them.
+
+    Returns `Tasks`. Raises `UserError` for what is wrong with a file, with the entry's place.
     """
     from workbench.worker.tokens.windows import open_tokenizer
 
-    base, out = Path(payload["base"]), Path(payload["out"])
-    tokenizer, vocab_size, bos = open_tokenizer(base, bool(payload.get("allow_remote_code")))
+    request: TasksRequest = from_json(TasksRequest, payload)
+    base, out = Path(request.base), Path(request.out)
+    tokenizer, vocab_size, bos = open_tokenizer(base, request.allow_remote_code)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{base}: tasks need a tokenizer of the `tokenizers` library, and this base has none")
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
-    room = json.loads((base / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    room = read_json(base / "config.json").get("max_position_embeddings")
     ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    common = {"vocab_size": vocab_size, "bos": bos, "stop": ends}
     made = {}
-    for done, (name, task) in enumerate(payload["tasks"].items()):
-        progress(done, len(payload["tasks"]), f"task {name}")
+    for done, (name, task) in enumerate(request.tasks.items()):
+        progress(done, len(request.tasks), f"task {name}")
+        content: TaskFile = {"vocab_size": vocab_size, "bos": bos, "stop": ends}
         if "lm_eval" in task:
-            longest = min(HARNESS_LONGEST, room or HARNESS_LONGEST)
-            content: dict[str, Any] = common | {"harness": task, "longest": longest}
+            content["harness"], content["longest"] = task, min(HARNESS_LONGEST, room or HARNESS_LONGEST)
         else:
             entries = read(Path(task["file"]))[: task.get("limit")]
-            items = [_item(entry, where, task, tokenizer, bos) for where, entry in entries]
-            longest = max(map(_length, items))
-            for (where, _), item in zip(entries, items, strict=True):
-                if room and _length(item) > room:
-                    raise UserError(f"{where}: {_length(item)} tokens with its answer, and the model takes {room}")
-            content = common | {"items": items, "longest": longest}
+            content["items"] = [_item(entry, task, tokenizer, bos) for entry in entries]
+            lengths = [_length(item) for item in content["items"]]
+            content["longest"] = max(lengths)
+            for entry, length in zip(entries, lengths, strict=True):
+                if room and length > room:
+                    raise UserError(f"{entry.where}: {length} tokens with its answer, and the model takes {room}")
         text = json.dumps(content, separators=(",", ":"))
         (out / f"{name}.json").write_text(text, encoding="utf-8")
-        made[name] = {
-            "name": name,
-            "path": f"{name}.json",
-            "digest": hashlib.sha256(text.encode()).hexdigest()[:16],
-            "items": len(content["items"]) if "items" in content else None,
-            "longest": content["longest"],
-            "harness": "harness" in content,
-        }
+        made[name] = Task(
+            name,
+            f"{name}.json",
+            hashlib.sha256(text.encode()).hexdigest()[:16],
+            len(content["items"]) if "items" in content else None,
+            content["longest"],
+            "harness" in content,
+        )
     progress(1, 1, "tasks written")
-    return {"tasks": made}
+    return to_json(Tasks(made))
 
 
-def read(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The entries of a task's file, each with its place for messages. Raises `UserError`."""
+def read(path: Path) -> list[Entry]:
+    """The entries of a task's file. Raises `UserError` with the place of what is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -91,14 +143,8 @@ def read(path: Path) -> list[tuple[str, dict[str, Any]]]:
         raise UserError(f"task file {path} does not exist. {did_you_mean(path.name, near)}".rstrip()) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"task file {path} cannot be read as text: {error}") from None
-    if path.suffix in (".jsonl", ".ndjson"):
-        entries = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    entries.append((f"{path}: line {number}", json.loads(line)))
-                except (ValueError, RecursionError):
-                    raise UserError(f"{path}: line {number} is not valid JSON. Each line must be one object.") from None
+    if is_jsonl(path):
+        found = list(jsonl_entries(path, text))
     else:
         import yaml
 
@@ -108,37 +154,36 @@ def read(path: Path) -> list[tuple[str, dict[str, Any]]]:
             raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
         if not isinstance(data, list):
             raise UserError(f"{path}: a list of entries, each with a `prompt` and an expected answer")
-        entries = [(f"{path}: entry {number}", entry) for number, entry in enumerate(data, 1)]
-    if not entries:
+        found = [(f"{path}: entry {number}", entry) for number, entry in enumerate(data, 1)]
+    if not found:
         raise UserError(f"{path} is empty: there is nothing to ask")
-    for where, entry in entries:
-        _check(entry, where)
-    return entries
+    return [_entry(given, where) for where, given in found]
 
 
-def _check(entry: Any, where: str) -> None:
-    if not isinstance(entry, dict):
+def _entry(given: Any, where: str) -> Entry:
+    """An entry as it was written. Raises `UserError` for what is wrong with it."""
+    if not isinstance(given, dict):
         raise UserError(f"{where}: a mapping with a `prompt` and one of {', '.join(WAYS)}")
-    for key in entry:
+    for key in given:
         if key not in KEYS:
             raise UserError(f"{where}: unknown key '{key}'. {did_you_mean(str(key), KEYS)}")
-    if not isinstance(entry.get("prompt"), str) or not entry["prompt"]:
+    if not isinstance(given.get("prompt"), str) or not given["prompt"]:
         raise UserError(f"{where}: `prompt` must be text")
-    given = [way for way in WAYS if way in entry]
-    if len(given) != 1:
-        raise UserError(f"{where}: give exactly one of {', '.join(WAYS)} (found {' and '.join(given) or 'none'})")
-    (way,) = given
-    texts = entry[way] if isinstance(entry[way], list) else [entry[way]]
+    ways = [way for way in WAYS if way in given]
+    if len(ways) != 1:
+        raise UserError(f"{where}: give exactly one of {', '.join(WAYS)} (found {' and '.join(ways) or 'none'})")
+    (way,) = ways
+    texts = given[way] if isinstance(given[way], list) else [given[way]]
     if not texts or not all(isinstance(text, str) and text for text in texts):
         # YAML reads 4 as a number and `no` as false, neither of which a model can say.
         raise UserError(f"{where}: `{way}` must be text, or a list of texts; put numbers and yes or no in quotes")
+    right = given.get("answer")
     if way == "choices":
         if len(texts) < 2 or len(set(texts)) < len(texts):
             raise UserError(f"{where}: `choices` must be two or more different texts")
-        right_one = entry.get("answer")
-        if right_one not in texts and not (type(right_one) is int and 0 <= right_one < len(texts)):
+        if right not in texts and not (type(right) is int and 0 <= right < len(texts)):
             raise UserError(f"{where}: `answer` must be one of the choices, or its number from 0 to {len(texts) - 1}")
-    elif "answer" in entry:
+    elif "answer" in given:
         raise UserError(f"{where}: `answer` belongs to `choices`; here `{way}` is what is expected")
     if way == "regex":
         for pattern in texts:
@@ -146,20 +191,22 @@ def _check(entry: Any, where: str) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"{where}: `regex` {pattern!r} is not a regular expression: {error}") from None
-    stop = entry.get("stop", [])
+    stop = given.get("stop", ["\n"] if way == "exact" else [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
         raise UserError(f"{where}: `stop` must be text, or a list of texts")
-    most = entry.get("new_tokens", 1)
+    most = given.get("new_tokens", 1)
     if type(most) is not int or most < 1:
         raise UserError(f"{where}: `new_tokens` must be a number from 1")
+    number = texts.index(right) if right in texts else right or 0
+    return Entry(where, given.get("id"), given["prompt"], way, texts, number, stop, given.get("new_tokens"))
 
 
-def _item(entry: dict[str, Any], where: str, task: dict[str, Any], tokenizer: Any, bos: int | None) -> dict[str, Any]:
-    prompt = entry["prompt"]
+def _item(entry: Entry, task: Mapping[str, Any], tokenizer: Any, bos: int | None) -> Item:
+    prompt = entry.prompt
     if task.get("chat"):
         if not tokenizer.chat_template:
-            raise UserError(f"{where}: `chat` needs a chat template, and the base has none")
+            raise UserError(f"{entry.where}: `chat` needs a chat template, and the base has none")
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
@@ -168,38 +215,24 @@ def _item(entry: dict[str, Any], where: str, task: dict[str, Any], tokenizer: An
         # A chat template may say it itself.
         return [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
 
-    name = entry.get("id")
-    if "choices" in entry:
-        texts = entry["choices"]
-        windows = []
-        for choice in texts:
-            apart = prompt[-1:].isspace() or choice[:1].isspace()
-            windows.append(ids_of(prompt + choice if apart else f"{prompt} {choice}"))
+    if entry.way == "choices":
+        joints = ["" if prompt[-1:].isspace() or choice[:1].isspace() else " " for choice in entry.texts]
+        windows = [ids_of(prompt + joint + choice) for joint, choice in zip(joints, entry.texts, strict=True)]
         start = ids_of(prompt)
         # All choices behind the same ids, as many as they share with the prompt alone.
         shared = min(_shared(start, window) for window in windows)
         if not 0 < shared < min(map(len, windows)):
-            raise UserError(f"{where}: prompt and choices cannot be told apart in tokens; make the prompt longer")
-        answer = entry["answer"]
-        place = texts.index(answer) if answer in texts else answer
-        return {"id": name, "windows": windows, "first": shared - 1, "choices": place}
-    way = next(way for way in WAYS if way in entry)
-    expected = entry[way] if isinstance(entry[way], list) else [entry[way]]
-    if way == "exact":
-        expected = [text.strip() for text in expected]
-    stop = entry.get("stop", ["\n"] if way == "exact" else [])
-    return {
-        "id": name,
-        "prompt": ids_of(prompt),
-        way: expected,
-        "stop": [stop] if isinstance(stop, str) else stop,
-        "new_tokens": entry.get("new_tokens") or task.get("new_tokens") or NEW_TOKENS,
-    }
+            raise UserError(f"{entry.where}: prompt and choices cannot be told apart in tokens; make the prompt longer")
+        return {"id": entry.id, "windows": windows, "first": shared - 1, "choices": entry.right}
+    item: Item = {"id": entry.id, "prompt": ids_of(prompt)}
+    item[entry.way] = [text.strip() for text in entry.texts] if entry.way == "exact" else entry.texts
+    item["stop"], item["new_tokens"] = entry.stop, entry.new_tokens or task.get("new_tokens") or NEW_TOKENS
+    return item
 
 
 def _shared(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _length(item: dict[str, Any]) -> int:
+def _length(item: Item) -> int:
     return max(map(len, item["windows"])) if "windows" in item else len(item["prompt"]) + int(item["new_tokens"])

@@ -2,74 +2,94 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import json
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from workbench.errors import UserError, did_you_mean, install_with, unknown
+from workbench.worker.base.sources import distribution_of
 
 SOURCES = ("module", "package", "file", "dataset", "text")
 SEPARATOR = "\n\n"
 """Between documents; WikiText's perplexity is by custom measured on its lines joined so."""
+STREAMED = ("c4", "mc4", "fineweb", "slimpajama")
+"""Datasets that nobody wants whole: of these only what is needed is fetched."""
 
 
-def describe(source: dict[str, Any]) -> str:
-    kind = _kind(source)
-    if kind == "text":
-        return "the recipe's own text"
-    parts = [str(source[k]) for k in ("config", "split") if source.get(k)]
-    return " ".join([f"{kind} '{source[kind]}'", *parts, *([str(source["file"])] if kind == "package" else [])])
+@dataclass(frozen=True)
+class Source:
+    """Where text is: one of `SOURCES`, and what belongs to it (a package's `file`, a dataset's `config`, ...)."""
+
+    module: str | None = None
+    package: str | None = None
+    file: str | None = None
+    dataset: str | None = None
+    text: str | None = None
+    config: str | None = None
+    split: str | None = None
+    field: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """Which of `SOURCES` it is."""
+        return next(kind for kind in SOURCES if getattr(self, kind) is not None)
+
+    def __str__(self) -> str:
+        if self.kind == "text":
+            return "the recipe's own text"
+        parts = [self.config, self.split, self.file if self.package else None]
+        return " ".join([f"{self.kind} '{getattr(self, self.kind)}'", *filter(None, parts)])
 
 
-def _kind(source: dict[str, Any]) -> str:
-    for kind in SOURCES:
-        if kind in source and source[kind] is not None:
-            return kind
-    for key in source:
-        raise unknown("text source", key, SOURCES)
-    raise UserError(f"a text source is empty. Give one of: {', '.join(SOURCES)}.")
+def source_of(given: Mapping[str, str | None]) -> Source:
+    """A source as a recipe gives it. Raises `UserError` for none and for a word that is none."""
+    for key in given:
+        if key not in {field.name for field in fields(Source)}:
+            raise unknown("text source", key, SOURCES)
+    if all(given.get(kind) is None for kind in SOURCES):
+        raise UserError(f"a text source is empty. Give one of: {', '.join(SOURCES)}.")
+    return Source(**given)
 
 
-# --- text ---------------------------------------------------------------------------------------
-
-
-def read_text(source: dict[str, Any], need_tokens: int | None = None) -> str:
+def read_text(source: Source, need_tokens: int | None = None) -> str:
     """A source's text; of a streamed dataset about as much as `need_tokens` tokens take. Never empty."""
-    kind = _kind(source)
-    if kind == "text":
-        text = str(source["text"])
-    elif kind == "module":
-        text = _module_text(source["module"], source.get("attribute"))
-    elif kind == "dataset":
-        text = _dataset_text(source, need_tokens)
+    if source.text is not None:
+        text = source.text
+    elif source.module is not None:
+        text = _module_text(source.module)
+    elif source.dataset is not None:
+        text = _dataset_text(source, source.dataset, need_tokens)
     else:
-        path = _package_path(source["package"], source.get("file")) if kind == "package" else _file_path(source["file"])
-        text = _jsonl_text(path, source.get("field") or "text") if _is_jsonl(path) else _plain_text(path)
+        path = _package_path(source.package, source.file) if source.package else _file_path(source.file or "")
+        text = _jsonl_text(path, source.field or "text") if is_jsonl(path) else _plain_text(path)
     if not text.strip():
-        raise UserError(f"{describe(source)} is empty: there is nothing to score. Name a source with text.")
+        raise UserError(f"{source} is empty: there is nothing to score. Name a source with text.")
     return text
 
 
-def _module_text(name: str, attribute: str | None) -> str:
-    """The text that a Python module carries: a string, or a mapping's strings in the order of their keys."""
+def _module_text(name: str) -> str:
+    """The text that a Python module carries: a string, or a mapping's strings in the order of their keys.
+
+    Under the module's own name, or under the only name that holds any.
+    """
     try:
         module = importlib.import_module(name)
     except ImportError:
         raise UserError(f"module '{name}' cannot be imported here: install the package it is part of.") from None
     held = {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, str | dict) and v}
-    wanted = attribute or (name.rpartition(".")[2] if name.rpartition(".")[2] in held else None)
-    if wanted is None and len(held) == 1:
-        wanted = next(iter(held))
-    if wanted is None or wanted not in held:
-        hint = did_you_mean(attribute or "", held) if held else "It holds neither strings nor mappings."
-        raise UserError(f"module '{name}': which `attribute` holds the text? {hint}")
+    own = name.rpartition(".")[2]
+    if own not in held and len(held) != 1:
+        found = f"several ({', '.join(sorted(held))})" if held else "neither strings nor mappings"
+        raise UserError(f"module '{name}' must hold one text, or one of its own name; it holds {found}.")
+    wanted = own if own in held else next(iter(held))
     value = held[wanted]
     if isinstance(value, str):
         return value
     if not all(isinstance(item, str) for item in value.values()):
-        raise UserError(f"module '{name}': {wanted} holds more than strings. Name another `attribute`.")
+        raise UserError(f"module '{name}': {wanted} holds more than strings. Name another module.")
     return SEPARATOR.join(value[key] for key in sorted(value))
 
 
@@ -85,10 +105,7 @@ def _file_path(value: str) -> Path:
 
 
 def _package_path(package: str, file: str | None) -> Path:
-    try:
-        distribution = importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise install_with(f"the package '{package}' that holds the text", f"pip install {package}") from None
+    distribution = distribution_of(package, "the text")
     if not file:
         raise UserError(f"package '{package}': say which `file` of it holds the text.")
     path = Path(str(distribution.locate_file(file)))
@@ -102,8 +119,19 @@ def _package_path(package: str, file: str | None) -> Path:
     return path
 
 
-def _is_jsonl(path: Path) -> bool:
+def is_jsonl(path: Path) -> bool:
+    """Whether a file's name says that each of its lines is JSON."""
     return path.suffix.lower() in (".jsonl", ".ndjson")
+
+
+def jsonl_entries(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    """(where it stands, for messages; what it holds) of each line of a JSONL file that is not empty."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path}: line {number}", json.loads(line)
+            except (ValueError, RecursionError):
+                raise UserError(f"{path}: line {number} is not valid JSON. Each line must be one object.") from None
 
 
 def _plain_text(path: Path) -> str:
@@ -118,54 +146,45 @@ def _plain_text(path: Path) -> str:
 
 def _jsonl_text(path: Path, field: str) -> str:
     documents = []
-    for number, line in enumerate(_plain_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}: line {number} is not valid JSON. Each line must be one object.") from None
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            keys = list(record) if isinstance(record, dict) else []
-            state = "is not text" if field in keys else "is missing"
-            raise UserError(f"{path}: line {number}: field '{field}' {state}. {did_you_mean(field, keys)}".rstrip())
+    for where, entry in jsonl_entries(path, _plain_text(path)):
+        record = entry if isinstance(entry, dict) else {}
+        if not isinstance(record.get(field), str):
+            state = "is not text" if field in record else "is missing"
+            raise UserError(f"{where}: field '{field}' {state}. {did_you_mean(field, record)}".rstrip())
         documents.append(record[field])
     return SEPARATOR.join(documents)
 
 
-def _dataset_text(source: dict[str, Any], need_tokens: int | None) -> str:
-    """Documents of a dataset, joined. C4 and its like are streamed: only what is needed is fetched."""
+def _dataset_text(source: Source, name: str, need_tokens: int | None) -> str:
+    """Documents of a dataset, joined."""
     try:
         import datasets
     except ImportError:
         raise install_with("the library `datasets`", "pip install datasets") from None
-    name, config, split = source["dataset"], source.get("config"), source.get("split") or "train"
-    field = source.get("field") or "text"
-    streaming = bool(source.get("streaming", name.lower().rpartition("/")[2] in ("c4", "mc4", "fineweb", "slimpajama")))
-    where = describe(source)
+    field, streaming = source.field or "text", name.lower().rpartition("/")[2] in STREAMED
     by_hand = "or give the text as `file:` (.txt or .jsonl)"
     limit = max(0, need_tokens or 0) * 8  # characters: no tokenizer of this field spends fewer tokens on text
     documents: list[str] = []
     held = 0
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        rows = datasets.load_dataset(name, source.config, split=source.split or "train", streaming=streaming)
         for number, row in enumerate(rows):
             if not isinstance(row.get(field), str):
-                raise UserError(f"{where}: row {number} has no text field '{field}'. {did_you_mean(field, row)}")
+                raise UserError(f"{source}: row {number} has no text field '{field}'. {did_you_mean(field, row)}")
             documents.append(row[field])
             held += len(row[field])
             if streaming and need_tokens is not None and held > limit:
                 break
     except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
         raise UserError(
-            f"{where} does not exist, is gated, or the hub cannot be reached: check the name and HF_TOKEN, {by_hand}."
+            f"{source} does not exist, is gated, or the hub cannot be reached: check the name and HF_TOKEN, {by_hand}."
         ) from None
     except UserError:
         raise
     except ValueError as error:  # unknown configurations and splits come as plain ValueErrors
-        raise UserError(f"{where}: {one_line(error)} Check `config` and `split`.") from None
+        raise UserError(f"{source}: {one_line(error)} Check `config` and `split`.") from None
     except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{where} cannot be fetched ({one_line(error)}): check the connection, {by_hand}.") from None
+        raise UserError(f"{source} cannot be fetched ({one_line(error)}): check the connection, {by_hand}.") from None
     return SEPARATOR.join(documents)
 
 

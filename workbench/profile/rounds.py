@@ -11,32 +11,32 @@ import psutil
 from workbench.machine.identity import has_cuda
 from workbench.records import Row
 
-TURNS = 5
-"""In how many turns a job's repeats are timed, at the most."""
+ROUNDS = 5
+"""In how many rounds a job's repeats are timed, at the most."""
 
 APART_S = 60.0
-"""Seconds between two turns of a job: longer than a slow spell of a shared machine lasts."""
+"""Seconds between two rounds of a job: longer than a slow spell of a shared machine lasts."""
 
-Turns = Generator[None, None, Row]
-"""A job: yields where it waits for its next turn, returns its row."""
+Rounds = Generator[None, None, Row]
+"""A job: yields where it waits for its next round, returns its row."""
 
 ENGINE_BYTES = 2 << 30
 """What an engine takes beside the weights, at the most, before another is loaded beside it."""
 
 
-class Together:
-    """Jobs measured in turns, one at work at a time: while one waits for its next turn, the others have theirs.
+class Interleaved:
+    """Jobs measured in rounds, one at work at a time: while one waits for its next round, the others have theirs.
 
-    A turn is due `APART_S` after the one before. So repeats of one job lie that far apart at the least, except at the
+    A round is due `APART_S` after the one before. So repeats of one job lie that far apart at the least, except at the
     end, when nobody is left to come between. Leaving ends whatever has not come to its end.
     """
 
     def __init__(self, ended: Callable[[Row], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._ended, self._clock = ended, clock
-        self._waiting: list[tuple[float, Turns, contextlib.ExitStack]] = []
+        self._waiting: list[tuple[float, Rounds, contextlib.ExitStack]] = []
         """Since when, what, and the locks it holds; the longest first."""
 
-    def __enter__(self) -> Together:
+    def __enter__(self) -> Interleaved:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -44,22 +44,22 @@ class Together:
             job.close()
             locks.close()
 
-    def start(self, job: Turns, locks: contextlib.ExitStack) -> None:
-        """The first turn of a job, then every turn that is due. `locks` are held until its row is stored."""
-        self._turn(job, locks)
+    def start(self, job: Rounds, locks: contextlib.ExitStack) -> None:
+        """The first round of a job, then every round that is due. `locks` are held until its row is stored."""
+        self._round(job, locks)
         while self._waiting and self._clock() - self._waiting[0][0] >= APART_S:
             self._next()
 
     def finish(self) -> None:
-        """The rest of every job, still in turns."""
+        """The rest of every job, still interleaved."""
         while self._waiting:
             self._next()
 
     def _next(self) -> None:
         _since, job, locks = self._waiting.pop(0)
-        self._turn(job, locks)
+        self._round(job, locks)
 
-    def _turn(self, job: Turns, locks: contextlib.ExitStack) -> None:
+    def _round(self, job: Rounds, locks: contextlib.ExitStack) -> None:
         with contextlib.ExitStack() as held:
             held.push(locks)
             try:

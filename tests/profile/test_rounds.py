@@ -1,4 +1,4 @@
-"""Jobs take turns: which repeat comes after which, who holds what, and what is left when something goes wrong."""
+"""Interleaved rounds: which repeat comes after which, who holds what, and what is left when something goes wrong."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Any
 
 import pytest
 
-from workbench.profile import turns
-from workbench.profile.turns import APART_S, Together, Turns
+from workbench.profile import rounds
+from workbench.profile.rounds import APART_S, Interleaved, Rounds
 
 
 class Bench:
-    """Jobs whose turns are noted, by a clock that they turn."""
+    """Jobs whose rounds are noted, by a clock that they turn."""
 
-    def __init__(self, turn_s: float) -> None:
+    def __init__(self, round_s: float) -> None:
         self.time_s, self.seen, self.stored = 0.0, list[str](), list[str]()
         self.when: dict[str, list[float]] = {}
-        self._turn_s = turn_s
+        self._round_s = round_s
 
-    def together(self) -> Together:
-        return Together(self._store, lambda: self.time_s)
+    def interleaved(self) -> Interleaved:
+        return Interleaved(self._store, lambda: self.time_s)
 
     def _store(self, row: Any) -> None:
         self.stored.append(row)
         self.seen.append(f"{row} stored")
 
-    def job(self, name: str, turns: int = 3) -> Turns:
+    def job(self, name: str, rounds: int = 3) -> Rounds:
         try:
-            for turn in range(turns):
-                if turn:
+            for round_ in range(rounds):
+                if round_:
                     yield
                 self.when.setdefault(name, []).append(self.time_s)
-                self.time_s += self._turn_s
-                self.seen.append(f"{name}{turn + 1}")
+                self.time_s += self._round_s
+                self.seen.append(f"{name}{round_ + 1}")
         except GeneratorExit:
             self.seen.append(f"{name} ended")
             raise
@@ -47,8 +47,8 @@ class Bench:
 
 
 def test_the_repeats_of_a_job_lie_between_those_of_others() -> None:
-    bench = Bench(turn_s=APART_S / 2)
-    with bench.together() as jobs:
+    bench = Bench(round_s=APART_S / 2)
+    with bench.interleaved() as jobs:
         for name in "abcd":
             jobs.start(bench.job(name), contextlib.ExitStack())
         order = [each for each in bench.seen if "stored" not in each]
@@ -58,44 +58,44 @@ def test_the_repeats_of_a_job_lie_between_those_of_others() -> None:
     assert bench.stored == ["a", "b", "c", "d"]
 
 
-@pytest.mark.parametrize("turn_s", [0.2, 2.0, 10.0, 45.0])
-def test_turns_of_a_job_are_apart_however_long_they_take(turn_s: float) -> None:
-    bench, many = Bench(turn_s), 60
-    with bench.together() as jobs:
+@pytest.mark.parametrize("round_s", [0.2, 2.0, 10.0, 45.0])
+def test_rounds_of_a_job_are_apart_however_long_they_take(round_s: float) -> None:
+    bench, many = Bench(round_s), 60
+    with bench.interleaved() as jobs:
         for job in range(many):
             jobs.start(bench.job(f"job {job}"), contextlib.ExitStack())
         begun_s = bench.time_s
         jobs.finish()
     early = [moments for moments in bench.when.values() if moments[2] < begun_s]
-    assert len(bench.stored) == many and (early or turn_s < 1)
+    assert len(bench.stored) == many and (early or round_s < 1)
     for one, two, three in early:
         assert two - one >= APART_S and three - two >= APART_S
 
 
-def test_a_job_of_one_turn_waits_for_nobody() -> None:
+def test_a_job_of_one_round_waits_for_nobody() -> None:
     bench = Bench(1.0)
-    with bench.together() as jobs:
-        jobs.start(bench.job("a", turns=1), bench.locks("a"))
+    with bench.interleaved() as jobs:
+        jobs.start(bench.job("a", rounds=1), bench.locks("a"))
         assert bench.seen == ["a1", "a stored", "a free"]
 
 
 def test_locks_are_held_until_the_row_is_stored() -> None:
     bench = Bench(APART_S)
-    with bench.together() as jobs:
-        jobs.start(bench.job("a", turns=2), bench.locks("a"))
-        jobs.start(bench.job("b", turns=1), bench.locks("b"))
+    with bench.interleaved() as jobs:
+        jobs.start(bench.job("a", rounds=2), bench.locks("a"))
+        jobs.start(bench.job("b", rounds=1), bench.locks("b"))
     assert bench.seen == ["a1", "b1", "b stored", "b free", "a2", "a stored", "a free"]
 
 
 def test_whatever_goes_wrong_every_job_is_ended_and_what_ended_is_kept() -> None:
     bench = Bench(APART_S)
 
-    def interrupted() -> Turns:
+    def interrupted() -> Rounds:
         yield
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), bench.together() as jobs:
-        jobs.start(bench.job("a", turns=2), bench.locks("a"))
+    with pytest.raises(KeyboardInterrupt), bench.interleaved() as jobs:
+        jobs.start(bench.job("a", rounds=2), bench.locks("a"))
         jobs.start(interrupted(), bench.locks("b"))
         jobs.start(bench.job("c"), bench.locks("c"))
     assert bench.stored == ["a"]
@@ -107,7 +107,7 @@ def test_a_job_is_loaded_beside_others_only_where_there_is_room(
     cuda: bool, available_gib: int, room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A billion parameters, 3.7 GiB in float32."""
-    monkeypatch.setattr(turns, "has_cuda", lambda: cuda)
-    monkeypatch.setattr(turns.psutil, "virtual_memory", lambda: SimpleNamespace(available=available_gib << 30))
+    monkeypatch.setattr(rounds, "has_cuda", lambda: cuda)
+    monkeypatch.setattr(rounds.psutil, "virtual_memory", lambda: SimpleNamespace(available=available_gib << 30))
     row: Any = SimpleNamespace(artifact=SimpleNamespace(parameters=10**9))
-    assert turns.room_beside(row) is room
+    assert rounds.room_beside(row) is room

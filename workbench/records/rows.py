@@ -1,22 +1,10 @@
-"""The program's nouns as frozen dataclasses, and their JSON form.
-
-Standard library only: these cross from the parent to workers that may run under another interpreter.
-Units are SI and stand in the names (`load_s`, `disk_bytes`). Raw samples are kept; a mean or an
-interval is a view (`report/metrics.py`). A pydantic model would check more, but would have to be
-installed wherever an engine is; recipes, where people mistype, are checked in `recipe.py`.
-"""
+"""What a row of results is made of: the program's nouns."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
-import json
-import types
-import typing
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Required, TypedDict
 
 SCHEMA_VERSION = 2
 """Version of a stored row's form. Raise it when a field changes, and teach `report/migrate.py` to read the old one."""
@@ -49,11 +37,11 @@ class Artifact:
     path: str
     """A Hugging Face directory, or a `.gguf` file."""
     digest: str
-    """Of everything that determined the bytes: base, method, options, calibration, versions."""
+    """Digest of everything that determined the bytes: base, method, options, calibration, versions."""
     disk_bytes: int
     """All weight tensors as stored, without headers; tied embeddings once."""
     parameters: int
-    """Of the base, tied embeddings once."""
+    """The base's weights, tied embeddings once."""
     tensor_types: dict[str, str] = field(default_factory=dict)
     """The type each tensor really got, by its name in the file."""
     warnings: list[str] = field(default_factory=list)
@@ -191,13 +179,106 @@ class Served:
     """Sequences at once."""
     prompt_tokens: int
     new_tokens: list[int]
-    """Of each request."""
+    """New tokens of each request."""
     seconds: list[float]
     """From the first request to the last one's end."""
     continuous: bool
     """Whether a free slot takes the next request at once; else a group ends before the next begins."""
     rounds: list[int] = field(default_factory=list)
     """As in `Speed`."""
+
+
+class WindowScores(TypedDict, total=False):
+    """What `worker/scoring/reducer.py` counts in one window; `kld_*`, `same_top*` and `dp*` only where the base's
+    reference was compared with."""
+
+    count: Required[int]
+    """Tokens with finite logits, which all sums are over."""
+    nonfinite: Required[int]
+    nll_sum: Required[float]
+    """Nats."""
+    kld_count: int
+    """Tokens for which the base too had finite logits."""
+    kld_sum: float
+    kld_low_sum: float
+    """Its lower bound that no sampling enters."""
+    same_top_sum: int
+    dp_square_sum: float
+    greedy_sum: int
+    """Tokens that were the likeliest, where that was asked for."""
+    nll: str | list[float | None]
+    """A value a token, None for one whose logits are not finite; in a row base64 of float16 (`reducer.compact`)."""
+    kld: str | list[float | None]
+    same_top: list[int | None]
+    dp: list[float | None]
+    """The correct token's probability less the base's."""
+
+
+class Quality(TypedDict, total=False):
+    """What was measured on an evaluation set; JSON as it is, since a history holds 10,000 of them."""
+
+    windows: Required[list[WindowScores]]
+    top_k: int | None
+    tail_draws: int | None
+    reference_digest: str | None
+    vocab_size: int
+    made_reference_digest: str | None
+
+
+class Answers(TypedDict, total=False):
+    """How a task was answered."""
+
+    correct: Required[Sequence[float]]
+    """1 or 0 an item, in the order of the task's file, or the harness's own score."""
+    given: Sequence[object]
+    metric: str
+    """By which the harness judged."""
+    warnings: list[str]
+
+
+class Conditions(TypedDict, total=False):
+    """What the machine did while a job ran (`machine/monitor.py`, `worker/measure/`); None where it cannot be read."""
+
+    others_cores: float | None
+    """Others' work, in cores on average."""
+    stolen_fraction: float | None
+    """Part of the processors' time that a hypervisor gave to others."""
+    clock_hz: list[float] | None
+    """Lowest, median, highest while the job was busy."""
+    throttled: bool | None
+    gpu_clock_hz: list[float] | None
+    gpu_throttled: bool | None
+    gpu_strangers: int | None
+    """Processes of others on the GPU, at the most."""
+    probe_s: list[float]
+    """A fixed piece of work before each repeat."""
+    page_cache_before: float | None
+    """How much of the weight files was in the page cache."""
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A GPU as rows name it."""
+
+    name: str = ""
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a number was measured."""
+
+    name: str = ""
+    """The folder that its results go to."""
+    cpu: str = ""
+    threads: int = 0
+    memory_bytes: int = 0
+    gpus: list[Accelerator] = field(default_factory=list)
+    driver: str | None = None
+    system: str = ""
+    python: str = ""
+    copy_bytes_per_s: float | None = None
+    """What its memory copies, read and written both counted."""
 
 
 @dataclass(frozen=True)
@@ -208,20 +289,16 @@ class Measurement:
     """`cpu` or the accelerator's name."""
     load_s: float | None = None
     speeds: list[Speed] = field(default_factory=list)
-    qualities: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By evaluation set, per window sums and counts as `worker/scoring/reducer.py` defines them, in the form that its
-    `compact` gives."""
-    memory: dict[str, Any] = field(default_factory=dict)
+    qualities: dict[str, Quality] = field(default_factory=dict)
+    """By evaluation set, as the reducer's `compact` gives it."""
+    memory: dict[str, int] = field(default_factory=dict)
     """Bytes: what the engine itself says (`weights`, `kv_cache`, ...) and, from the parent, `peak_*`."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
     """Dtype, threads, kernel: what the engine really ran with."""
     warnings: list[str] = field(default_factory=list)
     served: list[Served] = field(default_factory=list)
-    conditions: dict[str, Any] = field(default_factory=dict)
-    """What the machine did meanwhile: load of others, clocks, throttling (`machine/monitor.py`), `probe_s`, how much of
-    the files was in the page cache."""
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What `worker/tokens/tasks.py` says of each task: right or wrong for every item, in the order of its file."""
+    conditions: Conditions = field(default_factory=lambda: Conditions())
+    tasks: dict[str, Answers] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -236,7 +313,7 @@ class Row:
     backend: str
     workload: Workload
     measurement: Measurement | None
-    machine: dict[str, Any]
+    machine: Machine
     versions: dict[str, str]
     started_at: str
     """RFC 3339, UTC."""
@@ -260,62 +337,7 @@ class Row:
         return next(iter(self.evaluations.values()), None)
 
     @property
-    def quality(self) -> dict[str, Any] | None:
+    def quality(self) -> Quality | None:
         """What was measured on the first evaluation set."""
         found = self.measurement.qualities if self.measurement else {}
         return found.get(next(iter(self.evaluations), ""))
-
-
-def digest(value: Any) -> str:
-    """Sixteen hex digits of the SHA-256 of a value's canonical JSON."""
-    text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def to_json(value: Any) -> Any:
-    """A record (or a container of them) as plain JSON types."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    return value
-
-
-def from_json(kind: Any, value: Any) -> Any:
-    """The inverse of `to_json` for a type built of the records above.
-
-    Unknown keys are dropped, so that a row with fields added later can still be read; a missing field
-    without a default raises `TypeError`.
-    """
-    reader = _reader(kind)
-    return value if reader is None else reader(value)
-
-
-@functools.cache
-def _reader(kind: Any) -> Callable[[Any], Any] | None:
-    """How a type is read; None where its JSON is it already. Made once a type: a history has 10,000 rows."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = typing.get_type_hints(kind)
-        fields = {f.name: _reader(hints[f.name]) for f in dataclasses.fields(kind)}
-
-        def record(value: Any) -> Any:
-            known = {name: item for name, item in value.items() if name in fields}
-            for name, item in known.items():
-                reader = fields[name]
-                if reader is not None:
-                    known[name] = reader(item)
-            return kind(**known)
-
-        return record
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        inner = _reader(next(a for a in arguments if a is not type(None)))
-        return None if inner is None else lambda value: None if value is None else inner(value)
-    if origin not in (list, dict):
-        return None
-    item_of = _reader(arguments[-1])
-    if origin is list:
-        return list if item_of is None else lambda value: [item_of(item) for item in value]
-    return dict if item_of is None else lambda value: {key: item_of(item) for key, item in value.items()}

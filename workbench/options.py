@@ -1,0 +1,104 @@
+"""What the subcommands take, each declared once: `Annotated` types for typer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from workbench.report.formats import FILE_FORMATS, FORMATS
+
+
+def _either(names: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+RESULTS = "results"
+"""The folder that rows are stored in by default."""
+
+RecipeFile = Annotated[Path, Argument(help="A recipe, such as recipes/smollm2-135m.yaml.", show_default=False)]
+SomeRecipe = Annotated[
+    Path | None,
+    Argument(help="A recipe; without one, that last quantized on this machine.", show_default=False),
+]
+Recipes = Annotated[list[Path], Argument(help="The recipes of the night.", show_default=False)]
+SomeRows = Annotated[
+    list[str] | None,
+    Argument(help="Files, folders or URLs of rows; default: the results folder.", show_default=False),
+]
+Results = Annotated[str, Option("--results", help="The folder, or URL of one, that rows are stored in.")]
+OldRows = Annotated[str, Argument(metavar="A", help="A file, folder or URL of rows, a date or a commit.")]
+NewRows = Annotated[str, Argument(metavar="B", help="The same, for the later ones.")]
+
+OnlyBackends = Annotated[
+    list[str] | None,
+    Option("--backend", "-b", help="Only this engine; may be given several times.", show_default=False),
+]
+OnlyBackend = Annotated[str | None, Option("--backend", "-b", help="Only this engine.")]
+OnlyVariants = Annotated[
+    list[str] | None,
+    Option(
+        "--variant",
+        "-v",
+        help="Only this variant (or 'gguf-*'), and the base to compare it with; may be repeated.",
+        show_default=False,
+    ),
+]
+OnlyRecipe = Annotated[str | None, Option(help="Only rows of the recipe of this name.")]
+OnlyMachine = Annotated[str | None, Option(help="Only rows of the machine of this name.")]
+OnlyEvaluation = Annotated[str | None, Option(help="Only rows scored on the tokens of this digest.")]
+OnlyMeasurement = Annotated[int | None, Option(help="Only rows measured in this way.")]
+
+Again = Annotated[bool, Option("--again", help="Measure again what is already measured.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress, only the result.")]
+Output = Annotated[
+    Path | None, Option("--output", "-o", help="Write to this file instead of printing.", show_default=False)
+]
+TableFormat = Annotated[str, Option("--format", "-f", help=f"{_either(FORMATS)}.")]
+RowsFormat = Annotated[str, Option("--format", "-f", help=f"As for run, or {_either(FILE_FORMATS)}.")]
+TextFormat = Annotated[str, Option("--format", "-f", help="terminal or json.")]
+
+Limits = Annotated[
+    list[str] | None,
+    Option(help="Exit with 1 if this metric is worse by this much, as decode_tok_s:5%.", show_default=False),
+]
+Everything = Annotated[bool, Option("--all", help="Also what is the same or undecided.")]
+
+AtMostMemory = Annotated[str | None, Option(help="At most this much, as 8GiB.", show_default=False)]
+AtMostSize = Annotated[str | None, Option(help="At most this much on disk.", show_default=False)]
+AtMostPerplexity = Annotated[
+    str | None, Option(help="1% (more than the base's) or the value itself.", show_default=False)
+]
+AtMostKld = Annotated[float | None, Option(help="Mean divergence, nats a token.", show_default=False)]
+AtLeastDecode = Annotated[float | None, Option(help="New tokens a second.", show_default=False)]
+AtLeastPrefill = Annotated[float | None, Option(help="Prompt tokens a second.", show_default=False)]
+Sort = Annotated[str, Option(help="speed, quality, memory or size.")]
+
+Memory = Annotated[str | None, Option(help="Fit into this much, as 24GiB; default: this machine's.")]
+Context = Annotated[int | None, Option(help="Tokens of a sequence, prompt and new ones.")]
+Batch = Annotated[int | None, Option(help="Sequences at once.")]
+Device = Annotated[str | None, Option(help="cpu or cuda; default: what is here.", show_default=False)]
+
+Page = Annotated[Path, Option("--output", "-o", help="The page.")]
+Plots = Annotated[
+    Path | None, Option(help="A folder for each plot as SVG (and PNG, with resvg-py).", show_default=False)
+]
+SiteFolder = Annotated[Path, Argument(metavar="DIR", help="The folder of the site.")]
+SiteUrl = Annotated[str, Option(help="Where it will be served, for the feed.", show_default=False)]
+NightlySite = Annotated[Path | None, Option(help="Publish the site there.", show_default=False)]
+NightlyUrl = Annotated[str, Option(help="Where the site is served, for its feed.", show_default=False)]
+Issue = Annotated[bool, Option("--issue", help="Open an issue (with gh) if something got worse.")]
+Accept = Annotated[bool, Option("--accept", help="Only take the last night's numbers as normal.")]
+
+MadeVariant = Annotated[str, Argument(help="A variant that was made, as gguf-Q4_K_M.", show_default=False)]
+Repository = Annotated[str, Argument(metavar="OWNER/NAME", help="The repository on the hub.")]
+Author = Annotated[str, Option(help="Whom the card names as `quantized_by`.", show_default=False)]
+Licence = Annotated[str | None, Option("--licence", "--license", help="The base's, as llama3.1.", show_default=False)]
+Private = Annotated[bool, Option("--private", help="A repository made now is private.")]
+Anyway = Annotated[bool, Option("--anyway", help="Though the licence forbids it or is not known.")]
+Finished = Annotated[bool, Option("--all", help="Finished artifacts too, not only leftovers.")]
+Version = Annotated[bool, Option("--version", help="Print the version and exit.")]

@@ -1,0 +1,91 @@
+"""A variant that a worker makes by itself, from the base's directory or its GGUF file."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from workbench.console import Show
+from workbench.disk import need_room
+from workbench.errors import WorkFailed
+from workbench.machine.work import work
+from workbench.quantize.record import artifact_key, checkpoint_bytes, provenance_of, python_of, stored_artifact
+from workbench.recipe.load import Recipe
+from workbench.records import (
+    Artifact,
+    CalibrationTokens,
+    ImportanceMatrix,
+    MadeVariant,
+    PreparedBase,
+    Variant,
+    VariantRequest,
+    to_json,
+)
+from workbench.worker.methods import Making
+
+
+def make_alone(
+    recipe: Recipe,
+    base: PreparedBase,
+    variant: Variant,
+    making: Making,
+    show: Show,
+    *,
+    form: str,
+    source: Artifact | None = None,
+    looks_at: CalibrationTokens | ImportanceMatrix | None = None,
+    title: str = "",
+) -> Artifact:
+    """The artifact, of format `form`; `looks_at`: what it takes of the calibration, `title`: what progress calls it.
+
+    Raises `UserError` and `WorkFailed` for what the worker refuses and what it cannot.
+    """
+    seen = looks_at.digest if looks_at else None
+    # A GGUF file holds its model's name.
+    more: list[object] = [recipe.model, seen] if form == "gguf" else [seen] if seen else []
+    key = artifact_key(base, variant, making, more)
+
+    def build(folder: Path) -> Artifact:
+        need_room(folder, source.disk_bytes if source else base.weight_bytes)
+        out = folder / f"{recipe.model}-{making.file_name or variant.name}"
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        request = VariantRequest(
+            base=base.path,
+            out=str(out),
+            options=variant.options,
+            source=source.path if source else None,
+            tokens=looks_at.path if isinstance(looks_at, CalibrationTokens) else None,
+            imatrix=looks_at.path if isinstance(looks_at, ImportanceMatrix) else None,
+            allow_remote_code=recipe.base.trust_remote_code,
+        )
+        made, cost = work(
+            making.function,
+            to_json(request) | making.arguments,
+            MadeVariant,
+            show,
+            title or (f"{making.label}: {variant.name}" if making.label else variant.name),
+            python=python_of(making),
+            limit_s=recipe.limits.quantize_s,
+            environment=dict(making.environment),
+        )
+        if not out.exists():
+            raise WorkFailed(f"method {variant.method} wrote nothing")
+        for note in made.notes:
+            show.say(f"{variant.name}: {note}")
+        provenance = provenance_of(recipe, base, variant, making, cost, seen) | made.provenance
+        if out.is_dir():
+            provenance |= {"seconds": {"total": cost.seconds}, "tensor_errors": made.tensor_errors}
+        return Artifact(
+            variant=variant.name,
+            method=variant.method,
+            format=form,
+            path=out.name,
+            digest=key,
+            disk_bytes=checkpoint_bytes(out) if made.disk_bytes is None else made.disk_bytes,
+            parameters=base.parameters,
+            tensor_types=made.tensor_types,
+            warnings=made.warnings,
+            provenance=provenance,
+        )
+
+    return stored_artifact(key, variant, build)

@@ -1,0 +1,252 @@
+"""What the parent asks of its workers, what they answer, and what the cache keeps of it.
+
+A worker's function is given the first as JSON and returns the second as JSON; `from_json` and `to_json` stand at the
+border, on both sides. Paths are absolute unless it is said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from workbench.records.rows import Conditions, Evaluation, Job, Task
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a worker took."""
+
+    seconds: float
+    peak_rss_bytes: int | None = None
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes, as `Monitor.memory` has them."""
+    conditions: Conditions = field(default_factory=lambda: Conditions())
+
+
+@dataclass(frozen=True)
+class BaseRequest:
+    """`worker.base.prepare:prepare` and, for the shape alone, `worker.base.headers:read`."""
+
+    source: dict[str, Any]
+    """One of `worker/base/sources.py`'s kinds, such as `{"hub": "owner/name", "revision": "main"}`."""
+    equivalent: dict[str, int] | None = None
+    """`hidden` and `seed` of an exact rewrite."""
+    out: str = ""
+    """An empty folder, used only if the source is no Hugging Face directory already, or is rewritten."""
+    allow_remote_code: bool = False
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class PreparedBase:
+    """The base as a Hugging Face directory."""
+
+    path: str
+    digest: str
+    """Changes whenever a weight does."""
+    dtype: str
+    parameters: int
+    """Tied embeddings once, here and in `weight_bytes`."""
+    weight_bytes: int
+    architecture: str = ""
+    vocab_size: int = 0
+    context_length: int = 0
+    """Tokens; 0 where it does not say."""
+    tokenizer: bool = True
+    """Whether it has one."""
+    license: str | None = None
+    revision: str | None = None
+    warnings: list[str] = field(default_factory=list)
+    """What of the source was left out."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """As it was asked for."""
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """One set of windows to cut from a text."""
+
+    role: str
+    """`evaluation` or `calibration`."""
+    name: str
+    source: dict[str, str]
+    window: int
+    windows: int | None
+    """None: all that fit into the text, of an evaluation."""
+    score: str
+    stride: int | None = None
+    seed: int = 0
+    out: str = ""
+    """The file to write."""
+
+
+@dataclass(frozen=True)
+class TokensRequest:
+    """`worker.tokens.windows:build`."""
+
+    base: str
+    sets: list[TokenSet]
+    allow_overlap: bool = False
+    allow_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TokenSets:
+    """The sets of a recipe by the stem of their file, calibration among them."""
+
+    sets: dict[str, Evaluation]
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class TasksRequest:
+    """`worker.tokens.tasks:build`."""
+
+    base: str
+    tasks: dict[str, dict[str, Any]]
+    """By name: `file`, `limit`, `new_tokens`, `chat`, or `lm_eval`, `include`, `limit`, `shots`."""
+    out: str
+    """A folder."""
+    allow_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of a recipe by name; their paths are relative to the folder they were written into."""
+
+    tasks: dict[str, Task]
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class VariantRequest:
+    """A method's own worker (`Making.function`): one variant from the base. What `Making.arguments` says comes beside
+    it."""
+
+    base: str
+    out: str
+    """A file or folder that is not there yet."""
+    options: dict[str, Any]
+    source: str | None = None
+    """The base's GGUF file, for a method that starts from it."""
+    tokens: str | None = None
+    """A token file, for a method that looks at it."""
+    imatrix: str | None = None
+    """An importance matrix, likewise."""
+    threads: int | None = None
+    allow_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class MadeVariant:
+    """What a worker says of a variant that it made."""
+
+    tensor_types: dict[str, str]
+    disk_bytes: int | None = None
+    """All weights; None: those of the safetensors in the folder."""
+    tensor_errors: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Told when it is made."""
+    provenance: dict[str, object] = field(default_factory=dict)
+    """More to be kept beside the artifact."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class CheckpointRequest:
+    """A variant that the calibration pass is to make."""
+
+    name: str
+    method: str
+    options: dict[str, Any]
+    out: str
+    """A folder, empty or with interrupted work."""
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """`worker.calibration.run:run`: all calibrated variants of a base, and its importance matrix, in one pass."""
+
+    base: str
+    tokens: str
+    """A token file."""
+    tokens_digest: str
+    variants: list[CheckpointRequest]
+    imatrix_out: str | None
+    state: str
+    """A folder that an interrupted pass goes on from."""
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+    precision: str = "auto"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration pass made."""
+
+    seconds: dict[str, float]
+    """By phase."""
+    variants: dict[str, MadeVariant]
+    refused: dict[str, str]
+    """Variant -> why its options do not fit this base."""
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """The tokens that methods may look at."""
+
+    path: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """llama.cpp's importance matrix of a base and its calibration tokens."""
+
+    digest: str
+    calibration: str = ""
+    """The tokens' digest."""
+    cost: Cost | None = None
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class ReferRequest:
+    """`worker.measure.job:refer`: score the job's artifact, the base, and keep what it says."""
+
+    job: Job
+    out: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the base says of every scored token of an evaluation set (`worker/scoring/reference.py`)."""
+
+    digest: str
+    """Digest of its content."""
+    settings: dict[str, object] = field(default_factory=dict)
+    """Dtype and device that it was made with."""
+    base: str = ""
+    evaluation: str = ""
+    """Digests of what it is of."""
+    cost: Cost | None = None
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class BandwidthRequest:
+    """`worker.measure.bandwidth:copy_bandwidth`."""
+
+    threads: int
+    device: str
+    """`cpu` or `cuda`."""
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """What a memory copies, read and written both counted."""
+
+    bytes_per_s: float
