@@ -209,6 +209,7 @@ def test_a_variant_with_another_tokenizer_is_refused(
         "source": {"text": TEXT},
         "window": 32,
         "windows": 3,
+        "score": "second-half",
         "out": str(tmp_path / "e.json"),
     }
     (made,) = corpus.build({"base": str(tiny_llama), "sets": [entry]}, lambda *_: None)["sets"]
@@ -257,6 +258,7 @@ def test_a_vocabulary_that_one_engine_pads_changes_nothing(
         "source": {"text": TEXT},
         "window": 32,
         "windows": 3,
+        "score": "second-half",
         "out": str(tmp_path / "e.json"),
     }
     (made,) = corpus.build({"base": str(tiny_llama), "sets": [entry]}, lambda *_: None)["sets"]

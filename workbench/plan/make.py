@@ -26,7 +26,7 @@ from workbench.plan.need import Need, Plan, need_of
 from workbench.plan.tensors import shape_of
 from workbench.recipe.choices import BackendChoice, method_of, wants_gguf_base
 from workbench.recipe.load import Recipe
-from workbench.records import Variant
+from workbench.records import BaseRequest, Variant, to_json
 from workbench.shape import DTYPE_BYTES, Described, Sequences, Shape
 from workbench.sizes import size_text
 from workbench.worker.methods import BASE
@@ -127,11 +127,8 @@ def check_context(tokens: int, context_tokens: int, where: str) -> None:
 
 def _read(recipe: Recipe) -> Described:
     """Ask a worker for the shape; it takes a moment of one core, so it does not wait for the machine."""
-    payload = {
-        "source": recipe.base.source(recipe.path.parent),
-        "equivalent": recipe.base.equivalent.model_dump() if recipe.base.equivalent else None,
-        "offline": False,
-    }
+    equivalent = recipe.base.equivalent.model_dump() if recipe.base.equivalent else None
+    payload = to_json(BaseRequest(recipe.base.source(recipe.path.parent), equivalent))
     folder = home() / "logs" / f"plan-{time.time_ns()}"
     reply = isolate.call("workbench.worker.base.headers:read", payload, workdir=folder, time_limit_s=600)
     value = isolate.answer(reply, folder)

@@ -56,6 +56,8 @@ class PreparedBase:
     """Whether it has one."""
     license: str | None = None
     revision: str | None = None
+    warnings: list[str] = field(default_factory=list)
+    """What of the source was left out."""
     source: dict[str, Any] = field(default_factory=dict)
     """As it was asked for."""
     cost: Cost | None = None
@@ -70,7 +72,8 @@ class TokenSet:
     name: str
     source: dict[str, str]
     window: int
-    windows: int
+    windows: int | None
+    """None: all that fit into the text, of an evaluation."""
     score: str
     stride: int | None = None
     seed: int = 0

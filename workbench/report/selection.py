@@ -95,18 +95,16 @@ def like_evaluation(rows: list[Row], lead: Row, notes: list[str]) -> list[Row]:
     """The rows scored on the tokens of `lead`, and those of the same bases that were to be scored on none."""
     wanted = evaluation_digest(lead)
     bases = {row.base for row in rows if wanted and evaluation_digest(row) == wanted} or {lead.base}
-    kept: list[Row] = []
-    others: list[Row] = []
-    for row in rows:
-        own = evaluation_digest(row)
-        comparable = own == wanted if own else row.base in bases
-        (kept if comparable else others).append(row)
-    if others:
+
+    def comparable(row: Row) -> bool:
+        return evaluation_digest(row) == wanted if row.evaluation else row.base in bases
+
+    if others := [row for row in rows if not comparable(row)]:
         names = dict.fromkeys(
             f"{row.evaluation.name} {row.evaluation.digest}" if row.evaluation else row.base for row in others
         )
         notes.append(_left_out(len(others), f"of another evaluation or base ({', '.join(names)})"))
-    return kept
+    return [row for row in rows if comparable(row)]
 
 
 def evaluation_digest(row: Row) -> str:
@@ -142,20 +140,15 @@ def in_order(rows: list[Row]) -> list[Row]:
     """Bases first, then variants and backends as their recipe has them, whatever order they were measured in."""
     recipes = _places(row.recipe for row in rows)
     rows = sorted(rows, key=lambda row: (recipes[row.recipe], row.place))
-    bases, variants, backends = (
-        _places(row.base for row in rows),
-        _places(row.artifact.variant for row in rows),
-        _places(row.backend for row in rows),
-    )
-    return sorted(
-        rows,
-        key=lambda row: (
-            bases[row.base],
-            row.artifact.method != BASE,
-            variants[row.artifact.variant],
-            backends[row.backend],
-        ),
-    )
+    bases = _places(row.base for row in rows)
+    variants = _places(row.artifact.variant for row in rows)
+    backends = _places(row.backend for row in rows)
+
+    def place(row: Row) -> tuple[int, bool, int, int]:
+        artifact = row.artifact
+        return bases[row.base], artifact.method != BASE, variants[artifact.variant], backends[row.backend]
+
+    return sorted(rows, key=place)
 
 
 def _places(names: Iterable[str]) -> dict[str, int]:

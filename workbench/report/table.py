@@ -210,6 +210,17 @@ def device(row: Row) -> str | None:
     return row.measurement.device if row.measurement else wanted if isinstance(wanted, str) else None
 
 
+def shared_settings(table: Table) -> dict[str, dict[str, object]]:
+    """For each backend, what all its measured lines really ran with."""
+    found: dict[str, dict[str, object]] = {}
+    for line in table.lines:
+        if line.row.measurement:
+            own = line.row.measurement.settings
+            shared = found.setdefault(line.row.backend, own)
+            found[line.row.backend] = {name: value for name, value in shared.items() if own.get(name) == value}
+    return found
+
+
 def quality_missing(row: Row) -> str | None:
     """Why a measured row has no quality, where that is meant: weights that were drawn at random say nothing."""
     if row.measurement is None or row.quality is not None:
@@ -245,7 +256,7 @@ def _scores(row: Row, lead: Row, rows: Sequence[Row]) -> dict[str, Score]:
         accuracy = quality.task_accuracy(row, name)
         if accuracy is None or row.tasks[name].digest != task.digest:
             continue
-        base = _base_of(row, rows, partial(_was_asked, name=name))
+        base = _base_of(row, rows, partial(quality.task_accuracy, name=name))
         delta = quality.task_delta(row, base, name) if base else None
         interval = estimates.interval(delta) if delta else None
         below = interval[0] <= 0 <= interval[1] if interval else None
@@ -261,12 +272,7 @@ def _values(row: Row, reference: str | None) -> dict[str, float | None]:
 
 def _references(rows: Sequence[Row]) -> dict[str, str]:
     """The reference that divergences of each base are from: that of the newest row compared with any."""
-    found = {}
-    for row in sorted(rows, key=age_of):
-        digest_of = quality.reference(row)
-        if digest_of:
-            found[row.base] = digest_of
-    return found
+    return {row.base: found for row in sorted(rows, key=age_of) if (found := quality.reference(row))}
 
 
 def _below(delta: Estimate | None, floor: NoiseFloor | None) -> bool | None:
@@ -332,23 +338,12 @@ def _warnings(row: Row, own: float | None, base: Row | None, delta: Estimate | N
     return tuple(dict.fromkeys(text for text in found if text))
 
 
-def _was_scored(row: Row) -> bool:
-    return quality.perplexity(row) is not None
-
-
-def _was_asked(row: Row, *, name: str) -> bool:
-    return quality.task_accuracy(row, name) is not None
-
-
-def _base_of(row: Row, rows: Sequence[Row], measured: Callable[[Row], bool] = _was_scored) -> Row | None:
-    """The base's row on the same backend that was scored, with the same options if there is one."""
+def _base_of(row: Row, rows: Sequence[Row], value: Callable[[Row], object] = quality.perplexity) -> Row | None:
+    """The base's row on the same backend that has the value, with the same options if there is one."""
     if row.artifact.method == BASE:
-        return row if measured(row) else None
-    candidates = [
-        other
-        for other in rows
-        if other.artifact.method == BASE and other.base == row.base and other.backend == row.backend and measured(other)
-    ]
+        return row if value(row) is not None else None
+    alike = [other for other in rows if other.base == row.base and other.backend == row.backend]
+    candidates = [other for other in alike if other.artifact.method == BASE and value(other) is not None]
     return min(
         candidates, key=lambda other: (other.options != row.options, other.workload != row.workload), default=None
     )

@@ -11,13 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from workbench.records import Evaluation
 from workbench.report.metrics import METRICS, Column, Metric
 from workbench.report.selection import BASE
 from workbench.report.speeds import further_rates
-from workbench.report.table import Line, Score, Table, quality_missing, workload
+from workbench.report.table import Line, Score, Table, quality_missing, shared_settings, workload
 
 MISSING = "–"
 LONGEST_REASON = 400
@@ -253,21 +252,11 @@ def _rates(table: Table) -> list[str]:
 
 
 def _settings(table: Table) -> list[str]:
-    """For each backend, what all its measured lines really ran with."""
-    by_backend: dict[str, list[dict[str, Any]]] = {}
-    for line in table.lines:
-        if line.row.measurement:
-            by_backend.setdefault(line.row.backend, []).append(line.row.measurement.settings)
-    texts = []
-    for backend, settings in by_backend.items():
-        shared = [
-            f"{key} {value}"
-            for key, value in settings[0].items()
-            if isinstance(value, str | int) and all(other.get(key) == value for other in settings)
-        ]
-        if shared:
-            texts.append(f"{backend}: {', '.join(shared)}")
-    return texts
+    return [
+        f"{backend}: {', '.join(spoken)}"
+        for backend, shared in shared_settings(table).items()
+        if (spoken := [f"{name} {value}" for name, value in shared.items() if isinstance(value, str | int)])
+    ]
 
 
 def _plain(text: str) -> str:

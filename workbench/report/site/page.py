@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from workbench.report.site.columns import columns
 from workbench.report.site.plots import groups_of, is_count, plots, row_ids
 from workbench.report.site.templates import fill
-from workbench.report.table import Table, workload
+from workbench.report.table import Table, shared_settings, workload
 from workbench.report.verdicts.steps import Series, Step
 
 
@@ -70,13 +70,7 @@ def _origin(table: Table) -> list[tuple[str, str]]:
         items.append(("evaluation", f"{e.name} ({e.digest[:16]}): {windows}"))
     items.append(("measured", f"{min(row.started_at for row in rows)} to {newest.started_at}"))
     items.append(("measurement version", str(newest.measurement_version)))
-    for backend in dict.fromkeys(row.backend for row in rows if row.measurement):
-        settings = [row.measurement.settings for row in rows if row.measurement and row.backend == backend]
-        shared = ", ".join(
-            f"{name} {value}"
-            for name, value in settings[0].items()
-            if all(other.get(name) == value for other in settings)
-        )
+    for backend, shared in shared_settings(table).items():
         if shared:
-            items.append((f"{backend} ran with", shared))
+            items.append((f"{backend} ran with", ", ".join(f"{name} {value}" for name, value in shared.items())))
     return items

@@ -139,11 +139,9 @@ def changes_of(old: Sequence[Row], new: Sequence[Row], thresholds: dict[str, flo
             if exact:
                 sides = [values[-1:] for values in sides]
             found = _ratio(*sides)
-        if found is None:
+        if found is None or not found[0]:
             continue
         before, after, interval = found
-        if not before:
-            continue
         relative = (after - before) / before
         verdict = _verdict(relative, (relative, relative) if exact else interval, threshold, metric.better)
         yield Change(name, before, after, relative, None if exact else interval, threshold, verdict)
@@ -156,9 +154,7 @@ def failures(comparison: Comparison, limits: dict[str, float]) -> list[str]:
         for pair, change in _limited(comparison, limits, "worse")
     ]
     if limits:
-        lines += [
-            f"{comparison.labels[pair]}: no longer measured: {reason}" for pair, reason in comparison.lost.items()
-        ]
+        lines += [f"{comparison.labels[pair]}: no longer measured: {why}" for pair, why in comparison.lost.items()]
     return lines
 
 
@@ -286,6 +282,7 @@ def _one(
 
 
 def _pooled(samples: Callable[[Row], list[float]], rows: Sequence[Row]) -> list[float]:
+    """The repeats of all runs, or of three runs or more a median each."""
     each = [found for row in rows if (found := samples(row))]
     if len(each) >= 3:
         return [statistics.median(found) for found in each]

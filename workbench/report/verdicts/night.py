@@ -49,8 +49,6 @@ class Alarm:
     pair: Pair
     metric: str | None
     """Metric that got worse; None: the pair could not be measured at all."""
-    old: float | None
-    new: float | None
     reason: str
     """The reason in words, with the numbers."""
     label: str = ""
@@ -108,7 +106,7 @@ def judge(before: Sequence[Row], tonight: Sequence[Row], notes: Sequence[NightNo
         compared += 1
         if not measured:
             reason = rows[-1].error or rows[-1].unsupported or "it was not measured"
-            alarms.append(Alarm(pair, None, None, None, reason))
+            alarms.append(Alarm(pair, None, reason))
             continue
         found = [alarm for name in WATCHED if (alarm := _worse(pair, name, nights, measured, spreads))]
         if found and len(measured) < TIMES:
@@ -126,7 +124,6 @@ def good_nights(rows: Sequence[Row], notes: Sequence[NightNote]) -> dict[Pair, l
     Rows that were stored by hand, outside any night, count as a night a day.
     """
     accepted = max((note["since"] for note in notes if note.get("accepted")), default="")
-    spans = [(note["since"], note["until"], note) for note in notes if not note.get("accepted")]
     nights: dict[Pair, dict[str, list[Row]]] = {}
     for row in rows:
         if row.measurement is None or row.started_at < accepted:
@@ -134,10 +131,10 @@ def good_nights(rows: Sequence[Row], notes: Sequence[NightNote]) -> dict[Pair, l
         pair = pair_of(row)
         name = row.started_at[:10]
         bad = False
-        for since, until, note in spans:
-            if since <= row.started_at <= until:
-                name = since
-                bad = since != accepted and [pair.variant, pair.backend] in note["alarmed"]
+        for note in notes:
+            if not note.get("accepted") and note["since"] <= row.started_at <= note["until"]:
+                name = note["since"]
+                bad = name != accepted and [pair.variant, pair.backend] in note["alarmed"]
         if not bad:
             nights.setdefault(pair, {}).setdefault(name, []).append(row)
     return {pair: [found[name] for name in sorted(found)][-NIGHTS:] for pair, found in nights.items()}
@@ -187,8 +184,7 @@ def _value(name: str, rows: Sequence[Row]) -> float | None:
 def _worse(
     pair: Pair, name: str, nights: Sequence[Sequence[Row]], tonight: Sequence[Row], spreads: dict[str, float]
 ) -> Alarm | None:
-    new = _value(name, tonight)
-    metric = METRICS[name]
+    metric, new = METRICS[name], _value(name, tonight)
     if metric.scored_on == "reference":
         # Another reference of the base is another measure.
         own = quality.reference(tonight[-1])
@@ -197,8 +193,7 @@ def _worse(
     if not new or not known:
         return None
     old = statistics.median(known)
-    sign = 1 if metric.better == "lower" else -1
-    change = sign * math.log(new / old)
+    change = math.log(new / old) * (1 if metric.better == "lower" else -1)
     if change < math.log1p(WATCHED[name]) * 0.999:
         return None
     if len(known) >= ENOUGH:
@@ -208,15 +203,14 @@ def _worse(
         if change < ERRORS * error:
             return None
     elif metric.samples:
-        last = [row for night in nights for row in night]
-        changes = compare.changes_of(last, tonight, {name: WATCHED[name]})
+        changes = compare.changes_of([row for night in nights for row in night], tonight, {name: WATCHED[name]})
         if any(found.verdict != "worse" for found in changes):
             return None
     words = (
         f"{name} {amount(old, metric.unit)} -> {amount(new, metric.unit)} ({100 * (new / old - 1):+.1f} %, "
         f"limit {100 * WATCHED[name]:g} %, median of {len(tonight)} against {len(known)} good nights)"
     )
-    return Alarm(pair, name, old, new, words)
+    return Alarm(pair, name, words)
 
 
 def _spreads(levels: dict[Pair, list[list[Row]]]) -> dict[str, float]:

@@ -10,12 +10,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from workbench.records import Artifact, Job, Quality
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "torch"
 PACKAGES: tuple[str, ...] = ("torch",)
@@ -86,20 +87,17 @@ class Engine:
         if self._do == "memory":
             raise MemoryError("fake engine: cannot allocate 1 TiB")
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """Noise, or NaN, through the real reducer."""
-        import json
-        from pathlib import Path
-
         import torch
 
         from workbench.worker.scoring.reducer import Reducer
 
-        vocab_size = json.loads(Path(spec["windows"]).read_text())["vocab_size"]
-        reducer = Reducer(spec)
+        reducer = Reducer(asked)
         noise = torch.Generator().manual_seed(0)
-        for index, ids, first in windows:
-            logits = torch.randn(len(ids) - first, vocab_size, generator=noise)
+        for index, ids, first in asked.windows:
+            progress(index)
+            logits = torch.randn(len(ids) - first, asked.tokens.vocab_size, generator=noise)
             if self._do == "nan":
                 logits[:] = float("nan")
             if self._do == "one-nan" and index == 0:

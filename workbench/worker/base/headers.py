@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
+from workbench.records import BaseRequest, from_json
 from workbench.shape import FLOATS, Described
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import StoredTensor, checked_weights, main_dtype, parameters_of, read_json
@@ -25,24 +26,22 @@ from workbench.worker.base.random_weights import config_of
 from workbench.worker.base.sources import kind_of, local_path, package_file
 
 
-def read(payload: dict[str, Any], progress: Progress) -> Described:
-    """Worker: what a base looks like. Payload: `source` and `equivalent` as `base.prepare` takes them, `offline`.
-
-    Raises `UserError` for a source that is not there or cannot be read.
-    """
-    source, equivalent = payload["source"], payload.get("equivalent")
+def read(payload: object, progress: Progress) -> Described:
+    """Worker for a `BaseRequest`: what the base looks like. Raises `UserError` for a source that cannot be read."""
+    request: BaseRequest = from_json(BaseRequest, payload)
+    source = request.source
     progress(0, 1, "reading the shape")
     kind = kind_of(source)
     if kind == "hub":
-        offline = bool(payload.get("offline")) or is_offline()
+        offline = request.offline or is_offline()
         found = _of_files(*fetch_headers(source["hub"], source.get("revision") or "main", offline))
     elif kind == "config":
         found = Described(config=config_of(source["config"]), dtype="bfloat16", tensors=None, naming="hf")
     else:
         path = package_file(source["package"], source.get("file"))[0] if kind == "package" else local_path(source[kind])
         found = _of_files(read_json(path / "config.json"), checked_weights(path)) if path.is_dir() else _of_gguf(path)
-    if equivalent:
-        _, new = equivalent_sizes(found["config"], int(equivalent["hidden"]))
+    if request.equivalent:
+        _, new = equivalent_sizes(found["config"], request.equivalent["hidden"])
         config = {**found["config"], **new.in_config()}
         found = Described(config=config, dtype="float32", tensors=None, naming="hf")
     progress(1, 1, "read the shape")

@@ -21,6 +21,7 @@ from typing import Any
 from workbench.disk import disk_faults
 from workbench.errors import UserError
 from workbench.front_matter import stated_licence
+from workbench.records import BaseRequest, PreparedBase, from_json, to_json
 from workbench.records import digest as short_digest
 from workbench.worker import Progress
 from workbench.worker.base.alone import alone
@@ -52,33 +53,27 @@ CHECKS_VERSION = 2
 """Version of what `prepare` refuses. Raise it, and every base is looked at anew, though its bytes and digest stay."""
 
 
-def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Make the base ready to read, and say what it is.
+def prepare(payload: object, progress: Progress) -> object:
+    """Worker for a `BaseRequest`: make the base ready to read. Returns a `PreparedBase` that says what it is.
 
-    `payload`: `source` (one of `sources.SOURCES`), `equivalent` (`{"seed", "hidden"}` or null), `out` (an
-    empty directory, written only if the source is not already a Hugging Face directory, or `equivalent` is
-    asked for), `allow_remote_code`, `offline`.
-
-    Returns `path`, `architecture`, `dtype`, `parameters` and `weight_bytes` (tied embeddings once), `revision`,
-    `vocab_size`, `context_length` (tokens), `license`, `tokenizer` (whether it has one), `warnings` (what of the source
-    was left out), and `digest`, which changes whenever a weight does.
-    Raises `UserError` for all that a user can mend.
+    `out` is written only if the source is not already a Hugging Face directory of the model alone, or `equivalent` is
+    asked for. Raises `UserError` for all that a user can mend.
     """
-    source, out = payload["source"], Path(payload["out"])
-    equivalent, remote_code = payload.get("equivalent"), bool(payload.get("allow_remote_code"))
-    offline = bool(payload.get("offline")) or is_offline()
+    request: BaseRequest = from_json(BaseRequest, payload)
+    out, equivalent, remote_code = Path(request.out), request.equivalent, request.allow_remote_code
+    offline = request.offline or is_offline()
     out.mkdir(parents=True, exist_ok=True)
     plain = out / ".plain" if equivalent else out
 
     with disk_faults(out):
-        path, revision, license_name = _directory(source, plain, remote_code, offline, progress)
+        path, revision, license_name = _directory(request.source, plain, remote_code, offline, progress)
         config = checked_config(path, remote_code)
         tensors = checked_weights(path)
         check_types(path, tensors)
         path, warnings = alone(path, config, tensors, plain)
         config = checked_config(path, remote_code)
         if equivalent:
-            write_equivalent(path, config, tensors, int(equivalent["hidden"]), int(equivalent["seed"]), out, progress)
+            write_equivalent(path, config, tensors, equivalent["hidden"], equivalent["seed"], out, progress)
             license_name = license_name or stated_licence(path / "README.md")
             shutil.rmtree(plain, ignore_errors=True)
             path = out
@@ -87,20 +82,21 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
     counted = parameters_of(config, tensors)
     identity = {"version": PREPARE_VERSION, "content": revision, "equivalent": equivalent}
-    return {
-        "path": str(path),
-        "architecture": config["architectures"][0],
-        "dtype": main_dtype(counted),
-        "parameters": sum(math.prod(t.shape) for t in counted.values()),
-        "weight_bytes": sum(t.size_bytes for t in counted.values()),
-        "revision": revision,
-        "vocab_size": int(text_config(config)["vocab_size"]),
-        "context_length": context_tokens(config),
-        "license": license_name or stated_licence(path / "README.md"),
-        "warnings": warnings,
-        "tokenizer": any((path / name).is_file() for name in VOCABULARY_FILES),
-        "digest": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-    }
+    prepared = PreparedBase(
+        path=str(path),
+        digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        dtype=main_dtype(counted),
+        parameters=sum(math.prod(t.shape) for t in counted.values()),
+        weight_bytes=sum(t.size_bytes for t in counted.values()),
+        architecture=config["architectures"][0],
+        vocab_size=int(text_config(config)["vocab_size"]),
+        context_length=context_tokens(config),
+        tokenizer=any((path / name).is_file() for name in VOCABULARY_FILES),
+        license=license_name or stated_licence(path / "README.md"),
+        revision=revision,
+        warnings=warnings,
+    )
+    return to_json(prepared)
 
 
 def identify(source: dict[str, Any]) -> str:

@@ -6,11 +6,11 @@ for AWQ, and reports no error a tensor. Its lines are passed on as they are.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, cannot_import
+from workbench.worker.tokens.file import read_tokens
 
 
 def gptqmodel(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def gptqmodel(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
         settings |= {"method": "awq", "format": "gemm", "sym": not options["zero_point"]}
     else:
         settings |= {"sym": options["sym"], "desc_act": options["desc_act"], "damp_percent": options["damping"]}
-    windows = json.loads(Path(payload["tokens"]).read_text(encoding="utf-8"))["windows"]
+    windows = read_tokens(payload["tokens"]).windows
     examples = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
     progress(0, 1, "GPTQModel")
     try:
