@@ -342,7 +342,6 @@ def calibration(place: Place, layers: int = 2, of: int = 32) -> Iterator[Finding
     }
     made, taken_s = call("workbench.worker.calibration.run:run", payload, place.work / "log")
     yield calibration_finding(made["seconds"], taken_s, layers, of, (count, length))
-    yield Finding("calibrated on", str(made["device"]), place.device, str(made["device"]).startswith(place.device))
 
 
 def calibration_finding(
