@@ -123,9 +123,7 @@ def test_a_worker_of_its_own_measures_packed_weights(made: Path, tmp_path: Path)
     """As the pipeline runs it: another process, which must find the kernels, and a row that says what ran."""
     workload = Workload(prompt_tokens=[8], new_tokens=3, repeats=1)
     job = Job("b", artifact(made / "awq", "awq"), "transformers", {"device": "cpu", "kernel": "workbench"}, workload)
-    reply = isolate.call(
-        "workbench.worker.measure.job:measure", {"job": to_json(job)}, workdir=tmp_path, time_limit_s=120
-    )
+    reply = isolate.call("workbench.worker.measure.job:measure", to_json(job), workdir=tmp_path, time_limit_s=120)
     assert reply.error is None, f"{reply.error}\n{reply.log}"
     assert reply.value["settings"]["kernel"] == "workbench" and len(reply.value["speeds"][0]["step_s"][0]) == 2
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import install_with
-from workbench.records import Artifact, Job, Quality
+from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import packed
 from workbench.worker.scoring.reducer import Scoring
@@ -113,7 +113,8 @@ class Engine:
         torch = self._torch = load_engine()
         from transformers import AutoModelForCausalLM
 
-        options, artifact = Options(**job.options), job.artifact
+        options: Options = from_json(Options, job.options)
+        artifact = job.artifact
         self._device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
         if options.device == "cuda" and self._device != "cuda":
             raise install_with("A CUDA build of torch, or a GPU,", "pip install torch (CUDA build)")
