@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import re
 import sys
 import time
@@ -18,7 +16,7 @@ from workbench.machine import monitor
 from workbench.machine.identity import has_cuda, machine
 from workbench.machine.work import in_rounds, work
 from workbench.plan.make import advice
-from workbench.profile.jobs import now
+from workbench.profile.jobs import all_options, environment_of, now
 from workbench.profile.reference import REFERENCE_MAKER
 from workbench.profile.rounds import ROUNDS, Rounds
 from workbench.quantize.make import Made
@@ -35,7 +33,6 @@ from workbench.records import (
     from_json,
     to_json,
 )
-from workbench.worker.backends import BACKENDS
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|memoryerror|cannot allocate|could not make a context|n_seq_max|enough memory|no available memory",
@@ -46,12 +43,11 @@ OUT_OF_MEMORY = re.compile(
 
 def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Reference] | None, show: Show) -> Rounds:
     """Run the job in its engine's interpreter and fill the row in; yields between its rounds."""
-    module = importlib.import_module(BACKENDS[row.backend])
     job = Job(
         base=recipe.model,
         artifact=row.artifact,
         backend=row.backend,
-        options=row.options,
+        options=all_options(recipe, row.backend, row.options),
         workload=row.workload,
         evaluations=row.evaluations,
         references={name: each.path for name, each in (references or {}).items()},
@@ -59,8 +55,6 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
         tasks=row.tasks,
         rounds=1 if has_cuda() else ROUNDS,
     )
-    threads = str(row.options.get("threads") or len(os.sched_getaffinity(0)))
-    environment = {**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     started_at, started = now(), time.monotonic()
     duration_s: float | None = None
     measurement: Measurement | None = None
@@ -70,13 +64,13 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
     try:
         measurement, cost = yield from in_rounds(
             "workbench.worker.measure.job:measure",
-            {"job": job},
+            job,
             Measurement,
             show,
             f"{row.backend}: {row.artifact.variant}",
             python=interpreter(row.backend, sys.executable),
             limit_s=recipe.limits.profile_s,
-            environment=environment,
+            environment=environment_of(row.backend, row.options),
         )
         duration_s = cost.seconds  # Without the wait for another run to end.
         conditions = measurement.conditions | cost.conditions

@@ -23,7 +23,7 @@ class Variant:
     name: str
     method: str
     """A key of `METHODS`, or `base` for the unquantized model."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Job:
     base: str
     artifact: Artifact
     backend: str
-    options: dict[str, Any]
+    options: dict[str, object]
     workload: Workload
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """Evaluation sets by name, in the recipe's order."""
@@ -318,7 +318,7 @@ class Row:
     started_at: str
     """RFC 3339, UTC."""
     duration_s: float
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """Evaluation sets by name; the first is what tables show."""
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -330,6 +330,12 @@ class Row:
     measurement_version: int = MEASUREMENT_VERSION
     place: int = 0
     """Where the pair stands in its recipe; jobs run in another order."""
+
+    @property
+    def device(self) -> str | None:
+        """Where it ran; of a job that never got so far, where it was to run, if its options say."""
+        wanted = self.options.get("device")
+        return self.measurement.device if self.measurement else wanted if isinstance(wanted, str) else None
 
     @property
     def evaluation(self) -> Evaluation | None:

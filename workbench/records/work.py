@@ -127,7 +127,7 @@ class VariantRequest:
     base: str
     out: str
     """A file or folder that is not there yet."""
-    options: dict[str, Any]
+    options: dict[str, object]
     source: str | None = None
     """The base's GGUF file, for a method that starts from it."""
     tokens: str | None = None
@@ -160,7 +160,7 @@ class CheckpointRequest:
 
     name: str
     method: str
-    options: dict[str, Any]
+    options: dict[str, object]
     out: str
     """A folder, empty or with interrupted work."""
 

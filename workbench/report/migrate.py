@@ -7,11 +7,11 @@ from typing import Any
 
 from workbench.records import SCHEMA_VERSION
 
-Migration = Callable[[dict[str, Any]], dict[str, Any]]
+Migration = Callable[[Any], dict[str, object]]
 """From a stored row of one schema version to one of the next."""
 
 
-def from_schema_1(old: dict[str, Any]) -> dict[str, Any]:
+def from_schema_1(old: Any) -> dict[str, object]:
     """A row of schema 1, which had the first evaluation set, its quality, the first prompt length and the first batch
     size in fields of their own beside the further ones, and called rounds turns."""
     row, load = {**old}, {**old["workload"]}
@@ -34,8 +34,11 @@ MIGRATIONS: dict[int, Migration] = {1: from_schema_1}
 
 
 def migrate(
-    record: dict[str, Any], version: int, target: int = SCHEMA_VERSION, migrations: Mapping[int, Migration] = MIGRATIONS
-) -> dict[str, Any]:
+    record: dict[str, object],
+    version: int,
+    target: int = SCHEMA_VERSION,
+    migrations: Mapping[int, Migration] = MIGRATIONS,
+) -> dict[str, object]:
     """A stored row brought from schema `version` to `target`, step by step.
 
     Raises `ValueError` if a step is missing.

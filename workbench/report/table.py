@@ -204,12 +204,6 @@ def workload(row: Row) -> tuple[int, int, int]:
     return speed.prompt_tokens, speed.new_tokens, speed.batch
 
 
-def device(row: Row) -> str | None:
-    """Where it ran; of a job that never got so far, where it was to run, if its options say."""
-    wanted = row.options.get("device")
-    return row.measurement.device if row.measurement else wanted if isinstance(wanted, str) else None
-
-
 def shared_settings(table: Table) -> dict[str, dict[str, object]]:
     """For each backend, what all its measured lines really ran with."""
     found: dict[str, dict[str, object]] = {}
@@ -370,7 +364,7 @@ def _noise_floors(rows: Sequence[Row], values: Sequence[dict[str, float | None]]
 def _varying(rows: Sequence[Row]) -> tuple[VaryingColumn, ...]:
     columns = [
         VaryingColumn("base", lambda row: row.base),
-        VaryingColumn("device", lambda row: device(row) or ""),
+        VaryingColumn("device", lambda row: row.device or ""),
         VaryingColumn("workload", lambda row: "pp{} tg{} b{}".format(*workload(row))),
     ]
     shown = [column for column in columns if len({column.text(row) for row in rows} - {""}) > 1]

@@ -10,7 +10,7 @@ from workbench.records import Task
 from workbench.report import quality, speeds
 from workbench.report.metrics import METRICS
 from workbench.report.store import machine_of
-from workbench.report.table import Line, Score, Table, device, quality_missing, workload
+from workbench.report.table import Line, Score, Table, quality_missing, workload
 
 
 def comma_separated(table: Table) -> str:
@@ -123,7 +123,7 @@ def _object(line: Line) -> dict[str, object]:
         "method": row.artifact.method,
         "format": row.artifact.format,
         "backend": row.backend,
-        "device": device(row),
+        "device": row.device,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "batch": batch,

@@ -28,7 +28,7 @@ from workbench.records import Row
 from workbench.report import estimates
 from workbench.report.quality import perplexity_delta
 from workbench.report.selection import BASE
-from workbench.report.table import Line, Table, device
+from workbench.report.table import Line, Table
 from workbench.report.units import printable
 from workbench.sizes import size_text
 
@@ -151,7 +151,7 @@ def recommend(
 def memory_bytes(line: Line) -> float | None:
     """What must be there to run it: device memory where it ran on one, else the processes' peak."""
     vram = line.values["peak_vram_bytes"]
-    return vram if vram and device(line.row) != "cpu" else line.values["peak_rss_bytes"]
+    return vram if vram and line.row.device != "cpu" else line.values["peak_rss_bytes"]
 
 
 VALUES: dict[str, Callable[[Line], float | None]] = {

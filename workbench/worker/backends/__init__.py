@@ -112,5 +112,4 @@ def serving_command(row: Row, home: str = "$WORKBENCH_HOME") -> str | None:
     if row.backend not in BACKENDS:
         return None
     path = shlex.quote(row.artifact.path.replace("$WORKBENCH_HOME", home, 1))
-    device = row.measurement.device if row.measurement else row.options.get("device")
-    return backend_named(row.backend).serving_command(path, row.options, device)
+    return backend_named(row.backend).serving_command(path, row.options, row.device)

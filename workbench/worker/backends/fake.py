@@ -7,6 +7,7 @@ seeded noise; the reduction, the isolation and everything around it are the real
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality
+from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
 from workbench.worker.scoring.reducer import Scoring
 
@@ -61,11 +62,25 @@ def load_engine() -> None:
     """There is none."""
 
 
+class Clock:
+    """A clock that goes on by what is slept, a little more or less, and by 0.1 ms each time it is read."""
+
+    def __init__(self) -> None:
+        self._time_s, self._chance = 0.0, random.Random(0)
+
+    def now(self) -> float:
+        self._time_s += 1e-4
+        return self._time_s
+
+    def sleep(self, seconds: float) -> None:
+        self._time_s += seconds * self._chance.uniform(0.99, 1.01)
+
+
 class Engine:
     """See `backends/__init__.py` for the contract."""
 
     def __init__(self, job: Job) -> None:
-        options = Options(**job.options)
+        options: Options = from_json(Options, job.options)
         if os.environ.get("WORKBENCH_FAKE_BROKEN"):
             raise RuntimeError("fake engine: broken since tonight")
         self._do = options.do if options.only in ("", job.artifact.variant) else "nothing"
@@ -73,6 +88,11 @@ class Engine:
         self._step_s = 0.001 * float(os.environ.get("WORKBENCH_FAKE_SLOWER", "1"))
         if os.environ.get("WORKBENCH_FAKE_LIMPS") == job.artifact.variant:
             self._step_s *= 1.5
+        self._sleep: Callable[[float], None] = time.sleep
+        if os.environ.get("WORKBENCH_FAKE_CLOCK"):
+            # What is measured is then the same on a busy machine: only the engine's steps turn this worker's clock.
+            clock = Clock()
+            time.perf_counter, self._sleep = clock.now, clock.sleep
         if self._do == "hang":
             time.sleep(3600)
         if self._do == "die":
@@ -108,7 +128,7 @@ class Engine:
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
         """A token a step for every prompt."""
         for _ in range(new_tokens):
-            time.sleep(self._step_s)
+            self._sleep(self._step_s)
             yield [1] * len(prompts)
 
     def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality
+from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.ggml.mixtures import tensor_bytes
 from workbench.worker.scoring.reducer import Scoring
@@ -132,7 +132,8 @@ class Engine:
         # The binding's own makes a pointer object each time, which is slow in caches that a step has just emptied.
         address = ctypes.cast(api.llama_get_logits, ctypes.c_void_p).value
         self._get_logits = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address or 0)
-        self._options, load = Options(**job.options), job.workload
+        self._options: Options = from_json(Options, job.options)
+        load = job.workload
         options = self._options
         self._threads = options.threads or len(os.sched_getaffinity(0))
         self._heard: list[str] = []

@@ -194,7 +194,8 @@ class Engine:
         vllm = load_engine()
         from vllm.platforms import current_platform
 
-        self._options, load = Options(**job.options), job.workload
+        self._options: Options = from_json(Options, job.options)
+        load = job.workload
         options = self._options
         self._cpu = current_platform.is_cpu()
         self._threads = options.threads or len(os.sched_getaffinity(0))

@@ -20,8 +20,8 @@ from workbench.records import BaseRequest, from_json
 from workbench.shape import FLOATS, Described
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import StoredTensor, checked_weights, main_dtype, parameters_of, read_json
-from workbench.worker.base.dequantize import bytes_by_type, field_of, open_gguf
 from workbench.worker.base.equivalent import equivalent_sizes
+from workbench.worker.base.gguf_file import bytes_by_type, field_of, open_gguf
 from workbench.worker.base.hub import fetch_headers, is_offline
 from workbench.worker.base.random_weights import config_of
 from workbench.worker.base.sources import source_of

@@ -48,7 +48,7 @@ from workbench.worker.base.whole import check_whole
 PREPARE_VERSION = 1
 """Version of the bytes that `prepare` writes for a given source. Raise it when they change."""
 
-CHECKS_VERSION = 2
+CHECKS_VERSION = 3
 """Version of what `prepare` refuses. Raise it, and every base is looked at anew, though its bytes and digest stay."""
 
 
@@ -65,7 +65,9 @@ def prepare(payload: object, progress: Progress) -> object:
     plain = out / ".plain" if equivalent else out
 
     with disk_faults(out):
-        path, revision, license_name = _directory(source_of(request.source), plain, remote_code, offline, progress)
+        path, revision, license_name, unproven = _directory(
+            source_of(request.source), plain, remote_code, offline, progress
+        )
         config = checked_config(path, remote_code)
         tensors = checked_weights(path)
         check_types(path, tensors)
@@ -93,7 +95,7 @@ def prepare(payload: object, progress: Progress) -> object:
         tokenizer=any((path / name).is_file() for name in VOCABULARY_FILES),
         license=license_name or stated_licence(path / "README.md"),
         revision=revision,
-        warnings=warnings,
+        warnings=unproven + warnings,
     )
     return to_json(prepared)
 
@@ -122,19 +124,19 @@ def _state(source: BaseSource) -> str:
 
 def _directory(
     source: BaseSource, out: Path, remote_code: bool, offline: bool, progress: Progress
-) -> tuple[Path, str, str | None]:
-    """A Hugging Face directory for the source, the revision or digest of its content, and its license."""
+) -> tuple[Path, str, str | None, list[str]]:
+    """A Hugging Face directory for the source, the revision or digest of its content, its license, and warnings."""
     if source.hub:
         path = download(source.hub, source.revision, offline, progress)
-        return path, path.name, None
+        return path, path.name, None, []
     if source.config:
-        return random_directory(source, out, remote_code, offline, progress)
+        return *random_directory(source, out, remote_code, offline, progress), []
     path, license_name = source.located()
     if path.is_dir():
         checked_config(path, remote_code)
         files = sorted({t.file for t in checked_weights(path).values()})
         files += [path / n for n in (*CONFIG_FILES[:2], *TOKENIZER_FILES) if (path / n).is_file()]
-        return path, content_digest(files, progress), license_name
+        return path, content_digest(files, progress), license_name, []
     if path.suffix.lower() in PICKLES:
         raise only_pickles(path, [path.name])
     if path.suffix.lower() != ".gguf":
@@ -142,5 +144,5 @@ def _directory(
             f"{path} is a file but not a GGUF file. Name a Hugging Face directory (with config.json and "
             "*.safetensors) or a .gguf file."
         )
-    from_file = dequantized_directory(path, out, progress)
-    return out, content_digest([path], progress), from_file or license_name
+    from_file, unproven = dequantized_directory(path, out, progress)
+    return out, content_digest([path], progress), from_file or license_name, unproven

@@ -19,7 +19,8 @@ from typing import Any
 from workbench.errors import UserError, unknown
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import TOKENIZER_FILES, context_tokens, read_json, text_config
-from workbench.worker.base.dequantize import open_gguf, save_tokenizer
+from workbench.worker.base.dequantize import save_tokenizer
+from workbench.worker.base.gguf_file import open_gguf
 from workbench.worker.base.hub import download
 from workbench.worker.base.saving import copy_side_files, for_both_readers, write_card, write_json, write_weights
 from workbench.worker.base.sources import BaseSource, content_digest, local_path, source_of

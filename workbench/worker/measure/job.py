@@ -32,9 +32,9 @@ from workbench.worker.tokens.file import read_tokens
 from workbench.worker.tokens.spelling import check_spelling
 
 
-def measure(payload: dict[str, Any], progress: Any) -> object:
-    """Worker: payload `{"job": Job}`; returns a `Measurement`."""
-    job: Job = from_json(Job, payload["job"])
+def measure(payload: object, progress: Any) -> object:
+    """Worker for a `Job`; returns a `Measurement`."""
+    job: Job = from_json(Job, payload)
     sets = {name: read_tokens(test.path) for name, test in job.evaluations.items()}
     first = next(iter(sets), "")
     windows = sets[first].windows if sets else []
