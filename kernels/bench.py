@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workbench_kernels.products import Launch
@@ -160,6 +160,15 @@ def rotations(weight_bytes: int) -> int:
     return max(1, min(-(-4 * cache_bytes // weight_bytes) + 1, free_bytes // 3 // weight_bytes, 1024))
 
 
+def relative_error(
+    operation: Operation, x: torch.Tensor, weight: tuple[torch.Tensor, ...], path: str
+) -> tuple[float, torch.Tensor]:
+    """The largest error of a product over its largest output, by the reference in float32; and the product."""
+    found = operation.matmul(x, *weight, path=path)
+    expected = operation.matmul(x.float(), *weight, path="reference")
+    return float((found.float() - expected).abs().max() / expected.abs().max()), found
+
+
 def measure(
     operation: Operation, n: int, k: int, rows: list[int], path: str, torch_s: dict[tuple[int, int, int], float]
 ) -> Iterator[Measured]:
@@ -169,9 +178,7 @@ def measure(
     copies = [weight] + [tuple(t.clone() for t in weight) for _ in range(rotations(weight_bytes) - 1)]
     for m in rows:
         x = torch.randn(m, k, device="cuda", dtype=torch.float16)
-        found = operation.matmul(x, *weight, path=path)
-        expected = operation.matmul(x.float(), *weight, path="reference")
-        error = float((found.float() - expected).abs().max() / expected.abs().max())
+        error, found = relative_error(operation, x, weight, path)
         samples_s: list[float] = []
         if error < TOLERANCE:
             times = max(len(copies), 24 if m <= 64 else 8)
@@ -189,6 +196,19 @@ def torch_seconds(x: torch.Tensor, n: int, k: int) -> list[float]:
     copies = [weight] + [weight.clone() for _ in range(rotations(weight.nbytes) - 1)]
     times = max(len(copies), 24 if x.shape[0] <= 64 else 8)
     return device_seconds([partial(torch.matmul, x, copies[i % len(copies)].t()) for i in range(times)])
+
+
+def row_of(name: str, model: str, path: str, n: int, k: int, found: Measured, copy_bytes_s: float) -> dict[str, Any]:
+    """What was measured of one product, and what it is of the copy bandwidth and of torch's fp16."""
+    row: dict[str, Any] = {"operation": name, "model": model, "path": path, "out": n, "in": k, "rows": found.rows}
+    row |= {"weight_bytes": found.weight_bytes, "error": found.error, "copy_bytes_s": copy_bytes_s}
+    if not found.samples_s:
+        return row | {"wrong": True}
+    seconds = statistics.median(found.samples_s)
+    bytes_s, flop_s = found.moved_bytes / seconds, 2 * found.rows * n * k / seconds
+    row |= {"seconds": seconds, "samples_s": found.samples_s, "bytes_s": bytes_s, "flop_s": flop_s}
+    row |= {"torch_fp16_s": found.torch_fp16_s, "torch_ratio": found.torch_fp16_s / seconds}
+    return row | {"bandwidth_fraction": bytes_s / copy_bytes_s}
 
 
 def machine() -> dict[str, str | None]:
@@ -246,24 +266,15 @@ def main() -> int:
     models = [(model, n, k) for model in arguments.models for n, k in SHAPES[model]]
     for name, (model, n, k) in itertools.product(arguments.operations or known, models):
         for found in measure(known[name], n, k, arguments.rows, arguments.path, torch_s):
-            row = {"operation": name, "model": model, "path": arguments.path, "out": n, "in": k, "rows": found.rows}
-            row |= {"weight_bytes": found.weight_bytes, "error": found.error, "copy_bytes_s": copy_bytes_s, **where}
+            row = row_of(name, model, arguments.path, n, k, found, copy_bytes_s)
             label = f"{name:10} {f'{n} x {k}':>13} {found.rows:>5}"
-            if not found.samples_s:
+            if row.get("wrong"):
                 wrong += 1
-                row |= {"wrong": True}
                 print(f"{label} WRONG by {found.error:.1e}, not timed", flush=True)
             else:
-                seconds = statistics.median(found.samples_s)
-                bytes_s, flop_s = found.moved_bytes / seconds, 2 * found.rows * n * k / seconds
-                fraction, ratio = bytes_s / copy_bytes_s, found.torch_fp16_s / seconds
-                row |= {"seconds": seconds, "samples_s": found.samples_s, "bytes_s": bytes_s, "flop_s": flop_s}
-                row |= {"torch_fp16_s": found.torch_fp16_s, "torch_ratio": ratio, "bandwidth_fraction": fraction}
-                speed = (
-                    f"{seconds * 1e6:>9.1f} {bytes_s / 1e9:>7.0f} {fraction:>8.2f} {flop_s / 1e12:>8.1f} {ratio:>12.2f}"
-                )
-                print(label, speed, flush=True)
-            append(arguments.out, row)
+                speed = f"{row['seconds'] * 1e6:>9.1f} {row['bytes_s'] / 1e9:>7.0f} {row['bandwidth_fraction']:>8.2f} "
+                print(label, speed + f"{row['flop_s'] / 1e12:>8.1f} {row['torch_ratio']:>12.2f}", flush=True)
+            append(arguments.out, row | where)
         torch.cuda.empty_cache()
     return 1 if wrong else 0
 

@@ -35,6 +35,8 @@ jit: Callable[[Callable[..., object]], Kernel] = triton.jit if triton else lambd
 """Makes a Triton function of one that is written in its language."""
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 """Whether kernels run in Triton's interpreter, on CPU tensors."""
+TUNE = os.environ.get("WORKBENCH_KERNELS_TUNE", "1") != "0"
+"""Whether all tiles of a kernel are tried on a shape's first call; `WORKBENCH_KERNELS_TUNE=0`: the first is taken."""
 
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -65,7 +67,7 @@ def parted(config: Config) -> tuple[Config, Config]:
 def tuned(kernel: Kernel, configs: tuple[tuple[tuple[str, int], ...], ...], key: tuple[str, ...]) -> Kernel:
     """The kernel behind Triton's autotuner: each of `configs` (the items of a `Config`) is tried once for each value of
     the arguments named in `key`; in the interpreter, where nothing is timed, the first of them is taken."""
-    choices = [parted(dict(config)) for config in configs]
+    choices = [parted(dict(config)) for config in configs[: None if TUNE else 1]]
     if INTERPRET:
 
         class First:

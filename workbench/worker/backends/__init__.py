@@ -55,7 +55,7 @@ class Engine(Protocol):
         """Bytes, as the engine itself states them: `weights`, `kv_cache` at the workload's length, `workspace` where it
         knows; `kv_cache_reserved` if it reserves more."""
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Dtype, threads, kernels: what it really runs with."""
 
 

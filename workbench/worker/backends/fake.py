@@ -158,6 +158,6 @@ class Engine:
         """One byte."""
         return {"weights": 1}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """A CPU, as everywhere."""
         return {"device": "cpu"}

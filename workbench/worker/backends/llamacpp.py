@@ -361,7 +361,7 @@ class Engine:
                 sizes[kinds[what]] = sizes.get(kinds[what], 0) + int(size_bytes)
         return sizes
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Threads, and what the build can use."""
         words = self._api.llama_print_system_info().decode().replace("|", " ").split()
         features = [

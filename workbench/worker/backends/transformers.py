@@ -18,6 +18,7 @@ from workbench.errors import install_with
 from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import packed
+from workbench.worker.base.gguf_config import load_gguf
 from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "transformers"
@@ -136,16 +137,18 @@ class Engine:
         chosen = options.dtype
         if chosen == "auto" and self._device == "cpu":
             chosen = "bfloat16" if artifact.format in ("awq", "gptq") else "float32"
-        is_gguf = artifact.format == "gguf"
-        self._model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent if is_gguf else path),
-            dtype=chosen if chosen == "auto" else getattr(torch, chosen),
-            attn_implementation=options.attention,
-            trust_remote_code=options.trust_remote_code,
-            local_files_only=True,
-            **({"gguf_file": path.name} if is_gguf else {"use_safetensors": True}),
+        arguments: dict[str, object] = {
+            "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
+            "attn_implementation": options.attention,
+            "trust_remote_code": options.trust_remote_code,
+            "local_files_only": True,
             **({"device_map": "cuda"} if self._device == "cuda" else {}),
-        ).eval()
+        }
+        if artifact.format == "gguf":
+            # Not by its own reader alone: that leaves keys and tensors out without a word.
+            self._model = load_gguf(path, arguments).eval()
+        else:
+            self._model = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **arguments).eval()
         if self._device == "cpu" and artifact.format in ("awq", "gptq"):
             self._repack()
 
@@ -259,7 +262,7 @@ class Engine:
             sizes["reserved_peak"] = int(cuda.max_memory_reserved())
         return sizes
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Device, dtype, threads, and what became of the format."""
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         settings = {"device": self._device, "dtype": dtype, "threads": self._torch.get_num_threads()}

@@ -332,7 +332,7 @@ class Engine:
         blocks = -(-(prompt_tokens + load.new_tokens) // KV_BLOCK_TOKENS)
         return sizes | {"kv_cache": batch * blocks * KV_BLOCK_TOKENS * _kv_values(artifact.path) * width}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Device, dtype, threads."""
         device = "cpu" if self._cpu else "cuda"
         settings = {

@@ -16,7 +16,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 from workbench.disk import disk_faults
 from workbench.errors import UserError
@@ -43,13 +42,13 @@ from workbench.worker.base.dequantize import dequantized_directory
 from workbench.worker.base.equivalent import write_equivalent
 from workbench.worker.base.hub import download, is_offline
 from workbench.worker.base.random_weights import config_of, random_directory, tokenizer_source
-from workbench.worker.base.sources import content_digest, distribution_of, kind_of, local_path, package_file, stamps
+from workbench.worker.base.sources import BaseSource, content_digest, distribution_of, source_of, stamps
 from workbench.worker.base.whole import check_whole
 
 PREPARE_VERSION = 1
 """Version of the bytes that `prepare` writes for a given source. Raise it when they change."""
 
-CHECKS_VERSION = 2
+CHECKS_VERSION = 3
 """Version of what `prepare` refuses. Raise it, and every base is looked at anew, though its bytes and digest stay."""
 
 
@@ -66,7 +65,9 @@ def prepare(payload: object, progress: Progress) -> object:
     plain = out / ".plain" if equivalent else out
 
     with disk_faults(out):
-        path, revision, license_name = _directory(request.source, plain, remote_code, offline, progress)
+        path, revision, license_name, unproven = _directory(
+            source_of(request.source), plain, remote_code, offline, progress
+        )
         config = checked_config(path, remote_code)
         tensors = checked_weights(path)
         check_types(path, tensors)
@@ -94,58 +95,48 @@ def prepare(payload: object, progress: Progress) -> object:
         tokenizer=any((path / name).is_file() for name in VOCABULARY_FILES),
         license=license_name or stated_licence(path / "README.md"),
         revision=revision,
-        warnings=warnings,
+        warnings=unproven + warnings,
     )
     return to_json(prepared)
 
 
-def identify(source: dict[str, Any]) -> str:
+def identify(source: object) -> str:
     """A cheap name for the present state of a source, for a cache key: nothing is downloaded or read through.
 
     Files are known by name, size and time of change; a hub repository by its revision as written, so that a
     branch name stands for whatever it pointed at when the base was prepared.
     """
-    return f"v{PREPARE_VERSION}.{CHECKS_VERSION}:{_state(source)}"
+    return f"v{PREPARE_VERSION}.{CHECKS_VERSION}:{_state(source_of(source))}"
 
 
-def _state(source: dict[str, Any]) -> str:
-    kind = kind_of(source)
-    if kind == "hub":
-        return f"hub:{source['hub']}@{source.get('revision') or 'main'}"
-    if kind == "package":
-        distribution = distribution_of(source["package"])
-        return f"package:{source['package']}=={distribution.version}/{source.get('file') or ''}"
-    if kind == "config":
-        tokenizer = source.get("tokenizer")
-        facts = {
-            "config": config_of(source["config"]),
-            "seed": int(source.get("seed") or 0),
-            "tokenizer": _state(tokenizer_source(tokenizer)) if tokenizer else None,
-        }
+def _state(source: BaseSource) -> str:
+    if source.hub:
+        return f"hub:{source.hub}@{source.revision}"
+    if source.package:
+        return f"package:{source.package}=={distribution_of(source.package).version}/{source.file or ''}"
+    if source.config:
+        tokenizer = _state(tokenizer_source(source.tokenizer)) if source.tokenizer else None
+        facts = {"config": config_of(source.config), "seed": source.seed, "tokenizer": tokenizer}
         return f"config:{short_digest(facts)}"
-    path = local_path(source[kind])
+    path, _ = source.located()
     return f"path:{path}:{short_digest(stamps(path))}"
 
 
 def _directory(
-    source: dict[str, Any], out: Path, remote_code: bool, offline: bool, progress: Progress
-) -> tuple[Path, str, str | None]:
-    """A Hugging Face directory for the source, the revision or digest of its content, and its license."""
-    kind = kind_of(source)
-    if kind == "hub":
-        path = download(source["hub"], source.get("revision") or "main", offline, progress)
-        return path, path.name, None
-    if kind == "config":
-        return random_directory(source, out, remote_code, offline, progress)
-    if kind == "package":
-        path, license_name = package_file(source["package"], source.get("file"))
-    else:
-        path, license_name = local_path(source[kind]), None
+    source: BaseSource, out: Path, remote_code: bool, offline: bool, progress: Progress
+) -> tuple[Path, str, str | None, list[str]]:
+    """A Hugging Face directory for the source, the revision or digest of its content, its license, and warnings."""
+    if source.hub:
+        path = download(source.hub, source.revision, offline, progress)
+        return path, path.name, None, []
+    if source.config:
+        return *random_directory(source, out, remote_code, offline, progress), []
+    path, license_name = source.located()
     if path.is_dir():
         checked_config(path, remote_code)
         files = sorted({t.file for t in checked_weights(path).values()})
         files += [path / n for n in (*CONFIG_FILES[:2], *TOKENIZER_FILES) if (path / n).is_file()]
-        return path, content_digest(files, progress), license_name
+        return path, content_digest(files, progress), license_name, []
     if path.suffix.lower() in PICKLES:
         raise only_pickles(path, [path.name])
     if path.suffix.lower() != ".gguf":
@@ -153,5 +144,5 @@ def _directory(
             f"{path} is a file but not a GGUF file. Name a Hugging Face directory (with config.json and "
             "*.safetensors) or a .gguf file."
         )
-    from_file = dequantized_directory(path, out, progress)
-    return out, content_digest([path], progress), from_file or license_name
+    from_file, unproven = dequantized_directory(path, out, progress)
+    return out, content_digest([path], progress), from_file or license_name, unproven

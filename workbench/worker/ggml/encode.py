@@ -20,7 +20,7 @@ from typing import Any
 from workbench.errors import UserError, cannot_import
 from workbench.shape import NamedShape, Traits
 from workbench.worker import Progress
-from workbench.worker.base.dequantize import field_of
+from workbench.worker.base.gguf_file import field_of
 from workbench.worker.ggml.index import library
 from workbench.worker.ggml.mixtures import RULED, is_quantized, types_of
 
