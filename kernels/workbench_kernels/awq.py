@@ -15,7 +15,7 @@ applied once a run.
 
 import torch
 
-from workbench_kernels.backend import Config, jit, run_length, share, splits, tl, triton
+from workbench_kernels.backend import Config, jit, run_length, share, store_joined, tl, triton
 from workbench_kernels.checks import check_packed, check_same_device
 from workbench_kernels.products import Launch, dequantized_by_kernel, multiply, plan
 
@@ -75,6 +75,8 @@ def _decode(
     qzeros,
     scales,
     out,
+    planes,
+    arrived,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -98,7 +100,7 @@ def _decode(
             total += values
         scale, zero = _scale_and_zero(qzeros, scales, (run * RUN) // GROUP, c, n, N)
         acc += scale[None, :, :] * (products - zero * total[:, None, None])
-    tl.store(out + part * N + n, tl.sum(acc, 0), mask=n < N)
+    store_joined(tl.sum(acc, 0), out, planes, arrived + tl.program_id(0), n, n < N, N, part, SPLIT)
 
 
 @jit
@@ -108,6 +110,8 @@ def _prefill(
     qzeros,
     scales,
     out,
+    planes,
+    arrived,
     M,
     BUCKET: tl.constexpr,
     N: tl.constexpr,
@@ -132,8 +136,9 @@ def _prefill(
         values = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=known, other=0.0)
         acc = tl.dot(values, weights.to(values.dtype), acc, input_precision="ieee")
     columns = tl.program_id(1) * BC * 8 + tl.arange(0, BC * 8)
-    place = part * M * N + m[:, None].to(tl.int64) * N + columns[None, :]
-    tl.store(out + place, acc, mask=(m[:, None] < M) & (columns[None, :] < N))
+    place = m[:, None].to(tl.int64) * N + columns[None, :]
+    counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    store_joined(acc, out, planes, counter, place, (m[:, None] < M) & (columns[None, :] < N), M * N, part, SPLIT)
 
 
 @jit
@@ -227,14 +232,12 @@ def matmul(
 
 def launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...]) -> Launch:
     """The launch of x [rows, in] times the weight, by `decode` (one row) or `prefill`."""
-    (rows, columns), (groups, outputs) = x.shape, weight[2].shape
+    columns, (groups, outputs) = x.shape[1], weight[2].shape
     run = run_length(columns // groups, columns, LONGEST_RUN if way == "decode" else 32)
-    programs = triton.cdiv(outputs, 128) * (1 if way == "decode" else triton.cdiv(rows, 32))
-    parts = splits(programs, triton.cdiv(columns, run), x.device, 2)
     constants = {"N": outputs, "K": columns, "GROUP": columns // groups, "RUN": run}
     function, configs = (_decode, DECODE) if way == "decode" else (_prefill, PREFILL)
-    named = dict(zip(TENSORS, weight, strict=True))
-    return plan(function, way, x, named, configs, outputs, "BC", outputs // 8, parts, constants)
+    named, tile = dict(zip(TENSORS, weight, strict=True)), ("BC", outputs // 8)
+    return plan(function, x, named, outputs, configs, tile, lambda _: triton.cdiv(columns, run), constants)
 
 
 def dequantize_launch(weight: tuple[torch.Tensor, ...], out: torch.Tensor) -> Launch:

@@ -16,7 +16,7 @@ Rejected: sorting the input channels at load to undo act-order. It repacks the w
 
 import torch
 
-from workbench_kernels.backend import Config, jit, run_length, share, splits, tl, triton
+from workbench_kernels.backend import Config, jit, run_length, share, store_joined, tl, triton
 from workbench_kernels.checks import check_packed, check_same_device
 from workbench_kernels.products import Launch, dequantized_by_kernel, multiply, plan
 
@@ -94,6 +94,8 @@ def _decode(
     scales,
     g_idx,
     out,
+    planes,
+    arrived,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -129,7 +131,8 @@ def _decode(
             k = run * RUN + tl.zeros((1, 1), tl.int32)
             scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, run * RUN // GROUP, K, N, PLAIN, BITS)
             acc += scale * (products - zero * total[:, :, None])
-    tl.store(out + part * N + n, tl.sum(tl.sum(acc, 1), 0), mask=n < N)
+    y = tl.sum(tl.sum(acc, 1), 0)
+    store_joined(y, out, planes, arrived + tl.program_id(0), n, n < N, N, part, SPLIT)
 
 
 @jit
@@ -140,6 +143,8 @@ def _prefill(
     scales,
     g_idx,
     out,
+    planes,
+    arrived,
     M,
     BUCKET: tl.constexpr,
     N: tl.constexpr,
@@ -167,8 +172,9 @@ def _prefill(
         known = (m[:, None] < M) & (flat[None, :] < K)
         values = tl.load(x + m[:, None].to(tl.int64) * K + flat[None, :], mask=known, other=0.0)
         acc = tl.dot(values, weights.to(values.dtype), acc, input_precision="ieee")
-    place = part * M * N + m[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(out + place, acc, mask=(m[:, None] < M) & (n[None, :] < N))
+    place = m[:, None].to(tl.int64) * N + n[None, :]
+    counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    store_joined(acc, out, planes, counter, place, (m[:, None] < M) & (n[None, :] < N), M * N, part, SPLIT)
 
 
 @jit
@@ -291,13 +297,12 @@ def matmul(
 
 def launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...], bits: int, plain: bool) -> Launch:
     """The launch of x [rows, in] times the weight, by `decode` (one row) or `prefill`."""
-    (rows, columns), outputs = x.shape, weight[2].shape[1]
+    columns, outputs = x.shape[1], weight[2].shape[1]
     constants = _constants(weight, columns, bits, plain, LONGEST_RUN if way == "decode" else 32)
-    programs = triton.cdiv(outputs, 64) * (1 if way == "decode" else triton.cdiv(rows, 32))
-    parts = splits(programs, triton.cdiv(columns, constants["RUN"]), x.device, 2)
+    steps = triton.cdiv(columns, constants["RUN"])
     function, configs = (_decode, DECODE) if way == "decode" else (_prefill, PREFILL)
     named = dict(zip(TENSORS, weight, strict=True))
-    return plan(function, way, x, named, configs, outputs, "BN", outputs, parts, constants)
+    return plan(function, x, named, outputs, configs, ("BN", outputs), lambda _: steps, constants)
 
 
 def dequantize_launch(weight: tuple[torch.Tensor, ...], bits: int, plain: bool, out: torch.Tensor) -> Launch:

@@ -198,21 +198,17 @@ def dequantized(case: dict[str, Any], packed: tuple[Any, ...], path: str) -> Any
 def run(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     """`matmul`, `reference`: largest errors over the largest output; `same`: de-quantizing is exact, both ways."""
     import torch
-    from workbench_kernels import awq, gptq
-    from workbench_kernels.gguf import blocks
+    from workbench_kernels import products
 
     weight, packed = weight_of(case)
     x = torch.randn(case["M"], case["K"]).to(getattr(torch, case["dtype"]))
     exact = x.double() @ weight.double().t()
     moved = tuple(tensor.to(device) for tensor in packed)
-    kept = [(module, module.splits) for module in (awq, blocks, gptq)]
-    for module, _ in kept:
-        module.splits = lambda *_: case["parts"]
+    kept, products.splits = products.splits, lambda *_: case["parts"]
     try:
         y = product(case, x.to(device), moved, case["path"]).cpu()
     finally:
-        for module, function in kept:
-            module.splits = function
+        products.splits = kept
     plain = product(case, x, packed, "reference")
     ways = [dequantized(case, packed, "reference")]
     if case["path"] == "dense":
