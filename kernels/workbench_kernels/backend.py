@@ -87,7 +87,7 @@ def store_joined(y, out, planes, arrived, place, inside, length, part, SPLIT: tl
 
 
 @jit
-def value_of(words, index: tl.constexpr, TYPE: tl.constexpr):
+def value_of(words, index, TYPE: tl.constexpr):
     """Value `index` of those that lie packed in 64-bit `words`: x is loaded so, in the layout that the codes have."""
     if tl.float32 == TYPE:
         return (words >> (32 * index)).to(tl.int32).to(tl.float32, bitcast=True)
@@ -105,15 +105,15 @@ def bits_of(values, index: tl.constexpr, TYPE: tl.constexpr):
 
 
 @jit
-def byte_as_float(word, index: tl.constexpr, less: tl.constexpr):
-    """Byte `index` (0: lowest) of an int32, less a constant, as float32, exactly.
+def code_as_float(word, bit: tl.constexpr, bits: tl.constexpr, less: tl.constexpr):
+    """The `bits` bits, eight at most, from `bit` on of an int32, less a constant, as float32, exactly.
 
-    Put into the lower end of a float's fraction, a byte only has to lose what the float is without it: an operation
+    Put into the lower end of a float's fraction, a code only has to lose what the float is without it: an operation
     each on the integer and on the float units, and no conversion, of which GPUs do a quarter as many.
     """
-    low: tl.constexpr = 8 * (index % 2)
-    byte = (word if index < 2 else word >> 16) & (255 << low)
-    return (byte | ((150 - low) << 23)).to(tl.float32, bitcast=True) - (2.0 ** (23 - low) + less)
+    low: tl.constexpr = bit % 16
+    code = (word if bit < 16 else word >> 16) & ((2**bits - 1) << low)
+    return (code | ((150 - low) << 23)).to(tl.float32, bitcast=True) - (2.0 ** (23 - low) + less)
 
 
 def parted(config: Config) -> tuple[Config, Config]:

@@ -117,10 +117,13 @@ def plan(
         along = triton.cdiv(length, meta[name])
         return (triton.cdiv(bucket(rows), meta["BM"]), along) if prefill else (along,)
 
-    cut: list[Config] = [
-        config | {"SPLIT": splits(math.prod(tiles(config)), config["num_warps"], steps(config), x.device)}
-        for config in configs
-    ]
+    # The sums of the parts, written and read, are to be no more than half of a weight of four bits.
+    most = max(1, x.shape[1] // (32 * (bucket(rows) if prefill else 1)))
+
+    def parts(config: Config) -> int:
+        return splits(math.prod(tiles(config)), config["num_warps"], min(most, steps(config)), x.device)
+
+    cut: list[Config] = [config | {"SPLIT": parts(config)} for config in configs]
     out = planes = arrived = x.new_empty(rows, outputs)
     most = max(config["SPLIT"] for config in cut)
     if most > 1:

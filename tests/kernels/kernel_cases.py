@@ -195,8 +195,25 @@ def dequantized(case: dict[str, Any], packed: tuple[Any, ...], path: str) -> Any
     return gptq.dequantize(*packed, case["bits"], plain=case["order"] == "plain", path=path)
 
 
+def repeats(case: dict[str, Any], x: Any, packed: tuple[Any, ...]) -> bool:
+    """Whether one launch run twice, as a CUDA graph does, gives the same, with its counters back at zero: K in parts."""
+    from workbench_kernels.gguf import blocks
+    from workbench_kernels.gguf.types import block_type
+
+    if case["op"] != "blocks" or case["parts"] == 1:
+        return True
+    launch = blocks.launch(block_type(case["kind"]), case["path"], x, *packed)
+    launch.run()
+    first = launch.out.clone()
+    launch.out.zero_()
+    launch.run()
+    counters: Any = launch.arguments["arrived"]
+    return bool((first == launch.out).all()) and not counters.any()
+
+
 def run(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """`matmul`, `reference`: largest errors over the largest output; `same`: de-quantizing is exact, both ways."""
+    """`matmul`, `reference`: largest errors over the largest output; `same`: de-quantizing is exact, both ways;
+    `steady`: see `repeats`."""
     import torch
     from workbench_kernels import products
 
@@ -207,6 +224,7 @@ def run(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     kept, products.splits = products.splits, lambda *_: case["parts"]
     try:
         y = product(case, x.to(device), moved, case["path"]).cpu()
+        steady = repeats(case, x.to(device), moved)
     finally:
         products.splits = kept
     plain = product(case, x, packed, "reference")
@@ -219,6 +237,7 @@ def run(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
         "matmul": float((y.double() - exact).abs().max()) / largest,
         "reference": float((plain.double() - exact).abs().max()) / largest,
         "same": all(torch.equal(way, weight) for way in ways),
+        "steady": steady,
         "dtype": str(y.dtype).removeprefix("torch."),
     }
 
