@@ -39,7 +39,7 @@ from workbench.worker.base.checkpoint import (
     parameters_of,
     text_config,
 )
-from workbench.worker.base.dequantize import dequantized_directory
+from workbench.worker.base.dequantize import Dequantized, dequantized_directory
 from workbench.worker.base.equivalent import write_equivalent
 from workbench.worker.base.hub import download, is_offline
 from workbench.worker.base.random_weights import config_of, random_directory, tokenizer_source
@@ -66,7 +66,7 @@ def prepare(payload: object, progress: Progress) -> object:
     plain = out / ".plain" if equivalent else out
 
     with disk_faults(out):
-        path, revision, license_name, unproven = _directory(request.source, plain, remote_code, offline, progress)
+        path, revision, license_name, made = _directory(request.source, plain, remote_code, offline, progress)
         config = checked_config(path, remote_code)
         tensors = checked_weights(path)
         check_types(path, tensors)
@@ -82,6 +82,9 @@ def prepare(payload: object, progress: Progress) -> object:
 
     counted = parameters_of(config, tensors)
     identity = {"version": PREPARE_VERSION, "content": revision, "equivalent": equivalent}
+    if made and made.carried:
+        # What version 1 made of such a file was another model.
+        identity["carried"] = made.carried
     prepared = PreparedBase(
         path=str(path),
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
@@ -94,7 +97,7 @@ def prepare(payload: object, progress: Progress) -> object:
         tokenizer=any((path / name).is_file() for name in VOCABULARY_FILES),
         license=license_name or stated_licence(path / "README.md"),
         revision=revision,
-        warnings=unproven + warnings,
+        warnings=(made.warnings if made else []) + warnings,
     )
     return to_json(prepared)
 
@@ -129,14 +132,15 @@ def _state(source: dict[str, Any]) -> str:
 
 def _directory(
     source: dict[str, Any], out: Path, remote_code: bool, offline: bool, progress: Progress
-) -> tuple[Path, str, str | None, list[str]]:
-    """A Hugging Face directory for the source, the revision or digest of its content, its license, and warnings."""
+) -> tuple[Path, str, str | None, Dequantized | None]:
+    """A Hugging Face directory for the source, the revision or digest of its content, its license, and what was made
+    of a GGUF file."""
     kind = kind_of(source)
     if kind == "hub":
         path = download(source["hub"], source.get("revision") or "main", offline, progress)
-        return path, path.name, None, []
+        return path, path.name, None, None
     if kind == "config":
-        return *random_directory(source, out, remote_code, offline, progress), []
+        return *random_directory(source, out, remote_code, offline, progress), None
     if kind == "package":
         path, license_name = package_file(source["package"], source.get("file"))
     else:
@@ -145,7 +149,7 @@ def _directory(
         checked_config(path, remote_code)
         files = sorted({t.file for t in checked_weights(path).values()})
         files += [path / n for n in (*CONFIG_FILES[:2], *TOKENIZER_FILES) if (path / n).is_file()]
-        return path, content_digest(files, progress), license_name, []
+        return path, content_digest(files, progress), license_name, None
     if path.suffix.lower() in PICKLES:
         raise only_pickles(path, [path.name])
     if path.suffix.lower() != ".gguf":
@@ -153,5 +157,5 @@ def _directory(
             f"{path} is a file but not a GGUF file. Name a Hugging Face directory (with config.json and "
             "*.safetensors) or a .gguf file."
         )
-    from_file, unproven = dequantized_directory(path, out, progress)
-    return out, content_digest([path], progress), from_file or license_name, unproven
+    made = dequantized_directory(path, out, progress)
+    return out, content_digest([path], progress), made.license or license_name, made
