@@ -47,10 +47,11 @@ def make(
     workload is looked at. `shape`: the base's, where it was read before. Raises `UserError` for a context longer
     than the model's, or a GPU that is not here.
     """
-    from workbench.machine.identity import has_cuda, machine
+    from workbench.engines import uses_gpu
+    from workbench.machine.identity import machine
 
     here = machine()
-    cuda = has_cuda() if cuda is None else cuda
+    cuda = any(uses_gpu(choice.name) for choice in recipe.backends) if cuda is None else cuda
     if memory_bytes is None:
         if cuda and not here.gpus:
             raise UserError("--device cuda: there is no GPU here; say how much memory it has: --memory 24GiB")

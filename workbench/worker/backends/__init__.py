@@ -93,6 +93,9 @@ class Backend(Protocol):
         """The command that serves an artifact, as it was measured with these options on that device, on this machine
         only; `path` as a shell takes it."""
 
+    def sees_cuda(self, payload: None, progress: object) -> bool:
+        """Worker: whether the engine, as it is built and where it is, can compute on an NVIDIA GPU."""
+
     def load_engine(self) -> object:
         """Import the engine, so that importing is not counted as loading the model."""
 

@@ -58,6 +58,11 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
     """It serves nobody."""
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    return False
+
+
 def load_engine() -> None:
     """There is none."""
 

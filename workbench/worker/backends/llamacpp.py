@@ -100,6 +100,11 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
     return f"llama-server --model {path}{more} --host 127.0.0.1 --port 8080"
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    return bool(load_engine().llama_supports_gpu_offload())
+
+
 def load_engine() -> Any:
     """The `llama_cpp` module, its log silenced but for warnings."""
     import llama_cpp

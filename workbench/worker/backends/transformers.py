@@ -97,6 +97,13 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
     return f"transformers serve {path} --host 127.0.0.1 --port 8000"
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def load_engine() -> Any:
     """torch and transformers."""
     import torch

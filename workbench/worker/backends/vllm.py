@@ -178,6 +178,13 @@ def _tensors(nest: Any) -> Iterator[Any]:
             yield item
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
 def load_engine() -> Any:
     """The `vllm` module."""
     import vllm
