@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -75,7 +76,7 @@ SCORE_CHUNK_BYTES = 4 << 20
 class Described(TypedDict):
     """A base without its weights, as `worker/base/headers.py` reads it."""
 
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     """The content of a `config.json`."""
     dtype: str
     """What the prepared base will have."""

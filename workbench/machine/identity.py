@@ -53,8 +53,8 @@ def _cpu_model() -> str:
 
 
 def has_cuda() -> bool:
-    """Whether an NVIDIA GPU is at hand."""
-    return bool(machine().gpus)
+    """Whether an NVIDIA GPU is at hand that `CUDA_VISIBLE_DEVICES` does not hide."""
+    return bool(gpus())
 
 
 @lru_cache(maxsize=32)

@@ -8,8 +8,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from workbench.engines import uses_gpu
+from workbench.gpus import for_a_job
 from workbench.home import interpreter
-from workbench.machine.identity import has_cuda, machine, program, versions
+from workbench.machine.identity import machine, program, versions
 from workbench.quantize.make import Made
 from workbench.recipe.choices import BackendChoice, limits_of
 from workbench.recipe.load import Recipe
@@ -74,12 +76,12 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
     error = unsupported = None
     artifacts = made.artifacts.get(name, [])
     if artifacts:
-        reasons = [module.unsupported(artifact, has_cuda()) for artifact in artifacts]
+        reasons = [module.unsupported(artifact, uses_gpu(choice.name)) for artifact in artifacts]
         best = reasons.index(None) if None in reasons else 0
         artifact = artifacts[best]
         unsupported = reasons[best] or limits_of(recipe.variant(name)).get(choice.name)
         if unsupported is None:
-            unsupported = module.refuses(module.Options(**choice.options), has_cuda())
+            unsupported = module.refuses(module.Options(**choice.options), uses_gpu(choice.name))
         if unsupported and name in made.failures:
             # The form that this engine reads could have been made, and was not.
             error, unsupported = made.failures[name], None
@@ -155,9 +157,10 @@ def all_options(recipe: Recipe, backend: str, given: dict[str, object]) -> dict[
 
 
 def environment_of(backend: str, options: Mapping[str, object]) -> dict[str, str]:
-    """The environment of a backend's worker."""
+    """The environment of a backend's worker: one GPU, unless its options ask for several."""
     threads = str(options.get("threads") or len(os.sched_getaffinity(0)))
-    return {**backend_named(backend).ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    own = {**backend_named(backend).ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    return own | for_a_job(int(str(options.get("tensor_parallel") or 1)))
 
 
 def now() -> str:

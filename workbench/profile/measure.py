@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -10,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from workbench.console import Show
+from workbench.engines import uses_gpu
 from workbench.errors import UserError, WorkFailed
 from workbench.home import entry, interpreter, portable
-from workbench.machine import monitor
-from workbench.machine.identity import has_cuda, machine
+from workbench.machine import isolate, monitor
+from workbench.machine.identity import machine
 from workbench.machine.work import in_rounds, work
 from workbench.plan.make import advice
 from workbench.profile.jobs import all_options, environment_of, now
@@ -53,7 +55,7 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
         references={name: each.path for name, each in (references or {}).items()},
         base_digest=made.base.digest,
         tasks=row.tasks,
-        rounds=1 if has_cuda() else ROUNDS,
+        rounds=1 if uses_gpu(row.backend) else ROUNDS,
     )
     started_at, started = now(), time.monotonic()
     duration_s: float | None = None
@@ -73,7 +75,7 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
             environment=environment_of(row.backend, row.options),
         )
         duration_s = cost.seconds  # Without the wait for another run to end.
-        conditions = measurement.conditions | cost.conditions
+        conditions = measurement.conditions | cost.conditions | {"environment": isolate.engines_own(os.environ)}
         doubts = monitor.warnings(conditions)
         measurement = replace(measurement, memory=measurement.memory | cost.memory, conditions=conditions)
     except (WorkFailed, UserError) as problem:
@@ -99,7 +101,7 @@ def portable_row(row: Row) -> Row:
 
 def _copy_bandwidth(show: Show) -> float | None:
     """Bytes a second that this machine copies, measured once; None where it cannot be."""
-    here, device = machine(), "cuda" if has_cuda() else "cpu"
+    here, device = machine(), "cuda" if uses_gpu(REFERENCE_MAKER) else "cpu"
     facts = [here.cpu, here.threads, here.memory_bytes, here.gpus, here.driver, device]
 
     def build(folder: Path) -> Bandwidth:

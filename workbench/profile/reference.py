@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from workbench.console import Show
+from workbench.engines import uses_gpu
 from workbench.errors import UserError, WorkFailed
 from workbench.home import entry, interpreter
-from workbench.machine.identity import has_cuda, versions
+from workbench.machine.identity import versions
 from workbench.machine.work import work
 from workbench.profile.jobs import all_options, environment_of
 from workbench.quantize.make import Made
@@ -29,7 +30,7 @@ def reference_keys(recipe: Recipe, made: Made) -> dict[str, str]:
     if REFERENCE_MAKER not in found:
         return {}
     options = _reference_options(recipe)
-    how = [options["device"], options["attention"], has_cuda()]
+    how = [options["device"], options["attention"], uses_gpu(REFERENCE_MAKER)]
     return {
         name: digest([made.base.digest, test.digest, REFERENCE_VERSION, found, how])
         for name, test in made.evaluations.items()

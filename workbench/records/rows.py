@@ -254,6 +254,8 @@ class Conditions(TypedDict, total=False):
     """A fixed piece of work before each repeat."""
     page_cache_before: float | None
     """How much of the weight files was in the page cache."""
+    environment: dict[str, str]
+    """Variables that configure engines, as they were set for the whole program."""
 
 
 @dataclass(frozen=True)

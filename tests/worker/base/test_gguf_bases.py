@@ -136,6 +136,24 @@ def test_the_vocabulary_of_a_phi3_base_is_the_given_files(tmp_path: Path, monkey
     assert compare(logits_of(file, ids_over(354)), logits_of(again, ids_over(354)), 1e-9).same
 
 
+@pytest.mark.slow
+def test_an_unknown_pre_tokenizer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte-level vocabulary of one's own: llama.cpp's converter knows tokenizers by what they make of one text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    base = write_model(tmp_path / "base", "llama")
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    own.train_from_iterator(["ab abc abcd"], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=own).save_pretrained(base)
+    monkeypatch.setattr(sys, "argv", [])
+    payload = {"base": str(base), "out": str(tmp_path / "x.gguf"), "dtype": "float32", "name": "Small"}
+    with pytest.raises(UserError, match=r"does not know how this base's tokenizer splits text .*Leave out what needs"):
+        convert(payload, lambda *_: None)
+
+
 def read(reader: Any, key: str) -> list[Any]:
     found: list[Any] = reader.get_field(f"tokenizer.ggml.{key}").contents()
     return found

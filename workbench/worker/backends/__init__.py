@@ -55,7 +55,7 @@ class Engine(Protocol):
         """Bytes, as the engine itself states them: `weights`, `kv_cache` at the workload's length, `workspace` where it
         knows; `kv_cache_reserved` if it reserves more."""
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Dtype, threads, kernels: what it really runs with."""
 
 
@@ -92,6 +92,9 @@ class Backend(Protocol):
     def serving_command(self, path: str, options: Mapping[str, Any], device: str | None) -> str | None:
         """The command that serves an artifact, as it was measured with these options on that device, on this machine
         only; `path` as a shell takes it."""
+
+    def sees_cuda(self, payload: None, progress: object) -> bool:
+        """Worker: whether the engine, as it is built and where it is, can compute on an NVIDIA GPU."""
 
     def load_engine(self) -> object:
         """Import the engine, so that importing is not counted as loading the model."""

@@ -58,6 +58,11 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
     """It serves nobody."""
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    return False
+
+
 def load_engine() -> None:
     """There is none."""
 
@@ -153,6 +158,6 @@ class Engine:
         """One byte."""
         return {"weights": 1}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """A CPU, as everywhere."""
         return {"device": "cpu"}

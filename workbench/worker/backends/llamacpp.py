@@ -100,6 +100,11 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
     return f"llama-server --model {path}{more} --host 127.0.0.1 --port 8080"
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    return bool(load_engine().llama_supports_gpu_offload())
+
+
 def load_engine() -> Any:
     """The `llama_cpp` module, its log silenced but for warnings."""
     import llama_cpp
@@ -356,7 +361,7 @@ class Engine:
                 sizes[kinds[what]] = sizes.get(kinds[what], 0) + int(size_bytes)
         return sizes
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Threads, and what the build can use."""
         words = self._api.llama_print_system_info().decode().replace("|", " ").split()
         features = [

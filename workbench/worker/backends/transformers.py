@@ -97,6 +97,13 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
     return f"transformers serve {path} --host 127.0.0.1 --port 8000"
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def load_engine() -> Any:
     """torch and transformers."""
     import torch
@@ -124,7 +131,7 @@ class Engine:
         self._first_point, self._cache_bytes = job.workload.points[0], 0
         self._packed: dict[str, object] = {}
         path = Path(artifact.path)
-        if options.kernel == "workbench" and artifact.format in packed.FORMATS:
+        if options.kernel == "workbench" and artifact.format in packed.PACKED_FORMATS:
             self._load_packed(path, options)
             return
         chosen = options.dtype
@@ -255,7 +262,7 @@ class Engine:
             sizes["reserved_peak"] = int(cuda.max_memory_reserved())
         return sizes
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Device, dtype, threads, and what became of the format."""
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         settings = {"device": self._device, "dtype": dtype, "threads": self._torch.get_num_threads()}
@@ -263,7 +270,7 @@ class Engine:
             settings["scored_logits"] = self._scored_in
         if self._device == "cuda":
             settings["device_name"] = self._torch.cuda.get_device_name()
-        if self._format in packed.FORMATS:
+        if self._format in packed.PACKED_FORMATS:
             settings |= self._packed or {"kernel": self._kernel()}
         if self._packed and self._device == "cpu":
             settings["warnings"] = ["packed weights through the plain reference: their size is real, the speed is not"]

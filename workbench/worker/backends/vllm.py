@@ -178,6 +178,13 @@ def _tensors(nest: Any) -> Iterator[Any]:
             yield item
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
 def load_engine() -> Any:
     """The `vllm` module."""
     import vllm
@@ -325,7 +332,7 @@ class Engine:
         blocks = -(-(prompt_tokens + load.new_tokens) // KV_BLOCK_TOKENS)
         return sizes | {"kv_cache": batch * blocks * KV_BLOCK_TOKENS * _kv_values(artifact.path) * width}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Device, dtype, threads."""
         device = "cpu" if self._cpu else "cuda"
         settings = {

@@ -11,6 +11,7 @@ a header does.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,20 @@ from workbench.worker.base.equivalent import equivalent_sizes
 from workbench.worker.base.gguf_file import bytes_by_type, field_of, open_gguf
 from workbench.worker.base.hub import fetch_headers, is_offline
 from workbench.worker.base.random_weights import config_of
-from workbench.worker.base.sources import kind_of, local_path, package_file
+from workbench.worker.base.sources import source_of
 
 
 def read(payload: object, progress: Progress) -> Described:
     """Worker for a `BaseRequest`: what the base looks like. Raises `UserError` for a source that cannot be read."""
     request: BaseRequest = from_json(BaseRequest, payload)
-    source = request.source
+    source = source_of(request.source)
     progress(0, 1, "reading the shape")
-    kind = kind_of(source)
-    if kind == "hub":
-        offline = request.offline or is_offline()
-        found = _of_files(*fetch_headers(source["hub"], source.get("revision") or "main", offline))
-    elif kind == "config":
-        found = Described(config=config_of(source["config"]), dtype="bfloat16", tensors=None, naming="hf")
+    if source.hub:
+        found = _of_files(*fetch_headers(source.hub, source.revision, request.offline or is_offline()))
+    elif source.config:
+        found = Described(config=config_of(source.config), dtype="bfloat16", tensors=None, naming="hf")
     else:
-        path = package_file(source["package"], source.get("file"))[0] if kind == "package" else local_path(source[kind])
+        path, _ = source.located()
         found = _of_files(read_json(path / "config.json"), checked_weights(path)) if path.is_dir() else _of_gguf(path)
     if request.equivalent:
         _, new = equivalent_sizes(found["config"], request.equivalent["hidden"])
@@ -48,7 +47,7 @@ def read(payload: object, progress: Progress) -> Described:
     return found
 
 
-def _of_files(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Described:
+def _of_files(config: Mapping[str, Any], tensors: dict[str, StoredTensor]) -> Described:
     """From a `config.json` and the headers of safetensors files."""
     counted = parameters_of(config, tensors)
     shapes = {name: list(tensor.shape) for name, tensor in counted.items()}

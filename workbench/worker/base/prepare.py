@@ -16,7 +16,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 from workbench.disk import disk_faults
 from workbench.errors import UserError
@@ -43,7 +42,7 @@ from workbench.worker.base.dequantize import Dequantized, dequantized_directory
 from workbench.worker.base.equivalent import write_equivalent
 from workbench.worker.base.hub import download, is_offline
 from workbench.worker.base.random_weights import config_of, random_directory, tokenizer_source
-from workbench.worker.base.sources import content_digest, distribution_of, kind_of, local_path, package_file, stamps
+from workbench.worker.base.sources import BaseSource, content_digest, distribution_of, source_of, stamps
 from workbench.worker.base.whole import check_whole
 
 PREPARE_VERSION = 1
@@ -66,7 +65,9 @@ def prepare(payload: object, progress: Progress) -> object:
     plain = out / ".plain" if equivalent else out
 
     with disk_faults(out):
-        path, revision, license_name, made = _directory(request.source, plain, remote_code, offline, progress)
+        path, revision, license_name, made = _directory(
+            source_of(request.source), plain, remote_code, offline, progress
+        )
         config = checked_config(path, remote_code)
         tensors = checked_weights(path)
         check_types(path, tensors)
@@ -102,49 +103,39 @@ def prepare(payload: object, progress: Progress) -> object:
     return to_json(prepared)
 
 
-def identify(source: dict[str, Any]) -> str:
+def identify(source: object) -> str:
     """A cheap name for the present state of a source, for a cache key: nothing is downloaded or read through.
 
     Files are known by name, size and time of change; a hub repository by its revision as written, so that a
     branch name stands for whatever it pointed at when the base was prepared.
     """
-    return f"v{PREPARE_VERSION}.{CHECKS_VERSION}:{_state(source)}"
+    return f"v{PREPARE_VERSION}.{CHECKS_VERSION}:{_state(source_of(source))}"
 
 
-def _state(source: dict[str, Any]) -> str:
-    kind = kind_of(source)
-    if kind == "hub":
-        return f"hub:{source['hub']}@{source.get('revision') or 'main'}"
-    if kind == "package":
-        distribution = distribution_of(source["package"])
-        return f"package:{source['package']}=={distribution.version}/{source.get('file') or ''}"
-    if kind == "config":
-        tokenizer = source.get("tokenizer")
-        facts = {
-            "config": config_of(source["config"]),
-            "seed": int(source.get("seed") or 0),
-            "tokenizer": _state(tokenizer_source(tokenizer)) if tokenizer else None,
-        }
+def _state(source: BaseSource) -> str:
+    if source.hub:
+        return f"hub:{source.hub}@{source.revision}"
+    if source.package:
+        return f"package:{source.package}=={distribution_of(source.package).version}/{source.file or ''}"
+    if source.config:
+        tokenizer = _state(tokenizer_source(source.tokenizer)) if source.tokenizer else None
+        facts = {"config": config_of(source.config), "seed": source.seed, "tokenizer": tokenizer}
         return f"config:{short_digest(facts)}"
-    path = local_path(source[kind])
+    path, _ = source.located()
     return f"path:{path}:{short_digest(stamps(path))}"
 
 
 def _directory(
-    source: dict[str, Any], out: Path, remote_code: bool, offline: bool, progress: Progress
+    source: BaseSource, out: Path, remote_code: bool, offline: bool, progress: Progress
 ) -> tuple[Path, str, str | None, Dequantized | None]:
     """A Hugging Face directory for the source, the revision or digest of its content, its license, and what was made
     of a GGUF file."""
-    kind = kind_of(source)
-    if kind == "hub":
-        path = download(source["hub"], source.get("revision") or "main", offline, progress)
+    if source.hub:
+        path = download(source.hub, source.revision, offline, progress)
         return path, path.name, None, None
-    if kind == "config":
+    if source.config:
         return *random_directory(source, out, remote_code, offline, progress), None
-    if kind == "package":
-        path, license_name = package_file(source["package"], source.get("file"))
-    else:
-        path, license_name = local_path(source[kind]), None
+    path, license_name = source.located()
     if path.is_dir():
         checked_config(path, remote_code)
         files = sorted({t.file for t in checked_weights(path).values()})

