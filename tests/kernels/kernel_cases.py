@@ -196,7 +196,7 @@ def dequantized(case: dict[str, Any], packed: tuple[Any, ...], path: str) -> Any
 
 
 def repeats(case: dict[str, Any], x: Any, packed: tuple[Any, ...]) -> bool:
-    """Whether one launch run twice, as a CUDA graph does, gives the same, with its counters back at zero: K in parts."""
+    """Where K is in parts: whether a launch run twice gives the same both times, its counters back at zero."""
     from workbench_kernels.gguf import blocks
     from workbench_kernels.gguf.types import block_type
 
