@@ -63,7 +63,7 @@ class Bench:
 
     def place(self, words: tuple[str, ...]) -> list[str]:
         """Where rows go, for the commands that read or write some."""
-        return [] if words[0] in ("quantize", "schema", "doctor", "clean") else ["--results", str(self.results)]
+        return [] if words[0] in ("quantize", "plan", "schema", "doctor", "clean") else ["--results", str(self.results)]
 
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -100,7 +100,7 @@ class Bench:
                 code = stop.code or 0
             finally:
                 machine.cache_clear()
-        told = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+        told = (stream.buffer.getvalue().decode() for stream in (out, err))
         return subprocess.CompletedProcess(words, code, *told)
 
     def typed(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
