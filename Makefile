@@ -4,7 +4,7 @@ VENV := .venv
 GPU := .venv-gpu
 READY := $(VENV)/.ready
 
-.PHONY: demo gpu test check lock lock-cuda clean
+.PHONY: demo gpu gpu-check test check lock lock-cuda clean
 demo: $(READY)
 	$(VENV)/bin/workbench run recipes/smollm2-135m.yaml
 
@@ -15,6 +15,12 @@ gpu: $(GPU)/.ready
 $(GPU)/.ready: requirements/install-gpu.sh requirements/cuda.lock requirements/cuda-vllm.lock requirements/cuda-build.lock
 	requirements/install-gpu.sh $(if $(filter python3,$(PYTHON)),python3.12,$(PYTHON)) $(GPU)
 	touch $@
+
+# What holds on this machine's GPU and what does not, in ten minutes at most; PARTS="kernels speed" runs some parts.
+# Takes what `make gpu` set up, and without that whatever torch and Triton $(PYTHON) has.
+gpu-check:
+	$(if $(wildcard $(GPU)/vllm),WORKBENCH_PYTHON_VLLM=$(CURDIR)/$(GPU)/vllm/bin/python) \
+		$(or $(wildcard $(GPU)/workbench/bin/python),$(PYTHON)) -P benchmarks/gpu_check.py $(PARTS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -q --durations=10

@@ -73,6 +73,7 @@ def main() -> int:
             "source": {"module": "pydoc_data.topics"},
             "window": 512,
             "windows": arguments.windows,
+            "score": "second-half",
             "out": f"{folder}/evaluation.json",
         }
         made = corpus.build({"base": prepared, "sets": [wanted]}, progress)["sets"][0]

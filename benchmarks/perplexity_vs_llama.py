@@ -205,7 +205,7 @@ def main() -> int:
     good = True
 
     def measured(kind: str) -> dict[str, Any]:
-        found, _ = call("workbench.worker.measure.job:measure", {"job": job(files[kind], kind, made, reference)}, work)
+        found, _ = call("workbench.worker.measure.job:measure", job(files[kind], kind, made, reference), work)
         quality = found["qualities"]["evaluation"]
         means = {
             "perplexity": statistics.perplexity(quality),

@@ -91,7 +91,7 @@ def perplexity(path: Path, form: str, backend: str, evaluation: Path, workdir: P
             )
         },
     )
-    found, _ = call("workbench.worker.measure.job:measure", {"job": to_json(job)}, workdir)
+    found, _ = call("workbench.worker.measure.job:measure", to_json(job), workdir)
     windows = found["qualities"]["evaluation"]["windows"]
     return math.exp(sum(w["nll_sum"] for w in windows) / sum(w["count"] for w in windows))
 

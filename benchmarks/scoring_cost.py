@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +37,27 @@ def timed(payload: dict[str, Any], progress: Any) -> dict[str, list[float]]:
     import importlib
 
     from workbench.worker.backends import BACKENDS
+    from workbench.worker.scoring.reducer import Scoring
+    from workbench.worker.tokens.file import read_tokens
 
     job: Job = from_json(Job, payload["job"])
     (evaluation,) = job.evaluations.values()
-    stored = json.loads(Path(evaluation.path).read_text(encoding="utf-8"))
-    windows = [
-        (i, ids, first) for i, (ids, first) in enumerate(zip(stored["windows"], stored["score_from"], strict=True))
-    ]
     module = importlib.import_module(BACKENDS[job.backend])
     engine = module.Engine(job)
-    spec = {"windows": evaluation.path, "base": job.base_digest}
+    asked = Scoring(read_tokens(evaluation.path), base=job.base_digest)
+    plain, compared = replace(asked, per_token=False), replace(asked, reference=payload["reference"])
 
     def peers() -> None:
         """vLLM's own scoring: every prompt token's log-probability, as it hands them out."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        for _, ids, _ in windows:
+        for _, ids, _ in asked.windows:
             engine._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
 
     ways = {
-        "perplexity": lambda: engine.score(windows, spec | {"per_token": False}),
-        "everything": lambda: engine.score(windows, spec | {"reference": payload["reference"]}),
+        "perplexity": lambda: engine.score(plain, lambda _: None),
+        "everything": lambda: engine.score(compared, lambda _: None),
     }
     if job.backend == "vllm":
         ways["prompt_logprobs"] = peers

@@ -16,9 +16,9 @@ from workbench.records import Row
 from workbench.report import speeds, store
 
 LIMIT = 0.95
-SPEEDS: dict[str, Callable[[Row], tuple[float, float] | None]] = {
-    "prefill": speeds.prefill_interval,
-    "decode": speeds.decode_interval,
+SPEEDS: dict[str, Callable[[Row], list[float]]] = {
+    "prefill": speeds.prefill_samples,
+    "decode": speeds.decode_samples,
 }
 
 
@@ -32,8 +32,8 @@ def main(one: str, two: str) -> int:
         sides.append({(row.recipe, row.artifact.variant, row.backend): row for row in rows if row.measurement})
     compared = overlapping = 0
     for key in sorted(sides[0].keys() & sides[1].keys()):
-        for what, interval in SPEEDS.items():
-            spans = [interval(side[key]) for side in sides]
+        for what, samples in SPEEDS.items():
+            spans = [speeds.median_interval(side[key], samples) for side in sides]
             if spans[0] is None or spans[1] is None:
                 continue
             (low, high), (other_low, other_high) = spans

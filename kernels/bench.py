@@ -23,6 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workbench_kernels.products import Launch
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
@@ -49,6 +53,10 @@ class Operation:
     """(out, in) -> its tensors, random, on the GPU."""
     matmul: Callable[..., torch.Tensor]
     """(x, *tensors, path=...)"""
+    launch: Callable[..., "Launch"]
+    """(way, x, *tensors) -> what multiplying would launch, `way` being `decode` or `prefill`."""
+    dequantize_launch: Callable[..., "Launch"]
+    """(*tensors) -> what de-quantizing to float16 would launch."""
 
 
 @dataclass(frozen=True)
@@ -65,39 +73,55 @@ class Measured:
     torch_fp16_s: float
 
 
-def operations() -> dict[str, Operation]:
-    """All operations, by name."""
+def operations(device: str = "cuda") -> dict[str, Operation]:
+    """All operations, by name, with weights on `device`."""
     from workbench_kernels import awq, gptq
     from workbench_kernels.gguf import blocks
     from workbench_kernels.gguf.types import BLOCK_TYPES
 
     def words(*shape: int) -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
+        return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
 
     def scales(groups: int, outputs: int) -> torch.Tensor:
-        return (torch.rand(groups, outputs, device="cuda") * 0.01 + 0.001).half()
+        return (torch.rand(groups, outputs, device=device) * 0.01 + 0.001).half()
 
-    def make_awq(n: int, k: int) -> tuple[torch.Tensor, ...]:
-        return words(k, n // 8), words(k // GROUP, n // 8), scales(k // GROUP, n)
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float16, device=device)
 
-    def make_gptq(bits: int, n: int, k: int) -> tuple[torch.Tensor, ...]:
-        order = torch.arange(k, dtype=torch.int32, device="cuda") // GROUP
-        return words(k * bits // 32, n), words(k // GROUP, n * bits // 32), scales(k // GROUP, n), order
-
-    def with_bits(bits: int) -> Callable[..., torch.Tensor]:
-        return lambda x, qweight, qzeros, scales, g_idx, path: gptq.matmul(
-            x, qweight, qzeros, scales, g_idx, bits, plain=True, path=path
+    def awq_operation() -> Operation:
+        return Operation(
+            lambda n, k: (words(k, n // 8), words(k // GROUP, n // 8), scales(k // GROUP, n)),
+            awq.matmul,
+            lambda way, x, *weight: awq.launch(way, x, weight),
+            lambda *weight: awq.dequantize_launch(weight, empty(weight[0].shape[0], weight[2].shape[1])),
         )
 
-    def make_blocks(kind: blocks.BlockType, n: int, k: int) -> tuple[torch.Tensor, ...]:
-        # Bytes below 32: any float16 among them is below 0.01, and products stay inside float16's range.
-        return (torch.randint(0, 32, (n, kind.row_bytes(k)), dtype=torch.uint8, device="cuda"),)
+    def gptq_operation(bits: int) -> Operation:
+        def make(n: int, k: int) -> tuple[torch.Tensor, ...]:
+            order = torch.arange(k, dtype=torch.int32, device=device) // GROUP
+            return words(k * bits // 32, n), words(k // GROUP, n * bits // 32), scales(k // GROUP, n), order
 
-    found = {"awq-4": Operation(make_awq, awq.matmul)}
-    found |= {f"gptq-{bits}": Operation(partial(make_gptq, bits), with_bits(bits)) for bits in (4, 8)}
-    return found | {
-        name: Operation(partial(make_blocks, kind), partial(blocks.matmul, kind)) for name, kind in BLOCK_TYPES.items()
-    }
+        return Operation(
+            make,
+            lambda x, q, z, s, order, path: gptq.matmul(x, q, z, s, order, bits, plain=True, path=path),
+            lambda way, x, *weight: gptq.launch(way, x, weight, bits, True),
+            lambda *weight: gptq.dequantize_launch(weight, bits, True, empty(weight[3].shape[0], weight[2].shape[1])),
+        )
+
+    def block_operation(kind: blocks.BlockType) -> Operation:
+        def dequantize_launch(data: torch.Tensor) -> "Launch":
+            return blocks.dequantize_launch(kind, data, empty(data.shape[0], blocks.check_blocks(kind, data)))
+
+        return Operation(
+            # Bytes below 32: any float16 among them is below 0.01, and products stay inside float16's range.
+            lambda n, k: (torch.randint(0, 32, (n, kind.row_bytes(k)), dtype=torch.uint8, device=device),),
+            partial(blocks.matmul, kind),
+            partial(blocks.launch, kind),
+            dequantize_launch,
+        )
+
+    found = {"awq-4": awq_operation()} | {f"gptq-{bits}": gptq_operation(bits) for bits in (4, 8)}
+    return found | {name: block_operation(kind) for name, kind in BLOCK_TYPES.items()}
 
 
 def copy_bandwidth() -> float:
@@ -136,6 +160,15 @@ def rotations(weight_bytes: int) -> int:
     return max(1, min(-(-4 * cache_bytes // weight_bytes) + 1, free_bytes // 3 // weight_bytes, 1024))
 
 
+def relative_error(
+    operation: Operation, x: torch.Tensor, weight: tuple[torch.Tensor, ...], path: str
+) -> tuple[float, torch.Tensor]:
+    """The largest error of a product over its largest output, by the reference in float32; and the product."""
+    found = operation.matmul(x, *weight, path=path)
+    expected = operation.matmul(x.float(), *weight, path="reference")
+    return float((found.float() - expected).abs().max() / expected.abs().max()), found
+
+
 def measure(
     operation: Operation, n: int, k: int, rows: list[int], path: str, torch_s: dict[tuple[int, int, int], float]
 ) -> Iterator[Measured]:
@@ -145,9 +178,7 @@ def measure(
     copies = [weight] + [tuple(t.clone() for t in weight) for _ in range(rotations(weight_bytes) - 1)]
     for m in rows:
         x = torch.randn(m, k, device="cuda", dtype=torch.float16)
-        found = operation.matmul(x, *weight, path=path)
-        expected = operation.matmul(x.float(), *weight, path="reference")
-        error = float((found.float() - expected).abs().max() / expected.abs().max())
+        error, found = relative_error(operation, x, weight, path)
         samples_s: list[float] = []
         if error < TOLERANCE:
             times = max(len(copies), 24 if m <= 64 else 8)
@@ -165,6 +196,19 @@ def torch_seconds(x: torch.Tensor, n: int, k: int) -> list[float]:
     copies = [weight] + [weight.clone() for _ in range(rotations(weight.nbytes) - 1)]
     times = max(len(copies), 24 if x.shape[0] <= 64 else 8)
     return device_seconds([partial(torch.matmul, x, copies[i % len(copies)].t()) for i in range(times)])
+
+
+def row_of(name: str, model: str, path: str, n: int, k: int, found: Measured, copy_bytes_s: float) -> dict[str, Any]:
+    """What was measured of one product, and what it is of the copy bandwidth and of torch's fp16."""
+    row: dict[str, Any] = {"operation": name, "model": model, "path": path, "out": n, "in": k, "rows": found.rows}
+    row |= {"weight_bytes": found.weight_bytes, "error": found.error, "copy_bytes_s": copy_bytes_s}
+    if not found.samples_s:
+        return row | {"wrong": True}
+    seconds = statistics.median(found.samples_s)
+    bytes_s, flop_s = found.moved_bytes / seconds, 2 * found.rows * n * k / seconds
+    row |= {"seconds": seconds, "samples_s": found.samples_s, "bytes_s": bytes_s, "flop_s": flop_s}
+    row |= {"torch_fp16_s": found.torch_fp16_s, "torch_ratio": found.torch_fp16_s / seconds}
+    return row | {"bandwidth_fraction": bytes_s / copy_bytes_s}
 
 
 def machine() -> dict[str, str | None]:
@@ -222,24 +266,15 @@ def main() -> int:
     models = [(model, n, k) for model in arguments.models for n, k in SHAPES[model]]
     for name, (model, n, k) in itertools.product(arguments.operations or known, models):
         for found in measure(known[name], n, k, arguments.rows, arguments.path, torch_s):
-            row = {"operation": name, "model": model, "path": arguments.path, "out": n, "in": k, "rows": found.rows}
-            row |= {"weight_bytes": found.weight_bytes, "error": found.error, "copy_bytes_s": copy_bytes_s, **where}
+            row = row_of(name, model, arguments.path, n, k, found, copy_bytes_s)
             label = f"{name:10} {f'{n} x {k}':>13} {found.rows:>5}"
-            if not found.samples_s:
+            if row.get("wrong"):
                 wrong += 1
-                row |= {"wrong": True}
                 print(f"{label} WRONG by {found.error:.1e}, not timed", flush=True)
             else:
-                seconds = statistics.median(found.samples_s)
-                bytes_s, flop_s = found.moved_bytes / seconds, 2 * found.rows * n * k / seconds
-                fraction, ratio = bytes_s / copy_bytes_s, found.torch_fp16_s / seconds
-                row |= {"seconds": seconds, "samples_s": found.samples_s, "bytes_s": bytes_s, "flop_s": flop_s}
-                row |= {"torch_fp16_s": found.torch_fp16_s, "torch_ratio": ratio, "bandwidth_fraction": fraction}
-                speed = (
-                    f"{seconds * 1e6:>9.1f} {bytes_s / 1e9:>7.0f} {fraction:>8.2f} {flop_s / 1e12:>8.1f} {ratio:>12.2f}"
-                )
-                print(label, speed, flush=True)
-            append(arguments.out, row)
+                speed = f"{row['seconds'] * 1e6:>9.1f} {row['bytes_s'] / 1e9:>7.0f} {row['bandwidth_fraction']:>8.2f} "
+                print(label, speed + f"{row['flop_s'] / 1e12:>8.1f} {row['torch_ratio']:>12.2f}", flush=True)
+            append(arguments.out, row | where)
         torch.cuda.empty_cache()
     return 1 if wrong else 0
 

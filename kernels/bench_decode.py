@@ -12,6 +12,7 @@ import argparse
 import gc
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def build(layout: str, config: dict[str, float], device: str = "cuda") -> Any:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig.from_dict(config)).half()
     if layout != "fp16":
-        known = operations()[layout]
+        known = operations(device)[layout]
         with_head = not layout.startswith(("awq", "gptq"))
         for name, module in list(model.named_modules()):
             if type(module) is torch.nn.Linear and (with_head or name != "lm_head"):
@@ -66,41 +67,53 @@ def build(layout: str, config: dict[str, float], device: str = "cuda") -> Any:
     return model.eval()
 
 
-def decode_seconds(model: Any, tokens: int, prompt: int = 64) -> list[float]:
-    """Seconds a token over `tokens` replays of one captured step, one sample a repeat."""
+def stepper(model: Any, tokens: int, prompt: int = 64) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Two functions: decode one token after a random prompt (to be called `tokens` times at most), and go back to it.
+
+    A static cache counts on its device what it holds, and writes where that count says: going back sets the count.
+    """
     from transformers import StaticCache
 
-    cache = StaticCache(config=model.config, max_cache_len=prompt + tokens + 8)
-    ids = torch.randint(0, 1000, (1, prompt), device="cuda")
+    cache = StaticCache(config=model.config, max_cache_len=prompt + tokens)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    ids = torch.randint(0, 1000, (1, prompt), device=model.device)
     with torch.inference_mode():
-        model(
-            input_ids=ids, past_key_values=cache, cache_position=torch.arange(prompt, device="cuda"), logits_to_keep=1
-        )
-        token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
-        place = torch.tensor([prompt], device="cuda")
+        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
-        def step() -> None:
-            output = model(input_ids=token, past_key_values=cache, cache_position=place, position_ids=place[None])
-            token.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
+    def step() -> None:
+        with torch.inference_mode():
+            token.copy_(model(input_ids=token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
 
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        side.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+    def rewind() -> None:
+        with torch.inference_mode():
+            token.zero_()
+            layers: list[Any] = cache.layers
+            for layer in layers:
+                layer.cumulative_length.fill_(prompt)
+
+    return step, rewind
+
+
+def decode_seconds(model: Any, tokens: int) -> list[float]:
+    """Seconds a token over `tokens` replays of one captured step, one sample a repeat."""
+    step, rewind = stepper(model, tokens)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(min(3, tokens)):
             step()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
 
-        def sequence() -> None:
-            for _ in range(tokens):
-                graph.replay()
-                place.add_(1)
+    def sequence() -> None:
+        for _ in range(tokens):
+            graph.replay()
 
-        samples = []
-        for _ in range(REPEATS):
-            place.fill_(prompt)
-            samples.append(event_seconds(sequence) / tokens)
+    samples = []
+    for _ in range(REPEATS):
+        rewind()
+        samples.append(event_seconds(sequence) / tokens)
     return samples
 
 

@@ -86,7 +86,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
             module, "versions", lambda names, _python="": {name: "1.0" for name in names if name != "lm-eval"}
         )
     for module in (jobs, reference):
-        monkeypatch.setattr(module, "has_cuda", lambda: False)
+        monkeypatch.setattr(module, "uses_gpu", lambda backend: False)
     monkeypatch.setattr(prepare, "identify", lambda source: ["identity", source])
     return found
 

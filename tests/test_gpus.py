@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.fake_driver import NVML, FakeGpu
+from tests.fake_driver import NVML, FakeGpu, write
+from tests.places import ROOT
 from workbench.gpus import Gpu, Watch, driver_version, for_a_job, gpus, joules, visible
 
 GIB = 1 << 30
@@ -107,3 +111,26 @@ def test_a_job_gets_one_gpu_unless_it_asks_for_more(driver: NVML, monkeypatch: p
     assert for_a_job(2)["CUDA_VISIBLE_DEVICES"] == "GPU-3,GPU-1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert for_a_job() == {}
+
+
+@pytest.mark.slow
+def test_engines_built_for_processors_are_not_believed_to_use_a_gpu(tmp_path: Path) -> None:
+    """`make demo` on a machine with NVIDIA's driver: torch was asked for CUDA, and knew none."""
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda:
+        pytest.skip("the torch here is built for CUDA")
+    code = (
+        "from workbench.machine.identity import has_cuda\nfrom workbench.engines import idle_gpu, uses_gpu\n"
+        "print(has_cuda(), uses_gpu('transformers'), uses_gpu('llamacpp'))\nprint(idle_gpu('transformers'))"
+    )
+    environment = {**os.environ, "WORKBENCH_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    environment["PYTHONPATH"] = f"{write(tmp_path / 'driver')}:{ROOT}"
+    for hidden, words in ((None, "True False False"), ("", "False False False")):
+        more = {} if hidden is None else {"CUDA_VISIBLE_DEVICES": hidden}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment | more, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        told = done.stdout.splitlines()
+        assert told[0] == words
+        assert ("`make gpu` sets up what is" in told[1]) == (hidden is None)

@@ -43,6 +43,7 @@ ROOMS = (
         "worker",
         "console",
         "machine",
+        "engines",
         "recipe",
     ],
     ["report", "hub", "plan", "quantize", "profile", "pipeline", "doctor", "nightly", "options", "cli"],

@@ -22,8 +22,8 @@ from tests.bench import Bench
 from tests.places import ROOT
 
 pytestmark = pytest.mark.slow
-TWENTY_MS = {"WORKBENCH_FAKE_SLOWER": "20"}
-"""A step long enough that what this machine does beside it is small."""
+TWENTY_MS = {"WORKBENCH_FAKE_SLOWER": "20", "WORKBENCH_FAKE_CLOCK": "1"}
+"""A step of the engine, by a clock of its own: what this machine does beside it decides nothing."""
 GH = '''#!{python}
 """The part of GitHub's command line that a night uses; issues are kept in a file."""
 import json, os, sys
@@ -61,6 +61,11 @@ def a_gh(folder: Path) -> tuple[dict[str, str], Path]:
 
 def notes(bench: Bench) -> list[dict[str, Any]]:  # noqa: F811
     return [json.loads(line) for file in bench.results.glob("*/nights.jsonl") for line in file.read_text().splitlines()]
+
+
+def times_measured(rows: list[dict[str, Any]]) -> Counter[str]:
+    """How often each variant was; rows of a job that began in one second are one, as the store has them."""
+    return Counter(variant for variant, _ in {(row["artifact"]["variant"], row["started_at"]) for row in rows})
 
 
 def test_nights_good_regressed_broken_and_mended(bench: Bench) -> None:  # noqa: F811
@@ -125,20 +130,18 @@ def test_one_engine_broken_does_not_hide_the_other(bench: Bench) -> None:  # noq
 
 def test_only_what_is_suspect_is_measured_again(bench: Bench) -> None:  # noqa: F811
     recipe = bench.recipe("one-limps", variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}])
-    sixty_ms = {"WORKBENCH_FAKE_SLOWER": "60"}  # the machine's own slowness is small beside it
-    assert bench.typed("nightly", recipe, **sixty_ms).returncode == 0
+    assert bench.typed("nightly", recipe, **TWENTY_MS).returncode == 0
     before = len(bench.rows())
-    night = bench.typed("nightly", recipe, WORKBENCH_FAKE_LIMPS="gguf-Q8_0", **sixty_ms)
+    night = bench.typed("nightly", recipe, WORKBENCH_FAKE_LIMPS="gguf-Q8_0", **TWENTY_MS)
     assert night.returncode == 1 and "regressed" in night.stdout
-    times = Counter(row["artifact"]["variant"] for row in bench.rows()[before:])
-    assert times == {"base": 1, "gguf-Q8_0": 3, "gguf-Q4_0": 1}
+    assert times_measured(bench.rows()[before:]) == {"base": 1, "gguf-Q8_0": 3, "gguf-Q4_0": 1}
 
 
 def test_a_killed_night_is_taken_up_where_it_was(bench: Bench) -> None:  # noqa: F811
     recipe = bench.recipe("killed", variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}])
     assert bench.typed("nightly", recipe, **TWENTY_MS).returncode == 0
     before = len(bench.rows())
-    child = bench.start("nightly", recipe, WORKBENCH_FAKE_SLOWER="40")
+    child = bench.start("nightly", recipe, WORKBENCH_FAKE_SLOWER="40")  # for real, to be killed in time
     try:
         bench.wait_for(lambda: len(bench.rows()) == before + 1, child)
     finally:
@@ -149,15 +152,14 @@ def test_a_killed_night_is_taken_up_where_it_was(bench: Bench) -> None:  # noqa:
         worker.kill()
         worker.wait(10)
     kept = bench.rows()[before]
-    again = bench.typed("nightly", recipe, WORKBENCH_FAKE_SLOWER="40")
+    again = bench.typed("nightly", recipe, **TWENTY_MS | {"WORKBENCH_FAKE_SLOWER": "40"})
     assert "taking up the night that began at" in again.stderr
     # The job measured before the kill was not measured anew but to be sure of what is twice as slow.
     rows = bench.rows()[before:]
     assert rows[0] == kept
     assert notes(bench)[1]["since"] <= kept["started_at"]
     assert {row["artifact"]["variant"] for row in rows} == {"base", "gguf-Q8_0", "gguf-Q4_0"}
-    counts = [sum(row["key"] == key for row in rows) for key in {row["key"] for row in rows}]
-    assert counts == [3, 3, 3]
+    assert times_measured(rows) == {"base": 3, "gguf-Q8_0": 3, "gguf-Q4_0": 3}
     assert notes(bench)[1]["verdict"] == "regressed"
     # What ended is not taken up.
     assert list((bench.home / "nights").iterdir()) == []

@@ -209,6 +209,7 @@ def test_a_variant_with_another_tokenizer_is_refused(
         "source": {"text": TEXT},
         "window": 32,
         "windows": 3,
+        "score": "second-half",
         "out": str(tmp_path / "e.json"),
     }
     (made,) = corpus.build({"base": str(tiny_llama), "sets": [entry]}, lambda *_: None)["sets"]
@@ -229,7 +230,7 @@ def test_a_variant_with_another_tokenizer_is_refused(
             workload=Workload(repeats=0),
             evaluations={"e": from_json(Evaluation, made)},
         )
-        return profile.measure({"job": to_json(job)}, lambda *_: None)
+        return profile.measure(to_json(job), lambda *_: None)
 
     assert from_json(Measurement, measure(tiny_llama)).qualities
     with pytest.raises(UserError, match="mine has another tokenizer than the base: .* not comparable") as caught:
@@ -257,6 +258,7 @@ def test_a_vocabulary_that_one_engine_pads_changes_nothing(
         "source": {"text": TEXT},
         "window": 32,
         "windows": 3,
+        "score": "second-half",
         "out": str(tmp_path / "e.json"),
     }
     (made,) = corpus.build({"base": str(tiny_llama), "sets": [entry]}, lambda *_: None)["sets"]
@@ -270,7 +272,7 @@ def test_a_vocabulary_that_one_engine_pads_changes_nothing(
             workload=Workload(repeats=0),
             evaluations={"e": from_json(Evaluation, made)},
         )
-        measured = profile.measure({"job": to_json(job)}, lambda *_: None)
+        measured = profile.measure(to_json(job), lambda *_: None)
         sums.append([window["nll_sum"] for window in measured["qualities"]["e"]["windows"]])
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
 

@@ -185,7 +185,7 @@ def recommend(
 
     _known("format", format, ["terminal", "json"])
     relative, value = wing.parse_share(max_perplexity, "--max-perplexity") if max_perplexity else (None, None)
-    wishes = wing.Wishes(
+    constraints = wing.Constraints(
         memory_bytes=parse_size(memory, "--memory") if memory else None,
         size_bytes=parse_size(max_size, "--max-size") if max_size else None,
         max_perplexity=relative,
@@ -197,7 +197,7 @@ def recommend(
         sort=sort,
     )
     table = build(_stored(rows or [results]), machine=machine, recipe=recipe)
-    found = wing.recommend(table, wishes, lambda row: serving_command(row, str(home())))
+    found = wing.recommend(table, constraints, lambda row: serving_command(row, str(home())))
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
     row = found.choice.line.row if found.choice else None
     if row and not local(row.artifact.path).exists():

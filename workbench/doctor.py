@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import sys
 
+from workbench.engines import idle_gpu, uses_gpu
 from workbench.home import home, interpreter
-from workbench.machine.identity import has_cuda, machine, versions
+from workbench.machine.identity import machine, versions
 from workbench.records import Artifact
 from workbench.worker.backends import BACKENDS, backend_named
 from workbench.worker.methods import METHODS, method_named
@@ -41,8 +42,10 @@ def report() -> int:
             continue
         working += 1
         print(f"{name:10} {', '.join(f'{package} {version}' for package, version in found.items())}  ({python})")
+        if told := idle_gpu(name):
+            print(f"           {told}")
         for form in dict.fromkeys(forms):
-            reason = backend.unsupported(Artifact("", "", form, "", "", 0, 0), has_cuda())
+            reason = backend.unsupported(Artifact("", "", form, "", "", 0, 0), uses_gpu(name))
             print(f"           {form:12} {'loads' if reason is None else reason}")
     return 0 if working else 1
 

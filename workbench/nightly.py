@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from workbench import pipeline
 from workbench.console import Show
@@ -29,7 +28,7 @@ from workbench.records import Row, digest
 from workbench.report import store
 from workbench.report.site import publish
 from workbench.report.verdicts import night
-from workbench.report.verdicts.night import NIGHTS_NOTE, Verdict
+from workbench.report.verdicts.night import NIGHTS_NOTE, NightNote, NightVerdict
 
 STALE = timedelta(hours=20)
 """A night begun longer ago was given up, not interrupted."""
@@ -43,7 +42,7 @@ class Night:
     recipe: str
     machine: str
     since: str
-    verdict: Verdict
+    verdict: NightVerdict
     failures: dict[str, str]
     """Variants that could not be made, with the reason."""
 
@@ -91,7 +90,7 @@ def accept(recipe: Recipe, results: store.Place) -> str:
     notes = _notes(results, here, recipe.name)
     if not notes:
         raise UserError(f"{recipe.name}: no night of this recipe on this machine yet, so nothing to accept")
-    note = {**notes[-1], "accepted": True}
+    note: NightNote = {**notes[-1], "accepted": True}
     store.append_note(results, here, NIGHTS_NOTE, note, _now())
     return str(note["since"])
 
@@ -154,10 +153,8 @@ def _rows(results: store.Place, here: str, recipe: Recipe) -> list[Row]:
     return [row for row in rows if row.base == recipe.model and row.recipe == recipe.name]
 
 
-def _notes(results: store.Place, here: str, recipe: str) -> list[dict[str, Any]]:
-    wanted = ("since", "until", "alarmed")
-    notes = store.read_notes(results, here, NIGHTS_NOTE)
-    return [note for note in notes if note.get("recipe") == recipe and all(key in note for key in wanted)]
+def _notes(results: store.Place, here: str, recipe: str) -> list[NightNote]:
+    return night.notes_of(store.read_notes(results, here, NIGHTS_NOTE), recipe)
 
 
 def _begun(state: Path, show: Show) -> str:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from workbench.console import Show
+from workbench.engines import idle_gpu
 from workbench.home import home, lock, remember
 from workbench.machine.identity import machine
 from workbench.profile.jobs import already_measured, harness_missing, is_scored, pairs_of, planned_row
@@ -60,6 +61,9 @@ def profile(
     key = digest([*keys.values()]) if len(keys) > 1 else next(iter(keys.values()), None)
     for name, reason in harness_missing(made, {choice.name for choice, _ in pairs}).items():
         show.say(f"note: {reason} ({name})")
+    for name in dict.fromkeys(choice.name for choice, _ in pairs):
+        if told := idle_gpu(name):
+            show.say(f"note: {told}")
     plans = [planned_row(recipe, made, choice, name, key) for choice, name in pairs]
     references: dict[str, Reference] | None = None
     if any(is_scored(row) and row.key not in measured for row in plans):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -22,7 +23,7 @@ class NamedShape:
 
     @property
     def layer(self) -> int | None:
-        """Of which decoder layer, if of any."""
+        """The decoder layer it is of, if it is of any."""
         match = re.match(r"blk\.(\d+)\.", self.name)
         return int(match[1]) if match else None
 
@@ -75,7 +76,7 @@ SCORE_CHUNK_BYTES = 4 << 20
 class Described(TypedDict):
     """A base without its weights, as `worker/base/headers.py` reads it."""
 
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     """The content of a `config.json`."""
     dtype: str
     """What the prepared base will have."""
@@ -133,7 +134,7 @@ class Sequences(NamedTuple):
     """What is in memory at once."""
 
     tokens: int
-    """Of each sequence, prompt and new ones."""
+    """Tokens of each sequence, prompt and new ones."""
     batch: int
     prompt_tokens: int
     window: int = 0

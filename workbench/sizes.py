@@ -6,21 +6,11 @@ import re
 
 from workbench.errors import UserError
 
-UNITS = {
-    "B": 1,
-    "kB": 1e3,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "TB": 1e12,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-    "K": 2**10,
-    "M": 2**20,
-    "G": 2**30,
-}
+UNITS = (
+    {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    | {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    | {"K": 2**10, "M": 2**20, "G": 2**30}
+)
 
 
 def size_text(size_bytes: float) -> str:

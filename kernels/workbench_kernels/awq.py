@@ -13,13 +13,11 @@ scales the sums are of bare codes, sum (q - z) s x = s (sum q x - z sum x), so s
 applied once a run.
 """
 
-import functools
-
 import torch
 
-from workbench_kernels.backend import Config, Kernel, jit, run_length, share, splits, tl, triton, tuned
+from workbench_kernels.backend import Config, jit, run_length, share, splits, tl, triton
 from workbench_kernels.checks import check_packed, check_same_device
-from workbench_kernels.products import dequantized_by_kernel, launch, multiply
+from workbench_kernels.products import Launch, dequantized_by_kernel, multiply, plan
 
 TENSORS = ("qweight", "qzeros", "scales")
 """Names of a weight's parts, in the order in which all functions take them."""
@@ -170,12 +168,6 @@ PREFILL: list[Config] = [
 ]
 
 
-@functools.cache
-def _kernels() -> tuple[Kernel, Kernel]:
-    key = ["N", "K", "RUN", "SPLIT"]
-    return tuned(_decode, DECODE, key), tuned(_prefill, PREFILL, ["BUCKET", *key])
-
-
 # --- public -------------------------------------------------------------------------------------
 
 
@@ -211,9 +203,7 @@ def dequantize(
     if not dequantized_by_kernel(dict(zip(TENSORS, weight, strict=True)), dtype, path):
         return reference(*weight).to(dtype)
     out = torch.empty(columns, outputs, dtype=dtype, device=qweight.device)
-    run = run_length(group, columns, 32)
-    grid = (triton.cdiv(columns, run), triton.cdiv(outputs, 128))
-    _dequantize[grid](*weight, out, outputs, columns, group, run, BC=16)
+    dequantize_launch(weight, out).run()
     return out.t()
 
 
@@ -231,14 +221,27 @@ def matmul(
         path,
         reference=lambda flat: (flat.float() @ reference(*weight).t()).to(x.dtype),
         dense=lambda flat: flat @ dequantize(*weight, x.dtype, path="kernel").t(),
-        kernel=lambda way, flat: _launch(way, flat, weight, group),
+        kernel=lambda way, flat: launch(way, flat, weight),
     )
 
 
-def _launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...], group: int) -> torch.Tensor:
-    (rows, columns), outputs = x.shape, weight[2].shape[1]
-    run = run_length(group, columns, LONGEST_RUN if way == "decode" else 32)
+def launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...]) -> Launch:
+    """The launch of x [rows, in] times the weight, by `decode` (one row) or `prefill`."""
+    (rows, columns), (groups, outputs) = x.shape, weight[2].shape
+    run = run_length(columns // groups, columns, LONGEST_RUN if way == "decode" else 32)
     programs = triton.cdiv(outputs, 128) * (1 if way == "decode" else triton.cdiv(rows, 32))
     parts = splits(programs, triton.cdiv(columns, run), x.device, 2)
-    constants = {"N": outputs, "K": columns, "GROUP": group, "RUN": run}
-    return launch(way, _kernels(), x, weight, outputs, ("BC", outputs // 8), parts, constants)
+    constants = {"N": outputs, "K": columns, "GROUP": columns // groups, "RUN": run}
+    function, configs = (_decode, DECODE) if way == "decode" else (_prefill, PREFILL)
+    named = dict(zip(TENSORS, weight, strict=True))
+    return plan(function, way, x, named, configs, outputs, "BC", outputs // 8, parts, constants)
+
+
+def dequantize_launch(weight: tuple[torch.Tensor, ...], out: torch.Tensor) -> Launch:
+    """The launch that writes the weight into `out` [in, out]."""
+    columns, outputs = out.shape
+    group = columns // weight[2].shape[0]
+    run = run_length(group, columns, 32)
+    constants = {"out": out, "N": outputs, "K": columns, "GROUP": group, "RUN": run}
+    grid = (triton.cdiv(columns, run), triton.cdiv(outputs, 128))
+    return Launch(_dequantize, dict(zip(TENSORS, weight, strict=True)) | constants, [{"BC": 16}], (), lambda _: grid)

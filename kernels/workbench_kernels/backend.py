@@ -35,6 +35,8 @@ jit: Callable[[Callable[..., object]], Kernel] = triton.jit if triton else lambd
 """Makes a Triton function of one that is written in its language."""
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 """Whether kernels run in Triton's interpreter, on CPU tensors."""
+TUNE = os.environ.get("WORKBENCH_KERNELS_TUNE", "1") != "0"
+"""Whether all tiles of a kernel are tried on a shape's first call; `WORKBENCH_KERNELS_TUNE=0`: the first is taken."""
 
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -43,6 +45,7 @@ DENSE_ROWS = 256
 unpacking is then small beside the product, which that library does best."""
 DENSE_BYTES = 32 * 2**20
 """Size of one such piece, so that it is still in a large GPU's second-level cache when it is multiplied."""
+HOPPER_MULTIPROCESSORS = 132
 WAVES = 2
 """Programs a multiprocessor should have before K is no longer split."""
 
@@ -60,24 +63,28 @@ def parted(config: Config) -> tuple[Config, Config]:
     return {name: value for name, value in config.items() if name not in options}, options
 
 
-def tuned(kernel: Kernel, configs: list[Config], key: list[str]) -> Kernel:
-    """The kernel behind Triton's autotuner, each of `configs` (constants, `num_warps`, `num_stages`) tried once for
-    each value of the arguments named in `key`; in the interpreter, where nothing is timed, the first of them."""
+@functools.cache
+def tuned(kernel: Kernel, configs: tuple[tuple[tuple[str, int], ...], ...], key: tuple[str, ...]) -> Kernel:
+    """The kernel behind Triton's autotuner: each of `configs` (the items of a `Config`) is tried once for each value of
+    the arguments named in `key`; in the interpreter, where nothing is timed, the first of them is taken."""
+    choices = [parted(dict(config)) for config in configs[: None if TUNE else 1]]
     if INTERPRET:
 
         class First:
             def __getitem__(self, grid: Any) -> Any:
-                return functools.partial(kernel[grid], **parted(configs[0])[0])
+                return functools.partial(kernel[grid], **choices[0][0])
 
         return First()
-    choices = [triton.Config(tile, **options) for tile, options in map(parted, configs)]
-    return triton.autotune(configs=choices, key=key, cache_results=True)(kernel)
+    tiles = [triton.Config(tile, **options) for tile, options in choices]
+    return triton.autotune(configs=tiles, key=list(key), cache_results=True)(kernel)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; 1 in the interpreter."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+    """How many a GPU has; 1 in the interpreter, an H100's where a launch of tensors without storage is planned."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return HOPPER_MULTIPROCESSORS if device.type == "meta" else 1
 
 
 def splits(programs: int, steps: int, device: torch.device, least_steps: int = 4) -> int:

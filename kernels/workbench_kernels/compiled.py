@@ -1,93 +1,133 @@
-"""What Triton's compiler makes of a kernel for a Hopper GPU, on any machine: no GPU is asked.
+"""What Triton's compiler makes of a launch for a GPU that need not be there: no GPU is asked.
 
-    python -m workbench_kernels.compiled Q4_K awq gptq
-
-prints one JSON line a kernel, for the first tuned configuration and a 4096 x 4096 weight in fp16: registers, bytes
-spilled, shared memory, instructions, matrix instructions and the widest load from global memory. It is no timing, but a
-kernel that spills or loads two bytes at a time where sixteen could be had shows here before it is ever run.
+From the machine code come registers, spilled bytes, shared memory and instructions; from PTX how many bytes a load of
+codes or of activations takes, and a store; from the launch how many programs there are. It is no timing, but a kernel
+that spills, loads two bytes at a time where sixteen could be had, or leaves multiprocessors without work shows here
+before it is ever run. `kernels/static_table.py` prints it of every kernel.
 """
 
-import json
+import ast
+import functools
 import re
 import subprocess
-import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from workbench_kernels import awq, gptq
-from workbench_kernels.backend import Config, Kernel, parted, triton
-from workbench_kernels.gguf import blocks
-from workbench_kernels.gguf.types import BLOCK_TYPES
+from workbench_kernels.backend import Config, parted, triton
+from workbench_kernels.products import Launch
 
-SIZE = 4096
-GROUP = 128
-POINTERS = {name: "*fp16" for name in ("x", "out", "scales")} | {
-    name: "*i32" for name in ("qweight", "qzeros", "g_idx")
+ROLES = {"words_at": "codes", "_tile": "codes", "_decode": "activations", "_prefill": "activations"}
+"""What a load is of, by the Triton function that it stands in; elsewhere it is of scales and zeros."""
+TYPES = {
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
 }
+"""Pointers' types in Triton's signatures."""
 
 
-def kernels_of(operation: str) -> dict[str, tuple[Kernel, dict[str, object], Config]]:
-    """What there is to compile of an operation: `decode`, `prefill`, `dequantize` -> function, constants, tile."""
-    shape: dict[str, object] = {"N": SIZE, "K": SIZE, "SPLIT": 1, "BUCKET": 16}
-    if operation in BLOCK_TYPES:
-        common = blocks.constants_of(BLOCK_TYPES[operation], SIZE)
-        return {
-            "decode": (blocks._decode, shape | common, blocks.DECODE[0]),
-            "prefill": (blocks._prefill, shape | common, blocks.PREFILL[0]),
-            "dequantize": (blocks._dequantize, {"K": SIZE} | common, blocks.TILE),
-        }
-    module = {"awq": awq, "gptq": gptq}[operation]
-    shape |= {"GROUP": GROUP, "PLAIN": True, "BITS": 4, "RUN": 32}
-    return {
-        "decode": (module._decode, shape | {"RUN": module.LONGEST_RUN}, module.DECODE[0]),
-        "prefill": (module._prefill, shape, module.PREFILL[0]),
-        "dequantize": (module._dequantize, shape, {"BC": 16} if operation == "awq" else {"BN": 64}),
-    }
+@dataclass(frozen=True)
+class Facts:
+    """The facts of one launch on one architecture."""
+
+    registers: int
+    """A thread."""
+    spilled_bytes: int
+    """That the instructions which store to local memory write, a thread, each counted once."""
+    shared_bytes: int
+    instructions: int
+    matrix_instructions: int
+    access_bytes: dict[str, list[int]]
+    """Bytes of every load of `codes`, `activations` and `scales` in the PTX, and of every one of its `stores`."""
+    programs: int
 
 
-def compiled(operation: str, kernel: str) -> dict[str, str | int | None]:
-    """The module docstring's facts about one kernel."""
+def facts(launch: Launch, architecture: int, config: Config | None = None) -> Facts:
+    """What the compiler makes of a launch for `sm_<architecture>`, with the first of its tiles unless one is named."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, constants, config = kernels_of(operation)[kernel]
+    config = config or launch.configs[0]
     tile, options = parted(config)
-    constants = {name: value for name, value in (constants | tile).items() if name in function.arg_names}
-    word = "*i16" if operation in BLOCK_TYPES and BLOCK_TYPES[operation].layout.word is torch.int16 else "*i32"
-    types = POINTERS | {"w": word} | {name: "i32" for name in ("M", "N") if name not in constants}
-    signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if signature[name].startswith("*")
-    }
-    source = ASTSource(function, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    function = launch.function
+    known = {**launch.arguments, **tile}
+    fixed = {parameter.name for parameter in function.params if parameter.is_constexpr}
+    signature, aligned = {}, {}
+    for place, name in enumerate(function.arg_names):
+        value = known[name]
+        if name in fixed:
+            signature[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[name], aligned[place,] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    source = ASTSource(function, signature, {name: known[name] for name in fixed}, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    words, registers = _machine_code(made.asm["cubin"])
+    return Facts(
+        registers=registers,
+        spilled_bytes=sum(_width(word) for word in words if word.startswith("STL")),
+        shared_bytes=made.metadata.shared,
+        instructions=len(words),
+        matrix_instructions=sum(word.startswith(("HMMA", "HGMMA", "UTC")) and "MMA" in word for word in words),
+        access_bytes=_accesses(made.asm["ptx"]),
+        programs=launch.programs(config),
+    )
+
+
+def _machine_code(cubin: bytes) -> tuple[list[str], int]:
+    """The instructions' names, and the registers a thread has."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(cubin)
         file.flush()
         listing = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
     words = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", listing.stdout)
-    loads = [word for word in words if word.startswith(("LDG.", "LDGSTS."))]
-    known = re.search(r"REG:(\d+).*?LOCAL:(\d+)", usage.stdout)
-    return {
-        "operation": operation,
-        "kernel": kernel,
-        "registers": int(known[1]) if known else None,
-        "spilled_bytes": 4 * sum(word.startswith("STL") for word in words),
-        "shared_bytes": made.metadata.shared,
-        "instructions": len(words),
-        "matrix_instructions": sum(word.startswith(("HMMA", "HGMMA")) for word in words),
-        "widest_load_bytes": max(
-            (int(bits[0]) // 8 if (bits := re.findall(r"\.(\d+)$", word)) else 2 if "U16" in word else 4)
-            for word in loads
-        ),
-    }
+    found = re.search(r"REG:(\d+)", usage.stdout)
+    if not found:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {usage.stdout}{usage.stderr}")
+    return words, int(found[1])
 
 
-if __name__ == "__main__":
-    for operation in sys.argv[1:] or [*BLOCK_TYPES, "awq", "gptq"]:
-        for kernel in ("decode", "prefill", "dequantize"):
-            print(json.dumps(compiled(operation, kernel)), flush=True)
+def _width(word: str) -> int:
+    """Bytes that an access like `STL.128` moves."""
+    bits = re.search(r"\.(\d+)$", word)
+    return int(bits[1]) // 8 if bits else 4
+
+
+def _accesses(ptx: str) -> dict[str, list[int]]:
+    """Bytes of the accesses to global memory, by what they are of; a load is known by the source line it came from."""
+    files = {int(number): path for number, path in re.findall(r'\.file\s+(\d+) "([^"]+)"', ptx)}
+    found: dict[str, list[int]] = {"codes": [], "activations": [], "scales": [], "stores": []}
+    role, inline = "scales", False
+    for line in ptx.splitlines():
+        inline = "end inline asm" not in line and (inline or "begin inline asm" in line)
+        place = re.match(r"\s*\.loc\s+(\d+) (\d+)", line)
+        # Inside inline assembly the line numbers only count on.
+        if place and int(place[2]) and not inline:
+            role = ROLES.get(_function_at(files[int(place[1])], int(place[2])), "scales")
+        access = re.search(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+) ", line)
+        copied = re.search(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x[0-9a-f]+|\d+)", line)
+        if access:
+            size = int(access[2] or 1) * int(access[3]) // 8
+            found[role if access[1] == "ld" else "stores"].append(size)
+        elif copied:
+            found[role].append(int(copied[1], 0))
+    return found
+
+
+def _function_at(path: str, line: int) -> str:
+    """Name of the function of a file that holds a line."""
+    return next((name for first, last, name in _functions(path) if first <= line <= last), "")
+
+
+@functools.cache
+def _functions(path: str) -> list[tuple[int, int, str]]:
+    """First line, last line and name of a file's functions."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    return [(node.lineno, node.end_lineno or 0, node.name) for node in tree.body if isinstance(node, ast.FunctionDef)]

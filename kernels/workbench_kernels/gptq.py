@@ -14,13 +14,11 @@ channels that share them; with act-order they are gathered for every weight, whi
 Rejected: sorting the input channels at load to undo act-order. It repacks the weight and permutes every input.
 """
 
-import functools
-
 import torch
 
-from workbench_kernels.backend import Config, Kernel, jit, run_length, share, splits, tl, triton, tuned
+from workbench_kernels.backend import Config, jit, run_length, share, splits, tl, triton
 from workbench_kernels.checks import check_packed, check_same_device
-from workbench_kernels.products import dequantized_by_kernel, launch, multiply
+from workbench_kernels.products import Launch, dequantized_by_kernel, multiply, plan
 
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 """Names of a weight's parts, in the order in which all functions take them."""
@@ -210,12 +208,6 @@ PREFILL: list[Config] = [
 ]
 
 
-@functools.cache
-def _kernels() -> tuple[Kernel, Kernel]:
-    key = ["N", "K", "RUN", "PLAIN", "BITS", "SPLIT"]
-    return tuned(_decode, DECODE, key), tuned(_prefill, PREFILL, ["BUCKET", *key])
-
-
 # --- public -------------------------------------------------------------------------------------
 
 
@@ -263,10 +255,7 @@ def dequantize(
     if not dequantized_by_kernel(dict(zip(TENSORS, weight, strict=True)), dtype, path):
         return reference(*weight, bits).to(dtype)
     out = torch.empty(columns, outputs, dtype=dtype, device=qweight.device)
-    group = max(1, columns // scales.shape[0])
-    run = run_length(group, columns, 32) if plain else 32
-    grid = (triton.cdiv(columns, run), triton.cdiv(outputs, 64))
-    _dequantize[grid](*weight, out, outputs, columns, group, run, plain, bits, BN=64)
+    dequantize_launch(weight, bits, plain, out).run()
     return out.t()
 
 
@@ -296,15 +285,33 @@ def matmul(
         path,
         reference=lambda flat: (flat.float() @ reference(*weight, bits).t()).to(x.dtype),
         dense=lambda flat: flat @ dequantize(*weight, bits, x.dtype, plain=plain, path="kernel").t(),
-        kernel=lambda way, flat: _launch(way, flat, weight, bits, plain),
+        kernel=lambda way, flat: launch(way, flat, weight, bits, plain),
     )
 
 
-def _launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...], bits: int, plain: bool) -> torch.Tensor:
-    (rows, columns), (groups, outputs) = x.shape, weight[2].shape
-    group, longest = max(1, columns // groups), LONGEST_RUN if way == "decode" else 32
-    run = run_length(group, columns, longest) if plain else longest
+def launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...], bits: int, plain: bool) -> Launch:
+    """The launch of x [rows, in] times the weight, by `decode` (one row) or `prefill`."""
+    (rows, columns), outputs = x.shape, weight[2].shape[1]
+    constants = _constants(weight, columns, bits, plain, LONGEST_RUN if way == "decode" else 32)
     programs = triton.cdiv(outputs, 64) * (1 if way == "decode" else triton.cdiv(rows, 32))
-    parts = splits(programs, triton.cdiv(columns, run), x.device, 2)
-    constants = {"N": outputs, "K": columns, "GROUP": group, "RUN": run, "PLAIN": plain, "BITS": bits}
-    return launch(way, _kernels(), x, weight, outputs, ("BN", outputs), parts, constants)
+    parts = splits(programs, triton.cdiv(columns, constants["RUN"]), x.device, 2)
+    function, configs = (_decode, DECODE) if way == "decode" else (_prefill, PREFILL)
+    named = dict(zip(TENSORS, weight, strict=True))
+    return plan(function, way, x, named, configs, outputs, "BN", outputs, parts, constants)
+
+
+def dequantize_launch(weight: tuple[torch.Tensor, ...], bits: int, plain: bool, out: torch.Tensor) -> Launch:
+    """The launch that writes the weight into `out` [in, out]."""
+    columns, outputs = out.shape
+    constants = _constants(weight, columns, bits, plain, 32)
+    grid = (triton.cdiv(columns, constants["RUN"]), triton.cdiv(outputs, 64))
+    arguments = dict(zip(TENSORS, weight, strict=True)) | {"out": out} | constants
+    return Launch(_dequantize, arguments, [{"BN": 64}], (), lambda _: grid)
+
+
+def _constants(weight: tuple[torch.Tensor, ...], columns: int, bits: int, plain: bool, longest: int) -> dict[str, int]:
+    """What the kernels have to know of a weight; `longest`: of the runs that they go in."""
+    groups, outputs = weight[2].shape
+    group = max(1, columns // groups)
+    run = run_length(group, columns, longest) if plain else longest
+    return {"N": outputs, "K": columns, "GROUP": group, "RUN": run, "PLAIN": plain, "BITS": bits}

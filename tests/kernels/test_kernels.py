@@ -69,32 +69,6 @@ def check(case: dict[str, Any], found: dict[str, Any]) -> None:
     assert found["matmul"] < tolerance(case) and found["reference"] < tolerance(case), found
 
 
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("operation", ["Q4_K", "awq"])
-def test_kernels_compile_for_hopper(operation: str, tmp_path: Path) -> None:
-    """Triton's compiler needs no GPU: what the interpreter accepts, the compiler may not."""
-    answer = subprocess.run(
-        [sys.executable, "-P", "-m", "workbench_kernels.compiled", operation],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "0",
-            "TRITON_CACHE_DIR": str(tmp_path),
-            "PYTHONPATH": str(KERNELS),
-        },
-    )
-    assert answer.returncode == 0, answer.stderr
-    found = [json.loads(line) for line in answer.stdout.splitlines()]
-    assert {one["kernel"] for one in found} == {"decode", "prefill", "dequantize"}
-    by_kernel = {one["kernel"]: one for one in found}
-    assert by_kernel["decode"]["spilled_bytes"] == 0 and by_kernel["decode"]["widest_load_bytes"] == 16
-    assert by_kernel["prefill"]["matrix_instructions"] > 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["bench.py", "bench_decode.py"])
 def test_benchmarks_say_that_they_need_a_gpu(program: str) -> None:

@@ -73,7 +73,7 @@ def test_each_convention_scores_the_positions_it_says(
         workload=Workload(prompt_tokens=[8], new_tokens=2, repeats=1),
         evaluations={"e": from_json(Evaluation, made)},
     )
-    measured = profile.measure({"job": to_json(job)}, lambda *_: None)["qualities"]["e"]
+    measured = profile.measure(to_json(job), lambda *_: None)["qualities"]["e"]
 
     stored = json.loads((tmp_path / "e.json").read_text())
     assert stored["score_from"] == first

@@ -107,7 +107,7 @@ def test_a_job_is_loaded_beside_others_only_where_there_is_room(
     cuda: bool, available_gib: int, room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A billion parameters, 3.7 GiB in float32."""
-    monkeypatch.setattr(rounds, "has_cuda", lambda: cuda)
+    monkeypatch.setattr(rounds, "uses_gpu", lambda backend: cuda)
     monkeypatch.setattr(rounds.psutil, "virtual_memory", lambda: SimpleNamespace(available=available_gib << 30))
-    row: Any = SimpleNamespace(artifact=SimpleNamespace(parameters=10**9))
+    row: Any = SimpleNamespace(backend="llamacpp", artifact=SimpleNamespace(parameters=10**9))
     assert rounds.room_beside(row) is room

@@ -25,6 +25,8 @@ def collect(payload: dict[str, Any], progress: Any) -> dict[str, str]:
 
     from workbench.worker.backends import BACKENDS
     from workbench.worker.scoring import reducer as quality
+    from workbench.worker.scoring.reducer import Scoring
+    from workbench.worker.tokens.file import TokenFile
 
     quality.Reducer = Keeper  # type: ignore[misc,assignment]
     module = importlib.import_module(BACKENDS[payload["backend"]])
@@ -34,9 +36,8 @@ def collect(payload: dict[str, Any], progress: Any) -> dict[str, str]:
         progress(number, len(payload["models"]), name)
         try:
             engine = module.Engine(_job(payload["backend"], model))
-            engine.score([(0, payload["ids"], 0)], {})
+            engine.score(Scoring(TokenFile([payload["ids"]], [0])), lambda _: None)
             found[name] = Keeper.rows(len(payload["ids"]) - 1)
-            engine.close()
             del engine
             # vLLM collects garbage several times a start, each time through all that was ever imported.
             gc.freeze()

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from workbench import __version__
+from workbench.gpus import driver_version, gpus
 from workbench.home import instance
 from workbench.records import Accelerator, Machine
 
@@ -22,19 +23,19 @@ from workbench.records import Accelerator, Machine
 @lru_cache(maxsize=1)
 def machine() -> Machine:
     """Processor, memory, GPUs, system; `name` is the folder its results go to."""
-    gpus, driver = _gpus()
+    accelerators = [Accelerator(gpu.name, gpu.memory_bytes or 0) for gpu in gpus({})]
     cpu = _cpu_model()
     threads = len(os.sched_getaffinity(0))
     memory_bytes = psutil.virtual_memory().total
-    words = gpus[0].name if gpus else f"{cpu} {threads} cores {round(memory_bytes / 2**30)} GiB"
+    words = accelerators[0].name if accelerators else f"{cpu} {threads} cores {round(memory_bytes / 2**30)} GiB"
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     return Machine(
         name=f"{slug}-{instance()}",
         cpu=cpu,
         threads=threads,
         memory_bytes=memory_bytes,
-        gpus=gpus,
-        driver=driver,
+        gpus=accelerators,
+        driver=driver_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
     )
@@ -51,25 +52,9 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpus() -> tuple[list[Accelerator], str | None]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        found = []
-        for i in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(i)
-            name = pynvml.nvmlDeviceGetName(handle)
-            found.append(Accelerator(name, pynvml.nvmlDeviceGetMemoryInfo(handle).total))
-        return found, driver
-    except Exception:  # No library, no driver, no permission: all mean "no GPU to speak of".
-        return [], None
-
-
 def has_cuda() -> bool:
-    """Whether an NVIDIA GPU is at hand."""
-    return bool(machine().gpus)
+    """Whether an NVIDIA GPU is at hand that `CUDA_VISIBLE_DEVICES` does not hide."""
+    return bool(gpus())
 
 
 @lru_cache(maxsize=32)

@@ -26,7 +26,7 @@ from workbench.plan.need import Need, Plan, need_of
 from workbench.plan.tensors import shape_of
 from workbench.recipe.choices import BackendChoice, method_of, wants_gguf_base
 from workbench.recipe.load import Recipe
-from workbench.records import Variant
+from workbench.records import BaseRequest, Variant, to_json
 from workbench.shape import DTYPE_BYTES, Described, Sequences, Shape
 from workbench.sizes import size_text
 from workbench.worker.methods import BASE
@@ -47,10 +47,11 @@ def make(
     workload is looked at. `shape`: the base's, where it was read before. Raises `UserError` for a context longer
     than the model's, or a GPU that is not here.
     """
-    from workbench.machine.identity import has_cuda, machine
+    from workbench.engines import uses_gpu
+    from workbench.machine.identity import machine
 
     here = machine()
-    cuda = has_cuda() if cuda is None else cuda
+    cuda = any(uses_gpu(choice.name) for choice in recipe.backends) if cuda is None else cuda
     if memory_bytes is None:
         if cuda and not here.gpus:
             raise UserError("--device cuda: there is no GPU here; say how much memory it has: --memory 24GiB")
@@ -127,11 +128,8 @@ def check_context(tokens: int, context_tokens: int, where: str) -> None:
 
 def _read(recipe: Recipe) -> Described:
     """Ask a worker for the shape; it takes a moment of one core, so it does not wait for the machine."""
-    payload = {
-        "source": recipe.base.source(recipe.path.parent),
-        "equivalent": recipe.base.equivalent.model_dump() if recipe.base.equivalent else None,
-        "offline": False,
-    }
+    equivalent = recipe.base.equivalent.model_dump() if recipe.base.equivalent else None
+    payload = to_json(BaseRequest(recipe.base.source(recipe.path.parent), equivalent))
     folder = home() / "logs" / f"plan-{time.time_ns()}"
     reply = isolate.call("workbench.worker.base.headers:read", payload, workdir=folder, time_limit_s=600)
     value = isolate.answer(reply, folder)

@@ -25,7 +25,7 @@ class Need:
     """All weight tensors as stored: what `Artifact.disk_bytes` will be."""
     bits_per_weight: float
     weights_bytes: int | None = None
-    """In the engine's memory."""
+    """What the weights take in the engine's memory."""
     kv_cache_bytes: int | None = None
     workspace_bytes: int | None = None
     runtime_bytes: int | None = None
@@ -50,14 +50,14 @@ class Plan:
     model: str
     parameters: int
     context_tokens: int
-    """Of the longest sequence: prompt and new tokens."""
+    """Prompt and new tokens of the longest sequence."""
     batch: int
     """The largest."""
     device: str
     """`cpu` or `cuda`."""
     memory_bytes: int
     disk_bytes: int
-    """Of everything the recipe makes, the prepared base and the conversion included."""
+    """Bytes of everything the recipe makes, the prepared base and the conversion included."""
     free_disk_bytes: int
     needs: tuple[Need, ...]
     """Each at the point that needs most."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
+from workbench.engines import uses_gpu
+from workbench.gpus import for_a_job
 from workbench.home import interpreter
-from workbench.machine.identity import has_cuda, machine, program, versions
+from workbench.machine.identity import machine, program, versions
 from workbench.quantize.make import Made
 from workbench.recipe.choices import BackendChoice, limits_of
 from workbench.recipe.load import Recipe
@@ -74,12 +76,12 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
     error = unsupported = None
     artifacts = made.artifacts.get(name, [])
     if artifacts:
-        reasons = [module.unsupported(artifact, has_cuda()) for artifact in artifacts]
+        reasons = [module.unsupported(artifact, uses_gpu(choice.name)) for artifact in artifacts]
         best = reasons.index(None) if None in reasons else 0
         artifact = artifacts[best]
         unsupported = reasons[best] or limits_of(recipe.variant(name)).get(choice.name)
         if unsupported is None:
-            unsupported = module.refuses(module.Options(**choice.options), has_cuda())
+            unsupported = module.refuses(module.Options(**choice.options), uses_gpu(choice.name))
         if unsupported and name in made.failures:
             # The form that this engine reads could have been made, and was not.
             error, unsupported = made.failures[name], None
@@ -91,9 +93,7 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
         error = made.failures.get(name, "it was not made")
     further = {name: test.digest for name, test in made.evaluations.items()}
     first = further.pop(next(iter(further), ""), None)
-    options = {**choice.options}
-    if recipe.base.trust_remote_code and "trust_remote_code" in options:
-        options["trust_remote_code"] = True
+    options = trusting(recipe, choice.options)
     found = versions(module.PACKAGES, interpreter(choice.name, sys.executable))
     causes: list[object] = [
         recipe.model,
@@ -137,12 +137,30 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
     return replace(row, key=digest([*causes, reference] if reference and is_scored(row) else causes))
 
 
-def _cause(workload: Workload) -> dict[str, Any]:
+def _cause(workload: Workload) -> dict[str, object]:
     """The workload as it stands in a key. Not as it is stored: what schema 1 measured is not to be measured anew."""
     (prompt_tokens, *more_prompt_tokens), (batch, *more_batch) = workload.prompt_tokens, workload.batches
     old = {"prompt_tokens": prompt_tokens, "more_prompt_tokens": more_prompt_tokens}
     old |= {"batch": batch, "more_batch": more_batch}
     return {name: value for name, value in to_json(workload).items() if name != "batches"} | old
+
+
+def trusting(recipe: Recipe, options: dict[str, object]) -> dict[str, object]:
+    """The options with the base's word on remote code, where the engine has an option for it."""
+    said = recipe.base.trust_remote_code and "trust_remote_code" in options
+    return {**options, "trust_remote_code": True} if said else options
+
+
+def all_options(recipe: Recipe, backend: str, given: dict[str, object]) -> dict[str, object]:
+    """What a worker is told: the given options, and the defaults of those that are not."""
+    return trusting(recipe, to_json(backend_named(backend).Options(**given)))
+
+
+def environment_of(backend: str, options: Mapping[str, object]) -> dict[str, str]:
+    """The environment of a backend's worker: one GPU, unless its options ask for several."""
+    threads = str(options.get("threads") or len(os.sched_getaffinity(0)))
+    own = {**backend_named(backend).ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    return own | for_a_job(int(str(options.get("tensor_parallel") or 1)))
 
 
 def now() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -12,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from workbench.console import Show
+from workbench.engines import uses_gpu
 from workbench.errors import UserError, WorkFailed
 from workbench.home import entry, interpreter, portable
-from workbench.machine import monitor
-from workbench.machine.identity import has_cuda, machine
+from workbench.machine import isolate, monitor
+from workbench.machine.identity import machine
 from workbench.machine.work import in_rounds, work
 from workbench.plan.make import advice
-from workbench.profile.jobs import now
+from workbench.profile.jobs import all_options, environment_of, now
 from workbench.profile.reference import REFERENCE_MAKER
 from workbench.profile.rounds import ROUNDS, Rounds
 from workbench.quantize.make import Made
@@ -35,7 +35,6 @@ from workbench.records import (
     from_json,
     to_json,
 )
-from workbench.worker.backends import BACKENDS
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|memoryerror|cannot allocate|could not make a context|n_seq_max|enough memory|no available memory",
@@ -46,21 +45,18 @@ OUT_OF_MEMORY = re.compile(
 
 def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Reference] | None, show: Show) -> Rounds:
     """Run the job in its engine's interpreter and fill the row in; yields between its rounds."""
-    module = importlib.import_module(BACKENDS[row.backend])
     job = Job(
         base=recipe.model,
         artifact=row.artifact,
         backend=row.backend,
-        options=row.options,
+        options=all_options(recipe, row.backend, row.options),
         workload=row.workload,
         evaluations=row.evaluations,
         references={name: each.path for name, each in (references or {}).items()},
         base_digest=made.base.digest,
         tasks=row.tasks,
-        rounds=1 if has_cuda() else ROUNDS,
+        rounds=1 if uses_gpu(row.backend) else ROUNDS,
     )
-    threads = str(row.options.get("threads") or len(os.sched_getaffinity(0)))
-    environment = {**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     started_at, started = now(), time.monotonic()
     duration_s: float | None = None
     measurement: Measurement | None = None
@@ -70,16 +66,16 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
     try:
         measurement, cost = yield from in_rounds(
             "workbench.worker.measure.job:measure",
-            {"job": job},
+            job,
             Measurement,
             show,
             f"{row.backend}: {row.artifact.variant}",
             python=interpreter(row.backend, sys.executable),
             limit_s=recipe.limits.profile_s,
-            environment=environment,
+            environment=environment_of(row.backend, row.options),
         )
         duration_s = cost.seconds  # Without the wait for another run to end.
-        conditions = measurement.conditions | cost.conditions
+        conditions = measurement.conditions | cost.conditions | {"environment": isolate.engines_own(os.environ)}
         doubts = monitor.warnings(conditions)
         measurement = replace(measurement, memory=measurement.memory | cost.memory, conditions=conditions)
     except (WorkFailed, UserError) as problem:
@@ -105,7 +101,7 @@ def portable_row(row: Row) -> Row:
 
 def _copy_bandwidth(show: Show) -> float | None:
     """Bytes a second that this machine copies, measured once; None where it cannot be."""
-    here, device = machine(), "cuda" if has_cuda() else "cpu"
+    here, device = machine(), "cuda" if uses_gpu(REFERENCE_MAKER) else "cpu"
     facts = [here.cpu, here.threads, here.memory_bytes, here.gpus, here.driver, device]
 
     def build(folder: Path) -> Bandwidth:

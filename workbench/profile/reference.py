@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from workbench.console import Show
+from workbench.engines import uses_gpu
 from workbench.errors import UserError, WorkFailed
 from workbench.home import entry, interpreter
-from workbench.machine.identity import has_cuda, versions
+from workbench.machine.identity import versions
 from workbench.machine.work import work
+from workbench.profile.jobs import all_options, environment_of
 from workbench.quantize.make import Made
 from workbench.recipe.load import Recipe
-from workbench.records import REFERENCE_VERSION, Job, Reference, ReferRequest, Row, digest, to_json
-from workbench.worker.backends import BACKENDS
+from workbench.records import REFERENCE_VERSION, Job, Reference, ReferRequest, Row, digest
+from workbench.worker.backends import backend_named
 
 REFERENCE_MAKER = "transformers"
 """The backend that scores the base for the reference: the one that computes in float32 on a CPU."""
@@ -26,12 +25,12 @@ REFERENCE_MAKER = "transformers"
 def reference_keys(recipe: Recipe, made: Made) -> dict[str, str]:
     """For each evaluation set the digest of all that determines the base's reference for it; empty where there is no
     transformers to score it with. Knowing it makes nothing."""
-    module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
+    module = backend_named(REFERENCE_MAKER)
     found = versions(module.PACKAGES, interpreter(REFERENCE_MAKER, sys.executable))
     if REFERENCE_MAKER not in found:
         return {}
     options = _reference_options(recipe)
-    how = [options["device"], options["attention"], has_cuda()]
+    how = [options["device"], options["attention"], uses_gpu(REFERENCE_MAKER)]
     return {
         name: digest([made.base.digest, test.digest, REFERENCE_VERSION, found, how])
         for name, test in made.evaluations.items()
@@ -45,7 +44,7 @@ def all_references(recipe: Recipe, made: Made, keys: dict[str, str], show: Show)
     cannot be done for all sets, the reason is told, the answer is None, and jobs measure perplexity without divergence.
     """
     if not keys:
-        module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
+        module = backend_named(REFERENCE_MAKER)
         show.say(
             f"no divergence: {REFERENCE_MAKER}, which scores the base for it, is not installed here. "
             f"Install it with: {module.INSTALL}"
@@ -59,7 +58,6 @@ def all_references(recipe: Recipe, made: Made, keys: dict[str, str], show: Show)
 
 
 def _reference(recipe: Recipe, made: Made, evaluation: str, key: str, show: Show) -> Reference:
-    module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
     options = _reference_options(recipe)
     job = Job(
         base=recipe.model,
@@ -70,7 +68,6 @@ def _reference(recipe: Recipe, made: Made, evaluation: str, key: str, show: Show
         evaluations={evaluation: made.evaluations[evaluation]},
         base_digest=made.base.digest,
     )
-    threads = str(options.get("threads") or len(os.sched_getaffinity(0)))
     name = "reference.safetensors"
 
     def build(folder: Path) -> Reference:
@@ -84,7 +81,7 @@ def _reference(recipe: Recipe, made: Made, evaluation: str, key: str, show: Show
             "reference: base's distributions" + (f" on {evaluation}" if len(made.evaluations) > 1 else ""),
             python=interpreter(REFERENCE_MAKER, sys.executable),
             limit_s=recipe.limits.profile_s,
-            environment={**module.ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
+            environment=environment_of(REFERENCE_MAKER, options),
         )
         return replace(found, base=made.base.digest, evaluation=made.evaluations[evaluation].digest, cost=cost)
 
@@ -92,14 +89,9 @@ def _reference(recipe: Recipe, made: Made, evaluation: str, key: str, show: Show
     return replace(found, path=str(folder / name))
 
 
-def _reference_options(recipe: Recipe) -> dict[str, Any]:
-    """transformers' options as the recipe has them, but for the dtype, which a variant's comparison is not to
-    choose."""
-    module = importlib.import_module(BACKENDS[REFERENCE_MAKER])
-    options = to_json(module.Options()) | recipe.backend(REFERENCE_MAKER).options | {"dtype": "auto"}
-    if recipe.base.trust_remote_code:
-        options["trust_remote_code"] = True
-    return dict(options)
+def _reference_options(recipe: Recipe) -> dict[str, object]:
+    """The maker's options as the recipe has them, but for the dtype, which a variant's comparison is not to choose."""
+    return all_options(recipe, REFERENCE_MAKER, recipe.backend(REFERENCE_MAKER).options) | {"dtype": "auto"}
 
 
 def with_reference(rows: dict[str, Row], references: dict[str, Reference] | None) -> dict[str, Row]:

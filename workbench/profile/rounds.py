@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 
 import psutil
 
-from workbench.machine.identity import has_cuda
+from workbench.engines import uses_gpu
 from workbench.records import Row
 
 ROUNDS = 5
@@ -73,4 +73,4 @@ class Interleaved:
 def room_beside(row: Row) -> bool:
     """Whether a job may be loaded while others wait: not on a GPU, whose memory engines take as a whole, and only if
     the machine has room for its weights in float32 and its engine."""
-    return not has_cuda() and psutil.virtual_memory().available > 4 * row.artifact.parameters + ENGINE_BYTES
+    return not uses_gpu(row.backend) and psutil.virtual_memory().available > 4 * row.artifact.parameters + ENGINE_BYTES

@@ -86,5 +86,6 @@ def base_artifact(base: PreparedBase) -> Artifact:
         disk_bytes=base.weight_bytes,
         parameters=base.parameters,
         tensor_types={"*": DTYPE_CODES.get(base.dtype, base.dtype)},
+        warnings=base.warnings,
         provenance={"source": base.source, "revision": base.revision, "cost": to_json(base.cost)},
     )

@@ -23,7 +23,7 @@ class BackendChoice:
     """A backend, its options, and which variants it runs (shell patterns)."""
 
     name: str
-    options: dict[str, Any]
+    options: dict[str, object]
     patterns: tuple[str, ...] = ("*",)
 
     def takes(self, variant: str) -> bool:

@@ -11,7 +11,7 @@ from workbench.worker.backends import BACKENDS, backend_named
 from workbench.worker.methods import METHODS, method_named
 
 
-def schema() -> dict[str, Any]:
+def schema() -> dict[str, object]:
     """The JSON Schema of a recipe, for editors; generated from the same types that validate."""
     top = TypeAdapter(Document).json_schema(ref_template="#/$defs/{model}")
     definitions = top.setdefault("$defs", {})
@@ -22,10 +22,10 @@ def schema() -> dict[str, Any]:
         own["title"] = name
         return own
 
-    forms: list[dict[str, Any]] = []
+    forms: list[object] = []
     for word, method in {word: method_named(word) for word in METHODS}.items():
         options = options_of(method.Options, f"{word} options")
-        forms_of_value: list[dict[str, Any]] = [options]
+        forms_of_value: list[object] = [options]
         if method.SHORTHAND:
             forms_of_value.append(options["properties"][method.SHORTHAND])
         if not options.get("required"):

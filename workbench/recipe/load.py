@@ -35,7 +35,7 @@ class Recipe:
     backends: tuple[BackendChoice, ...]
     calibration: Calibration | None
     evaluations: dict[str, EvaluationModel]
-    """By name; the first is what tables show."""
+    """The evaluation sets by name; the first is what tables show."""
     workload: Workload
     limits: Limits
     digest: str

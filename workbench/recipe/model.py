@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from workbench.records import Workload
 from workbench.worker.tokens.conventions import CONVENTIONS, DEFAULT
@@ -33,10 +34,10 @@ def _exactly_one(record: BaseModel, names: tuple[str, ...]) -> None:
         raise ValueError(f"give exactly one of {', '.join(names)} ({found})")
 
 
-def _one_of(*names: str) -> dict[str, Any]:
+def _one_of(*names: str) -> JsonDict:
     """The same for editors; a package's `file` is not a source of its own."""
-    forms = [{"required": [name]} for name in names if name != "file"]
-    alone = {"required": ["file"], "not": {"required": ["package"]}}
+    forms: list[JsonValue] = [{"required": [name]} for name in names if name != "file"]
+    alone: JsonDict = {"required": ["file"], "not": {"required": ["package"]}}
     return {"oneOf": [*forms, alone] if "file" in names else forms}
 
 
@@ -135,7 +136,7 @@ class Source(Strict):
             raise ValueError("a package also needs `file`, the text inside it")
         return self
 
-    def resolved(self, folder: Path) -> dict[str, Any]:
+    def resolved(self, folder: Path) -> dict[str, str]:
         """As `worker/tokens/windows.py` wants it, with paths made absolute against the recipe's folder."""
         given = {name: value for name, value in self.model_dump().items() if value is not None}
         if "file" in given and "package" not in given:

@@ -23,7 +23,7 @@ class Variant:
     name: str
     method: str
     """A key of `METHODS`, or `base` for the unquantized model."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Artifact:
     path: str
     """A Hugging Face directory, or a `.gguf` file."""
     digest: str
-    """Of everything that determined the bytes: base, method, options, calibration, versions."""
+    """Digest of everything that determined the bytes: base, method, options, calibration, versions."""
     disk_bytes: int
     """All weight tensors as stored, without headers; tied embeddings once."""
     parameters: int
-    """Of the base, tied embeddings once."""
+    """The base's weights, tied embeddings once."""
     tensor_types: dict[str, str] = field(default_factory=dict)
     """The type each tensor really got, by its name in the file."""
     warnings: list[str] = field(default_factory=list)
@@ -132,7 +132,7 @@ class Job:
     base: str
     artifact: Artifact
     backend: str
-    options: dict[str, Any]
+    options: dict[str, object]
     workload: Workload
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """Evaluation sets by name, in the recipe's order."""
@@ -179,7 +179,7 @@ class Served:
     """Sequences at once."""
     prompt_tokens: int
     new_tokens: list[int]
-    """Of each request."""
+    """New tokens of each request."""
     seconds: list[float]
     """From the first request to the last one's end."""
     continuous: bool
@@ -254,6 +254,8 @@ class Conditions(TypedDict, total=False):
     """A fixed piece of work before each repeat."""
     page_cache_before: float | None
     """How much of the weight files was in the page cache."""
+    environment: dict[str, str]
+    """Variables that configure engines, as they were set for the whole program."""
 
 
 @dataclass(frozen=True)
@@ -318,7 +320,7 @@ class Row:
     started_at: str
     """RFC 3339, UTC."""
     duration_s: float
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """Evaluation sets by name; the first is what tables show."""
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -330,6 +332,12 @@ class Row:
     measurement_version: int = MEASUREMENT_VERSION
     place: int = 0
     """Where the pair stands in its recipe; jobs run in another order."""
+
+    @property
+    def device(self) -> str | None:
+        """Where it ran; of a job that never got so far, where it was to run, if its options say."""
+        wanted = self.options.get("device")
+        return self.measurement.device if self.measurement else wanted if isinstance(wanted, str) else None
 
     @property
     def evaluation(self) -> Evaluation | None:

@@ -56,6 +56,8 @@ class PreparedBase:
     """Whether it has one."""
     license: str | None = None
     revision: str | None = None
+    warnings: list[str] = field(default_factory=list)
+    """What of the source was left out."""
     source: dict[str, Any] = field(default_factory=dict)
     """As it was asked for."""
     cost: Cost | None = None
@@ -70,7 +72,8 @@ class TokenSet:
     name: str
     source: dict[str, str]
     window: int
-    windows: int
+    windows: int | None
+    """None: all that fit into the text, of an evaluation."""
     score: str
     stride: int | None = None
     seed: int = 0
@@ -124,7 +127,7 @@ class VariantRequest:
     base: str
     out: str
     """A file or folder that is not there yet."""
-    options: dict[str, Any]
+    options: dict[str, object]
     source: str | None = None
     """The base's GGUF file, for a method that starts from it."""
     tokens: str | None = None
@@ -157,7 +160,7 @@ class CheckpointRequest:
 
     name: str
     method: str
-    options: dict[str, Any]
+    options: dict[str, object]
     out: str
     """A folder, empty or with interrupted work."""
 

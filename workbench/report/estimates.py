@@ -123,7 +123,7 @@ def accuracy(correct: Sequence[float]) -> Estimate | None:
 
 
 def accuracy_delta(correct: Sequence[float], base: Sequence[float]) -> Estimate | None:
-    """The same of the differences item by item: what both get wrong cancels. Raises `ValueError` for other items."""
+    """Difference of two accuracies, item by item: what both get wrong cancels. Raises `ValueError` for other items."""
     return accuracy([own - other for own, other in zip(correct, base, strict=True)])
 
 
@@ -212,7 +212,7 @@ def _compared(q: Quality) -> bool:
 
 
 def _pairs(q: Quality, total: Total, count: Count) -> list[tuple[float, int]]:
-    """(sum, tokens) of every window that has any token left."""
+    """Pairs (sum, tokens) of every window that has any token left."""
     return [(window[total], window[count]) for window in q["windows"] if window[count]]
 
 

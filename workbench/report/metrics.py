@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from statistics import median
 from typing import Literal
 
 from workbench.records import Row
-from workbench.report import quality, speeds
+from workbench.report import estimates, quality, speeds
 from workbench.report.estimates import Estimate
-from workbench.report.speeds import finite_number, median
+from workbench.report.speeds import finite_number
 from workbench.report.units import MIB
 
 
@@ -43,7 +45,7 @@ class Judged:
     """Which change of a metric matters: one size for compare, nights and the history."""
 
     place: int
-    """Its turn among the judged."""
+    """Turn among the judged metrics."""
     threshold: float
     """Relative change that matters unless somebody says otherwise."""
     exact: bool = False
@@ -72,8 +74,6 @@ class Metric:
     judged: Judged | None = None
     samples: Callable[[Row], list[float]] | None = None
     """The repeats that the value is the median of, where it is one."""
-    interval: Callable[[Row], tuple[float, float] | None] | None = None
-    """95 %, of that median."""
     difference: Callable[[Row, Row], Estimate | None] | None = None
     """The first row's value less the second's, paired by window, where it is a mean over tokens."""
     scored_on: Literal["text", "reference"] | None = None
@@ -87,6 +87,10 @@ def _memory(key: str) -> Callable[[Row], float | None]:
     return value
 
 
+def _median(samples: Callable[[Row], list[float]]) -> Callable[[Row], float | None]:
+    return lambda row: median(found) if (found := samples(row)) else None
+
+
 def _load_s(row: Row) -> float | None:
     return finite_number(row.measurement.load_s) if row.measurement else None
 
@@ -98,6 +102,12 @@ def _disk_bytes(row: Row) -> float | None:
 
 def _bits_per_weight(row: Row) -> float | None:
     return row.artifact.bits_per_weight or None
+
+
+def _divergence(p: float) -> Callable[[Row], float | None]:
+    """The p-quantile over tokens of the divergence from the base."""
+    quantile = quality.compared(partial(estimates.divergence_quantile, p=p))
+    return lambda row: finite_number(quantile(row))
 
 
 def _estimated(
@@ -116,164 +126,64 @@ def _estimated(
     return value, error
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            "bits_per_weight",
-            "bits per weight",
-            "bit",
-            "lower",
-            _bits_per_weight,
-            column=Column("bpw", "bit", ".2f", 1, "Bytes of all weight tensors x 8 over parameters", "always"),
-            judged=Judged(10, 0.001, exact=True, nightly=False),
-        ),
-        Metric(
-            "disk_bytes",
-            "size",
-            "B",
-            "lower",
-            _disk_bytes,
-            column=Column("size", "MiB", ".1f", MIB, printed="always"),
-            judged=Judged(9, 0.001, exact=True),
-        ),
-        Metric(
-            "load_s",
-            "load",
-            "s",
-            "lower",
-            _load_s,
-            column=Column("load", "s", ".1f", printed="always"),
-            judged=Judged(8, 0.25, nightly=False),
-        ),
-        Metric(
-            "peak_rss_bytes",
-            "peak memory",
-            "B",
-            "lower",
-            _memory("peak_rss"),
-            column=Column("peak RSS", "MiB", ".0f", MIB, "Of all processes of the engine, on the host", "always"),
-            judged=Judged(6, 0.05, plotted=True),
-        ),
-        Metric(
-            "peak_vram_bytes",
-            "peak VRAM",
-            "B",
-            "lower",
-            _memory("peak_vram"),
-            column=Column("peak VRAM", "MiB", ".0f", MIB, printed="where measured"),
-            judged=Judged(7, 0.05, plotted=True),
-        ),
-        Metric("weights_bytes", "weights", "B", "lower", _memory("weights")),
-        Metric("kv_cache_bytes", "KV cache", "B", "lower", _memory("kv_cache")),
-        Metric("workspace_bytes", "workspace", "B", "lower", _memory("workspace")),
-        Metric(
-            "prefill_tok_s",
-            "prefill",
-            "tok/s",
-            "higher",
-            lambda row: median(speeds.prefill_samples(row)),
-            column=Column("prefill", "tok/s", ".1f", 1, "Median of {workload}; 95 %", "always"),
-            judged=Judged(2, 0.05, plotted=True),
-            samples=speeds.prefill_samples,
-            interval=speeds.prefill_interval,
-        ),
-        Metric(
-            "decode_tok_s",
-            "decode",
-            "tok/s",
-            "higher",
-            lambda row: median(speeds.decode_samples(row)),
-            column=Column("decode", "tok/s", ".1f", 1, "Median of {workload}; 95 %", "always"),
-            judged=Judged(1, 0.05, plotted=True),
-            samples=speeds.decode_samples,
-            interval=speeds.decode_interval,
-        ),
-        Metric(
-            "ttft_s",
-            "first token",
-            "s",
-            "lower",
-            lambda row: median(speeds.ttft_samples(row)),
-            column=Column("first token", "ms", ".1f", 1e-3, "From submitting the prompt, median of the repeats"),
-        ),
-        Metric("itl_p50_s", "between tokens, median", "s", "lower", lambda row: speeds.itl(row, 0.5)),
-        Metric(
-            "itl_p95_s",
-            "between tokens, 95 %",
-            "s",
-            "lower",
-            lambda row: speeds.itl(row, 0.95),
-            column=Column("between tokens, 95 %", "ms", ".1f", 1e-3, "95 % of the decoding steps are faster"),
-        ),
-        Metric("itl_p99_s", "between tokens, 99 %", "s", "lower", lambda row: speeds.itl(row, 0.99)),
-        Metric(
-            "energy_j_per_token",
-            "energy a token",
-            "J",
-            "lower",
-            speeds.energy_j_per_token,
-            column=Column("energy", "J/token", ".3f", 1, "Of the whole machine"),
-        ),
-        Metric(
-            "bandwidth_fraction",
-            "of the copy bandwidth",
-            "",
-            "higher",
-            speeds.bandwidth_fraction,
-            column=Column("bandwidth", "%", ".0f", 0.01, "Weights read, of what the machine can copy"),
-        ),
-        Metric(
-            "perplexity",
-            "perplexity",
-            "",
-            "lower",
-            quality.perplexity,
-            quality.perplexity_se,
-            Column("perplexity", "", ".3f", 1, "± one standard error, by windows"),
-            Judged(3, 0.005, plotted=True),
-            difference=quality.perplexity_delta,
-            scored_on="text",
-        ),
-        Metric(
-            "kld_mean",
-            "KLD",
-            "nat",
-            "lower",
-            *_estimated(quality.divergence),
-            Column("KLD", "nat", ".4f", 1, "Mean divergence from the base, a token"),
-            Judged(4, 0.10, plotted=True),
-            difference=quality.mean_delta("kld_sum", "kld_count"),
-            scored_on="reference",
-        ),
-        Metric("kld_p50", "KLD, median", "nat", "lower", quality.divergence_quantile(0.5), scored_on="reference"),
-        Metric("kld_p90", "KLD, 90 %", "nat", "lower", quality.divergence_quantile(0.9), scored_on="reference"),
-        Metric(
-            "kld_p99",
-            "KLD, 99 %",
-            "nat",
-            "lower",
-            quality.divergence_quantile(0.99),
-            column=Column("KLD 99 %", "nat", ".3f"),
-            scored_on="reference",
-        ),
-        Metric("kld_p999", "KLD, 99.9 %", "nat", "lower", quality.divergence_quantile(0.999), scored_on="reference"),
-        Metric("kld_max", "KLD, maximum", "nat", "lower", quality.divergence_quantile(1.0), scored_on="reference"),
-        Metric(
-            "top1_agreement",
-            "same top",
-            "",
-            "higher",
-            *_estimated(quality.agreement),
-            Column("same top", "%", ".2f", 0.01),
-            Judged(5, 0.005),
-            difference=quality.mean_delta("same_top_sum", "kld_count"),
-            scored_on="reference",
-        ),
-        Metric("rms_dp", "RMS Δp", "", "lower", *_estimated(quality.rms_dp), scored_on="reference"),
-        Metric("bits_per_byte", "bits per byte", "bit", "lower", *_estimated(quality.bits_per_byte), scored_on="text"),
-    )
-}
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (
+    Metric("bits_per_weight", "bits per weight", "bit", "lower", _bits_per_weight,
+           column=Column("bpw", "bit", ".2f", 1, "Bytes of all weight tensors x 8 over parameters", "always"),
+           judged=Judged(10, 0.001, exact=True, nightly=False)),
+    Metric("disk_bytes", "size", "B", "lower", _disk_bytes,
+           column=Column("size", "MiB", ".1f", MIB, printed="always"),
+           judged=Judged(9, 0.001, exact=True)),
+    Metric("load_s", "load", "s", "lower", _load_s,
+           column=Column("load", "s", ".1f", printed="always"),
+           judged=Judged(8, 0.25, nightly=False)),
+    Metric("peak_rss_bytes", "peak memory", "B", "lower", _memory("peak_rss"),
+           column=Column("peak RSS", "MiB", ".0f", MIB, "Of all processes of the engine, on the host", "always"),
+           judged=Judged(6, 0.05, plotted=True)),
+    Metric("peak_vram_bytes", "peak VRAM", "B", "lower", _memory("peak_vram"),
+           column=Column("peak VRAM", "MiB", ".0f", MIB, printed="where measured"),
+           judged=Judged(7, 0.05, plotted=True)),
+    Metric("weights_bytes", "weights", "B", "lower", _memory("weights")),
+    Metric("kv_cache_bytes", "KV cache", "B", "lower", _memory("kv_cache")),
+    Metric("workspace_bytes", "workspace", "B", "lower", _memory("workspace")),
+    Metric("prefill_tok_s", "prefill", "tok/s", "higher", _median(speeds.prefill_samples),
+           column=Column("prefill", "tok/s", ".1f", 1, "Median of {workload}; 95 %", "always"),
+           judged=Judged(2, 0.05, plotted=True),
+           samples=speeds.prefill_samples),
+    Metric("decode_tok_s", "decode", "tok/s", "higher", _median(speeds.decode_samples),
+           column=Column("decode", "tok/s", ".1f", 1, "Median of {workload}; 95 %", "always"),
+           judged=Judged(1, 0.05, plotted=True),
+           samples=speeds.decode_samples),
+    Metric("ttft_s", "first token", "s", "lower", _median(speeds.ttft_samples),
+           column=Column("first token", "ms", ".1f", 1e-3, "From submitting the prompt, median of the repeats")),
+    Metric("itl_p50_s", "between tokens, median", "s", "lower", speeds.itl(0.5)),
+    Metric("itl_p95_s", "between tokens, 95 %", "s", "lower", speeds.itl(0.95),
+           column=Column("between tokens, 95 %", "ms", ".1f", 1e-3, "95 % of the decoding steps are faster")),
+    Metric("itl_p99_s", "between tokens, 99 %", "s", "lower", speeds.itl(0.99)),
+    Metric("energy_j_per_token", "energy a token", "J", "lower", speeds.energy_j_per_token,
+           column=Column("energy", "J/token", ".3f", 1, "Of the whole machine")),
+    Metric("bandwidth_fraction", "of the copy bandwidth", "", "higher", speeds.bandwidth_fraction,
+           column=Column("bandwidth", "%", ".0f", 0.01, "Weights read, of what the machine can copy")),
+    Metric("perplexity", "perplexity", "", "lower", quality.perplexity, quality.perplexity_se,
+           column=Column("perplexity", "", ".3f", 1, "± one standard error, by windows"),
+           judged=Judged(3, 0.005, plotted=True),
+           difference=quality.perplexity_delta, scored_on="text"),
+    Metric("kld_mean", "KLD", "nat", "lower", *_estimated(quality.compared(estimates.divergence)),
+           column=Column("KLD", "nat", ".4f", 1, "Mean divergence from the base, a token"),
+           judged=Judged(4, 0.10, plotted=True),
+           difference=quality.mean_delta("kld_sum", "kld_count"), scored_on="reference"),
+    Metric("kld_p50", "KLD, median", "nat", "lower", _divergence(0.5), scored_on="reference"),
+    Metric("kld_p90", "KLD, 90 %", "nat", "lower", _divergence(0.9), scored_on="reference"),
+    Metric("kld_p99", "KLD, 99 %", "nat", "lower", _divergence(0.99), scored_on="reference",
+           column=Column("KLD 99 %", "nat", ".3f")),
+    Metric("kld_p999", "KLD, 99.9 %", "nat", "lower", _divergence(0.999), scored_on="reference"),
+    Metric("kld_max", "KLD, maximum", "nat", "lower", _divergence(1.0), scored_on="reference"),
+    Metric("top1_agreement", "same top", "", "higher", *_estimated(quality.compared(estimates.agreement)),
+           column=Column("same top", "%", ".2f", 0.01),
+           judged=Judged(5, 0.005),
+           difference=quality.mean_delta("same_top_sum", "kld_count"), scored_on="reference"),
+    Metric("rms_dp", "RMS Δp", "", "lower", *_estimated(quality.compared(estimates.rms_dp)), scored_on="reference"),
+    Metric("bits_per_byte", "bits per byte", "bit", "lower", *_estimated(quality.bits_per_byte), scored_on="text"),
+)}  # fmt: skip
 
 OF_THE_REFERENCE = tuple(name for name, metric in METRICS.items() if metric.scored_on == "reference")
 """The metrics that are about the base's distributions too."""

@@ -7,11 +7,11 @@ from typing import Any
 
 from workbench.records import SCHEMA_VERSION
 
-Step = Callable[[dict[str, Any]], dict[str, Any]]
+Migration = Callable[[Any], dict[str, object]]
 """From a stored row of one schema version to one of the next."""
 
 
-def from_schema_1(old: dict[str, Any]) -> dict[str, Any]:
+def from_schema_1(old: Any) -> dict[str, object]:
     """A row of schema 1, which had the first evaluation set, its quality, the first prompt length and the first batch
     size in fields of their own beside the further ones, and called rounds turns."""
     row, load = {**old}, {**old["workload"]}
@@ -29,13 +29,16 @@ def from_schema_1(old: dict[str, Any]) -> dict[str, Any]:
     return {**row, "workload": load}
 
 
-MIGRATIONS: dict[int, Step] = {1: from_schema_1}
+MIGRATIONS: dict[int, Migration] = {1: from_schema_1}
 """By the schema version that each starts from."""
 
 
 def migrate(
-    record: dict[str, Any], version: int, target: int = SCHEMA_VERSION, migrations: Mapping[int, Step] = MIGRATIONS
-) -> dict[str, Any]:
+    record: dict[str, object],
+    version: int,
+    target: int = SCHEMA_VERSION,
+    migrations: Mapping[int, Migration] = MIGRATIONS,
+) -> dict[str, object]:
     """A stored row brought from schema `version` to `target`, step by step.
 
     Raises `ValueError` if a step is missing.

@@ -7,11 +7,13 @@ reference of the base.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from workbench.records import Quality, Row
 from workbench.report import estimates
 from workbench.report.estimates import Count, Estimate, Total
-from workbench.report.speeds import finite_number
+
+Found = TypeVar("Found")
 
 
 def perplexity(row: Row) -> float | None:
@@ -46,32 +48,14 @@ def bits_per_byte(row: Row) -> Estimate | None:
     return estimates.bits_per_byte(quality, row.evaluation.scored_bytes)
 
 
-def divergence(row: Row) -> Estimate | None:
-    """Mean divergence from the base, in nats a token."""
-    quality = _compared(row)
-    return estimates.divergence(quality) if quality else None
+def compared(statistic: Callable[[Quality], Found | None]) -> Callable[[Row], Found | None]:
+    """A statistic of how a row differs from the base; None for a row that was compared with none."""
 
-
-def divergence_quantile(p: float) -> Callable[[Row], float | None]:
-    """The p-quantile over tokens of a row's divergence from the base, in nats."""
-
-    def value(row: Row) -> float | None:
+    def value(row: Row) -> Found | None:
         quality = _compared(row)
-        return finite_number(estimates.divergence_quantile(quality, p)) if quality else None
+        return statistic(quality) if quality else None
 
     return value
-
-
-def agreement(row: Row) -> Estimate | None:
-    """Share of tokens whose likeliest id is the base's."""
-    quality = _compared(row)
-    return estimates.agreement(quality) if quality else None
-
-
-def rms_dp(row: Row) -> Estimate | None:
-    """Root mean square of the correct token's change in probability."""
-    quality = _compared(row)
-    return estimates.rms_dp(quality) if quality else None
 
 
 def mean_delta(total: Total, count: Count) -> Callable[[Row, Row], Estimate | None]:

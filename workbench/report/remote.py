@@ -14,10 +14,10 @@ from workbench.errors import UserError, install_with
 SEGMENT_BYTES = 4 * 2**20
 """A writer begins another file beyond this: each row uploads the whole file again."""
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
-"""Who brings object storage to fsspec. It has no folders to be made: `makedirs` would make a misspelt bucket."""
+"""Packages for object storage, which has no folders to be made: `makedirs` would make a misspelt bucket."""
 
 _written: dict[tuple[str, int], tuple[str, bytes]] = {}
-"""By (folder's URL, process): the file that this process writes there, and what it holds."""
+"""The file that this process writes in a folder, and what it holds; by (folder's URL, process)."""
 
 
 def append_remote(folder: str, name: str, line: bytes, stamp: str) -> None:

@@ -27,9 +27,18 @@ class Pair(NamedTuple):
 
 
 def pair_of(row: Row) -> Pair:
-    """Base, variant, engine, and how it was run; an option that says nothing is as good as none, as in older rows."""
+    """Base, variant, engine, and how it was run."""
+    # An option at its engine's default is null, and absent from rows that are older than the option.
     options = {name: value for name, value in row.options.items() if value is not None}
     return Pair(row.base, row.artifact.variant, row.backend, digest([options, to_json(row.workload)]))
+
+
+def by_pair(rows: Iterable[Row]) -> dict[Pair, list[Row]]:
+    """The rows of each pair, in their order."""
+    found: dict[Pair, list[Row]] = {}
+    for row in rows:
+        found.setdefault(pair_of(row), []).append(row)
+    return found
 
 
 def labels_of(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
@@ -86,18 +95,16 @@ def like_evaluation(rows: list[Row], lead: Row, notes: list[str]) -> list[Row]:
     """The rows scored on the tokens of `lead`, and those of the same bases that were to be scored on none."""
     wanted = evaluation_digest(lead)
     bases = {row.base for row in rows if wanted and evaluation_digest(row) == wanted} or {lead.base}
-    kept: list[Row] = []
-    others: list[Row] = []
-    for row in rows:
-        own = evaluation_digest(row)
-        comparable = own == wanted if own else row.base in bases
-        (kept if comparable else others).append(row)
-    if others:
+
+    def comparable(row: Row) -> bool:
+        return evaluation_digest(row) == wanted if row.evaluation else row.base in bases
+
+    if others := [row for row in rows if not comparable(row)]:
         names = dict.fromkeys(
             f"{row.evaluation.name} {row.evaluation.digest}" if row.evaluation else row.base for row in others
         )
         notes.append(_left_out(len(others), f"of another evaluation or base ({', '.join(names)})"))
-    return kept
+    return [row for row in rows if comparable(row)]
 
 
 def evaluation_digest(row: Row) -> str:
@@ -105,20 +112,17 @@ def evaluation_digest(row: Row) -> str:
 
 
 def latest_of_each_pair(rows: list[Row], notes: list[str]) -> list[Row]:
-    pairs: dict[str, Row] = {}
-    measured: dict[str, Row] = {}
+    pairs: dict[Pair, Row] = {}
+    measured: dict[Pair, Row] = {}
     for row in rows:
-        # An option at its engine's default is null, and absent from rows that are older than the option.
-        chosen = {key: value for key, value in row.options.items() if value is not None}
-        name = digest([row.base, row.artifact.variant, row.backend, chosen, to_json(row.workload)])
-        if name not in pairs or age_of(row) >= age_of(pairs[name]):
-            pairs[name] = row
-        if row.measurement and (name not in measured or age_of(row) >= age_of(measured[name])):
-            measured[name] = row
-    for name, row in pairs.items():
-        good = measured.get(name)
+        pair = pair_of(row)
+        for newest in (pairs, measured) if row.measurement else (pairs,):
+            if pair not in newest or age_of(row) >= age_of(newest[pair]):
+                newest[pair] = row
+    for pair, row in pairs.items():
+        good = measured.get(pair)
         if row.error and good and good.artifact.digest == row.artifact.digest:
-            pairs[name] = good
+            pairs[pair] = good
             notes.append(
                 f"{row.artifact.variant} on {row.backend} was tried again and failed ({row.error}): what was measured "
                 "before is shown"
@@ -136,20 +140,15 @@ def in_order(rows: list[Row]) -> list[Row]:
     """Bases first, then variants and backends as their recipe has them, whatever order they were measured in."""
     recipes = _places(row.recipe for row in rows)
     rows = sorted(rows, key=lambda row: (recipes[row.recipe], row.place))
-    bases, variants, backends = (
-        _places(row.base for row in rows),
-        _places(row.artifact.variant for row in rows),
-        _places(row.backend for row in rows),
-    )
-    return sorted(
-        rows,
-        key=lambda row: (
-            bases[row.base],
-            row.artifact.method != BASE,
-            variants[row.artifact.variant],
-            backends[row.backend],
-        ),
-    )
+    bases = _places(row.base for row in rows)
+    variants = _places(row.artifact.variant for row in rows)
+    backends = _places(row.backend for row in rows)
+
+    def place(row: Row) -> tuple[int, bool, int, int]:
+        artifact = row.artifact
+        return bases[row.base], artifact.method != BASE, variants[artifact.variant], backends[row.backend]
+
+    return sorted(rows, key=place)
 
 
 def _places(names: Iterable[str]) -> dict[str, int]:

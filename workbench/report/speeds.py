@@ -5,17 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from workbench.records import Row, Speed
 from workbench.report import estimates
-
-
-def median(samples: Sequence[float]) -> float | None:
-    """The median, None of nothing."""
-    return statistics.median(samples) if samples else None
 
 
 def interval(samples: Sequence[float], rounds: Sequence[int] = ()) -> tuple[float, float] | None:
@@ -73,20 +68,14 @@ def decode_samples(row: Row) -> list[float]:
     return _decode(headline(row))
 
 
-def prefill_interval(row: Row) -> tuple[float, float] | None:
-    """The 95 % interval of the median prefill speed."""
+def median_interval(row: Row, samples: Callable[[Row], list[float]]) -> tuple[float, float] | None:
+    """The 95 % interval of the median of `prefill_samples` or `decode_samples`."""
     speed = headline(row)
-    return interval(_prefill(speed), speed.rounds) if speed else None
-
-
-def decode_interval(row: Row) -> tuple[float, float] | None:
-    """The 95 % interval of the median decoding speed."""
-    speed = headline(row)
-    return interval(_decode(speed), speed.rounds) if speed else None
+    return interval(samples(row), speed.rounds) if speed else None
 
 
 @dataclass(frozen=True)
-class Point:
+class Rate:
     """One speed beside the headline's: `pp2048`, `tg128 @ d2048`, `tg128 @ d512 b8`, `served b8`; tokens a second."""
 
     name: str
@@ -94,7 +83,7 @@ class Point:
     interval: tuple[float, float] | None
 
 
-def points(row: Row) -> list[Point]:
+def further_rates(row: Row) -> list[Rate]:
     """Every further workload point: prefill by prompt length, decode by depth and batch, and what was served."""
     found: list[tuple[str, list[float], list[int]]] = []
     if row.measurement is None:
@@ -108,21 +97,23 @@ def points(row: Row) -> list[Point]:
         how = "" if served.continuous else " by groups"
         rates = [rate for each in served.seconds if (rate := _rate(tokens, finite_number(each)))]
         found.append((f"served b{served.slots}{how}", rates, served.rounds))
-    return [Point(name, statistics.median(rates), interval(rates, rounds)) for name, rates, rounds in found if rates]
+    return [Rate(name, statistics.median(rates), interval(rates, rounds)) for name, rates, rounds in found if rates]
 
 
-def itl(row: Row, share: float) -> float | None:
+def itl(share: float) -> Callable[[Row], float | None]:
     """The quantile of the inter-token latency, seconds, over every decoding step of every repeat that gained tokens."""
-    speed = headline(row)
-    if speed is None:
-        return None
-    steps = sorted(
-        seconds
-        for step_s, step_tokens in zip(speed.step_s, speed.step_tokens, strict=False)
-        for each, gained in zip(step_s, step_tokens, strict=False)
-        if gained and (seconds := finite_number(each)) is not None
-    )
-    return estimates.quantile(steps, share) if steps else None
+
+    def value(row: Row) -> float | None:
+        speed = headline(row)
+        steps = sorted(
+            seconds
+            for step_s, step_tokens in (zip(speed.step_s, speed.step_tokens, strict=False) if speed else ())
+            for each, gained in zip(step_s, step_tokens, strict=False)
+            if gained and (seconds := finite_number(each)) is not None
+        )
+        return estimates.quantile(steps, share) if steps else None
+
+    return value
 
 
 def ttft_samples(row: Row) -> list[float]:

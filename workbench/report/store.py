@@ -23,7 +23,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -55,7 +55,7 @@ def append(results: Place, machine: str, row: Row) -> None:
     _append(results, machine, FILE_NAME, to_json(row), row.started_at)
 
 
-def append_note(results: Place, machine: str, name: str, note: dict[str, Any], stamp: str) -> None:
+def append_note(results: Place, machine: str, name: str, note: Mapping[str, object], stamp: str) -> None:
     """Store one JSON object durably as a line of `results/machine/<name>.jsonl`; `stamp` is its time."""
     _append(results, machine, f"{name}.jsonl", note, stamp)
 

@@ -12,7 +12,7 @@ alone would change as much. Or zero lies in its 95 % interval (paired, by Studen
 errors for many windows): then another text might turn it round. Where neither is so but one of the two is not
 known (the base scored on one engine only, or in one window), the answer is not known either (None).
 
-A table is data; what it looks like is `formats.py`. Rejected: a data frame (an import of a second for a
+A table is data; what it looks like is `formats/`. Rejected: a data frame (an import of a second for a
 few dozen lines), and one table a backend (the question is which backend, too).
 """
 
@@ -51,7 +51,7 @@ class Score:
 
     accuracy: Estimate
     delta: Estimate | None
-    """To the base on the same backend, paired by item; of the base itself zero."""
+    """Difference to the base on the same backend, paired by item; zero for the base itself."""
     below_noise_floor: bool | None
     """Whether zero lies in the delta's 95 % interval: other items might turn it round."""
 
@@ -62,24 +62,24 @@ class Line:
 
     row: Row
     values: dict[str, float | None]
-    """By name of `METRICS`."""
+    """Values by name of the metric."""
     errors: dict[str, float | None]
-    """One standard error, by name of the metrics that have one."""
+    """One standard error of each value that has one, by name of the metric."""
     delta: Estimate | None
-    """To the base on the same backend; of the base itself zero."""
+    """Difference of perplexity to the base on the same backend; zero for the base itself."""
     below_noise_floor: bool | None
     """Whether the delta is (module docstring); None without a delta, or where it cannot be said."""
     intervals: dict[str, tuple[float, float] | None]
-    """95 %, of the median, by name of the metrics that are one."""
+    """95 % interval of each value that is a median of repeats, by name of the metric."""
     warnings: tuple[str, ...]
     footnotes: tuple[int, ...]
     """Numbers, from 1, into the table's `footnotes`."""
     tasks: dict[str, Score] = field(default_factory=dict)
-    """By name, of those the row was asked."""
+    """Scores by name of the task, as far as the row was asked."""
 
 
 @dataclass(frozen=True)
-class Column:
+class VaryingColumn:
     """An identity column shown because its values differ (llama-bench's rule)."""
 
     name: str
@@ -116,9 +116,9 @@ class TableOnSet:
 
     evaluation: Evaluation | None
     lines: tuple[Line, ...]
-    """One for each row, in the table's order; those not scored on these tokens have no numbers of quality."""
+    """A line for each row, in the table's order; those not scored on these tokens have no numbers of quality."""
     noise_floors: tuple[NoiseFloor, ...]
-    """One a base that was scored on two or more backends."""
+    """A noise floor for each base that was scored on two or more backends."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Table:
     sets: dict[str, TableOnSet]
     """By evaluation set, as in the newest row; the first is what is shown where there is room for one. One without a
     name where nothing was to be scored."""
-    varying: tuple[Column, ...]
+    varying: tuple[VaryingColumn, ...]
     footnotes: tuple[str, ...]
     notes: tuple[str, ...]
     """What was left out, and what the numbers rest on."""
@@ -138,7 +138,7 @@ class Table:
 
     @property
     def first(self) -> TableOnSet:
-        """On the first evaluation set."""
+        """What the rows say on the first evaluation set."""
         return next(iter(self.sets.values()))
 
     @property
@@ -204,10 +204,15 @@ def workload(row: Row) -> tuple[int, int, int]:
     return speed.prompt_tokens, speed.new_tokens, speed.batch
 
 
-def device(row: Row) -> str | None:
-    """Where it ran; of a job that never got so far, where it was to run, if its options say."""
-    wanted = row.options.get("device")
-    return row.measurement.device if row.measurement else wanted if isinstance(wanted, str) else None
+def shared_settings(table: Table) -> dict[str, dict[str, object]]:
+    """For each backend, what all its measured lines really ran with."""
+    found: dict[str, dict[str, object]] = {}
+    for line in table.lines:
+        if line.row.measurement:
+            own = line.row.measurement.settings
+            shared = found.setdefault(line.row.backend, own)
+            found[line.row.backend] = {name: value for name, value in shared.items() if own.get(name) == value}
+    return found
 
 
 def quality_missing(row: Row) -> str | None:
@@ -245,7 +250,7 @@ def _scores(row: Row, lead: Row, rows: Sequence[Row]) -> dict[str, Score]:
         accuracy = quality.task_accuracy(row, name)
         if accuracy is None or row.tasks[name].digest != task.digest:
             continue
-        base = _base_of(row, rows, partial(_was_asked, name=name))
+        base = _base_of(row, rows, partial(quality.task_accuracy, name=name))
         delta = quality.task_delta(row, base, name) if base else None
         interval = estimates.interval(delta) if delta else None
         below = interval[0] <= 0 <= interval[1] if interval else None
@@ -254,19 +259,14 @@ def _scores(row: Row, lead: Row, rows: Sequence[Row]) -> dict[str, Score]:
 
 
 def _values(row: Row, reference: str | None) -> dict[str, float | None]:
-    """By metric; those of another reference than the table's are left out."""
+    """A row's values by metric, without divergences from another reference than the table's."""
     other = quality.reference(row) != reference
     return {name: None if other and name in OF_THE_REFERENCE else metric.value(row) for name, metric in METRICS.items()}
 
 
 def _references(rows: Sequence[Row]) -> dict[str, str]:
     """The reference that divergences of each base are from: that of the newest row compared with any."""
-    found = {}
-    for row in sorted(rows, key=age_of):
-        digest_of = quality.reference(row)
-        if digest_of:
-            found[row.base] = digest_of
-    return found
+    return {row.base: found for row in sorted(rows, key=age_of) if (found := quality.reference(row))}
 
 
 def _below(delta: Estimate | None, floor: NoiseFloor | None) -> bool | None:
@@ -306,7 +306,9 @@ def _line(
         },
         delta=delta,
         below_noise_floor=_below(delta, next((floor for floor in floors if floor.base == row.base), None)),
-        intervals={name: metric.interval(row) for name, metric in METRICS.items() if metric.interval},
+        intervals={
+            name: speeds.median_interval(row, metric.samples) for name, metric in METRICS.items() if metric.samples
+        },
         warnings=warnings,
         footnotes=tuple(footnotes.setdefault(text, len(footnotes) + 1) for text in reasons if text),
     )
@@ -330,23 +332,12 @@ def _warnings(row: Row, own: float | None, base: Row | None, delta: Estimate | N
     return tuple(dict.fromkeys(text for text in found if text))
 
 
-def _was_scored(row: Row) -> bool:
-    return quality.perplexity(row) is not None
-
-
-def _was_asked(row: Row, *, name: str) -> bool:
-    return quality.task_accuracy(row, name) is not None
-
-
-def _base_of(row: Row, rows: Sequence[Row], measured: Callable[[Row], bool] = _was_scored) -> Row | None:
-    """The base's row on the same backend that was scored, with the same options if there is one."""
+def _base_of(row: Row, rows: Sequence[Row], value: Callable[[Row], object] = quality.perplexity) -> Row | None:
+    """The base's row on the same backend that has the value, with the same options if there is one."""
     if row.artifact.method == BASE:
-        return row if measured(row) else None
-    candidates = [
-        other
-        for other in rows
-        if other.artifact.method == BASE and other.base == row.base and other.backend == row.backend and measured(other)
-    ]
+        return row if value(row) is not None else None
+    alike = [other for other in rows if other.base == row.base and other.backend == row.backend]
+    candidates = [other for other in alike if other.artifact.method == BASE and value(other) is not None]
     return min(
         candidates, key=lambda other: (other.options != row.options, other.workload != row.workload), default=None
     )
@@ -370,11 +361,11 @@ def _noise_floors(rows: Sequence[Row], values: Sequence[dict[str, float | None]]
     return tuple(floors)
 
 
-def _varying(rows: Sequence[Row]) -> tuple[Column, ...]:
+def _varying(rows: Sequence[Row]) -> tuple[VaryingColumn, ...]:
     columns = [
-        Column("base", lambda row: row.base),
-        Column("device", lambda row: device(row) or ""),
-        Column("workload", lambda row: "pp{} tg{} b{}".format(*workload(row))),
+        VaryingColumn("base", lambda row: row.base),
+        VaryingColumn("device", lambda row: row.device or ""),
+        VaryingColumn("workload", lambda row: "pp{} tg{} b{}".format(*workload(row))),
     ]
     shown = [column for column in columns if len({column.text(row) for row in rows} - {""}) > 1]
     # Engines differ in their options by nature; one is worth a column only where it tells two lines apart.
@@ -383,7 +374,7 @@ def _varying(rows: Sequence[Row]) -> tuple[Column, ...]:
         pairs.setdefault((row.base, row.artifact.variant, row.backend), []).append(row)
     for key in dict.fromkeys(key for row in rows for key in row.options):
         if any(len({_option(row, key=key) for row in group}) > 1 for group in pairs.values()):
-            shown.append(Column(key, partial(_option, key=key)))
+            shown.append(VaryingColumn(key, partial(_option, key=key)))
     return tuple(shown)
 
 

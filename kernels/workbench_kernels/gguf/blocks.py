@@ -21,15 +21,14 @@ Rejected: repacking at load into one layout for all types. Its loads would be wi
 but memory would hold something that is in no file, and every type would need a packer besides an unpacker.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from workbench_kernels.backend import DENSE_BYTES, Config, Kernel, jit, share, splits, tl, triton, tuned
+from workbench_kernels.backend import DENSE_BYTES, Config, Kernel, jit, share, splits, tl, triton
 from workbench_kernels.checks import check_packed
-from workbench_kernels.products import dequantized_by_kernel, launch, multiply
+from workbench_kernels.products import Launch, dequantized_by_kernel, multiply, plan
 
 REFERENCE_WEIGHTS = 2**23
 """Weights that the reference de-quantizes at a time (32 MiB in float32)."""
@@ -100,6 +99,7 @@ def _decode(
     w,
     out,
     N: tl.constexpr,
+    KIND: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -145,6 +145,7 @@ def _prefill(
     BUCKET: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    KIND: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -189,6 +190,7 @@ def _dequantize(
     out,
     N,
     K: tl.constexpr,
+    KIND: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     J: tl.constexpr,
@@ -257,16 +259,12 @@ TILE: Config = {"BN": 8, "S": 16}
 """Tile of de-quantizing, which is bound by writing; not tuned."""
 
 
-@functools.cache
-def _kernels(kind: BlockType) -> tuple[Kernel, Kernel]:
-    """A type's decode and prefill kernels, each with a tuner of its own."""
-    return tuned(_decode, DECODE, ["N", "ROW_WORDS", "SPLIT"]), tuned(_prefill, PREFILL, ["BUCKET", "N", "K", "SPLIT"])
-
-
 def constants_of(kind: BlockType, columns: int) -> dict[str, object]:
-    """What the kernels have to know of a type and of the length of a row."""
+    """What the kernels have to know of a type and of the length of a row. (`KIND` is for the tuner, which has to tell
+    types apart.)"""
     layout, unpacking = kind.layout, kind.unpacking
     return {
+        "KIND": kind.name,
         "ROW_WORDS": kind.row_bytes(columns) // layout.word.itemsize,
         "SEGMENTS": _segments(kind, columns),
         "J": layout.segment_words,
@@ -309,8 +307,7 @@ def dequantize(
         return kind.reference(blocks.reshape(-1, kind.layout.size_bytes)).view(rows, columns).to(dtype)
     out = torch.empty(rows, columns, dtype=dtype, device=blocks.device)
     if rows:
-        grid = (triton.cdiv(rows, TILE["BN"]), triton.cdiv(_segments(kind, columns), TILE["S"]))
-        _dequantize[grid](blocks.view(kind.layout.word), out, rows, columns, **constants_of(kind, columns), **TILE)
+        dequantize_launch(kind, blocks, out).run()
     return out
 
 
@@ -324,7 +321,33 @@ def matmul(kind: BlockType, x: torch.Tensor, blocks: torch.Tensor, *, path: str 
         path,
         reference=lambda flat: _reference(kind, flat, blocks),
         dense=lambda flat: _dense(kind, flat, blocks),
-        kernel=lambda way, flat: _launch(kind, way, flat, blocks),
+        kernel=lambda way, flat: launch(kind, way, flat, blocks),
+    )
+
+
+def launch(kind: BlockType, way: str, x: torch.Tensor, blocks: torch.Tensor) -> Launch:
+    """The launch of x [rows, in] times the weight, by `decode` (one row) or `prefill`."""
+    (rows, columns), outputs = x.shape, blocks.shape[0]
+    programs = triton.cdiv(outputs, 8) if way == "decode" else triton.cdiv(rows, 32) * triton.cdiv(outputs, 64)
+    parts = splits(programs, _segments(kind, columns) // 16, x.device)
+    constants = constants_of(kind, columns) | {"N": outputs} | ({} if way == "decode" else {"K": columns})
+    function, configs = (_decode, DECODE) if way == "decode" else (_prefill, PREFILL)
+    return plan(
+        function, way, x, {"w": blocks.view(kind.layout.word)}, configs, outputs, "BN", outputs, parts, constants
+    )
+
+
+def dequantize_launch(kind: BlockType, blocks: torch.Tensor, out: torch.Tensor) -> Launch:
+    """The launch that writes the weight into `out` [out, in]."""
+    rows, columns = out.shape
+    arguments = {"w": blocks.view(kind.layout.word), "out": out, "N": rows, "K": columns, **constants_of(kind, columns)}
+    segments = _segments(kind, columns)
+    return Launch(
+        _dequantize,
+        arguments,
+        [TILE],
+        (),
+        lambda meta: (triton.cdiv(rows, meta["BN"]), triton.cdiv(segments, meta["S"])),
     )
 
 
@@ -346,12 +369,3 @@ def _dense(kind: BlockType, x: torch.Tensor, blocks: torch.Tensor) -> torch.Tens
         weights = dequantize(kind, blocks[start : start + step], x.dtype, path="kernel")
         torch.mm(x, weights.t(), out=y[:, start : start + step])
     return y
-
-
-def _launch(kind: BlockType, way: str, x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    (rows, columns), outputs = x.shape, blocks.shape[0]
-    constants = constants_of(kind, columns) | {"N": outputs} | ({} if way == "decode" else {"K": columns})
-    programs = triton.cdiv(outputs, 8) if way == "decode" else triton.cdiv(rows, 32) * triton.cdiv(outputs, 64)
-    parts = splits(programs, _segments(kind, columns) // 16, x.device)
-    words = (blocks.view(kind.layout.word),)
-    return launch(way, _kernels(kind), x, words, outputs, ("BN", outputs), parts, constants)

@@ -71,8 +71,8 @@ class Browser:
                 self._buffer += os.read(self._read, 1 << 20)
         raise TimeoutError(method)
 
-    def open(self, path: Path, width: int, height: int = 900, dark: bool = False) -> float:
-        """Load a file; the seconds until its `load` event was over."""
+    def open(self, path: Path, width: int, height: int = 900, dark: bool = False) -> None:
+        """Load a file and wait until all of it is there."""
         self.events.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
@@ -84,8 +84,6 @@ class Browser:
             if self("document.readyState === 'complete' && location.href !== 'about:blank'"):
                 break
             time.sleep(0.02)
-        entry = "performance.getEntriesByType('navigation')[0]"
-        return float(self(f"{entry}.loadEventEnd || {entry}.domComplete")) / 1000
 
     def __call__(self, script: str) -> Any:
         """The value of a JavaScript expression."""

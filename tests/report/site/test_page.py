@@ -282,7 +282,7 @@ def test_extremes_can_be_drawn() -> None:
         for width in (svg.WIDE, svg.NARROW):
             for log in (True, False):
                 axes = svg.Axis("x", log=log), svg.Axis("y", log=log)
-                drawn = charts.scatter(marks, ["e"], *axes, "t", width, True)
+                drawn = charts.scatter(marks, ["e"], *axes, "t", True, width)
                 xml.fromstring(svg.standalone(drawn))
                 assert "nan" not in drawn and "inf" not in drawn
 

@@ -86,10 +86,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_it_renders(tab: chromium.Browser, pages: dict[str, Path], name: str, width: int, dark: bool) -> None:
     if name not in pages:
         pytest.skip("no stored rows of the default recipe")
-    seconds = tab.open(pages[name], width, dark=dark)
-    for _ in range(4):  # this machine may be busy beside it
-        if seconds >= 1.0:
-            seconds = min(seconds, tab.open(pages[name], width, dark=dark))
+    tab.open(pages[name], width, dark=dark)
     assert tab(OVERLAPS) == []
     assert tab("document.documentElement.scrollWidth") <= width  # only the table scrolls sideways
     assert tab("[...document.querySelectorAll('svg')].filter(s => s.getClientRects().length).length") >= 5
@@ -97,8 +94,8 @@ def test_it_renders(tab: chromium.Browser, pages: dict[str, Path], name: str, wi
     assert set(tab.requests()) == {pages[name].as_uri()}
     paper = tab("getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(18, 22, 28)" if dark else "rgb(255, 255, 255)")
-    if name != "large":
-        assert seconds < 1.0, seconds
+    # What a browser takes its time for (benchmarks/page_opens.py): elements, few a pair and engine.
+    assert tab("document.querySelectorAll('*').length") < (20_000 if name == "large" else 5_000)
     assert pages[name].stat().st_size < 2_000_000
 
 

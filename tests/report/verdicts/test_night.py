@@ -17,7 +17,7 @@ from tests.rows import a_row
 from workbench.records import Row
 from workbench.report.metrics import JUDGED
 from workbench.report.verdicts.compare import compare
-from workbench.report.verdicts.night import NIGHTS, TIMES, Verdict, judge, note_of, text
+from workbench.report.verdicts.night import NIGHTS, TIMES, NightVerdict, judge, note_of, text
 from workbench.report.verdicts.steps import series_of, steps_of
 
 VARIANTS = ("base", "awq-4bit-g128", "gptq-4bit-g128", "gguf-Q8_0", "gguf-Q4_K_M", "gguf-Q2_K")
@@ -58,7 +58,7 @@ class House:
             key=f"{variant}/{engine}",
         )
 
-    def night(self, number: int, before: list[Row], notes: list[dict], plant: Plant = untouched) -> Verdict:  # type: ignore[type-arg]
+    def night(self, number: int, before: list[Row], notes: list[dict], plant: Plant = untouched) -> NightVerdict:  # type: ignore[type-arg]
         """A whole night as `workbench nightly` runs it: measure, judge, measure suspects again; rows and note kept."""
         day = f"{2026 + number // 336}-{number % 336 // 28 + 1:02}-{number % 28 + 1:02}"
         since, until = f"{day}T02:00:00Z", f"{day}T05:00:00Z"

@@ -19,7 +19,7 @@ from workbench.records import Row
 from workbench.report import store
 from workbench.report.table import build
 from workbench.report.verdicts import recommend as wing
-from workbench.report.verdicts.recommend import Recommendation, Wishes, parse_share, recommend
+from workbench.report.verdicts.recommend import Constraints, Recommendation, parse_share, recommend
 from workbench.sizes import parse_size
 from workbench.worker.backends import serving_command
 
@@ -70,8 +70,8 @@ def house() -> list[Row]:
     ]
 
 
-def ask(rows: list[Row], **wishes: Any) -> Recommendation:
-    return recommend(build(rows), Wishes(**wishes))
+def ask(rows: list[Row], **constraints: Any) -> Recommendation:
+    return recommend(build(rows), Constraints(**constraints))
 
 
 def test_the_fastest_within_limits_and_why_not_the_others() -> None:

@@ -17,7 +17,7 @@ from workbench.machine import isolate
 from workbench.records import Artifact, Job, Workload, to_json
 from workbench.worker.backends import packed
 from workbench.worker.backends import transformers as backend
-from workbench.worker.base.dequantize import open_gguf, parsed_once
+from workbench.worker.base.gguf_file import open_gguf, parsed_once
 from workbench.worker.calibration import run as calibrate
 
 torch = pytest.importorskip("torch")
@@ -123,9 +123,7 @@ def test_a_worker_of_its_own_measures_packed_weights(made: Path, tmp_path: Path)
     """As the pipeline runs it: another process, which must find the kernels, and a row that says what ran."""
     workload = Workload(prompt_tokens=[8], new_tokens=3, repeats=1)
     job = Job("b", artifact(made / "awq", "awq"), "transformers", {"device": "cpu", "kernel": "workbench"}, workload)
-    reply = isolate.call(
-        "workbench.worker.measure.job:measure", {"job": to_json(job)}, workdir=tmp_path, time_limit_s=120
-    )
+    reply = isolate.call("workbench.worker.measure.job:measure", to_json(job), workdir=tmp_path, time_limit_s=120)
     assert reply.error is None, f"{reply.error}\n{reply.log}"
     assert reply.value["settings"]["kernel"] == "workbench" and len(reply.value["speeds"][0]["step_s"][0]) == 2
 
@@ -264,15 +262,22 @@ def test_a_truncated_gguf_names_the_tensor(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_type_without_kernels_names_the_tensor(small: Path, tmp_path: Path) -> None:
-    """One tensor of a made file renamed to a type that has none: its number in the file's table is changed."""
+    """One tensor of a made file given a type that has none: its number, its size, and where those behind it begin."""
     import gguf
 
-    data = bytearray(small.read_bytes())
-    name = b"blk.1.ffn_up.weight"
-    at = data.index(name) + len(name) + 4 + 2 * 8
-    data[at : at + 4] = int(gguf.GGMLQuantizationType.TQ2_0).to_bytes(4, "little")
     strange = tmp_path / "strange.gguf"
-    strange.write_bytes(data)
+    strange.write_bytes(small.read_bytes())
+    reader = gguf.GGUFReader(strange, "r+")
+    place = next(i for i, tensor in enumerate(reader.tensors) if tensor.name == "blk.1.ffn_up.weight")
+    tensor = reader.tensors[place]
+    end = int(tensor.data_offset) + int(tensor.n_bytes)
+    saved = int(tensor.n_bytes) - int(tensor.n_elements) // 256 * 66
+    tensor.field.parts[4][0] = int(gguf.GGMLQuantizationType.TQ2_0)
+    for later in reader.tensors[place + 1 :]:
+        later.field.parts[5][0] -= saved
+    reader.data.flush()
+    data = strange.read_bytes()
+    strange.write_bytes(data[: end - saved] + data[end:])
     with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight has type TQ2_0; supported: Q8_0.*Leave"):
         packed.load(strange, "gguf", dtype="float32", device="cpu")
 

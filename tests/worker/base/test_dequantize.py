@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.worker.base.bases import logits, refusal, run
-from workbench.worker.base.dequantize import llama3_divisors
+from workbench.worker.base.gguf_config import llama3_divisors
 
 
 def write_gguf(

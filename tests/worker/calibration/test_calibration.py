@@ -493,8 +493,8 @@ def test_cuda_pass_is_near_the_cpu_pass(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_cuda_pass_gives_the_same_bytes_twice_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_model(tmp_path / "base", "gemma2")
-    made = run(base, tmp_path / "one", VARIANTS, device="cuda", precision="auto")
-    assert made["peak_device_bytes"] > 0 and made["device"].startswith("cuda")
+    run(base, tmp_path / "one", VARIANTS, device="cuda", precision="auto")
+    assert torch.cuda.max_memory_allocated() > 0
     request = payload(base, tmp_path / "two", VARIANTS, device="cuda", precision="auto")
     real = calibrate.forward
 

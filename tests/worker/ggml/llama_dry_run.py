@@ -2,8 +2,8 @@
 
     python llama_dry_run.py request.json reply.json
 
-Request: `tensors` (name -> shape, rows first), `fields` (GGUF metadata), `mixtures`. Reply: a list, without and with
-an importance matrix, of mixture -> name -> type. The weights are zeros, and none is quantized.
+Request: `architecture`, `tensors` (name -> shape, rows first), `fields` (its GGUF metadata), `mixtures`. Reply: a
+list, without and with an importance matrix, of mixture -> name -> type. The weights are zeros, and none is quantized.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def main(request: Path, reply: Path) -> None:
 
     asked = json.loads(request.read_text())
     source = request.with_suffix(".gguf")
-    writer = gguf.GGUFWriter(source, "llama")
+    writer = gguf.GGUFWriter(source, asked["architecture"])
     for key, value in asked["fields"].items():
-        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{key}", value)
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{asked['architecture']}.{key}", value)
     for name, shape in asked["tensors"].items():
         writer.add_tensor(name, np.zeros(shape, dtype=np.float16 if len(shape) > 1 else np.float32))
     writer.write_header_to_file()

@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 import typing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.places import ROOT
 from workbench.shape import NamedShape, Traits
-from workbench.worker.ggml.mixtures import BLOCKS, FALLBACK, tensor_bytes, types_of
+from workbench.worker.ggml.mixtures import BLOCKS, FALLBACK, RULED, is_quantized, tensor_bytes, types_of
 from workbench.worker.methods.gguf import TypeName
 
 MIXTURES = typing.get_args(TypeName)
@@ -67,48 +69,86 @@ SHAPES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_mixture_gets_the_types_that_the_quantizer_gives(name: str, tmp_path: Path) -> None:
-    """All 29 mixtures of each shape, without and with an importance matrix, tensor by tensor."""
-    sizes = SHAPES[name]
-    tensors, traits = llama(**sizes)
+def dry_run(folder: Path, tensors: list[NamedShape], traits: Traits, fields: dict[str, Any]) -> list[Any]:
+    """What llama.cpp's quantizer would make of every tensor, without and with an importance matrix, by mixture."""
     asked = {
+        "architecture": traits.model_type,
         "tensors": {tensor.name: list(tensor.shape) for tensor in tensors},
         "mixtures": MIXTURES,
         "fields": {
             "context_length": 64,
-            "embedding_length": sizes["hidden"],
-            "block_count": sizes["layers"],
-            "feed_forward_length": sizes["inner"],
-            "attention.head_count": sizes["heads"],
-            "attention.head_count_kv": sizes["kv_heads"],
+            "block_count": traits.layers,
+            "attention.head_count": traits.heads,
+            "attention.head_count_kv": traits.kv_heads,
             "attention.layer_norm_rms_epsilon": 1e-5,
-            "rope.dimension_count": sizes["hidden"] // sizes["heads"],
-        }
-        | ({"expert_count": sizes["experts"], "expert_used_count": 2} if "experts" in sizes else {}),
+            **fields,
+        },
     }
-    (tmp_path / "request.json").write_text(json.dumps(asked))
+    (folder / "request.json").write_text(json.dumps(asked))
     answer = subprocess.run(
-        [sys.executable, "-P", DRY_RUN, tmp_path / "request.json", tmp_path / "reply.json"],
+        [sys.executable, "-P", DRY_RUN, folder / "request.json", folder / "reply.json"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=300,
     )
     assert answer.returncode == 0, answer.stderr[-2000:] + answer.stdout[-500:]
-    found = json.loads((tmp_path / "reply.json").read_text())
+    return list(json.loads((folder / "reply.json").read_text()))
+
+
+def changed(types: dict[str, str], tensors: list[NamedShape]) -> dict[str, str]:
+    """The rules' types as the dry run says them: it starts from F16, and from F32 for a single dimension."""
+    source = {tensor.name: "F16" if len(tensor.shape) > 1 else "F32" for tensor in tensors}
+    kept = {tensor.name for tensor in tensors if not is_quantized(tensor)}
+    return {name: "UNCHANGED" if name in kept or kind == source[name] else kind for name, kind in types.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_mixture_gets_the_types_that_the_quantizer_gives(name: str, tmp_path: Path) -> None:
+    """All 29 mixtures of each shape, without and with an importance matrix, tensor by tensor."""
+    sizes = SHAPES[name]
+    tensors, traits = llama(**sizes)
+    fields = {
+        "embedding_length": sizes["hidden"],
+        "feed_forward_length": sizes["inner"],
+        "rope.dimension_count": sizes["hidden"] // sizes["heads"],
+    } | ({"expert_count": sizes["experts"], "expert_used_count": 2} if "experts" in sizes else {})
+    found = dry_run(tmp_path, tensors, traits, fields)
     whole = all(sizes[axis] % 256 == 0 for axis in ("hidden", "inner"))
     for imatrix, mixture in itertools.product((False, True), MIXTURES):
         types, fell = types_of(mixture, tensors, traits, imatrix)
-        # What this starts from: F16, and F32 for a single dimension. Experts' gates stay as they are.
-        source = {tensor.name: "F16" if len(tensor.shape) > 1 else "F32" for tensor in tensors}
-        ours = {
-            name: "UNCHANGED" if kind == source[name] or "ffn_gate_inp" in name else kind
-            for name, kind in types.items()
-        }
-        assert ours == found[imatrix][mixture], (mixture, imatrix)
+        assert changed(types, tensors) == found[imatrix][mixture], (mixture, imatrix)
         assert not (whole and fell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RULED)
+def test_the_rules_are_those_of_every_architecture_that_is_encoded(kind: str, tmp_path: Path) -> None:
+    """Their own tensors beside Llama's (biases, more norms), or fused ones in their place."""
+    tensors, traits = llama(layers=16, hidden=256, inner=512, heads=4, kv_heads=2, tied=kind.startswith("gemma"))
+    wide = {tensor.name: tensor.shape for tensor in tensors}
+    for layer in range(16):
+        block = f"blk.{layer}"
+        if kind == "phi3":
+            for part in ("q", "k", "v"):
+                del wide[f"{block}.attn_{part}.weight"]
+            del wide[f"{block}.ffn_gate.weight"]
+            wide |= {f"{block}.attn_qkv.weight": (512, 256), f"{block}.ffn_up.weight": (1024, 256)}
+        if kind == "qwen2":
+            wide |= {f"{block}.attn_{part}.bias": (size,) for part, size in (("q", 256), ("k", 128), ("v", 128))}
+        if kind in ("qwen3", "gemma3"):
+            wide |= {f"{block}.attn_{part}_norm.weight": (64,) for part in ("q", "k")}
+        if kind.startswith("gemma"):
+            wide |= {f"{block}.post_{part}_norm.weight": (256,) for part in ("attention", "ffw")}
+    tensors, traits = [NamedShape(name, shape) for name, shape in wide.items()], replace(traits, model_type=kind)
+    fields: dict[str, Any] = {"embedding_length": 256, "feed_forward_length": 512, "rope.dimension_count": 64}
+    if kind.startswith("gemma"):
+        fields |= {"attention.sliding_window": 16, "attention.key_length": 64, "attention.value_length": 64}
+    found = dry_run(tmp_path, tensors, traits, fields)
+    for imatrix, mixture in itertools.product((False, True), MIXTURES):
+        types, _ = types_of(mixture, tensors, traits, imatrix)
+        assert changed(types, tensors) == found[imatrix][mixture], (mixture, imatrix)
 
 
 @pytest.mark.skipif(not ROWS, reason="no stored rows")

@@ -194,7 +194,7 @@ def test_the_conversion_loses_nothing(model: Path, converted: dict[str, Any]) ->
     from safetensors.numpy import load_file
 
     types = read_back(converted["path"], converted, "F32")
-    assert set(types.values()) == {"F32"} and converted["fallbacks"] == []
+    assert set(types.values()) == {"F32"} and converted["warnings"] == []
     weights = load_file(model / "model.safetensors")
     assert converted["disk_bytes"] == sum(tensor.nbytes for tensor in weights.values())
     stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(converted["path"]).tensors}
@@ -222,7 +222,7 @@ def test_every_type_is_made_and_read_back(
         payload["imatrix"] = str(matrix)
     made = call("workbench.worker.methods.gguf:quantize", payload)
     types = read_back(payload["out"], made, name)
-    assert made["fallbacks"] == []
+    assert made["warnings"] == []
     counts = Counter(kind for tensor, kind in types.items() if tensor.startswith("blk.") and kind != "F32")
     assert counts[main_type(name)] > 0, f"{name} holds {dict(counts)}"
     answer = call("tests.worker.engine_logits:llama_logits", {"path": payload["out"], "ids": IDS})

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from safetensors import safe_open
 
 from workbench.errors import UserError
-from workbench.worker.scoring.reducer import Reducer
+from workbench.worker.scoring.reducer import Reducer, Scoring
 from workbench.worker.scoring.reference import _likeliest, reference_shape
+from workbench.worker.tokens.file import read_tokens
 
 torch = pytest.importorskip("torch")
 
@@ -22,7 +24,7 @@ def evaluation(tmp_path, windows=4, length=40, score_from=20, vocab=VOCAB, seed=
     ids = torch.randint(0, vocab, (windows, length), generator=generator).tolist()
     path = tmp_path / name
     path.write_text(json.dumps({"windows": ids, "score_from": [score_from] * windows, "vocab_size": vocab}))
-    return {"windows": str(path), "base": "b" * 16}, ids
+    return Scoring(read_tokens(path), base="b" * 16), ids
 
 
 def zipf_logits(windows, length, vocab, seed):
@@ -85,8 +87,8 @@ def test_second_half_of_512_scores_255_tokens(tmp_path):
 def test_chunks_and_order_do_not_matter(tmp_path):
     spec, _ = evaluation(tmp_path)
     logits = zipf_logits(4, 40, VOCAB, 1)
-    whole = score(spec | {"make_reference": str(tmp_path / "a.safetensors")}, logits)
-    reducer = Reducer(spec | {"make_reference": str(tmp_path / "b.safetensors")})
+    whole = score(replace(spec, make_reference=str(tmp_path / "a.safetensors")), logits)
+    reducer = Reducer(replace(spec, make_reference=str(tmp_path / "b.safetensors")))
     for window in (2, 0, 3, 1):
         for first in (31, 0, 17, 24):
             end = {0: 17, 17: 24, 24: 31, 31: 40}[first]
@@ -106,8 +108,8 @@ def test_reads_logits_without_changing_them(tmp_path):
     path = str(tmp_path / "r.safetensors")
     logits = zipf_logits(4, 40, VOCAB, 1)
     before = logits.clone()
-    score(spec | {"make_reference": path}, logits)
-    score(spec | {"reference": path, "make_reference": path + "2"}, logits)
+    score(replace(spec, make_reference=path), logits)
+    score(replace(spec, reference=path, make_reference=path + "2"), logits)
     assert torch.equal(before, logits)
 
 
@@ -119,8 +121,8 @@ def test_divergence_is_within_a_percent_and_its_bound_is_below(tmp_path, size, s
     base = zipf_logits(windows, length, VOCAB, 1)
     variant = perturbed(base, size)
     # A small k, so that the tail holds as much as with 256 of 49,152 ids and more.
-    score(spec | {"make_reference": path, "top_k": 64}, base)
-    result = score(spec | {"reference": path}, variant)
+    score(replace(spec, make_reference=path, top_k=64), base)
+    result = score(replace(spec, reference=path), variant)
     full = full_divergence(base, variant)
     assert smallest < float(full.mean()) < largest, "the test's own perturbation is of the size it claims"
     tokens = sum(w["kld_count"] for w in result["windows"])
@@ -139,12 +141,12 @@ def test_divergence_is_unbiased_over_draws(tmp_path):
     repeats = 2000
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps({"windows": [[1] * (repeats + 1)], "score_from": [0], "vocab_size": 500}))
-    spec = {"windows": str(path), "reference": None, "top_k": 8, "per_token": True}
+    spec = Scoring(read_tokens(path), top_k=8)
     base = zipf_logits(1, 1, 500, 3).expand(1, repeats + 1, 500)
     variant = perturbed(base[:, :1], 0.8).expand(1, repeats + 1, 500)
-    score(spec | {"make_reference": str(tmp_path / "r")}, base)
+    score(replace(spec, make_reference=str(tmp_path / "r")), base)
     # k = 8 of 500 ids leaves room for all draws.
-    found = score(spec | {"reference": str(tmp_path / "r")}, variant)["windows"][0]
+    found = score(replace(spec, reference=str(tmp_path / "r")), variant)["windows"][0]
     draws = torch.tensor(found["kld"], dtype=torch.float64)
     full = float(full_divergence(base[:, :2], variant[:, :2], 0, 500)[0])
     assert float(draws.std()) > 0
@@ -156,8 +158,8 @@ def test_divergence_is_exact_when_the_vocabulary_fits(tmp_path):
     spec, _ = evaluation(tmp_path, vocab=100)
     base = zipf_logits(4, 40, 100, 1)
     variant = perturbed(base, 0.5)
-    score(spec | {"make_reference": str(tmp_path / "r")}, base)
-    result = score(spec | {"reference": str(tmp_path / "r")}, variant)
+    score(replace(spec, make_reference=str(tmp_path / "r")), base)
+    result = score(replace(spec, reference=str(tmp_path / "r")), variant)
     full = full_divergence(base, variant, vocab=100)
     assert (result["top_k"], result["tail_draws"]) == (100, 0)
     assert column(result, "kld") == pytest.approx(full.tolist(), rel=2e-5)
@@ -166,14 +168,14 @@ def test_divergence_is_exact_when_the_vocabulary_fits(tmp_path):
 def test_against_itself_the_divergence_is_nothing(tmp_path):
     spec, _ = evaluation(tmp_path)
     base = zipf_logits(4, 40, VOCAB, 1)
-    made = score(spec | {"make_reference": str(tmp_path / "r")}, base)
-    result = score(spec | {"reference": str(tmp_path / "r")}, base)
+    made = score(replace(spec, make_reference=str(tmp_path / "r")), base)
+    result = score(replace(spec, reference=str(tmp_path / "r")), base)
     assert max(column(result, "kld")) < 1e-9
     assert column(result, "same_top") == [1] * 76
     assert max(map(abs, column(result, "dp"))) < 1e-6
     assert result["reference_digest"] == made["made_reference_digest"]
     # A constant on all logits changes nothing but the rounding.
-    shifted = score(spec | {"reference": str(tmp_path / "r")}, base + 100.0)
+    shifted = score(replace(spec, reference=str(tmp_path / "r")), base + 100.0)
     assert max(column(shifted, "kld")) < 1e-6
 
 
@@ -182,8 +184,8 @@ def test_change_of_the_correct_tokens_probability(tmp_path):
     base = zipf_logits(4, 40, VOCAB, 1)
     base.scatter_add_(-1, torch.tensor(ids).roll(-1, 1)[..., None], torch.full((4, 40, 1), 8.0))
     variant = perturbed(base, 1.0)
-    score(spec | {"make_reference": str(tmp_path / "r")}, base)
-    result = score(spec | {"reference": str(tmp_path / "r")}, variant)
+    score(replace(spec, make_reference=str(tmp_path / "r")), base)
+    result = score(replace(spec, reference=str(tmp_path / "r")), variant)
     correct = torch.tensor(ids)[:, 21:, None]
     change = [x[:, 20:39].double().softmax(-1).gather(-1, correct).flatten() for x in (variant, base)]
     assert column(result, "dp") == pytest.approx((change[0] - change[1]).tolist(), abs=2e-6)
@@ -195,13 +197,13 @@ def test_ties_for_the_top_go_to_the_lowest_id(tmp_path, dtype):
     spec, _ = evaluation(tmp_path, windows=1, length=5, score_from=0)
     logits = zipf_logits(1, 5, VOCAB, 1).to(getattr(torch, dtype))
     logits[..., 700] = logits[..., 2100] = 40.0
-    score(spec | {"make_reference": str(tmp_path / "r")}, logits)
+    score(replace(spec, make_reference=str(tmp_path / "r")), logits)
     with safe_open(tmp_path / "r", "pt") as file:
         assert file.get_tensor("top").int().tolist() == [700] * 4
     lower, higher = logits.clone(), logits.clone()
     higher[..., 700] = 39.0  # now 2100 alone
     lower[..., 300] = 40.0  # now 300 ties too
-    spec = spec | {"reference": str(tmp_path / "r")}
+    spec = replace(spec, reference=str(tmp_path / "r"))
     assert column(score(spec, logits), "same_top") == [1] * 4
     assert column(score(spec, higher), "same_top") == [0] * 4
     assert column(score(spec, lower), "same_top") == [0] * 4
@@ -212,11 +214,11 @@ def test_nonfinite_logits_are_counted_and_excluded(tmp_path, bad):
     spec, _ = evaluation(tmp_path)
     path = str(tmp_path / "r")
     base = zipf_logits(4, 40, VOCAB, 1)
-    good = score(spec | {"make_reference": path}, base)
+    good = score(replace(spec, make_reference=path), base)
     broken = base.clone()
     broken[1, 25, 17] = bad
     broken[1, 10, 17] = bad  # before score_from: nobody's business
-    result = score(spec | {"reference": path}, broken)
+    result = score(replace(spec, reference=path), broken)
     assert [w["nonfinite"] for w in result["windows"]] == [0, 1, 0, 0]
     window, whole = result["windows"][1], good["windows"][1]
     assert (window["count"], window["kld_count"], len(window["nll"])) == (18, 18, 19)
@@ -226,8 +228,8 @@ def test_nonfinite_logits_are_counted_and_excluded(tmp_path, bad):
     assert math.isfinite(window["kld_sum"])
     json.dumps(result, allow_nan=False)
     # The other way round: the base's token is the broken one, and only the comparison loses it.
-    score(spec | {"make_reference": path}, broken)
-    window = score(spec | {"reference": path}, base)["windows"][1]
+    score(replace(spec, make_reference=path), broken)
+    window = score(replace(spec, reference=path), base)["windows"][1]
     assert (window["count"], window["nonfinite"], window["kld_count"], window["kld"][5]) == (19, 0, 18, None)
 
 
@@ -237,10 +239,10 @@ def test_padding_of_the_vocabulary_is_ignored_on_either_side(tmp_path):
     padded = torch.cat([base, torch.full((4, 40, 56), 30.0)], -1)
     padded[..., -1] = -math.inf
     variant = perturbed(base, 0.3)
-    score(spec | {"make_reference": str(tmp_path / "r")}, base)
-    score(spec | {"make_reference": str(tmp_path / "p")}, padded)
-    plain = score(spec | {"reference": str(tmp_path / "r")}, variant)
-    mixed = score(spec | {"reference": str(tmp_path / "p")}, torch.cat([variant, padded[..., VOCAB:]], -1))
+    score(replace(spec, make_reference=str(tmp_path / "r")), base)
+    score(replace(spec, make_reference=str(tmp_path / "p")), padded)
+    plain = score(replace(spec, reference=str(tmp_path / "r")), variant)
+    mixed = score(replace(spec, reference=str(tmp_path / "p")), torch.cat([variant, padded[..., VOCAB:]], -1))
     assert mixed["windows"] == plain["windows"]
     with pytest.raises(UserError, match=r"2999 logits .* vocabulary of 3000: not comparable"):
         score(spec, base[..., :-1])
@@ -249,43 +251,43 @@ def test_padding_of_the_vocabulary_is_ignored_on_either_side(tmp_path):
 def test_refuses_a_reference_of_something_else(tmp_path):
     spec, _ = evaluation(tmp_path)
     path = str(tmp_path / "r")
-    score(spec | {"make_reference": path}, zipf_logits(4, 40, VOCAB, 1))
+    score(replace(spec, make_reference=path), zipf_logits(4, 40, VOCAB, 1))
     with safe_open(path, "pt") as file:
         ours = file.metadata()["evaluation"]
     other, _ = evaluation(tmp_path, seed=5, name="other.json")
     with pytest.raises(UserError, match=f"made with other tokens .*{ours}.*expected"):
-        Reducer(other | {"reference": path})
+        Reducer(replace(other, reference=path))
     with pytest.raises(UserError, match=f"made of another base .*{'b' * 16}.*{'c' * 16}"):
-        Reducer(spec | {"reference": path, "base": "c" * 16})
+        Reducer(replace(spec, reference=path, base="c" * 16))
     with pytest.raises(UserError, match=r"made of another base"):
-        Reducer({"windows": spec["windows"], "reference": path})
+        Reducer(Scoring(spec.tokens, reference=path))
     wider, _ = evaluation(tmp_path, vocab=VOCAB + 1, name="wider.json")
     with pytest.raises(UserError, match=r"another vocabulary .*'3000'.*'3001'"):
-        Reducer(wider | {"reference": path})
+        Reducer(replace(wider, reference=path))
     with pytest.raises(UserError, match=r"no such file"):
-        Reducer(spec | {"reference": str(tmp_path / "nothing")})
+        Reducer(replace(spec, reference=str(tmp_path / "nothing")))
     (tmp_path / "junk").write_bytes(b"not a reference at all")
     with pytest.raises(UserError, match=r"not readable"):
-        Reducer(spec | {"reference": str(tmp_path / "junk")})
+        Reducer(replace(spec, reference=str(tmp_path / "junk")))
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights")
     with pytest.raises(UserError, match=r"is no reference version None"):
-        Reducer(spec | {"reference": str(tmp_path / "weights")})
+        Reducer(replace(spec, reference=str(tmp_path / "weights")))
 
 
 def test_refuses_ids_outside_the_vocabulary(tmp_path):
     path = tmp_path / "e.json"
     path.write_text(json.dumps({"windows": [[1, 2, 60]], "score_from": [0], "vocab_size": 50}))
     with pytest.raises(UserError, match=r"token id 60 is outside its vocabulary of 50"):
-        Reducer({"windows": str(path)})
+        read_tokens(path)
 
 
 def test_missing_and_repeated_positions_are_bugs(tmp_path):
     spec, _ = evaluation(tmp_path)
     logits = zipf_logits(4, 40, VOCAB, 1)
     path = tmp_path / "r"
-    reducer = Reducer(spec | {"make_reference": str(path)})
+    reducer = Reducer(replace(spec, make_reference=str(path)))
     for window in range(3):
         reducer(window, 0, logits[window])
     reducer(3, 0, logits[3, :30])
@@ -313,7 +315,7 @@ def test_file_on_disk_is_a_fortieth_of_llama_cpps(tmp_path):
     spec, _ = evaluation(tmp_path, windows=1, length=512, score_from=256, vocab=vocab)
     path = tmp_path / "r"
     logits = torch.randn(512, vocab, generator=torch.Generator().manual_seed(0)).mul_(3)
-    reducer = Reducer(spec | {"make_reference": str(path), "per_token": False})
+    reducer = Reducer(replace(spec, make_reference=str(path), per_token=False))
     reducer(0, 256, logits[256:])
     result = reducer.result()
     assert "nll" not in result["windows"][0]
@@ -326,7 +328,7 @@ def test_file_on_disk_is_a_fortieth_of_llama_cpps(tmp_path):
     assert int(ids.max()) > 40000
     assert bool((logprobs.diff(dim=-1) <= 0).all())
     assert torch.equal(ids[:, 0], logits[256:511].argmax(-1).int())
-    again = Reducer(spec | {"reference": str(path)})
+    again = Reducer(replace(spec, reference=str(path)))
     again(0, 256, logits[256:])
     assert max(again.result()["windows"][0]["kld"]) < 1e-9
 
@@ -345,8 +347,8 @@ def test_large_vocabulary_ids_survive(tmp_path):
     spec, _ = evaluation(tmp_path, windows=1, length=6, score_from=0, vocab=vocab)
     base = zipf_logits(1, 6, vocab, 2)
     base[0, :, 69999] = 50.0
-    score(spec | {"make_reference": str(tmp_path / "r")}, base)
-    result = score(spec | {"reference": str(tmp_path / "r")}, base)
+    score(replace(spec, make_reference=str(tmp_path / "r")), base)
+    result = score(replace(spec, reference=str(tmp_path / "r")), base)
     assert max(column(result, "kld")) < 1e-9
     assert column(result, "same_top") == [1] * 5
 
@@ -373,10 +375,10 @@ def test_an_accelerator_gives_the_processors_numbers(tmp_path):
     spec, _ = evaluation(tmp_path)
     base = zipf_logits(4, 40, VOCAB, 1)
     variant = perturbed(base, 0.3)
-    score(spec | {"make_reference": str(tmp_path / "c"), "top_k": 64}, base)
-    score(spec | {"make_reference": str(tmp_path / "g"), "top_k": 64}, base.cuda())
+    score(replace(spec, make_reference=str(tmp_path / "c"), top_k=64), base)
+    score(replace(spec, make_reference=str(tmp_path / "g"), top_k=64), base.cuda())
     results = [
-        score(spec | {"reference": str(tmp_path / name)}, logits)
+        score(replace(spec, reference=str(tmp_path / name)), logits)
         for name in ("c", "g")
         for logits in (variant, variant.cuda())
     ]

@@ -10,8 +10,9 @@ import pytest
 
 from tests.places import ROOT
 from workbench.errors import UserError
-from workbench.records import Task, from_json
+from workbench.records import Quality, Task, from_json
 from workbench.worker.measure import answers, likelihoods
+from workbench.worker.scoring.reducer import Scoring
 from workbench.worker.tokens import tasks
 
 EXAMPLE = ROOT / "recipes" / "tasks" / "everyday.yaml"
@@ -40,13 +41,13 @@ class Engine:
         self.prompts = prompts
         return [ids[:most] for ids, most in zip(self.answers, new_tokens, strict=True)]
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> dict[str, Any]:
+    def score(self, asked: Scoring, progress: Any) -> Quality:
         import torch
 
         from workbench.worker.scoring.reducer import Reducer
 
-        reducer = Reducer(spec)
-        for index, ids, first in windows:
+        reducer = Reducer(asked)
+        for index, ids, first in asked.windows:
             logits = torch.arange(354.0).repeat(len(ids) - first, 1) / 50
             if index in self.lost:
                 logits[0, 0] = float("nan")

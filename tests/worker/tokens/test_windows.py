@@ -27,7 +27,7 @@ def silent(done: float, total: float, text: str) -> None:
 
 
 def make_base(path: Path, bos: bool, vocab_size: int = 300) -> Path:
-    """A directory with a byte-level tokenizer (one token a byte) and a config; corpus.py needs no weights."""
+    """A directory with a byte-level tokenizer (one token a byte) and a config; windows.py needs no weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -153,7 +153,7 @@ def test_calibration_is_seeded_and_order_of_sets_is_free(base: Path, tmp_path: P
     look = {**CALIBRATION, "source": source}
     test = {**EVALUATION, "source": source}
     (first, _), (second, _) = run(base, tmp_path, look, test)
-    assert (first["role"], second["role"]) == ("calibration", "evaluation")
+    assert (first["name"], second["name"]) == ("look", "test")
     (_, _), (again, _) = run(base, tmp_path, test, look)
     [_, (other, _)] = run(base, tmp_path, test, {**look, "seed": 1})
     assert first["digest"] == again["digest"] != other["digest"]

@@ -1,4 +1,4 @@
-"""What a table looks like: on a terminal, in markdown, as CSV, as JSON.
+"""What a table looks like to people: its columns, what stands above it and below.
 
 CSV and JSON are for programs: `objects(table)` in SI units, nothing rounded. Terminal and markdown are
 for people and share their cells; only here do GiB and MiB exist, one unit a column so that numbers can be
@@ -11,13 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from workbench.records import Evaluation
 from workbench.report.metrics import METRICS, Column, Metric
 from workbench.report.selection import BASE
-from workbench.report.speeds import points
-from workbench.report.table import Line, Score, Table, quality_missing, workload
+from workbench.report.speeds import further_rates
+from workbench.report.table import Line, Score, Table, quality_missing, shared_settings, workload
 
 MISSING = "–"
 LONGEST_REASON = 400
@@ -26,7 +25,7 @@ BINARY = {"GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10}
 
 
 @dataclass(frozen=True)
-class _Column:
+class TextColumn:
     """Heading lines and one cell for each line of the table."""
 
     heading: tuple[str, ...]
@@ -34,17 +33,17 @@ class _Column:
     number: bool = True
 
 
-def shown_columns(table: Table, detail: int) -> list[_Column]:
+def shown_columns(table: Table, detail: int) -> list[TextColumn]:
     """`detail` 3: all; 2: without the spread of the speeds and the errors of the divergence; 1: without divergence
     and agreement; 0: without the perplexity's error too."""
     lines = table.lines
     columns = [
-        _Column(("variant",), tuple(_plain(line.row.artifact.variant) for line in lines), number=False),
-        _Column(("backend",), tuple(_plain(line.row.backend) for line in lines), number=False),
+        TextColumn(("variant",), tuple(_plain(line.row.artifact.variant) for line in lines), number=False),
+        TextColumn(("backend",), tuple(_plain(line.row.backend) for line in lines), number=False),
     ]
     for column in table.varying:
         cells = tuple(_plain(column.text(line.row)) or MISSING for line in lines)
-        columns.append(_Column((_plain(column.name),), cells, number=False))
+        columns.append(TextColumn((_plain(column.name),), cells, number=False))
     measured = {name for line in lines for name, value in line.values.items() if value}
     for metric in METRICS.values():
         if metric.column and (
@@ -55,36 +54,36 @@ def shown_columns(table: Table, detail: int) -> list[_Column]:
         columns += _quality(own.lines, detail, (_plain(name),) if len(table.sets) > 1 else ())
     for name in table.tasks:
         scores = [line.tasks.get(name) for line in lines]
-        columns.append(_Column((_plain(name), "acc %"), tuple(_accuracy(score, detail > 1) for score in scores)))
+        columns.append(TextColumn((_plain(name), "acc %"), tuple(_accuracy(score, detail > 1) for score in scores)))
         if detail > 0:
             cells = tuple(_accuracy_delta(line, score) for line, score in zip(lines, scores, strict=True))
-            columns.append(_Column((_plain(name), "Δ acc"), cells))
+            columns.append(TextColumn((_plain(name), "Δ acc"), cells))
     # A line that has no numbers says why in the last place for one.
     reasons = ["cannot run" if line.row.unsupported else "failed" if line.row.error else None for line in lines]
     last = columns[-1]
-    columns[-1] = _Column(last.heading, tuple(why or cell for why, cell in zip(reasons, last.cells, strict=True)))
+    columns[-1] = TextColumn(last.heading, tuple(why or cell for why, cell in zip(reasons, last.cells, strict=True)))
     if table.footnotes:
         marks = tuple(",".join(map(str, line.footnotes)) for line in lines)
-        columns.append(_Column(("note",), marks, number=False))
+        columns.append(TextColumn(("note",), marks, number=False))
     return columns
 
 
-def _quality(lines: Sequence[Line], detail: int, name: tuple[str, ...]) -> list[_Column]:
+def _quality(lines: Sequence[Line], detail: int, name: tuple[str, ...]) -> list[TextColumn]:
     """The columns of one evaluation set, headed by its name where there are several."""
     columns = [
-        _Column((*name, "ppl"), tuple(_perplexity(line, detail > 0) for line in lines)),
-        _Column((*name, "Δ ppl"), _marked(lines)),
+        TextColumn((*name, "ppl"), tuple(_perplexity(line, detail > 0) for line in lines)),
+        TextColumn((*name, "Δ ppl"), tuple(map(_delta, lines))),
     ]
     if detail > 1 and any(line.values["kld_mean"] is not None for line in lines):
-        columns.append(_Column((*name, "KLD"), tuple(_divergence(line, detail > 2) for line in lines)))
-        columns.append(_Column((*name, "same top", "%"), tuple(_agreement(line, detail > 2) for line in lines)))
+        columns.append(TextColumn((*name, "KLD"), tuple(_divergence(line, detail > 2) for line in lines)))
+        columns.append(TextColumn((*name, "same top", "%"), tuple(_agreement(line, detail > 2) for line in lines)))
     return columns
 
 
-def _plain_metric(lines: Sequence[Line], metric: Metric, column: Column, with_interval: bool) -> _Column:
+def _plain_metric(lines: Sequence[Line], metric: Metric, column: Column, with_interval: bool) -> TextColumn:
     """The column of a metric that needs no care of its own, headed by the workload where it is a speed."""
     values = [line.values[metric.name] for line in lines]
-    heading, unit, spec, scale = tuple(column.heading.split()), column.unit, column.spec, 1.0
+    heading, unit, spec, scale = tuple(column.heading.split()), column.unit, column.spec, column.scale
     if metric.unit == "B":
         largest = max((value or 0 for value in values), default=0)
         unit, scale = next((u, s) for u, s in BINARY.items() if largest >= 2 * s or u == "KiB")
@@ -94,11 +93,11 @@ def _plain_metric(lines: Sequence[Line], metric: Metric, column: Column, with_in
     elif unit == "bit":
         unit = ""  # the heading has it
     cells = [MISSING if value is None else format(value / scale, spec) for value in values]
-    if with_interval and metric.interval:
+    if with_interval and metric.samples:
         spreads = [_spread(line, metric.name) for line in lines]
         breadth = max(map(len, spreads), default=0)
         cells = [f"{cell} {spread.rjust(breadth)}".strip() for cell, spread in zip(cells, spreads, strict=True)]
-    return _Column((*heading, unit) if unit else heading, tuple(cells))
+    return TextColumn((*heading, unit) if unit else heading, tuple(cells))
 
 
 def _workload_heading(lines: Sequence[Line], name: str) -> tuple[str, ...]:
@@ -125,56 +124,43 @@ def _perplexity(line: Line, with_error: bool) -> str:
     value = line.values["perplexity"]
     if value is None:
         return MISSING
-    spec = _spec(value)
-    se = line.errors["perplexity"]
-    error = f" ±{se:{spec}}" if with_error and se is not None else ""
-    return f"{value:{spec}}{error}"
+    return f"{value:{_spec(value)}}{_error(line.errors['perplexity'] if with_error else None, _spec(value))}"
 
 
-def _marked(lines: Sequence[Line]) -> tuple[str, ...]:
-    """The deltas, `~` before those below the noise floor."""
-    return tuple(f"~{_delta(line)}" if _in_the_noise(line) else _delta(line) for line in lines)
-
-
-def _in_the_noise(line: Line) -> bool:
-    return bool(line.below_noise_floor) and line.row.artifact.method != BASE
+def _error(se: float | None, spec: str, scale: float = 1) -> str:
+    return "" if se is None else f" ±{se * scale:{spec}}"
 
 
 def _delta(line: Line) -> str:
+    """The difference to the base, `~` before one below the noise floor."""
     if line.delta is None:
         return MISSING
     if line.row.artifact.method == BASE:
         return "0"
     spec = _spec(line.delta.value)
-    error = f" ±{line.delta.se:{spec}}" if line.delta.se is not None else ""
-    return f"{line.delta.value:+{spec}}{error}"
+    return f"{'~' if line.below_noise_floor else ''}{line.delta.value:+{spec}}{_error(line.delta.se, spec)}"
 
 
 def _divergence(line: Line, with_error: bool) -> str:
-    value, se = line.values["kld_mean"], line.errors["kld_mean"]
-    if value is None:
-        return MISSING
+    value = line.values["kld_mean"]
     if not value:
-        return "0"
+        return MISSING if value is None else "0"
     # From what rounding costs to what ruins a model are nine powers of ten.
     spec = ".4f" if value >= 5e-4 else ".1e"
-    error = f" ±{se:{spec}}" if with_error and se is not None else ""
-    return f"{value:{spec}}{error}"
+    return f"{value:{spec}}{_error(line.errors['kld_mean'] if with_error else None, spec)}"
 
 
 def _agreement(line: Line, with_error: bool) -> str:
-    value, se = line.values["top1_agreement"], line.errors["top1_agreement"]
+    value = line.values["top1_agreement"]
     if value is None:
         return MISSING
-    error = f" ±{100 * se:.2f}" if with_error and se is not None else ""
-    return f"{100 * value:.2f}{error}"
+    return f"{100 * value:.2f}{_error(line.errors['top1_agreement'] if with_error else None, '.2f', 100)}"
 
 
 def _accuracy(score: Score | None, with_error: bool) -> str:
     if score is None:
         return MISSING
-    error = f" ±{100 * score.accuracy.se:.1f}" if with_error and score.accuracy.se is not None else ""
-    return f"{100 * score.accuracy.value:.1f}{error}"
+    return f"{100 * score.accuracy.value:.1f}{_error(score.accuracy.se if with_error else None, '.1f', 100)}"
 
 
 def _accuracy_delta(line: Line, score: Score | None) -> str:
@@ -182,8 +168,8 @@ def _accuracy_delta(line: Line, score: Score | None) -> str:
         return MISSING
     if line.row.artifact.method == BASE:
         return "0"
-    error = f" ±{100 * score.delta.se:.1f}" if score.delta.se is not None else ""
-    return f"{'~' if score.below_noise_floor else ''}{100 * score.delta.value:+.1f}{error}"
+    mark = "~" if score.below_noise_floor else ""
+    return f"{mark}{100 * score.delta.value:+.1f}{_error(score.delta.se, '.1f', 100)}"
 
 
 def _spec(value: float) -> str:
@@ -220,9 +206,8 @@ def subtitle(table: Table) -> list[str]:
     texts.append("± after a speed: 95 % interval of the median; elsewhere: one standard error, by windows")
     if any(line.values["kld_mean"] is not None for line in table.lines):
         texts.append("KLD: mean divergence from the base, nats a token; same top: its likeliest token is the base's")
-    doubtful = any(_in_the_noise(line) for own in table.sets.values() for line in own.lines)
-    rest = [line for line in table.lines if line.row.artifact.method != BASE]
-    if doubtful or any(score.below_noise_floor for line in rest for score in line.tasks.values()):
+    rest = [line for own in table.sets.values() for line in own.lines if line.row.artifact.method != BASE]
+    if any(line.below_noise_floor or any(score.below_noise_floor for score in line.tasks.values()) for line in rest):
         texts.append("~: below the noise floor, within the base's spread over the engines or not distinct from 0")
     return [_plain(text) for text in texts]
 
@@ -239,8 +224,7 @@ def _convention(e: Evaluation) -> str:
 
 def remarks_of(table: Table) -> list[str]:
     texts = []
-    floors = [(name, floor) for name, own in table.sets.items() for floor in own.noise_floors]
-    for name, floor in floors:
+    for name, floor in [(name, floor) for name, own in table.sets.items() for floor in own.noise_floors]:
         where = "" if table.sets[name] is table.first else f" on {name}"
         texts.append(
             f"noise floor{where}: {floor.base} has perplexity {floor.low:.4f} to {floor.high:.4f} on "
@@ -250,42 +234,29 @@ def remarks_of(table: Table) -> list[str]:
             each = [f"{backend} {format(value, '.1e') if value else 0}" for backend, value in floor.divergences]
             texts.append(f"noise floor{where}: divergence of {floor.base} from its own reference: {', '.join(each)}")
     missing = dict.fromkeys(why for line in table.lines if (why := quality_missing(line.row)))
-    return [_plain(text) for text in (*texts, *missing, *_points(table), *_settings(table), *table.notes)]
+    return [_plain(text) for text in (*texts, *missing, *_rates(table), *_settings(table), *table.notes)]
 
 
-def _share(part: float | None) -> str:
-    return "" if part is None else f" ±{part:.1%}" if part < 1 else " ±100%+"
-
-
-def _points(table: Table) -> list[str]:
+def _rates(table: Table) -> list[str]:
     """A line for each row that was timed at further points (llama-bench's shorthand)."""
     texts = []
     for line in table.lines:
         found = []
-        for point in points(line.row):
-            half = max(point.interval[1] - point.median, point.median - point.interval[0]) if point.interval else None
-            found.append(f"{point.name} {point.median:.1f}" + _share(half / point.median if half else None))
+        for rate in further_rates(line.row):
+            half = max(rate.interval[1] - rate.median, rate.median - rate.interval[0]) if rate.interval else 0
+            error = "" if not half else f" ±{half / rate.median:.1%}" if half < rate.median else " ±100%+"
+            found.append(f"{rate.name} {rate.median:.1f}{error}")
         if found:
             texts.append(f"{line.row.artifact.variant} on {line.row.backend}, t/s: {', '.join(found)}")
     return texts
 
 
 def _settings(table: Table) -> list[str]:
-    """For each backend, what all its measured lines really ran with."""
-    by_backend: dict[str, list[dict[str, Any]]] = {}
-    for line in table.lines:
-        if line.row.measurement:
-            by_backend.setdefault(line.row.backend, []).append(line.row.measurement.settings)
-    texts = []
-    for backend, settings in by_backend.items():
-        shared = [
-            f"{key} {value}"
-            for key, value in settings[0].items()
-            if isinstance(value, str | int) and all(other.get(key) == value for other in settings)
-        ]
-        if shared:
-            texts.append(f"{backend}: {', '.join(shared)}")
-    return texts
+    return [
+        f"{backend}: {', '.join(spoken)}"
+        for backend, shared in shared_settings(table).items()
+        if (spoken := [f"{name} {value}" for name, value in shared.items() if isinstance(value, str | int)])
+    ]
 
 
 def _plain(text: str) -> str:

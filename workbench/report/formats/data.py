@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from typing import Any
 
 from workbench.records import Task
 from workbench.report import quality, speeds
 from workbench.report.metrics import METRICS
 from workbench.report.store import machine_of
-from workbench.report.table import Line, Score, Table, device, quality_missing, workload
+from workbench.report.table import Line, Score, Table, quality_missing, workload
 
 
 def comma_separated(table: Table) -> str:
@@ -29,21 +28,28 @@ def json_text(table: Table) -> str:
     return json.dumps(objects(table), indent=2, allow_nan=False) + "\n"
 
 
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(record: dict[str, object]) -> dict[str, object]:
+    flat = paired_ends(record)
     for key, value in record.items():
-        if key == "points":
-            spoken = (f"{name} {point['median']:.1f}" for name, point in value.items())
-            flat[key] = "; ".join(spoken)
-        elif key.endswith("_ci"):
-            flat[f"{key}_low"], flat[f"{key}_high"] = value or (None, None)
-        elif isinstance(value, list):
+        if key == "points" and isinstance(value, dict):
+            flat[key] = "; ".join(f"{name} {point['median']:.1f}" for name, point in value.items())
+        elif isinstance(value, list) and key in flat:
             flat[key] = "; ".join(value)
         elif isinstance(value, dict):
+            del flat[key]
             flat |= {f"{key}.{name}.{inner}": item for name, held in value.items() for inner, item in held.items()}
+    return {key: _encodable(value) if isinstance(value, str) else value for key, value in flat.items()}
+
+
+def paired_ends(record: dict[str, object]) -> dict[str, object]:
+    """An object with each interval `*_ci` as two columns, `*_ci_low` and `*_ci_high`."""
+    flat: dict[str, object] = {}
+    for key, value in record.items():
+        if key.endswith("_ci"):
+            flat[f"{key}_low"], flat[f"{key}_high"] = value if isinstance(value, list) else (None, None)
         else:
             flat[key] = value
-    return {key: _encodable(value) if isinstance(value, str) else value for key, value in flat.items()}
+    return flat
 
 
 def _encodable(text: str) -> str:
@@ -54,7 +60,7 @@ OF_QUALITY = tuple(name for name, metric in METRICS.items() if metric.scored_on)
 """The metrics that an evaluation set gives."""
 
 
-def objects(table: Table) -> list[dict[str, Any]]:
+def objects(table: Table) -> list[dict[str, object]]:
     """One flat object a line: SI units, None where not measured, never NaN.
 
     `*_ci` are pairs (95 %, of the median), `*_se` one standard error. `evaluations` has the quality on further sets by
@@ -69,16 +75,12 @@ def objects(table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def _quality(line: Line) -> dict[str, Any]:
-    """What `_object` says of quality."""
+def _quality(line: Line) -> dict[str, object]:
+    """What an evaluation set says of a line."""
     test = line.row.evaluation
     return {
         **{name: line.values[name] for name in OF_QUALITY},
-        **{f"{name}_se": error for name, error in line.errors.items()},
-        "perplexity_delta": line.delta.value if line.delta else None,
-        "perplexity_delta_se": line.delta.se if line.delta else None,
-        "below_noise_floor": line.below_noise_floor,
-        "nonfinite_tokens": quality.nonfinite(line.row),
+        **_errors(line),
         "evaluation_digest": test.digest if test else None,
         "window": test.window if test else None,
         "score": test.score if test else None,
@@ -86,7 +88,18 @@ def _quality(line: Line) -> dict[str, Any]:
     }
 
 
-def _score(score: Score | None, task: Task) -> dict[str, Any]:
+def _errors(line: Line) -> dict[str, object]:
+    """How far the numbers of quality can be trusted."""
+    return {
+        **{f"{name}_se": error for name, error in line.errors.items()},
+        "perplexity_delta": line.delta.value if line.delta else None,
+        "perplexity_delta_se": line.delta.se if line.delta else None,
+        "below_noise_floor": line.below_noise_floor,
+        "nonfinite_tokens": quality.nonfinite(line.row),
+    }
+
+
+def _score(score: Score | None, task: Task) -> dict[str, object]:
     delta = score.delta if score else None
     return {
         "accuracy": score.accuracy.value if score else None,
@@ -99,7 +112,7 @@ def _score(score: Score | None, task: Task) -> dict[str, Any]:
     }
 
 
-def _object(line: Line) -> dict[str, Any]:
+def _object(line: Line) -> dict[str, object]:
     row = line.row
     prompt_tokens, new_tokens, batch = workload(row)
     return {
@@ -110,19 +123,15 @@ def _object(line: Line) -> dict[str, Any]:
         "method": row.artifact.method,
         "format": row.artifact.format,
         "backend": row.backend,
-        "device": device(row),
+        "device": row.device,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "batch": batch,
         **line.values,
-        **{f"{name}_se": error for name, error in line.errors.items()},
-        "perplexity_delta": line.delta.value if line.delta else None,
-        "perplexity_delta_se": line.delta.se if line.delta else None,
-        "below_noise_floor": line.below_noise_floor,
-        "nonfinite_tokens": quality.nonfinite(row),
+        **_errors(line),
         "points": {
-            point.name: {"median": point.median, "ci": list(point.interval) if point.interval else None}
-            for point in speeds.points(row)
+            rate.name: {"median": rate.median, "ci": list(rate.interval) if rate.interval else None}
+            for rate in speeds.further_rates(row)
         },
         "quality_missing": quality_missing(row),
         **{f"{name}_ci": list(interval) if interval else None for name, interval in line.intervals.items()},

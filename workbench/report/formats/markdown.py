@@ -9,7 +9,7 @@ from workbench.report.table import Table
 
 
 def markdown(table: Table) -> str:
-    """The same as a GitHub-flavoured table, aligned in the source too, with its footnotes as a numbered list."""
+    """The table as GitHub-flavoured Markdown, aligned in the source too, with its footnotes as a numbered list."""
     columns = []
     for column in shown_columns(table, detail=3):
         name, unit = column.heading[:-1], column.heading[-1]

@@ -10,12 +10,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from workbench.errors import install_with
 from workbench.records import Row
-from workbench.report.formats.data import objects
+from workbench.report.formats.data import objects, paired_ends
 from workbench.report.metrics import METRICS
+from workbench.report.selection import evaluation_digest
 from workbench.report.store import machine_of
 from workbench.report.table import build
 
@@ -32,43 +32,38 @@ def parquet(rows: Sequence[Row]) -> bytes:
         raise install_with("pyarrow, which writes Parquet,", 'pip install "quant-workbench[parquet]"') from None
     found = records(rows)
     columns = dict.fromkeys(name for record in found for name in record)
-    kinds = {
-        name: pyarrow.list_(pyarrow.string())
-        if name == "warnings"
-        else pyarrow.bool_()
-        if name == "below_noise_floor"
-        else pyarrow.int64()
-        if name in WHOLE
-        else pyarrow.float64()
-        if name in METRICS or name.endswith(NUMBERS)
-        else pyarrow.string()
-        for name in columns
-    }
+
+    def kind_of(name: str) -> pyarrow.DataType:
+        if name == "warnings":
+            return pyarrow.list_(pyarrow.string())
+        if name == "below_noise_floor":
+            return pyarrow.bool_()
+        if name in WHOLE:
+            return pyarrow.int64()
+        return pyarrow.float64() if name in METRICS or name.endswith(NUMBERS) else pyarrow.string()
+
     # Explicit types: a column in which nothing was measured yet is still one of numbers.
-    schema = pyarrow.schema([pyarrow.field(name, kinds[name]) for name in columns])
+    schema = pyarrow.schema([pyarrow.field(name, kind_of(name)) for name in columns])
     whole = pyarrow.Table.from_pylist(found, schema=schema)
     file = io.BytesIO()
     pyarrow.parquet.write_table(whole, file, compression="zstd")
     return file.getvalue()
 
 
-def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def records(rows: Sequence[Row]) -> list[dict[str, object]]:
     """`table.objects` of every table that the rows make, with the versions and the commit of each row.
 
     Superseded measurements are left out, as in a table; `*_ci` become `*_ci_low` and `*_ci_high`.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[tuple[object, object], dict[str, object]] = {}
     for group in _comparable(rows):
-        versions = {(machine_of(row), row.key): row.versions for row in group}
+        versions: dict[tuple[object, object], dict[str, str]] = {
+            (machine_of(row), row.key): row.versions for row in group
+        }
         for record in objects(build(group)):
             name = (record["machine"], record["key"])
-            flat: dict[str, Any] = {}
-            for key, value in record.items():
-                if key.endswith("_ci"):
-                    flat[f"{key}_low"], flat[f"{key}_high"] = value or (None, None)
-                else:
-                    # Further evaluation sets and tasks, whose names are the recipe's own: as JSON, not as columns.
-                    flat[key] = json.dumps(value) if isinstance(value, dict) else value
+            # Further evaluation sets and tasks, whose names are the recipe's own: as JSON, not as columns.
+            flat = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in paired_ends(record).items()}
             own = versions[name]
             flat["commit"] = own.get("commit")
             flat["versions"] = ", ".join(f"{k} {v}" for k, v in own.items() if k != "commit")
@@ -80,8 +75,7 @@ def _comparable(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows by what may stand in one table; those that were to be scored on nothing go with each of their base."""
     groups: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
-        evaluation = row.evaluation.digest if row.evaluation else ""
-        groups.setdefault((machine_of(row), row.measurement_version, evaluation), []).append(row)
+        groups.setdefault((machine_of(row), row.measurement_version, evaluation_digest(row)), []).append(row)
     whole = []
     for (machine, version, evaluation), group in groups.items():
         bases = {row.base for row in group}

@@ -4,7 +4,7 @@ Every mark carries the number it shows, unrounded, as a `data-` attribute, and t
 filter it and a test can look it up. Text is never scaled: a plot is drawn for a width, and a page holds two of
 each. A label is drawn only where its box is free; what has none has a tooltip, and its numbers are in the table.
 Rejected: a plotting library (the smallest that draws all of these is larger than the whole page may be) and
-drawing in the browser (the same SVG is also the static file).
+drawing in the browser (the same SVG is also the static file), and templates (a plot is arithmetic more than text).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from workbench.report.site.svg import (
     text_element,
     text_width,
     x_ticks,
+    y_ticks,
 )
 
 MOST_DOTS = 300
@@ -43,30 +44,30 @@ class Mark:
     """The id that the table has for it."""
     name: str
     group: int
-    """Of its engine: colour and shape."""
+    """Place of its engine: colour and shape."""
     x: float = 0.0
     y: float = 0.0
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
     values: dict[str, float] = field(default_factory=dict)
-    """For plots of several numbers a row, by name."""
+    """Numbers by name, for plots of several numbers a row."""
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """One series over time."""
 
     row: str
     name: str
     group: int
     points: tuple[tuple[float, float, str], ...]
-    """(days, value, date)"""
+    """Points (days since 1970, value, date)."""
     steps: tuple[tuple[float, float, str], ...] = ()
-    """(days, value, what it is)"""
+    """Where a level changed: (days since 1970, value, words)."""
 
 
 def scatter(
-    marks: Sequence[Mark], groups: Sequence[str], x: Axis, y: Axis, title: str, width: int, more_is_better: bool
+    marks: Sequence[Mark], groups: Sequence[str], x: Axis, y: Axis, title: str, more_is_better: bool, width: int
 ) -> str:
     """Points with error bars, and the front of those that no other beats in both (`y`: less is better)."""
     top, bottom, right = 30, 58, 14
@@ -79,9 +80,7 @@ def scatter(
     out = [open_svg(width, height, title), *draw_legend(groups, left, height - 6)]
     out.append(text_element(4, 12, y.label, "t"))
     out.append(text_element((left + width - right) / 2, height - 26, x.label, "t", "middle"))
-    for place, text in y_scale.ticks:
-        out.append(f'<path class="g" d="M{left} {place:.1f}H{width - right}"/>')
-        out.append(text_element(left - 6, place + 4, text, "t", "end"))
+    out += y_ticks(y_scale, left, width - right)
     out += x_ticks(x_scale, height - bottom, top, width)
     front = _front(marks, more_is_better)
     if len(front) > 1:
@@ -99,18 +98,15 @@ def scatter(
         words = f"{mark.name}: {x.label} {number_text(mark.x / x.scale)}, {y.label} {number_text(mark.y / y.scale)}"
         out.append(marked(mark.row, words, error + shape_of_mark(mark.group, px, py), data))
     taken = [(x_scale(m.x) - 5, y_scale(m.y) - 5, x_scale(m.x) + 5, y_scale(m.y) + 5) for m in marks]
-    order = [*front, *(mark for mark in marks if mark not in front)]
-    for mark in order:
-        placed = label_text(
-            mark.name, x_scale(mark.x), y_scale(mark.y), taken, (left, top, width - 2, height - bottom - 2)
-        )
-        if placed:
+    inside = (left, top, width - 2, height - bottom - 2)
+    for mark in [*front, *(mark for mark in marks if mark not in front)]:
+        if placed := label_text(mark.name, x_scale(mark.x), y_scale(mark.y), taken, inside):
             out.append(text_element(*placed, mark.name, "l", row=mark.row))
     return "".join(out) + "</svg>"
 
 
 def bars(
-    marks: Sequence[Mark], groups: Sequence[str], x: Axis, title: str, width: int, stacks: Sequence[Sequence[str]]
+    marks: Sequence[Mark], groups: Sequence[str], x: Axis, title: str, stacks: Sequence[Sequence[str]], width: int
 ) -> str:
     """Stacked parts, a row each; each of `stacks` is a bar of its own below the last."""
     parts = [part for stack in stacks for part in stack]
@@ -171,23 +167,21 @@ def percentiles(marks: Sequence[Mark], groups: Sequence[str], x: Axis, title: st
     return _rows(marks, [v for m in marks for v in m.values.values()], x, title, width, draw, keys, groups)
 
 
-def lines(series: Sequence[Line], groups: Sequence[str], y: Axis, title: str, width: int) -> str:
+def over_time(curves: Sequence[Curve], groups: Sequence[str], y: Axis, title: str, width: int) -> str:
     """Values over time, named at their ends where there is room, with a ring where a level changed."""
     top, bottom, right = 30, 50, 150 if width > 400 else 96
     height = round(width * 0.55) + 60
-    y_scale = Scale([value for line in series for _, value, _ in line.points], y, height - bottom, top)
+    y_scale = Scale([value for curve in curves for _, value, _ in curve.points], y, height - bottom, top)
     left = 12 + max(text_width(text) for _, text in y_scale.ticks)
-    days = [day for line in series for day, _, _ in line.points]
+    days = [day for curve in curves for day, _, _ in curve.points]
     first, last = min(days), max(days)
 
     def x_of(day: float) -> float:
         return left + 6 + (day - first) / ((last - first) or 1) * (width - right - left - 12)
 
     out = [open_svg(width, height, title), *draw_legend(groups, left, height - 6), text_element(4, 12, y.label, "t")]
-    for place, text in y_scale.ticks:
-        out.append(f'<path class="g" d="M{left} {place:.1f}H{width - right}"/>')
-        out.append(text_element(left - 6, place + 4, text, "t", "end"))
-    dates = sorted({(day, date) for line in series for day, _, date in line.points})
+    out += y_ticks(y_scale, left, width - right)
+    dates = sorted({(day, date) for curve in curves for day, _, date in curve.points})
     free = -math.inf
     # The last date is always told; the others where there is room before it.
     end = x_of(dates[-1][0]) - text_width(dates[-1][1]) / 2
@@ -196,28 +190,28 @@ def lines(series: Sequence[Line], groups: Sequence[str], y: Axis, title: str, wi
         if (day, date) == dates[-1] or (x_of(day) - half > free + 6 and x_of(day) + half < end - 6):
             out.append(text_element(max(x_of(day), half + 1), height - bottom + 18, date, "t", "middle"))
             free = max(x_of(day), half + 1) + half
-    dots = sum(len(line.points) for line in series) <= MOST_DOTS
-    for line in series:
-        path = "L".join(f"{x_of(day):.1f} {y_scale(value):.1f}" for day, value, _ in line.points)
-        body = f'<path class="n{line.group % 5}" stroke-width="1.5" d="M{path}"/>' if len(line.points) > 1 else ""
-        if dots or len(line.points) == 1:
-            for day, value, _ in line.points:
+    dots = sum(len(curve.points) for curve in curves) <= MOST_DOTS
+    for curve in curves:
+        path = "L".join(f"{x_of(day):.1f} {y_scale(value):.1f}" for day, value, _ in curve.points)
+        body = f'<path class="n{curve.group % 5}" stroke-width="1.5" d="M{path}"/>' if len(curve.points) > 1 else ""
+        if dots or len(curve.points) == 1:
+            for day, value, _ in curve.points:
                 body += (
-                    f'<circle class="c{line.group % 5}" cx="{x_of(day):.1f}" cy="{y_scale(value):.1f}" r="2" '
+                    f'<circle class="c{curve.group % 5}" cx="{x_of(day):.1f}" cy="{y_scale(value):.1f}" r="2" '
                     f'data-y="{value!r}"/>'
                 )
-        for day, value, what in line.steps:
+        for day, value, what in curve.steps:
             body += (
-                f'<circle class="n{line.group % 5}" stroke-width="2" cx="{x_of(day):.1f}" '
+                f'<circle class="n{curve.group % 5}" stroke-width="2" cx="{x_of(day):.1f}" '
                 f'cy="{y_scale(value):.1f}" r="6"><title>{escape_text(what)}</title></circle>'
             )
-        out.append(marked(line.row, line.name, body))
-    taken: list[tuple[float, float]] = []
-    for line in sorted(series, key=lambda one: bool(one.steps), reverse=True):
-        py = y_scale(line.points[-1][1])
-        if all(abs(py - other) > FONT + 3 for _, other in taken):
-            taken.append((0, py))
-            out.append(text_element(width - right + 4, py + 4, cut_text(line.name, right - 8), "l", row=line.row))
+        out.append(marked(curve.row, curve.name, body))
+    taken: list[float] = []
+    for curve in sorted(curves, key=lambda one: bool(one.steps), reverse=True):
+        py = y_scale(curve.points[-1][1])
+        if all(abs(py - other) > FONT + 3 for other in taken):
+            taken.append(py)
+            out.append(text_element(width - right + 4, py + 4, cut_text(curve.name, right - 8), "l", row=curve.row))
     return "".join(out) + "</svg>"
 
 
@@ -254,7 +248,7 @@ def _rows(
 
 
 def _front(marks: Sequence[Mark], more_is_better: bool) -> list[Mark]:
-    """Those that none beats in both, from the best `x` on."""
+    """The marks that none beats in both, from the best `x` on."""
     found: list[Mark] = []
     for mark in sorted(marks, key=lambda m: (-m.x if more_is_better else m.x, m.y)):
         if not found or mark.y < found[-1].y:

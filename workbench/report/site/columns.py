@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workbench.report.metrics import METRICS, Column, Metric
 from workbench.report.selection import BASE
@@ -28,13 +28,11 @@ def columns(table: Table) -> list[PageColumn]:
     spoken = "see the workload"
     if len(workloads) == 1:
         spoken = "{} prompt tokens, {} new ones, batch {}".format(*workloads.pop())
+    by_name = {metric.name: _of_metric(metric, metric.column, spoken) for metric in METRICS.values() if metric.column}
     found = []
-    for metric in METRICS.values():
-        if metric.column:
-            found.append(_of_metric(metric, metric.column, spoken))
-        if metric.name == "perplexity":
-            found.append(_perplexity_delta())
-    found += [_perplexity_on(name, table) for name in [*table.sets][1:]]
+    for name, column in by_name.items():
+        found += [column, _perplexity_delta()] if name == "perplexity" else [column]
+    found += [_on_set(by_name["perplexity"], name, table) for name in [*table.sets][1:]]
     found += [_task(name) for name in dict.fromkeys(name for line in table.lines for name in line.tasks)]
     return [column for column in found if any(column.value(line) is not None for line in table.lines)]
 
@@ -66,21 +64,14 @@ def _perplexity_delta() -> PageColumn:
     )
 
 
-def _perplexity_on(name: str, table: Table) -> PageColumn:
-    """The perplexity on another evaluation set of the recipe."""
+def _on_set(column: PageColumn, name: str, table: Table) -> PageColumn:
+    """The same column on another evaluation set of the recipe."""
     lines = {line.row.key: line for line in table.sets[name].lines}
-
-    def error(line: Line) -> str:
-        se = lines[line.row.key].errors.get("perplexity")
-        return f"±{se:.3f}" if se is not None else ""
-
-    return PageColumn(
-        f"perplexity, {name}",
-        "",
-        lambda line: lines[line.row.key].values["perplexity"],
-        lambda value: f"{value:.3f}",
-        error,
-        "± one standard error, by windows",
+    return replace(
+        column,
+        heading=f"{column.heading}, {name}",
+        value=lambda line: column.value(lines[line.row.key]),
+        error=lambda line: column.error(lines[line.row.key]),
     )
 
 

@@ -8,43 +8,13 @@ Rejected: a charting library (plotly alone is larger than the whole page may be)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from workbench.report.selection import BASE
-from workbench.report.site.columns import PageColumn, columns
+from workbench.report.site.columns import columns
 from workbench.report.site.plots import groups_of, is_count, plots, row_ids
 from workbench.report.site.templates import fill
-from workbench.report.table import Line, Table, workload
+from workbench.report.table import Table, shared_settings, workload
 from workbench.report.verdicts.steps import Series, Step
-
-
-@dataclass(frozen=True)
-class PageNumber:
-    """A number in the page's table."""
-
-    value: float
-    """As stored."""
-    shown: str
-    error: str
-
-
-@dataclass(frozen=True)
-class PageRow:
-    """A line of the page's table."""
-
-    id: str
-    """Name that its marks in the plots have too."""
-    words: tuple[str, ...]
-    """Variant, engine, and what varies."""
-    numbers: tuple[PageNumber | None, ...]
-    state: str
-    """Class in the style sheet."""
-    measured: bool
-    sought: str
-    """What the filter looks for words in."""
-    footnotes: tuple[int, ...]
 
 
 def page(
@@ -56,7 +26,6 @@ def page(
     back: str | None = None,
 ) -> str:
     """The whole page as text; `series` of several runs bring plots over time, `back` a link to where it is listed."""
-    ids, shown = row_ids(table), columns(table)
     bases = dict.fromkeys(line.row.base for line in table.lines)
     newest = max(line.row.started_at for line in table.lines)
     ran = sum(bool(line.row.measurement) for line in table.lines)
@@ -67,32 +36,12 @@ def page(
         back=back,
         table=table,
         heads=["variant", "engine", *(column.name for column in table.varying)],
-        columns=shown,
-        rows=[_row(table, line, ids[line.row.key], shown) for line in table.lines],
+        columns=columns(table),
+        ids=row_ids(table),
         engines=groups_of(table),
         plots=plots(table, series, steps),
         steps=[step for step in steps if step.worse],
         origin=_origin(table),
-    )
-
-
-def _row(table: Table, line: Line, id: str, shown: Sequence[PageColumn]) -> PageRow:
-    row = line.row
-    numbers: list[PageNumber | None] = []
-    for column in shown:
-        value = column.value(line)
-        found = None
-        if value is not None and math.isfinite(value):
-            found = PageNumber(value, column.show(value), column.error(line))
-        numbers.append(found)
-    return PageRow(
-        id,
-        (row.artifact.variant, row.backend, *(column.text(row) for column in table.varying)),
-        tuple(numbers),
-        "no" if row.unsupported else "bad" if row.error else "base" if row.artifact.method == BASE else "",
-        bool(row.measurement),
-        f"{row.artifact.variant} {row.backend} {row.artifact.method} {row.base}".lower(),
-        line.footnotes,
     )
 
 
@@ -121,13 +70,7 @@ def _origin(table: Table) -> list[tuple[str, str]]:
         items.append(("evaluation", f"{e.name} ({e.digest[:16]}): {windows}"))
     items.append(("measured", f"{min(row.started_at for row in rows)} to {newest.started_at}"))
     items.append(("measurement version", str(newest.measurement_version)))
-    for backend in dict.fromkeys(row.backend for row in rows if row.measurement):
-        settings = [row.measurement.settings for row in rows if row.measurement and row.backend == backend]
-        shared = ", ".join(
-            f"{name} {value}"
-            for name, value in settings[0].items()
-            if all(other.get(name) == value for other in settings)
-        )
+    for backend, shared in shared_settings(table).items():
         if shared:
-            items.append((f"{backend} ran with", shared))
+            items.append((f"{backend} ran with", ", ".join(f"{name} {value}" for name, value in shared.items())))
     return items

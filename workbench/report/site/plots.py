@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import TypeGuard
 
-from workbench.report import estimates as statistics
-from workbench.report import selection
+from workbench.report import estimates
 from workbench.report.metrics import JUDGED, METRICS
-from workbench.report.selection import BASE
+from workbench.report.selection import BASE, pair_of
 from workbench.report.site import charts
 from workbench.report.site.charts import Mark
 from workbench.report.site.svg import NARROW, WIDE, Axis
@@ -22,7 +21,7 @@ from workbench.report.verdicts.steps import Series, Step
 
 HOST_PARTS = ("peak_rss_anon", "peak_rss_file", "peak_rss_shared")
 NOT_PARTS = ("peak_rss", "peak_vram", *HOST_PARTS)
-MOST_LINES = 40
+MOST_CURVES = 40
 """Series in one plot over time."""
 
 
@@ -39,79 +38,56 @@ class Plot:
 
 def plots(table: Table, series: Sequence[Series] = (), steps: Sequence[Step] = ()) -> list[Plot]:
     """Every plot that the rows have the numbers for."""
-    ids = row_ids(table)
     groups = groups_of(table)
     found: list[Plot] = []
-
-    def marks(values: Callable[[Line], dict[str, float] | None]) -> list[Mark]:
-        made = []
-        for line in table.lines:
-            found = values(line)
-            if found:
-                made.append(_mark(line, ids, groups, table, values=found))
-        return made
 
     def add(name: str, title: str, caption: str, draw: Callable[[int], str]) -> None:
         found.append(Plot(name, title, caption, draw(WIDE), draw(NARROW)))
 
-    quality = Axis("perplexity", log=True)
-    size = _scatter_marks(table, ids, groups, "disk_bytes", None)
-    if len(size) > 1:
-        add(
-            "quality-size",
-            "Quality against size",
-            "Lower and further left is better; the dashed line joins what nothing beats in both. Bars: 95 %.",
-            lambda width: charts.scatter(
-                size, groups, Axis("size, MiB", MIB, log=True), quality, "Perplexity against size", width, False
-            ),
-        )
-    speed = _scatter_marks(table, ids, groups, "decode_tok_s", lambda line: line.intervals["decode_tok_s"])
-    if len(speed) > 1:
-        add(
-            "quality-speed",
-            "Quality against speed",
-            "Lower and further right is better; the dashed line joins what nothing beats in both. Bars: 95 %.",
-            lambda width: charts.scatter(
-                speed, groups, Axis("decode, tok/s", log=True), quality, "Perplexity against speed", width, True
-            ),
-        )
-    memory = marks(memory_parts)
-    if memory:
-        own = list(dict.fromkeys(part for mark in memory for part in mark.values if part not in HOST_PARTS))
-        stacks = [stack for stack in (own, list(HOST_PARTS)) if any(part in m.values for m in memory for part in stack)]
+    for name, where, metric, axis, label in (
+        ("size", "left", "disk_bytes", Axis("size, MiB", MIB, log=True), "Perplexity against size"),
+        ("speed", "right", "decode_tok_s", Axis("decode, tok/s", log=True), "Perplexity against speed"),
+    ):
+        marks = _scatter_marks(table, metric)
+        if len(marks) > 1:
+            add(
+                f"quality-{name}",
+                f"Quality against {name}",
+                f"Lower and further {where} is better; the dashed line joins what nothing beats in both. Bars: 95 %.",
+                partial(charts.scatter, marks, groups, axis, Axis("perplexity", log=True), label, where == "right"),
+            )
+    if marks := _marks(table, memory_parts):
+        parts = dict.fromkeys(part for mark in marks for part in mark.values)
+        stacks = [[part for part in parts if part not in HOST_PARTS], [part for part in HOST_PARTS if part in parts]]
         add(
             "memory",
             "Memory by part",
             "Upper bar: what the engine says of its own; lower bar: the host memory of its processes at their peak.",
-            lambda width: charts.bars(memory, groups, Axis("MiB", MIB), "Memory by part", width, stacks),
+            partial(charts.bars, marks, groups, Axis("MiB", MIB), "Memory by part", list(filter(None, stacks))),
         )
-    latency = marks(latencies)
-    if latency:
+    if marks := _marks(table, latencies):
         add(
             "latency",
             "Time between tokens",
             "Box: the middle half, with the median; whiskers: 5 % to 95 % of all decoding steps of all repeats.",
-            lambda width: charts.spreads(latency, groups, Axis("ms", 1e-3, log=True), "Time between tokens", width),
+            partial(charts.spreads, marks, groups, Axis("ms", 1e-3, log=True), "Time between tokens"),
         )
-    divergence = marks(divergences)
-    if divergence:
+    if marks := _marks(table, divergences):
+        axis, label = Axis("nats a token", log=True), "Divergence from the base, percentiles"
         add(
             "divergence",
             "Divergence from the base",
             "Percentiles over the scored tokens of the KL divergence from the base's distribution.",
-            lambda width: charts.percentiles(
-                divergence, groups, Axis("nats a token", log=True), "Divergence from the base, percentiles", width
-            ),
+            partial(charts.percentiles, marks, groups, axis, label),
         )
     for metric in [name for name, judged in JUDGED.items() if judged.plotted]:
-        lines = _history(metric, series, steps, ids, groups, table)
-        if lines:
-            axis = _axis(metric)
+        if curves := _curves(metric, series, steps, table):
+            axis, title = _axis(metric), METRICS[metric].title
             add(
                 f"history-{metric}",
-                _sentence(f"{METRICS[metric].title} over time"),
+                f"{title[:1].upper()}{title[1:]} over time",
                 "A line a variant and engine; a ring marks where a level changed.",
-                partial(charts.lines, lines, groups, axis, f"{axis.label} over time"),
+                partial(charts.over_time, curves, groups, axis, f"{axis.label} over time"),
             )
     return found
 
@@ -127,7 +103,7 @@ def groups_of(table: Table) -> list[str]:
 
 
 def memory_parts(line: Line) -> dict[str, float] | None:
-    """Bytes: what the engine says of its own parts, and the host's of its processes."""
+    """Bytes by part: what the engine says of its own, and what its processes hold on the host."""
     memory = line.row.measurement.memory if line.row.measurement else {}
     own = {k: float(v) for k, v in memory.items() if k not in NOT_PARTS and is_count(v) and not k.startswith("peak")}
     host = {part: float(memory[part]) for part in HOST_PARTS if is_count(memory.get(part))}
@@ -140,7 +116,7 @@ def latencies(line: Line) -> dict[str, float] | None:
     steps = sorted(step for repeat in (speeds[0].step_s if speeds else []) for step in repeat if is_count(step))
     if len(steps) < 5:
         return None
-    return {f"p{p}": statistics.quantile(steps, p / 100) for p in (5, 25, 50, 75, 95)}
+    return {f"p{p}": estimates.quantile(steps, p / 100) for p in (5, 25, 50, 75, 95)}
 
 
 def divergences(line: Line) -> dict[str, float] | None:
@@ -160,59 +136,59 @@ def days_of(at: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() / 86400
 
 
-def _mark(line: Line, ids: dict[str, str], groups: Sequence[str], table: Table, **more: Any) -> Mark:
-    name = " · ".join([line.row.artifact.variant, *_details(table, line)])
-    if len(groups) > 1:
-        name += f" · {line.row.backend}"
-    return Mark(ids[line.row.key], name, groups.index(line.row.backend), **more)
+def _name(table: Table, line: Line) -> str:
+    """The variant, and what else tells a line from another of its variant and engine."""
+    return " · ".join(filter(None, [line.row.artifact.variant, *(column.text(line.row) for column in table.varying)]))
 
 
-def _details(table: Table, line: Line) -> list[str]:
-    """What else tells a line from another of its variant and engine."""
-    return [text for column in table.varying if (text := column.text(line.row))]
+def _marks(table: Table, values: Callable[[Line], dict[str, float] | None]) -> list[Mark]:
+    ids, groups = row_ids(table), groups_of(table)
+    return [
+        Mark(
+            ids[line.row.key],
+            _name(table, line) + (f" · {line.row.backend}" if len(groups) > 1 else ""),
+            groups.index(line.row.backend),
+            values=found,
+        )
+        for line in table.lines
+        if (found := values(line))
+    ]
 
 
-def _scatter_marks(
-    table: Table,
-    ids: dict[str, str],
-    groups: Sequence[str],
-    name: str,
-    interval: Callable[[Line], tuple[float, float] | None] | None,
-) -> list[Mark]:
+def _scatter_marks(table: Table, metric: str) -> list[Mark]:
+    ids, groups = row_ids(table), groups_of(table)
     found = []
     for line in table.lines:
-        x, y = line.values[name], line.values["perplexity"]
+        x, y = line.values[metric], line.values["perplexity"]
         if x is None or y is None:
             continue
-        error = line.errors["perplexity"]
         windows = len(line.row.quality["windows"]) if line.row.quality else 0
-        spread = statistics.interval(statistics.Estimate(y, error, windows)) if error and windows > 1 else None
-        if spread and spread[0] <= 0:
-            spread = None
-        mark = _mark(
-            line, ids, groups, table, x=x, y=y, x_interval=interval(line) if interval else None, y_interval=spread
+        spread = estimates.interval(estimates.Estimate(y, line.errors["perplexity"] or None, windows))
+        found.append(
+            Mark(
+                ids[line.row.key],
+                # Engine names stay in the legend and the tooltip: labels are for variants.
+                _name(table, line),
+                groups.index(line.row.backend),
+                x,
+                y,
+                line.intervals.get(metric),
+                spread if spread and spread[0] > 0 else None,
+            )
         )
-        # Engine names stay in the legend and the tooltip: labels are for variants.
-        found.append(replace(mark, name=" · ".join([line.row.artifact.variant, *_details(table, line)])))
     return found
 
 
 def _axis(metric: str) -> Axis:
-    known = METRICS[metric]
-    if known.unit == "B":
-        return Axis(f"{known.title}, MiB", MIB, log=True)
-    return Axis(f"{known.title}{', ' if known.unit else ''}{known.unit}", log=True)
+    title, unit = METRICS[metric].title, METRICS[metric].unit
+    if unit == "B":
+        return Axis(f"{title}, MiB", MIB, log=True)
+    return Axis(f"{title}, {unit}" if unit else title, log=True)
 
 
-def _history(
-    metric: str,
-    series: Sequence[Series],
-    steps: Sequence[Step],
-    ids: dict[str, str],
-    groups: Sequence[str],
-    table: Table,
-) -> list[charts.Line]:
-    latest = {selection.pair_of(line.row): ids[line.row.key] for line in table.lines}
+def _curves(metric: str, series: Sequence[Series], steps: Sequence[Step], table: Table) -> list[charts.Curve]:
+    ids, groups = row_ids(table), groups_of(table)
+    latest = {pair_of(line.row): ids[line.row.key] for line in table.lines}
     found = []
     for one in series:
         points = one.values(metric)
@@ -220,7 +196,7 @@ def _history(
             continue
         own = [step for step in steps if step.metric == metric and step.series is one]
         found.append(
-            charts.Line(
+            charts.Curve(
                 row=latest.get(one.pair, ""),
                 name=one.label.replace(" on ", " ", 1),
                 group=groups.index(one.pair.backend),
@@ -228,13 +204,9 @@ def _history(
                 steps=tuple((days_of(s.first.at), s.after, f"{s.relative:+.1%} since {s.first.at[:10]}") for s in own),
             )
         )
-    found.sort(key=lambda line: not line.steps)
-    return found[:MOST_LINES]
+    found.sort(key=lambda curve: not curve.steps)
+    return found[:MOST_CURVES]
 
 
-def _sentence(words: str) -> str:
-    return words[:1].upper() + words[1:]
-
-
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

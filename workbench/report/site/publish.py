@@ -16,18 +16,17 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from workbench.disk import write_whole
 from workbench.errors import UserError
 from workbench.records import Row, digest
-from workbench.report import units
 from workbench.report.formats.data import objects
 from workbench.report.metrics import METRICS
 from workbench.report.site.page import page
 from workbench.report.site.templates import fill
 from workbench.report.store import machine_of
 from workbench.report.table import Table, build
+from workbench.report.units import amount
 from workbench.report.verdicts.steps import Series, Step, series_like, series_of, steps_of
 
 GREEN, RED, GREY = "#15803d", "#b91c1c", "#5c6675"
@@ -84,13 +83,13 @@ def index(tables: dict[tuple[str, str], Table], series: Sequence[Series], worse:
                 "nights": len({point.at[:10] for one in own for point in one.points}),
                 "pairs": len(table.lines),
                 "failed": sum(bool(line.row.error) for line in table.lines),
-                "open": sum(step.open and step.series in own for step in worse),
+                "open": sum(step.open and any(step.series is one for one in own) for step in worse),
             }
         )
     return fill("index.html", title="Workbench, measured nightly", pages=pages, steps=worse)
 
 
-def feed(worse: Sequence[Step], home_url: str) -> dict[str, Any]:
+def feed(worse: Sequence[Step], home_url: str) -> dict[str, object]:
     """Regressions as JSON Feed 1.1."""
     home = home_url.rstrip("/")
     items = []
@@ -105,7 +104,7 @@ def feed(worse: Sequence[Step], home_url: str) -> dict[str, Any]:
                 "title": f"{one.label}: {METRICS[step.metric].title} {100 * step.relative:+.1f} %",
                 "content_text": (
                     f"{one.pair.base}, {one.label}, on {one.machine}: {step.metric} "
-                    f"{units.amount(step.before, unit)} -> {units.amount(step.after, unit)} since {step.first.at} "
+                    f"{amount(step.before, unit)} -> {amount(step.after, unit)} since {step.first.at} "
                     f"(last good {step.last.at})."
                 ),
                 "date_published": step.first.at,
@@ -125,7 +124,7 @@ def feed(worse: Sequence[Step], home_url: str) -> dict[str, Any]:
                 },
             }
         )
-    whole: dict[str, Any] = {"version": "https://jsonfeed.org/version/1.1", "title": "Workbench regressions"}
+    whole: dict[str, object] = {"version": "https://jsonfeed.org/version/1.1", "title": "Workbench regressions"}
     if home:
         whole |= {"home_page_url": f"{home}/index.html", "feed_url": f"{home}/feed.json"}
     return whole | {"items": items}

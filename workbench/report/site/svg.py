@@ -11,7 +11,7 @@ from dataclasses import dataclass
 FONT = 11
 """Pixels, of every text in a plot."""
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
-"""By engine, beside the colour: not everybody sees colours, and not every printer has them."""
+"""Shapes by engine, beside the colours: not everybody sees colours, and not every printer has them."""
 WIDE, NARROW = 560, 340
 """Pixels: a column of a desktop's page, and a phone's."""
 
@@ -44,7 +44,7 @@ class Axis:
     scale: float = 1.0
     """What a stored number is divided by."""
     log: bool = False
-    """Asked for; granted where the values span more than a factor of four."""
+    """Whether a logarithmic axis is asked for; it is granted where the values span more than a factor of four."""
 
 
 def standalone(svg: str) -> str:
@@ -125,6 +125,15 @@ def _nice(low: float, high: float, steps: int) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def y_ticks(scale: Scale, left: float, right: float) -> list[str]:
+    """Lines across the plot, each with its number on the left."""
+    out = []
+    for place, text in scale.ticks:
+        out.append(f'<path class="g" d="M{left} {place:.1f}H{right}"/>')
+        out.append(text_element(left - 6, place + 4, text, "t", "end"))
+    return out
 
 
 def x_ticks(scale: Scale, bottom: float, top: float, width: float) -> list[str]:

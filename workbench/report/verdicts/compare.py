@@ -24,15 +24,15 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from workbench.errors import UserError, unknown
 from workbench.records import Row
 from workbench.report import estimates, quality
 from workbench.report.metrics import JUDGED, METRICS, Metric
-from workbench.report.selection import Pair, labels_of, pair_of
+from workbench.report.selection import Pair, by_pair, evaluation_digest, labels_of
 from workbench.report.store import machine_of
 from workbench.report.units import amount, printable
 
@@ -47,9 +47,9 @@ class Change:
     old: float
     new: float
     relative: float
-    """(new - old) / old."""
+    """Change as a share of the old value."""
     interval: tuple[float, float] | None
-    """95 %, of the relative change; None where there are too few samples for one."""
+    """95 % interval of the relative change; None where there are too few samples for one."""
     threshold: float
     verdict: Verdict
 
@@ -89,22 +89,14 @@ def compare(
         if recipe not in known:
             raise unknown("recipe", recipe, known, "results")
         old, new = ([row for row in rows if row.recipe == recipe] for rows in (old, new))
-    wanted: list[tuple[str, str, str | None, Callable[[Row], str]]] = [
-        ("machine", "--machine", machine, machine_of),
-        ("evaluation", "--evaluation", evaluation, lambda row: row.evaluation.digest if row.evaluation else ""),
-        (
-            "measurement version",
-            "--measurement-version",
-            None if measurement_version is None else str(measurement_version),
-            lambda row: str(row.measurement_version),
-        ),
-    ]
-    for thing, option, chosen, name in wanted:
-        old, new = _one(old, new, thing, option, chosen, name)
+    version = None if measurement_version is None else str(measurement_version)
+    old, new = _one(old, new, "machine", machine, machine_of)
+    old, new = _one(old, new, "evaluation", evaluation, evaluation_digest)
+    old, new = _one(old, new, "measurement version", version, lambda row: str(row.measurement_version))
     if not old or not new:
         raise UserError(f"nothing to compare: the {'first' if not old else 'second'} set holds no row")
     limits = {name: judged.threshold for name, judged in JUDGED.items()} | (thresholds or {})
-    before, after = _by_pair(old), _by_pair(new)
+    before, after = (by_pair(sorted(rows, key=lambda row: row.started_at)) for rows in (old, new))
     labels = labels_of({pair: rows[-1] for pair, rows in (before | after).items()})
     changes: dict[Pair, tuple[Change, ...]] = {}
     lost: dict[Pair, str] = {}
@@ -147,28 +139,22 @@ def changes_of(old: Sequence[Row], new: Sequence[Row], thresholds: dict[str, flo
             if exact:
                 sides = [values[-1:] for values in sides]
             found = _ratio(*sides)
-        if found is None:
+        if found is None or not found[0]:
             continue
         before, after, interval = found
-        if not before:
-            continue
         relative = (after - before) / before
         verdict = _verdict(relative, (relative, relative) if exact else interval, threshold, metric.better)
         yield Change(name, before, after, relative, None if exact else interval, threshold, verdict)
 
 
 def failures(comparison: Comparison, limits: dict[str, float]) -> list[str]:
-    """What `--fail` is about: a line for each pair that is worse by a limit or more, or that was lost."""
+    """Reasons for `--fail` to end with 1: a line for each pair that is worse by a limit or more, or that was lost."""
     lines = [
         f"{comparison.labels[pair]}: {change.metric} {change.relative:+.2%}, limit {change.threshold:.2%}"
-        for pair, changes in comparison.changes.items()
-        for change in changes
-        if change.metric in limits and change.verdict == "worse"
+        for pair, change in _limited(comparison, limits, "worse")
     ]
     if limits:
-        lines += [
-            f"{comparison.labels[pair]}: no longer measured: {reason}" for pair, reason in comparison.lost.items()
-        ]
+        lines += [f"{comparison.labels[pair]}: no longer measured: {why}" for pair, why in comparison.lost.items()]
     return lines
 
 
@@ -176,13 +162,17 @@ def doubts(comparison: Comparison, limits: dict[str, float]) -> list[str]:
     """A line for each pair that looks worse by a limit or more, but has too few samples to say so."""
     return [
         f"{comparison.labels[pair]}: {describe(change)}"
-        for pair, changes in comparison.changes.items()
-        for change in changes
-        if change.metric in limits
-        and change.verdict == "undecided"
-        and (change.relative > 0) == (METRICS[change.metric].better == "lower")
+        for pair, change in _limited(comparison, limits, "undecided")
+        if (change.relative > 0) == (METRICS[change.metric].better == "lower")
         and abs(change.relative) >= change.threshold
     ]
+
+
+def _limited(comparison: Comparison, limits: dict[str, float], verdict: Verdict) -> Iterator[tuple[Pair, Change]]:
+    for pair, changes in comparison.changes.items():
+        for change in changes:
+            if change.metric in limits and change.verdict == verdict:
+                yield pair, change
 
 
 def parse_limit(text: str) -> tuple[str, float]:
@@ -216,41 +206,21 @@ def select(rows: Sequence[Row], spec: str) -> list[Row]:
     return found
 
 
-def objects(comparison: Comparison) -> list[dict[str, Any]]:
+def objects(comparison: Comparison) -> list[dict[str, object]]:
     """One flat object a change, and one a lost pair."""
-    found: list[dict[str, Any]] = []
-    for pair, changes in comparison.changes.items():
-        for change in changes:
-            found.append(
-                {
-                    "machine": comparison.machine,
-                    "base": pair.base,
-                    "variant": pair.variant,
-                    "backend": pair.backend,
-                    "label": comparison.labels[pair],
-                    "metric": change.metric,
-                    "unit": METRICS[change.metric].unit,
-                    "old": change.old,
-                    "new": change.new,
-                    "relative": change.relative,
-                    "interval": list(change.interval) if change.interval else None,
-                    "threshold": change.threshold,
-                    "verdict": change.verdict,
-                }
-            )
-    for pair, reason in comparison.lost.items():
-        found.append(
-            {
-                "machine": comparison.machine,
-                "base": pair.base,
-                "variant": pair.variant,
-                "backend": pair.backend,
-                "metric": None,
-                "verdict": "lost",
-                "reason": reason,
-            }
-        )
-    return found
+
+    def named(pair: Pair) -> dict[str, object]:
+        return {"machine": comparison.machine, "base": pair.base, "variant": pair.variant, "backend": pair.backend}
+
+    return [
+        named(pair)
+        | {"label": comparison.labels[pair], "metric": change.metric, "unit": METRICS[change.metric].unit}
+        | vars(change)
+        for pair, changes in comparison.changes.items()
+        for change in changes
+    ] + [
+        named(pair) | {"metric": None, "verdict": "lost", "reason": reason} for pair, reason in comparison.lost.items()
+    ]
 
 
 def json_text(comparison: Comparison) -> str:
@@ -293,7 +263,7 @@ def describe(change: Change) -> str:
 
 
 def _one(
-    old: Sequence[Row], new: Sequence[Row], thing: str, option: str, chosen: str | None, name: Callable[[Row], str]
+    old: Sequence[Row], new: Sequence[Row], thing: str, chosen: str | None, name: Callable[[Row], str]
 ) -> tuple[list[Row], list[Row]]:
     """The rows of the one value of `name` that both sets share; those without any (not scored) stay."""
     known = dict.fromkeys(name(row) for row in (*old, *new))
@@ -302,7 +272,7 @@ def _one(
         if len(known) > 1:
             raise UserError(
                 f"the rows are of {len(known)} {thing}s ({', '.join(known)}), which are not comparable: "
-                f"choose one with {option}"
+                f"choose one with --{thing.replace(' ', '-')}"
             )
         return list(old), list(new)
     matching = [value for value in known if value == chosen or (thing == "evaluation" and value.startswith(chosen))]
@@ -311,14 +281,8 @@ def _one(
     return [r for r in old if name(r) in (matching[0], "")], [r for r in new if name(r) in (matching[0], "")]
 
 
-def _by_pair(rows: Sequence[Row]) -> dict[Pair, list[Row]]:
-    found: dict[Pair, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row.started_at):
-        found.setdefault(pair_of(row), []).append(row)
-    return found
-
-
 def _pooled(samples: Callable[[Row], list[float]], rows: Sequence[Row]) -> list[float]:
+    """The repeats of all runs, or of three runs or more a median each."""
     each = [found for row in rows if (found := samples(row))]
     if len(each) >= 3:
         return [statistics.median(found) for found in each]

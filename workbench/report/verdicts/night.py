@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 from workbench.records import Row
-from workbench.report import quality, selection
+from workbench.report import quality
 from workbench.report.metrics import JUDGED, METRICS
-from workbench.report.selection import Pair, pair_of
+from workbench.report.selection import Pair, by_pair, evaluation_digest, labels_of, pair_of
 from workbench.report.units import amount, printable
 from workbench.report.verdicts import compare
 
@@ -48,22 +48,20 @@ class Alarm:
 
     pair: Pair
     metric: str | None
-    """None: it could not be measured at all."""
-    old: float | None
-    new: float | None
+    """Metric that got worse; None: the pair could not be measured at all."""
     reason: str
-    """In words, with the numbers."""
+    """The reason in words, with the numbers."""
     label: str = ""
     """What people read of the pair."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class NightVerdict:
     """What is to be said of a night, as far as it has been measured."""
 
     alarms: tuple[Alarm, ...]
     suspects: tuple[Pair, ...]
-    """To be measured again before anything is said of them."""
+    """Pairs to be measured again before anything is said of them."""
     compared: int
     """Pairs that had a level to be compared with."""
 
@@ -75,15 +73,27 @@ class Verdict:
         return "regressed" if self.alarms else "good" if self.compared else "first"
 
 
-def judge(before: Sequence[Row], tonight: Sequence[Row], notes: Sequence[dict[str, Any]] = ()) -> Verdict:
+class NightNote(TypedDict):
+    """What is remembered of a night: a line of the notes."""
+
+    recipe: str
+    since: str
+    until: str
+    verdict: str
+    alarmed: list[list[str]]
+    """Variant and backend of each alarm."""
+    alarms: list[str]
+    accepted: NotRequired[bool]
+    """Whether somebody took the night's numbers for the new normal."""
+
+
+def judge(before: Sequence[Row], tonight: Sequence[Row], notes: Sequence[NightNote] = ()) -> NightVerdict:
     """A night against the good ones before it; all rows are of one machine and one recipe's base.
 
     `tonight` may hold several measurements of a pair; `notes` are those of `note_of`, and say which nights were bad.
     """
     levels = good_nights(before, notes)
-    now: dict[Pair, list[Row]] = {}
-    for row in tonight:
-        now.setdefault(pair_of(row), []).append(row)
+    now = by_pair(tonight)
     alarms: list[Alarm] = []
     suspects: list[Pair] = []
     compared = 0
@@ -96,25 +106,24 @@ def judge(before: Sequence[Row], tonight: Sequence[Row], notes: Sequence[dict[st
         compared += 1
         if not measured:
             reason = rows[-1].error or rows[-1].unsupported or "it was not measured"
-            alarms.append(Alarm(pair, None, None, None, reason))
+            alarms.append(Alarm(pair, None, reason))
             continue
         found = [alarm for name in WATCHED if (alarm := _worse(pair, name, nights, measured, spreads))]
         if found and len(measured) < TIMES:
             suspects.append(pair)
         else:
             alarms += found
-    labels = selection.labels_of({pair: rows[-1] for pair, rows in now.items()})
+    labels = labels_of({pair: rows[-1] for pair, rows in now.items()})
     told = tuple(replace(alarm, label=labels[alarm.pair]) for alarm in alarms)
-    return Verdict(told, tuple(suspects), compared)
+    return NightVerdict(told, tuple(suspects), compared)
 
 
-def good_nights(rows: Sequence[Row], notes: Sequence[dict[str, Any]]) -> dict[Pair, list[list[Row]]]:
+def good_nights(rows: Sequence[Row], notes: Sequence[NightNote]) -> dict[Pair, list[list[Row]]]:
     """For each pair its last good nights, oldest first, each with its measurements.
 
     Rows that were stored by hand, outside any night, count as a night a day.
     """
     accepted = max((note["since"] for note in notes if note.get("accepted")), default="")
-    spans = [(note["since"], note["until"], note) for note in notes if not note.get("accepted")]
     nights: dict[Pair, dict[str, list[Row]]] = {}
     for row in rows:
         if row.measurement is None or row.started_at < accepted:
@@ -122,17 +131,17 @@ def good_nights(rows: Sequence[Row], notes: Sequence[dict[str, Any]]) -> dict[Pa
         pair = pair_of(row)
         name = row.started_at[:10]
         bad = False
-        for since, until, note in spans:
-            if since <= row.started_at <= until:
-                name = since
-                bad = since != accepted and [pair.variant, pair.backend] in note["alarmed"]
+        for note in notes:
+            if not note.get("accepted") and note["since"] <= row.started_at <= note["until"]:
+                name = note["since"]
+                bad = name != accepted and [pair.variant, pair.backend] in note["alarmed"]
         if not bad:
             nights.setdefault(pair, {}).setdefault(name, []).append(row)
     return {pair: [found[name] for name in sorted(found)][-NIGHTS:] for pair, found in nights.items()}
 
 
-def note_of(recipe: str, since: str, until: str, verdict: Verdict) -> dict[str, Any]:
-    """What is remembered of a night."""
+def note_of(recipe: str, since: str, until: str, verdict: NightVerdict) -> NightNote:
+    """What is to be remembered of a night."""
     return {
         "recipe": recipe,
         "since": since,
@@ -143,7 +152,15 @@ def note_of(recipe: str, since: str, until: str, verdict: Verdict) -> dict[str, 
     }
 
 
-def text(verdict: Verdict, recipe: str, machine: str) -> str:
+def notes_of(stored: Sequence[Mapping[str, object]], recipe: str) -> list[NightNote]:
+    """The stored notes of a recipe; a foreign line is left out."""
+    wanted = ("since", "until", "alarmed")
+    return [
+        cast(NightNote, note) for note in stored if note.get("recipe") == recipe and all(key in note for key in wanted)
+    ]
+
+
+def text(verdict: NightVerdict, recipe: str, machine: str) -> str:
     """The night in lines of markdown, for a log and for an issue."""
     lines = [f"{recipe} on {machine}: {verdict.word}, {verdict.compared} pairs compared with the good nights before."]
     for alarm in verdict.alarms:
@@ -154,8 +171,8 @@ def text(verdict: Verdict, recipe: str, machine: str) -> str:
 
 def _alike(one: Row, other: Row) -> bool:
     """Whether two rows of a pair may be compared at all."""
-    digests = [row.evaluation.digest if row.evaluation else "" for row in (one, other)]
-    return digests[0] == digests[1] and one.measurement_version == other.measurement_version
+    same_evaluation = evaluation_digest(one) == evaluation_digest(other)
+    return same_evaluation and one.measurement_version == other.measurement_version
 
 
 def _value(name: str, rows: Sequence[Row]) -> float | None:
@@ -167,8 +184,7 @@ def _value(name: str, rows: Sequence[Row]) -> float | None:
 def _worse(
     pair: Pair, name: str, nights: Sequence[Sequence[Row]], tonight: Sequence[Row], spreads: dict[str, float]
 ) -> Alarm | None:
-    new = _value(name, tonight)
-    metric = METRICS[name]
+    metric, new = METRICS[name], _value(name, tonight)
     if metric.scored_on == "reference":
         # Another reference of the base is another measure.
         own = quality.reference(tonight[-1])
@@ -177,8 +193,7 @@ def _worse(
     if not new or not known:
         return None
     old = statistics.median(known)
-    sign = 1 if metric.better == "lower" else -1
-    change = sign * math.log(new / old)
+    change = math.log(new / old) * (1 if metric.better == "lower" else -1)
     if change < math.log1p(WATCHED[name]) * 0.999:
         return None
     if len(known) >= ENOUGH:
@@ -188,19 +203,18 @@ def _worse(
         if change < ERRORS * error:
             return None
     elif metric.samples:
-        last = [row for night in nights for row in night]
-        changes = compare.changes_of(last, tonight, {name: WATCHED[name]})
+        changes = compare.changes_of([row for night in nights for row in night], tonight, {name: WATCHED[name]})
         if any(found.verdict != "worse" for found in changes):
             return None
     words = (
         f"{name} {amount(old, metric.unit)} -> {amount(new, metric.unit)} ({100 * (new / old - 1):+.1f} %, "
         f"limit {100 * WATCHED[name]:g} %, median of {len(tonight)} against {len(known)} good nights)"
     )
-    return Alarm(pair, name, old, new, words)
+    return Alarm(pair, name, words)
 
 
 def _spreads(levels: dict[Pair, list[list[Row]]]) -> dict[str, float]:
-    """By metric, the median over pairs of how much nights differ by themselves."""
+    """How much nights differ by themselves: by metric, the median over pairs."""
     found: dict[str, float] = {}
     for name in WATCHED:
         each = []

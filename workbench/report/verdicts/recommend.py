@@ -18,17 +18,17 @@ criterion, and so on. Rejected: a single score from weights, which hides the tra
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from workbench.errors import UserError, unknown
 from workbench.records import Row
 from workbench.report import estimates
 from workbench.report.quality import perplexity_delta
 from workbench.report.selection import BASE
-from workbench.report.table import Line, Table, device
+from workbench.report.table import Line, Table
 from workbench.report.units import printable
 from workbench.sizes import size_text
 
@@ -41,17 +41,17 @@ ORDERS = {
 """What `--sort` may be, and what decides where it does not."""
 
 TOLERANCE = 0.01
-"""Relative: memory and size nearer than this are alike."""
+"""Relative difference below which two memories or sizes are alike."""
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What the person asked for; None: no limit."""
+class Constraints:
+    """Limits and an order that somebody set; None: no limit."""
 
     memory_bytes: float | None = None
     size_bytes: float | None = None
     max_perplexity: float | None = None
-    """Relative to the base's on the same engine: 0.01 is 1 % worse."""
+    """Perplexity relative to the base's on the same engine: 0.01 is 1 % worse."""
     max_perplexity_value: float | None = None
     """The perplexity itself."""
     max_kld: float | None = None
@@ -76,36 +76,38 @@ class Candidate:
 class Recommendation:
     """What fits, what is chosen, and why the others are not."""
 
-    wishes: Wishes
+    constraints: Constraints
     choice: Candidate | None
     command: str | None
     front: tuple[Candidate, ...]
-    """Of all that was measured, limits or not, by `sort`."""
+    """What nothing dominates of all that was measured, limits or not, by `sort`."""
     fitting: tuple[Candidate, ...]
     rejected: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """By name: every limit that it fails."""
+    """Every limit that a candidate fails, by its name."""
     tied: tuple[str, ...] = ()
-    """Those from which the choice differs by noise alone in what was asked for."""
+    """Names of candidates from which the choice differs by noise alone in what was asked for."""
 
 
-def recommend(table: Table, wishes: Wishes, command: Callable[[Row], str | None] = lambda row: None) -> Recommendation:
+def recommend(
+    table: Table, constraints: Constraints, command: Callable[[Row], str | None] = lambda row: None
+) -> Recommendation:
     """The choice among a table's lines; `command` says how to serve what a row is of.
 
     Raises `UserError` for a backend that no line is of.
     """
-    if wishes.sort not in ORDERS:
-        raise unknown("order", wishes.sort, ORDERS, "--sort")
+    if constraints.sort not in ORDERS:
+        raise unknown("order", constraints.sort, ORDERS, "--sort")
     known = {line.row.backend for line in table.lines}
-    if wishes.backend is not None and wishes.backend not in known:
-        raise unknown("backend", wishes.backend, known, "results")
+    if constraints.backend is not None and constraints.backend not in known:
+        raise unknown("backend", constraints.backend, known, "results")
     floors = {floor.base: floor.spread for floor in table.first.noise_floors}
     fitting: list[Candidate] = []
     measured: list[Candidate] = []
     rejected: dict[str, tuple[str, ...]] = {}
     for line in table.lines:
-        if wishes.backend not in (None, line.row.backend):
+        if constraints.backend not in (None, line.row.backend):
             continue
-        reasons, doubts = _limits(line, wishes, floors.get(line.row.base, 0.0))
+        reasons, doubts = _limits(line, constraints, floors.get(line.row.base, 0.0))
         candidate = Candidate(line, _name(table, line), tuple(doubts))
         if reasons:
             rejected[candidate.name] = tuple(reasons)
@@ -113,19 +115,16 @@ def recommend(table: Table, wishes: Wishes, command: Callable[[Row], str | None]
             fitting.append(candidate)
         if line.row.measurement and line.values["decode_tok_s"] is not None and line.delta is not None:
             measured.append(candidate)
-    worse = {
-        "speed": _slower,
-        "quality": _less_alike(floors),
-        "memory": _larger(memory_bytes),
-        "size": _larger(lambda line: line.values["disk_bytes"]),
-    }
-    order = ORDERS[wishes.sort]
+
+    def worse(by: str, one: Candidate, other: Candidate) -> bool:
+        return _decisively_worse(by, one.line, other.line, floors)
+
+    order = ORDERS[constraints.sort]
     front = [
         one
         for one in measured
         if not any(
-            any(worse[by](one.line, other.line) for by in worse)
-            and not any(worse[by](other.line, one.line) for by in worse)
+            any(worse(by, one, other) for by in order) and not any(worse(by, other, one) for by in order)
             for other in measured
         )
     ]
@@ -134,12 +133,12 @@ def recommend(table: Table, wishes: Wishes, command: Callable[[Row], str | None]
         best = min(pool, key=lambda one: _rank(one.line, by), default=None)
         if best is None:
             break
-        pool = [one for one in pool if not worse[by](one.line, best.line)]
+        pool = [one for one in pool if not worse(by, one, best)]
         if place == 0:
             tied = [one.name for one in pool]
     choice = min(pool, key=lambda one: [_rank(one.line, by) for by in order], default=None)
     return Recommendation(
-        wishes=wishes,
+        constraints=constraints,
         choice=choice,
         command=command(choice.line.row) if choice else None,
         front=tuple(sorted(front, key=lambda one: _rank(one.line, order[0]))),
@@ -152,7 +151,16 @@ def recommend(table: Table, wishes: Wishes, command: Callable[[Row], str | None]
 def memory_bytes(line: Line) -> float | None:
     """What must be there to run it: device memory where it ran on one, else the processes' peak."""
     vram = line.values["peak_vram_bytes"]
-    return vram if vram and device(line.row) != "cpu" else line.values["peak_rss_bytes"]
+    return vram if vram and line.row.device != "cpu" else line.values["peak_rss_bytes"]
+
+
+VALUES: dict[str, Callable[[Line], float | None]] = {
+    "speed": lambda line: line.values["decode_tok_s"],
+    "quality": lambda line: line.values["perplexity"],
+    "memory": memory_bytes,
+    "size": lambda line: line.values["disk_bytes"],
+}
+"""What each of `ORDERS` goes by."""
 
 
 def parse_share(text: str, option: str) -> tuple[float | None, float | None]:
@@ -163,8 +171,8 @@ def parse_share(text: str, option: str) -> tuple[float | None, float | None]:
     return (float(match[1]) / 100, None) if match[2] else (None, float(match[1]))
 
 
-def objects(found: Recommendation) -> dict[str, Any]:
-    """All of it as JSON types, SI units."""
+def objects(found: Recommendation) -> dict[str, object]:
+    """A recommendation as JSON types, SI units."""
     return {
         "choice": _object(found.choice) if found.choice else None,
         "command": found.command,
@@ -182,7 +190,7 @@ def json_text(found: Recommendation) -> str:
 
 def text(found: Recommendation) -> str:
     """The front, the choice, the command, and what each of the others failed on."""
-    lines = [f"Pareto front (quality, speed, memory, size), by {found.wishes.sort}:"]
+    lines = [f"Pareto front (quality, speed, memory, size), by {found.constraints.sort}:"]
     lines += [f"  {printable(one.name):40} {_numbers(one.line)}" for one in found.front] or ["  nothing was measured"]
     if found.rejected:
         lines += ["", "Rejected:"]
@@ -192,7 +200,7 @@ def text(found: Recommendation) -> str:
         return "\n".join(lines) + "\n"
     lines += ["", f"Choice: {printable(found.choice.name)}", f"  {_numbers(found.choice.line)}"]
     if found.tied:
-        lines.append(f"  by {found.wishes.sort} alone not to be told from: {printable(', '.join(found.tied))}")
+        lines.append(f"  by {found.constraints.sort} alone not to be told from: {printable(', '.join(found.tied))}")
     lines += [f"  note: {doubt}" for doubt in found.choice.doubts]
     if found.command:
         lines += ["", "Serve it with:", f"  {found.command}"]
@@ -206,8 +214,8 @@ def _name(table: Table, line: Line) -> str:
     return f"{row.artifact.variant} on {row.backend}{more}"
 
 
-def _limits(line: Line, wishes: Wishes, spread: float) -> tuple[list[str], list[str]]:
-    """(what it fails, what it misses by no more than noise)."""
+def _limits(line: Line, constraints: Constraints, spread: float) -> tuple[list[str], list[str]]:
+    """(Limits that a line fails, limits that it misses by no more than noise.)"""
     row = line.row
     if row.unsupported:
         return [f"cannot run: {row.unsupported}"], []
@@ -228,30 +236,27 @@ def _limits(line: Line, wishes: Wishes, spread: float) -> tuple[list[str], list[
         elif value > limit:
             doubts.append(f"{what} {show(value)} is over {show(limit)}, but by no more than noise")
 
-    at_most(memory_bytes(line), wishes.memory_bytes, "memory", size_text, 0.0)
-    at_most(line.values["disk_bytes"], wishes.size_bytes, "size", size_text, 0.0)
+    at_most(memory_bytes(line), constraints.memory_bytes, "memory", size_text, 0.0)
+    at_most(line.values["disk_bytes"], constraints.size_bytes, "size", size_text, 0.0)
     perplexity = line.values["perplexity"]
-    if wishes.max_perplexity is not None:
+    if constraints.max_perplexity is not None:
         relative, noise = None, 0.0
         if line.delta is not None and perplexity is not None and perplexity > line.delta.value:
             base = perplexity - line.delta.value
             noise = spread / base
             relative = line.delta.value / base
             interval = estimates.interval(line.delta)
-            if interval and interval[0] / base < wishes.max_perplexity < interval[1] / base:
+            if interval and interval[0] / base < constraints.max_perplexity < interval[1] / base:
                 doubts.append(
-                    f"too few windows to be sure of {wishes.max_perplexity:.2%}: perplexity "
+                    f"too few windows to be sure of {constraints.max_perplexity:.2%}: perplexity "
                     f"{interval[0] / base:+.2%} to {interval[1] / base:+.2%} of the base's (95 %)"
                 )
-        at_most(relative, wishes.max_perplexity, "perplexity", lambda share: f"{share:+.2%}", noise)
-    at_most(perplexity, wishes.max_perplexity_value, "perplexity", lambda value: f"{value:.4g}", spread)
+        at_most(relative, constraints.max_perplexity, "perplexity", lambda share: f"{share:+.2%}", noise)
+    at_most(perplexity, constraints.max_perplexity_value, "perplexity", lambda value: f"{value:.4g}", spread)
     kld_se = line.errors.get("kld_mean") or 0.0
-    at_most(line.values["kld_mean"], wishes.max_kld, "divergence", lambda value: f"{value:.4f} nat", 1.96 * kld_se)
-    for name, what, limit, interval in (
-        ("decode_tok_s", "decode", wishes.min_decode_tok_s, line.intervals["decode_tok_s"]),
-        ("prefill_tok_s", "prefill", wishes.min_prefill_tok_s, line.intervals["prefill_tok_s"]),
-    ):
-        value = line.values[name]
+    at_most(line.values["kld_mean"], constraints.max_kld, "divergence", lambda value: f"{value:.4f} nat", 1.96 * kld_se)
+    for what, limit in (("decode", constraints.min_decode_tok_s), ("prefill", constraints.min_prefill_tok_s)):
+        value, interval = line.values[f"{what}_tok_s"], line.intervals[f"{what}_tok_s"]
         if limit is None:
             continue
         if value is None:
@@ -263,55 +268,32 @@ def _limits(line: Line, wishes: Wishes, spread: float) -> tuple[list[str], list[
     return reasons, doubts
 
 
-def _slower(one: Line, other: Line) -> bool:
-    """Decisively: the intervals of the medians do not meet."""
-    a, b = one.values["decode_tok_s"], other.values["decode_tok_s"]
+def _decisively_worse(by: str, one: Line, other: Line, floors: dict[str, float]) -> bool:
+    """Whether more than noise makes one line worse than another; what was not measured is worse than what was."""
+    a, b = VALUES[by](one), VALUES[by](other)
     if a is None or b is None:
         return a is None and b is not None
-    high = one.intervals["decode_tok_s"][1] if one.intervals["decode_tok_s"] else a
-    low = other.intervals["decode_tok_s"][0] if other.intervals["decode_tok_s"] else b
-    return high < low
-
-
-def _less_alike(floors: dict[str, float]) -> Callable[[Line, Line], bool]:
-    def worse(one: Line, other: Line) -> bool:
-        if one.values["perplexity"] is None or other.values["perplexity"] is None:
-            return one.values["perplexity"] is None and other.values["perplexity"] is not None
-        if one.row.base != other.row.base:
-            return one.values["perplexity"] > other.values["perplexity"]
-        difference = perplexity_delta(one.row, other.row)
-        if difference is None or difference.value <= floors.get(one.row.base, 0.0):
-            return False
-        interval = estimates.interval(difference)
-        return interval is None or interval[0] > 0
-
-    return worse
-
-
-def _larger(value: Callable[[Line], float | None]) -> Callable[[Line, Line], bool]:
-    def worse(one: Line, other: Line) -> bool:
-        a, b = value(one), value(other)
-        if a is None or b is None:
-            return a is None and b is not None
+    if by == "speed":
+        intervals = [line.intervals["decode_tok_s"] for line in (one, other)]
+        return (intervals[0] or (a, a))[1] < (intervals[1] or (b, b))[0]
+    if by != "quality":
         return a > b * (1 + TOLERANCE)
-
-    return worse
+    if one.row.base != other.row.base:
+        return a > b
+    difference = perplexity_delta(one.row, other.row)
+    if difference is None or difference.value <= floors.get(one.row.base, 0.0):
+        return False
+    interval = estimates.interval(difference)
+    return interval is None or interval[0] > 0
 
 
 def _rank(line: Line, by: str) -> float:
     """Smaller is better; what was not measured comes last."""
-    value = {
-        "speed": line.values["decode_tok_s"],
-        "quality": line.values["perplexity"],
-        "memory": memory_bytes(line),
-        "size": line.values["disk_bytes"],
-    }[by]
-    if value is None:
-        return float("inf")
-    return -value if by == "speed" else value
+    value = VALUES[by](line)
+    return math.inf if value is None else -value if by == "speed" else value
 
 
-def _object(one: Candidate) -> dict[str, Any]:
+def _object(one: Candidate) -> dict[str, object]:
     line = one.line
     return {
         "variant": line.row.artifact.variant,
@@ -329,19 +311,15 @@ def _object(one: Candidate) -> dict[str, Any]:
 
 
 def _numbers(line: Line) -> str:
-    parts = []
-    decode, perplexity, memory = line.values["decode_tok_s"], line.values["perplexity"], memory_bytes(line)
-    if decode is not None:
-        parts.append(f"{decode:.1f} tok/s")
-    if perplexity is not None:
-        if line.delta is not None and line.row.artifact.method != BASE:
-            mark = "~" if line.below_noise_floor else ""
-            relative = line.delta.value / (perplexity - line.delta.value)
-            parts.append(f"perplexity {perplexity:.3f} ({mark}{relative:+.2%})")
-        else:
-            parts.append(f"perplexity {perplexity:.3f}")
-    if memory is not None:
-        parts.append(f"{size_text(memory)} memory")
-    if line.values["disk_bytes"]:
-        parts.append(f"{size_text(line.values['disk_bytes'])} on disk")
-    return ", ".join(parts)
+    decode, perplexity, memory, size = (value(line) for value in VALUES.values())
+    change = ""
+    if perplexity is not None and line.delta is not None and line.row.artifact.method != BASE:
+        relative = line.delta.value / (perplexity - line.delta.value)
+        change = f" ({'~' if line.below_noise_floor else ''}{relative:+.2%})"
+    parts = (
+        "" if decode is None else f"{decode:.1f} tok/s",
+        "" if perplexity is None else f"perplexity {perplexity:.3f}{change}",
+        "" if memory is None else f"{size_text(memory)} memory",
+        f"{size_text(size)} on disk" if size else "",
+    )
+    return ", ".join(filter(None, parts))

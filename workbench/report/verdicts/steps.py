@@ -20,27 +20,26 @@ from dataclasses import dataclass
 from workbench.records import Row
 from workbench.report import quality
 from workbench.report.metrics import JUDGED, METRICS
-from workbench.report.selection import Pair, labels_of, pair_of
+from workbench.report.selection import Pair, evaluation_digest, labels_of, pair_of
 from workbench.report.store import machine_of
 from workbench.report.table import Table
 
 WINDOW = 7
 """Points on each side that a level is read from."""
 AFTER = 3
-"""As many as a new level needs to be one."""
+"""Points that a new level needs to be one."""
 ERRORS = 4.0
 """Standard errors that a step must have."""
 
 
 @dataclass(frozen=True)
-class Point:
+class SeriesPoint:
     """One night of a series: what the row says, as numbers."""
 
     at: str
     values: dict[str, float]
-    """By metric; those that were measured."""
+    """Values by metric, as far as they were measured."""
     versions: dict[str, str]
-    key: str
     error: str | None
 
     @property
@@ -57,11 +56,11 @@ class Series:
     pair: Pair
     evaluation: str
     measurement_version: int
-    points: tuple[Point, ...]
+    points: tuple[SeriesPoint, ...]
     label: str = ""
     """What people read: variant and engine, and which options differ where a recipe has several."""
 
-    def values(self, metric: str) -> list[tuple[Point, float]]:
+    def values(self, metric: str) -> list[tuple[SeriesPoint, float]]:
         """The points that have the metric."""
         return [(point, point.values[metric]) for point in self.points if metric in point.values]
 
@@ -75,9 +74,9 @@ class Step:
     before: float
     """The level: a median."""
     after: float
-    last: Point
+    last: SeriesPoint
     """The last night of the old level."""
-    first: Point
+    first: SeriesPoint
     """The first night of the new one: here it began."""
     worse: bool
     open: bool
@@ -101,8 +100,7 @@ def series_of(rows: Sequence[Row]) -> list[Series]:
     for row in rows:
         if row.unsupported:
             continue
-        digest = row.evaluation.digest if row.evaluation else ""
-        name = (machine_of(row), row.recipe, pair_of(row), digest, row.measurement_version)
+        name = (machine_of(row), row.recipe, pair_of(row), evaluation_digest(row), row.measurement_version)
         found.setdefault(name, []).append(row)
     kinds: dict[tuple[str, str], dict[Pair, Row]] = {}
     for (machine, recipe, pair, *_), group in found.items():
@@ -119,7 +117,7 @@ def series_of(rows: Sequence[Row]) -> list[Series]:
 
 
 def series_like(table: Table, series: Sequence[Series]) -> list[Series]:
-    """Those that a table's lines are the latest points of."""
+    """The series that a table's lines are the latest points of."""
     pairs = {pair_of(line.row) for line in table.lines}
     versions = {line.row.measurement_version for line in table.lines}
     digest = table.first.evaluation.digest if table.first.evaluation else ""
@@ -133,7 +131,7 @@ def series_like(table: Table, series: Sequence[Series]) -> list[Series]:
     ]
 
 
-def point_of(row: Row) -> Point:
+def point_of(row: Row) -> SeriesPoint:
     """A row as a point of its series."""
     values = {}
     if row.measurement:
@@ -141,11 +139,10 @@ def point_of(row: Row) -> Point:
             value = METRICS[name].value(row)
             if value is not None and value > 0:
                 values[name] = value
+    # The reference is a version of nothing, but where it changed, divergences are not comparable.
     reference = quality.reference(row)
-    if reference is not None:
-        # Not a version of anything, but where it changed, divergences are not comparable.
-        return Point(row.started_at, values, row.versions | {"reference": reference}, row.key, row.error)
-    return Point(row.started_at, values, row.versions, row.key, row.error)
+    versions = row.versions if reference is None else row.versions | {"reference": reference}
+    return SeriesPoint(row.started_at, values, versions, row.error)
 
 
 def steps_of(series: Series) -> list[Step]:
@@ -205,7 +202,7 @@ def find_steps(values: Sequence[float], threshold: float) -> list[int]:
 
 
 def _deviation(logs: Sequence[float], place: int, first: int, last: int) -> float:
-    """Of all points around a cluster from the level of their side."""
+    """Summed distance of all points around a cluster from the level of their side."""
     left, right = logs[max(0, first - WINDOW) : place], logs[place : last + WINDOW]
     levels = statistics.median(left), statistics.median(right)
     return math.fsum(abs(x - levels[0]) for x in left) + math.fsum(abs(x - levels[1]) for x in right)

@@ -1,7 +1,7 @@
 """The engines. A backend is one module and one line here; the recipe's word is the key.
 
 `Backend` is what such a module says, readable by the parent without its engine, and `Engine` what it loads in a worker.
-An engine speaks token ids only and holds no clock. `score` takes the reducer's JSON spec instead of yielding logits,
+An engine speaks token ids only and holds no clock. `score` takes what the reducer is asked instead of yielding logits,
 because vLLM's logits are born in a process of its own, where the reducer must be built.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
 from workbench.records import Artifact, Job, Quality, Row
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
+from workbench.worker.scoring.reducer import Scoring
 
 BACKENDS = {
     "transformers": "workbench.worker.backends.transformers",
@@ -34,8 +35,8 @@ class Engine(Protocol):
     continuous: bool
     """Whether `serve` fills a free slot at once."""
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
-        """What `Reducer(spec).result()` says of all windows: (index, ids, first scored position)."""
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
+        """What `Reducer(asked).result()` says of all windows; `progress` is told the index of each before it."""
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
         """Yield the tokens gained by each sequence, step by step."""
@@ -54,7 +55,7 @@ class Engine(Protocol):
         """Bytes, as the engine itself states them: `weights`, `kv_cache` at the workload's length, `workspace` where it
         knows; `kv_cache_reserved` if it reserves more."""
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Dtype, threads, kernels: what it really runs with."""
 
 
@@ -92,6 +93,9 @@ class Backend(Protocol):
         """The command that serves an artifact, as it was measured with these options on that device, on this machine
         only; `path` as a shell takes it."""
 
+    def sees_cuda(self, payload: None, progress: object) -> bool:
+        """Worker: whether the engine, as it is built and where it is, can compute on an NVIDIA GPU."""
+
     def load_engine(self) -> object:
         """Import the engine, so that importing is not counted as loading the model."""
 
@@ -111,5 +115,4 @@ def serving_command(row: Row, home: str = "$WORKBENCH_HOME") -> str | None:
     if row.backend not in BACKENDS:
         return None
     path = shlex.quote(row.artifact.path.replace("$WORKBENCH_HOME", home, 1))
-    device = row.measurement.device if row.measurement else row.options.get("device")
-    return backend_named(row.backend).serving_command(path, row.options, device)
+    return backend_named(row.backend).serving_command(path, row.options, row.device)

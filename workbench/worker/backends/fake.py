@@ -7,15 +7,17 @@ seeded noise; the reduction, the isolation and everything around it are the real
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality
+from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "torch"
 PACKAGES: tuple[str, ...] = ("torch",)
@@ -56,22 +58,46 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
     """It serves nobody."""
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    return False
+
+
 def load_engine() -> None:
     """There is none."""
+
+
+class Clock:
+    """A clock that goes on by what is slept, a little more or less, and by 0.1 ms each time it is read."""
+
+    def __init__(self) -> None:
+        self._time_s, self._chance = 0.0, random.Random(0)
+
+    def now(self) -> float:
+        self._time_s += 1e-4
+        return self._time_s
+
+    def sleep(self, seconds: float) -> None:
+        self._time_s += seconds * self._chance.uniform(0.99, 1.01)
 
 
 class Engine:
     """See `backends/__init__.py` for the contract."""
 
     def __init__(self, job: Job) -> None:
-        only = job.options.get("only") or job.artifact.variant
+        options: Options = from_json(Options, job.options)
         if os.environ.get("WORKBENCH_FAKE_BROKEN"):
             raise RuntimeError("fake engine: broken since tonight")
-        self._do = job.options.get("do", "nothing") if job.artifact.variant == only else "nothing"
+        self._do = options.do if options.only in ("", job.artifact.variant) else "nothing"
         # Slower without a word in the recipe, as an engine's new version may be: in everything, or with one variant.
         self._step_s = 0.001 * float(os.environ.get("WORKBENCH_FAKE_SLOWER", "1"))
         if os.environ.get("WORKBENCH_FAKE_LIMPS") == job.artifact.variant:
             self._step_s *= 1.5
+        self._sleep: Callable[[float], None] = time.sleep
+        if os.environ.get("WORKBENCH_FAKE_CLOCK"):
+            # What is measured is then the same on a busy machine: only the engine's steps turn this worker's clock.
+            clock = Clock()
+            time.perf_counter, self._sleep = clock.now, clock.sleep
         if self._do == "hang":
             time.sleep(3600)
         if self._do == "die":
@@ -86,20 +112,17 @@ class Engine:
         if self._do == "memory":
             raise MemoryError("fake engine: cannot allocate 1 TiB")
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """Noise, or NaN, through the real reducer."""
-        import json
-        from pathlib import Path
-
         import torch
 
         from workbench.worker.scoring.reducer import Reducer
 
-        vocab_size = json.loads(Path(spec["windows"]).read_text())["vocab_size"]
-        reducer = Reducer(spec)
+        reducer = Reducer(asked)
         noise = torch.Generator().manual_seed(0)
-        for index, ids, first in windows:
-            logits = torch.randn(len(ids) - first, vocab_size, generator=noise)
+        for index, ids, first in asked.windows:
+            progress(index)
+            logits = torch.randn(len(ids) - first, asked.tokens.vocab_size, generator=noise)
             if self._do == "nan":
                 logits[:] = float("nan")
             if self._do == "one-nan" and index == 0:
@@ -110,7 +133,7 @@ class Engine:
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
         """A token a step for every prompt."""
         for _ in range(new_tokens):
-            time.sleep(self._step_s)
+            self._sleep(self._step_s)
             yield [1] * len(prompts)
 
     def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:
@@ -135,9 +158,6 @@ class Engine:
         """One byte."""
         return {"weights": 1}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """A CPU, as everywhere."""
         return {"device": "cpu"}
-
-    def close(self) -> None:
-        """Nothing to close."""

@@ -11,13 +11,14 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality
+from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.ggml.mixtures import tensor_bytes
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "llama_cpp"
 PACKAGES: tuple[str, ...] = ("llama-cpp-python",)
@@ -99,6 +100,11 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
     return f"llama-server --model {path}{more} --host 127.0.0.1 --port 8080"
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    return bool(load_engine().llama_supports_gpu_offload())
+
+
 def load_engine() -> Any:
     """The `llama_cpp` module, its log silenced but for warnings."""
     import llama_cpp
@@ -131,20 +137,21 @@ class Engine:
         # The binding's own makes a pointer object each time, which is slow in caches that a step has just emptied.
         address = ctypes.cast(api.llama_get_logits, ctypes.c_void_p).value
         self._get_logits = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address or 0)
-        options, load = job.options, job.workload
-        self._threads = options.get("threads") or len(os.sched_getaffinity(0))
+        self._options: Options = from_json(Options, job.options)
+        load = job.workload
+        options = self._options
+        self._threads = options.threads or len(os.sched_getaffinity(0))
         self._heard: list[str] = []
         self._listener = _listen(api, self._heard)
 
         params = api.llama_model_default_params()
-        params.n_gpu_layers = options.get("gpu_layers", -1)
-        params.load_mode = api.LLAMA_LOAD_MODE_MMAP if options.get("mmap", True) else api.LLAMA_LOAD_MODE_NONE
+        params.n_gpu_layers = options.gpu_layers
+        params.load_mode = api.LLAMA_LOAD_MODE_MMAP if options.mmap else api.LLAMA_LOAD_MODE_NONE
         self._model = api.llama_model_load_from_file(job.artifact.path.encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp could not load {job.artifact.path}{self._last_words()}")
         self._vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
-        self._kv_cache = options.get("kv_cache") or "f16"
-        self._flash_attention = options.get("flash_attention")
+        self._kv_cache = options.kv_cache or "f16"
         self._context: Any = None
         self._batch: Any = None
         self._slots = self._room = 0
@@ -175,8 +182,8 @@ class Engine:
         context.n_threads = context.n_threads_batch = self._threads
         if self._kv_cache == "q8_0":
             context.type_k = context.type_v = api.GGML_TYPE_Q8_0
-        if self._flash_attention is not None:
-            context.flash_attn_type = int(self._flash_attention)
+        if self._options.flash_attention is not None:
+            context.flash_attn_type = int(self._options.flash_attention)
         self._context = api.llama_init_from_model(self._model, context)
         if not self._context:
             raise RuntimeError(f"llama.cpp could not make a context for {batch} x {tokens} tokens{self._last_words()}")
@@ -243,12 +250,13 @@ class Engine:
         chosen: list[int] = self._rows(rows).argmax(axis=1).tolist()
         return chosen
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """Reduce each window's logits from its first scored position on."""
         from workbench.worker.scoring.reducer import Reducer
 
-        reducer = Reducer(spec)
-        for index, ids, first in windows:
+        reducer = Reducer(asked)
+        for index, ids, first in asked.windows:
+            progress(index)
             self.prepare(1, len(ids))
             self._forget()
             last = len(ids) - 1
@@ -353,7 +361,7 @@ class Engine:
                 sizes[kinds[what]] = sizes.get(kinds[what], 0) + int(size_bytes)
         return sizes
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Threads, and what the build can use."""
         words = self._api.llama_print_system_info().decode().replace("|", " ").split()
         features = [
@@ -366,8 +374,3 @@ class Engine:
             "kv_cache": self._kv_cache,
             "features": features,
         }
-
-    def close(self) -> None:
-        """Free the context and the model."""
-        self._drop_context()
-        self._api.llama_model_free(self._model)

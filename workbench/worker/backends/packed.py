@@ -22,13 +22,12 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.worker.base.checkpoint import StoredTensor, checked_weights, read_json
-from workbench.worker.base.dequantize import field_of, mended, open_gguf, parsed_once
+from workbench.worker.base.gguf_config import read_gguf
+from workbench.worker.base.gguf_file import field_of, parsed_once
 from workbench.worker.kernels import import_kernels
 
 FORMATS = ("awq", "gptq", "gguf")
 PLAIN_TYPES = ("F32", "F16", "BF16")
-WITHOUT_PLACE = ("rope_freqs.", "rope_factors_")
-"""Tensors of a GGUF file that are part of the configuration in transformers."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,6 @@ class _safetensors(dict[str, Any]):
 def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remote_code: bool) -> Loaded:
     import torch
     from gguf.quants import dequantize
-    from transformers import AutoConfig
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
@@ -152,14 +150,11 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remot
     from workbench_kernels.modules import BlockEmbedding, BlockLinear
 
     try:
-        reader = open_gguf(path)
+        reader, config = read_gguf(path)
     except UserError as error:
         cut = _first_cut_tensor(path)
         raise UserError(f"{error} The first tensor beyond its end is {cut}.") if cut else error from None
     architecture = str(field_of(reader, "general.architecture"))
-    with parsed_once(path, reader):
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    config = mended(config, path, reader, architecture)
     model, kind = _empty(config, dtype or _safe_dtype(config), attention, remote_code)
     kind_of: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = kind_of(config=config.to_dict())
@@ -182,9 +177,7 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remot
                 f"{path}: tensor {tensor.name} is of experts, which `kernel: workbench` does not support. Leave it out."
             )
         if tensor.name not in names:
-            if tensor.name.startswith(WITHOUT_PLACE):
-                continue
-            raise UserError(f"{path}: tensor {tensor.name} has no place in transformers' {type(model).__name__}")
+            continue
         name, type_name = names[tensor.name], tensor.tensor_type.name
         order = None
         if type_name not in PLAIN_TYPES:

@@ -9,15 +9,17 @@ stopping criteria and processors that differ between models; the loop is what al
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import install_with
-from workbench.records import Artifact, Job, Quality
+from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import packed
+from workbench.worker.base.gguf_config import load_gguf
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "transformers"
 PACKAGES: tuple[str, ...] = ("transformers", "torch")
@@ -95,6 +97,13 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
     return f"transformers serve {path} --host 127.0.0.1 --port 8000"
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def load_engine() -> Any:
     """torch and transformers."""
     import torch
@@ -112,51 +121,47 @@ class Engine:
         torch = self._torch = load_engine()
         from transformers import AutoModelForCausalLM
 
-        options, artifact = job.options, job.artifact
-        wanted = options.get("device", "auto")
-        self._device = "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-        if wanted == "cuda" and self._device != "cuda":
+        options: Options = from_json(Options, job.options)
+        artifact = job.artifact
+        self._device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+        if options.device == "cuda" and self._device != "cuda":
             raise install_with("A CUDA build of torch, or a GPU,", "pip install torch (CUDA build)")
-        torch.set_num_threads(options.get("threads") or len(os.sched_getaffinity(0)))
-        chosen = options.get("dtype", "auto")
-        if chosen == "auto" and self._device == "cpu":
-            chosen = "bfloat16" if artifact.format in ("awq", "gptq") else "float32"
-        arguments: dict[str, Any] = {
-            "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
-            "attn_implementation": options.get("attention", "sdpa"),
-            "trust_remote_code": options.get("trust_remote_code", False),
-            "local_files_only": True,
-        }
-        if self._device == "cuda":
-            arguments["device_map"] = "cuda"
-        path = Path(artifact.path)
-        if artifact.format == "gguf":
-            arguments["gguf_file"] = path.name
-            path = path.parent
-        else:
-            arguments["use_safetensors"] = True
+        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
         self._format, self._scored_in, self._path = artifact.format, "", artifact.path
         self._first_point, self._cache_bytes = job.workload.points[0], 0
-        self._packed: dict[str, Any] = {}
-        if options.get("kernel") == "workbench" and artifact.format in packed.FORMATS:
-            self._load_packed(Path(artifact.path), options)
+        self._packed: dict[str, object] = {}
+        path = Path(artifact.path)
+        if options.kernel == "workbench" and artifact.format in packed.FORMATS:
+            self._load_packed(path, options)
             return
-        self._model = AutoModelForCausalLM.from_pretrained(str(path), **arguments).eval()
+        chosen = options.dtype
+        if chosen == "auto" and self._device == "cpu":
+            chosen = "bfloat16" if artifact.format in ("awq", "gptq") else "float32"
+        arguments: dict[str, object] = {
+            "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
+            "attn_implementation": options.attention,
+            "trust_remote_code": options.trust_remote_code,
+            "local_files_only": True,
+            **({"device_map": "cuda"} if self._device == "cuda" else {}),
+        }
+        if artifact.format == "gguf":
+            # Not by its own reader alone: that leaves keys and tensors out without a word.
+            self._model = load_gguf(path, arguments).eval()
+        else:
+            self._model = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **arguments).eval()
         if self._device == "cpu" and artifact.format in ("awq", "gptq"):
             self._repack()
 
-    def _load_packed(self, path: Path, options: dict[str, Any]) -> None:
+    def _load_packed(self, path: Path, options: Options) -> None:
         """By `kernels/`; float32 on a CPU, where the reference computes."""
-        dtype = options.get("dtype", "auto")
-        if dtype == "auto":
-            dtype = "float32" if self._device == "cpu" else None
+        by_itself = "float32" if self._device == "cpu" else None
         loaded = packed.load(
             path,
             self._format,
-            dtype=dtype,
+            dtype=by_itself if options.dtype == "auto" else options.dtype,
             device=self._device,
-            attention=options.get("attention", "sdpa"),
-            trust_remote_code=options.get("trust_remote_code", False),
+            attention=options.attention,
+            trust_remote_code=options.trust_remote_code,
         )
         self._model = loaded.model
         self._packed = {"kernel": "workbench", "packed": loaded.packed, "unpacked": loaded.dense}
@@ -177,14 +182,15 @@ class Engine:
         if tuned:
             libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """One forward a window; the head runs only on the positions that are scored."""
         from workbench.worker.scoring import head
         from workbench.worker.scoring.reducer import Reducer
 
-        torch, reducer = self._torch, Reducer(spec)
+        torch, reducer = self._torch, Reducer(asked)
         with torch.inference_mode(), head.in_float32(self._model) as widened:
-            for index, ids, first in windows:
+            for index, ids, first in asked.windows:
+                progress(index)
                 inputs = torch.tensor([ids], device=self._device)
                 keep = len(ids) - first
                 logits = self._model(input_ids=inputs, use_cache=False, logits_to_keep=keep).logits[0]
@@ -256,7 +262,7 @@ class Engine:
             sizes["reserved_peak"] = int(cuda.max_memory_reserved())
         return sizes
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Device, dtype, threads, and what became of the format."""
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         settings = {"device": self._device, "dtype": dtype, "threads": self._torch.get_num_threads()}
@@ -280,7 +286,3 @@ class Engine:
             return "none, de-quantized"
         chosen = {type(module).__name__ for module in self._model.modules() if "qweight" in module._buffers}
         return " ".join(["gptqmodel", *sorted(chosen)])
-
-    def close(self) -> None:
-        """Drop the model."""
-        del self._model

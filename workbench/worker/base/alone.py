@@ -8,6 +8,7 @@ some drop.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from workbench.worker.base.saving import write_json
 ADAPTER = "adapter_config.json"
 
 
-def alone(path: Path, config: dict[str, Any], tensors: dict[str, StoredTensor], out: Path) -> tuple[Path, list[str]]:
+def alone(path: Path, config: Mapping[str, Any], tensors: dict[str, StoredTensor], out: Path) -> tuple[Path, list[str]]:
     """The directory itself, or `out` with links to the model's own files; and what was left out or changed, in words.
 
     `config`: of its config.json; `tensors`: those of the model, by name.
@@ -50,15 +51,14 @@ def alone(path: Path, config: dict[str, Any], tensors: dict[str, StoredTensor], 
     return out, said
 
 
-def untied(config: dict[str, Any]) -> dict[str, Any]:
+def untied(config: Mapping[str, Any]) -> dict[str, object]:
     """A configuration whose head is not the embedding."""
-    config = config | {"tie_word_embeddings": False}
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
-    return config
+    apart = {"tie_word_embeddings": False}
+    text = config.get("text_config")
+    return {**config, **apart, **({"text_config": text | apart} if isinstance(text, dict) else {})}
 
 
-def _own_head(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> str | None:
+def _own_head(config: Mapping[str, Any], tensors: dict[str, StoredTensor]) -> str | None:
     """The name of a stored head that a tied configuration disowns though it is not the embedding."""
     text = text_config(config)
     head = next((name for name in tensors if name.endswith("lm_head.weight")), None)

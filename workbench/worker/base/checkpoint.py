@@ -99,13 +99,13 @@ def checked_config(path: Path, remote_code: bool) -> dict[str, Any]:
     return config
 
 
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Where a multimodal configuration keeps its language model's sizes."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) and "vocab_size" not in config else config
 
 
-def context_tokens(config: dict[str, Any]) -> int:
+def context_tokens(config: Mapping[str, Any]) -> int:
     """The longest context a configuration allows, 0 if it does not say."""
     text = text_config(config)
     return next((int(text[key]) for key in CONTEXT_KEYS if text.get(key)), 0)
@@ -212,7 +212,7 @@ def only_pickles(where: str | Path, names: list[str]) -> UserError:
     )
 
 
-def parameters_of(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def parameters_of(config: Mapping[str, Any], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors that count as parameters: no buffers, and a tied output matrix once."""
     tied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False))
     has_input = any("embed" in name or name.endswith("wte.weight") for name in tensors)

@@ -11,45 +11,43 @@ a header does.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
+from workbench.records import BaseRequest, from_json
 from workbench.shape import FLOATS, Described
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import StoredTensor, checked_weights, main_dtype, parameters_of, read_json
-from workbench.worker.base.dequantize import bytes_by_type, field_of, open_gguf
 from workbench.worker.base.equivalent import equivalent_sizes
+from workbench.worker.base.gguf_file import bytes_by_type, field_of, open_gguf
 from workbench.worker.base.hub import fetch_headers, is_offline
 from workbench.worker.base.random_weights import config_of
-from workbench.worker.base.sources import kind_of, local_path, package_file
+from workbench.worker.base.sources import source_of
 
 
-def read(payload: dict[str, Any], progress: Progress) -> Described:
-    """Worker: what a base looks like. Payload: `source` and `equivalent` as `base.prepare` takes them, `offline`.
-
-    Raises `UserError` for a source that is not there or cannot be read.
-    """
-    source, equivalent = payload["source"], payload.get("equivalent")
+def read(payload: object, progress: Progress) -> Described:
+    """Worker for a `BaseRequest`: what the base looks like. Raises `UserError` for a source that cannot be read."""
+    request: BaseRequest = from_json(BaseRequest, payload)
+    source = source_of(request.source)
     progress(0, 1, "reading the shape")
-    kind = kind_of(source)
-    if kind == "hub":
-        offline = bool(payload.get("offline")) or is_offline()
-        found = _of_files(*fetch_headers(source["hub"], source.get("revision") or "main", offline))
-    elif kind == "config":
-        found = Described(config=config_of(source["config"]), dtype="bfloat16", tensors=None, naming="hf")
+    if source.hub:
+        found = _of_files(*fetch_headers(source.hub, source.revision, request.offline or is_offline()))
+    elif source.config:
+        found = Described(config=config_of(source.config), dtype="bfloat16", tensors=None, naming="hf")
     else:
-        path = package_file(source["package"], source.get("file"))[0] if kind == "package" else local_path(source[kind])
+        path, _ = source.located()
         found = _of_files(read_json(path / "config.json"), checked_weights(path)) if path.is_dir() else _of_gguf(path)
-    if equivalent:
-        _, new = equivalent_sizes(found["config"], int(equivalent["hidden"]))
+    if request.equivalent:
+        _, new = equivalent_sizes(found["config"], request.equivalent["hidden"])
         config = {**found["config"], **new.in_config()}
         found = Described(config=config, dtype="float32", tensors=None, naming="hf")
     progress(1, 1, "read the shape")
     return found
 
 
-def _of_files(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Described:
+def _of_files(config: Mapping[str, Any], tensors: dict[str, StoredTensor]) -> Described:
     """From a `config.json` and the headers of safetensors files."""
     counted = parameters_of(config, tensors)
     shapes = {name: list(tensor.shape) for name, tensor in counted.items()}

@@ -1,7 +1,7 @@
 """From any source of a base model to one Hugging Face directory that every method and engine reads.
 
 A base comes from a hub repository (`hub`), a local directory or a file inside an installed Python package
-(`sources`), a GGUF file (`dequantize`), or a bare configuration (`random_base`). `prepare` checks what it finds
+(`sources`), a GGUF file (`dequantize`), or a bare configuration (`random_weights`). `prepare` checks what it finds
 (`checkpoint`) and, where asked, rewrites it as the same function with other weights (`equivalent`). What is
 already a directory is used in place; nothing is copied, so a base from a hub costs no disk twice.
 
@@ -16,11 +16,11 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 from workbench.disk import disk_faults
 from workbench.errors import UserError
 from workbench.front_matter import stated_licence
+from workbench.records import BaseRequest, PreparedBase, from_json, to_json
 from workbench.records import digest as short_digest
 from workbench.worker import Progress
 from workbench.worker.base.alone import alone
@@ -42,43 +42,39 @@ from workbench.worker.base.dequantize import dequantized_directory
 from workbench.worker.base.equivalent import write_equivalent
 from workbench.worker.base.hub import download, is_offline
 from workbench.worker.base.random_weights import config_of, random_directory, tokenizer_source
-from workbench.worker.base.sources import content_digest, distribution_of, kind_of, local_path, package_file, stamps
+from workbench.worker.base.sources import BaseSource, content_digest, distribution_of, source_of, stamps
 from workbench.worker.base.whole import check_whole
 
 PREPARE_VERSION = 1
 """Version of the bytes that `prepare` writes for a given source. Raise it when they change."""
 
-CHECKS_VERSION = 2
+CHECKS_VERSION = 3
 """Version of what `prepare` refuses. Raise it, and every base is looked at anew, though its bytes and digest stay."""
 
 
-def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Make the base ready to read, and say what it is.
+def prepare(payload: object, progress: Progress) -> object:
+    """Worker for a `BaseRequest`: make the base ready to read. Returns a `PreparedBase` that says what it is.
 
-    `payload`: `source` (one of `sources.SOURCES`), `equivalent` (`{"seed", "hidden"}` or null), `out` (an
-    empty directory, written only if the source is not already a Hugging Face directory, or `equivalent` is
-    asked for), `allow_remote_code`, `offline`.
-
-    Returns `path`, `architecture`, `dtype`, `parameters` and `weight_bytes` (tied embeddings once), `revision`,
-    `vocab_size`, `context_length` (tokens), `license`, `tokenizer` (whether it has one), `warnings` (what of the source
-    was left out), and `digest`, which changes whenever a weight does.
-    Raises `UserError` for all that a user can mend.
+    `out` is written only if the source is not already a Hugging Face directory of the model alone, or `equivalent` is
+    asked for. Raises `UserError` for all that a user can mend.
     """
-    source, out = payload["source"], Path(payload["out"])
-    equivalent, remote_code = payload.get("equivalent"), bool(payload.get("allow_remote_code"))
-    offline = bool(payload.get("offline")) or is_offline()
+    request: BaseRequest = from_json(BaseRequest, payload)
+    out, equivalent, remote_code = Path(request.out), request.equivalent, request.allow_remote_code
+    offline = request.offline or is_offline()
     out.mkdir(parents=True, exist_ok=True)
     plain = out / ".plain" if equivalent else out
 
     with disk_faults(out):
-        path, revision, license_name = _directory(source, plain, remote_code, offline, progress)
+        path, revision, license_name, unproven = _directory(
+            source_of(request.source), plain, remote_code, offline, progress
+        )
         config = checked_config(path, remote_code)
         tensors = checked_weights(path)
         check_types(path, tensors)
         path, warnings = alone(path, config, tensors, plain)
         config = checked_config(path, remote_code)
         if equivalent:
-            write_equivalent(path, config, tensors, int(equivalent["hidden"]), int(equivalent["seed"]), out, progress)
+            write_equivalent(path, config, tensors, equivalent["hidden"], equivalent["seed"], out, progress)
             license_name = license_name or stated_licence(path / "README.md")
             shutil.rmtree(plain, ignore_errors=True)
             path = out
@@ -87,69 +83,60 @@ def prepare(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
     counted = parameters_of(config, tensors)
     identity = {"version": PREPARE_VERSION, "content": revision, "equivalent": equivalent}
-    return {
-        "path": str(path),
-        "architecture": config["architectures"][0],
-        "dtype": main_dtype(counted),
-        "parameters": sum(math.prod(t.shape) for t in counted.values()),
-        "weight_bytes": sum(t.size_bytes for t in counted.values()),
-        "revision": revision,
-        "vocab_size": int(text_config(config)["vocab_size"]),
-        "context_length": context_tokens(config),
-        "license": license_name or stated_licence(path / "README.md"),
-        "warnings": warnings,
-        "tokenizer": any((path / name).is_file() for name in VOCABULARY_FILES),
-        "digest": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-    }
+    prepared = PreparedBase(
+        path=str(path),
+        digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        dtype=main_dtype(counted),
+        parameters=sum(math.prod(t.shape) for t in counted.values()),
+        weight_bytes=sum(t.size_bytes for t in counted.values()),
+        architecture=config["architectures"][0],
+        vocab_size=int(text_config(config)["vocab_size"]),
+        context_length=context_tokens(config),
+        tokenizer=any((path / name).is_file() for name in VOCABULARY_FILES),
+        license=license_name or stated_licence(path / "README.md"),
+        revision=revision,
+        warnings=unproven + warnings,
+    )
+    return to_json(prepared)
 
 
-def identify(source: dict[str, Any]) -> str:
+def identify(source: object) -> str:
     """A cheap name for the present state of a source, for a cache key: nothing is downloaded or read through.
 
     Files are known by name, size and time of change; a hub repository by its revision as written, so that a
     branch name stands for whatever it pointed at when the base was prepared.
     """
-    return f"v{PREPARE_VERSION}.{CHECKS_VERSION}:{_state(source)}"
+    return f"v{PREPARE_VERSION}.{CHECKS_VERSION}:{_state(source_of(source))}"
 
 
-def _state(source: dict[str, Any]) -> str:
-    kind = kind_of(source)
-    if kind == "hub":
-        return f"hub:{source['hub']}@{source.get('revision') or 'main'}"
-    if kind == "package":
-        distribution = distribution_of(source["package"])
-        return f"package:{source['package']}=={distribution.version}/{source.get('file') or ''}"
-    if kind == "config":
-        tokenizer = source.get("tokenizer")
-        facts = {
-            "config": config_of(source["config"]),
-            "seed": int(source.get("seed") or 0),
-            "tokenizer": _state(tokenizer_source(tokenizer)) if tokenizer else None,
-        }
+def _state(source: BaseSource) -> str:
+    if source.hub:
+        return f"hub:{source.hub}@{source.revision}"
+    if source.package:
+        return f"package:{source.package}=={distribution_of(source.package).version}/{source.file or ''}"
+    if source.config:
+        tokenizer = _state(tokenizer_source(source.tokenizer)) if source.tokenizer else None
+        facts = {"config": config_of(source.config), "seed": source.seed, "tokenizer": tokenizer}
         return f"config:{short_digest(facts)}"
-    path = local_path(source[kind])
+    path, _ = source.located()
     return f"path:{path}:{short_digest(stamps(path))}"
 
 
 def _directory(
-    source: dict[str, Any], out: Path, remote_code: bool, offline: bool, progress: Progress
-) -> tuple[Path, str, str | None]:
-    """A Hugging Face directory for the source, the revision or digest of its content, and its license."""
-    kind = kind_of(source)
-    if kind == "hub":
-        path = download(source["hub"], source.get("revision") or "main", offline, progress)
-        return path, path.name, None
-    if kind == "config":
-        return random_directory(source, out, remote_code, offline, progress)
-    if kind == "package":
-        path, license_name = package_file(source["package"], source.get("file"))
-    else:
-        path, license_name = local_path(source[kind]), None
+    source: BaseSource, out: Path, remote_code: bool, offline: bool, progress: Progress
+) -> tuple[Path, str, str | None, list[str]]:
+    """A Hugging Face directory for the source, the revision or digest of its content, its license, and warnings."""
+    if source.hub:
+        path = download(source.hub, source.revision, offline, progress)
+        return path, path.name, None, []
+    if source.config:
+        return *random_directory(source, out, remote_code, offline, progress), []
+    path, license_name = source.located()
     if path.is_dir():
         checked_config(path, remote_code)
         files = sorted({t.file for t in checked_weights(path).values()})
         files += [path / n for n in (*CONFIG_FILES[:2], *TOKENIZER_FILES) if (path / n).is_file()]
-        return path, content_digest(files, progress), license_name
+        return path, content_digest(files, progress), license_name, []
     if path.suffix.lower() in PICKLES:
         raise only_pickles(path, [path.name])
     if path.suffix.lower() != ".gguf":
@@ -157,5 +144,5 @@ def _directory(
             f"{path} is a file but not a GGUF file. Name a Hugging Face directory (with config.json and "
             "*.safetensors) or a .gguf file."
         )
-    from_file = dequantized_directory(path, out, progress)
-    return out, content_digest([path], progress), from_file or license_name
+    from_file, unproven = dequantized_directory(path, out, progress)
+    return out, content_digest([path], progress), from_file or license_name, unproven

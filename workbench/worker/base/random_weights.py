@@ -12,25 +12,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, unknown
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import TOKENIZER_FILES, context_tokens, read_json, text_config
-from workbench.worker.base.dequantize import open_gguf, save_tokenizer
+from workbench.worker.base.dequantize import save_tokenizer
+from workbench.worker.base.gguf_file import open_gguf
 from workbench.worker.base.hub import download
 from workbench.worker.base.saving import copy_side_files, for_both_readers, write_card, write_json, write_weights
-from workbench.worker.base.sources import content_digest, kind_of, local_path, package_file
+from workbench.worker.base.sources import BaseSource, content_digest, local_path, source_of
 
 
 def random_directory(
-    source: dict[str, Any], out: Path, remote_code: bool, offline: bool, progress: Progress
+    source: BaseSource, out: Path, remote_code: bool, offline: bool, progress: Progress
 ) -> tuple[Path, str, str | None]:
     """A model of a given shape with random bfloat16 weights, never whole in memory."""
-    if source.get("init", "random") != "random":
-        raise unknown("init", str(source["init"]), ["random"], "base")
-    given = config_of(source["config"])
+    if source.init != "random":
+        raise unknown("init", source.init, ["random"], "base")
+    given = config_of(source.config)
     if given.get("auto_map") and not remote_code:
         raise UserError(
             "base.config asks to run the model's own Python code (`auto_map`), which is off (`allow_remote_code`)."
@@ -62,7 +64,7 @@ def random_directory(
             "base.config: random weights of mixtures of experts are not supported. Use a dense model's shape."
         )
     std = float(getattr(config, "initializer_range", None) or 0.02)
-    seed = int(source.get("seed") or 0)
+    seed = source.seed
 
     def make(name: str) -> Any:
         if name.endswith("bias"):
@@ -87,8 +89,8 @@ def random_directory(
         {k: saved[k] for k in ("bos_token_id", "eos_token_id") if saved.get(k) is not None},
     )
     tokenizer_id = None
-    if source.get("tokenizer"):
-        tokenizer_id = _bring_tokenizer(tokenizer_source(source["tokenizer"]), out, saved, offline, progress)
+    if source.tokenizer:
+        tokenizer_id = _bring_tokenizer(tokenizer_source(source.tokenizer), out, saved, offline, progress)
     write_card(
         out, f"random-{given['model_type']}", None, f"Random weights of a shape, seed {seed}. Its text means nothing."
     )
@@ -96,40 +98,35 @@ def random_directory(
     return out, hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(), None
 
 
-def config_of(value: Any) -> dict[str, Any]:
+def config_of(value: Mapping[str, Any] | str) -> Mapping[str, Any]:
     """A model's configuration, given as such or as the path of one; `UserError` without a `model_type`."""
-    if isinstance(value, dict):
-        config = value
-    else:
-        path = local_path(value)
+    config = value
+    if isinstance(config, str):
+        path = local_path(config)
         config = read_json(path / "config.json" if path.is_dir() else path)
     if not config.get("model_type"):
         raise UserError("base.config has no `model_type` (such as llama): transformers cannot tell what to build.")
     return config
 
 
-def tokenizer_source(value: Any) -> dict[str, Any]:
+def tokenizer_source(value: Mapping[str, Any] | str) -> BaseSource:
     """A tokenizer given as a source, a local path, or a hub repository's name."""
-    if isinstance(value, dict):
-        return value
-    local = Path(value).expanduser()
-    is_path = local.exists() or str(value).startswith((".", "/", "~")) or str(value).count("/") != 1
-    return {"path": value} if is_path else {"hub": value}
+    if not isinstance(value, str):
+        return source_of(value)
+    is_path = Path(value).expanduser().exists() or value.startswith((".", "/", "~")) or value.count("/") != 1
+    return BaseSource(path=value) if is_path else BaseSource(hub=value)
 
 
 def _bring_tokenizer(
-    source: dict[str, Any], out: Path, config: dict[str, Any], offline: bool, progress: Progress
+    source: BaseSource, out: Path, config: Mapping[str, Any], offline: bool, progress: Progress
 ) -> str:
     """Put another model's tokenizer beside these weights; returns what identifies it."""
     from transformers import AutoTokenizer
 
-    kind = kind_of(source)
-    if kind == "hub":
-        path = download(source["hub"], source.get("revision") or "main", offline, progress, weights=False)
-    elif kind == "package":
-        path, _ = package_file(source["package"], source.get("file"))
+    if source.hub:
+        path = download(source.hub, source.revision, offline, progress, weights=False)
     else:
-        path = local_path(source[kind])
+        path, _ = source.located()
     if path.is_file():
         reader = open_gguf(path)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)

@@ -52,7 +52,10 @@ def for_both_readers(given: Mapping[str, Any]) -> dict[str, Any]:
 def write_weights(
     out: Path, shapes: dict[str, tuple[int, ...]], dtype: str, make: Callable[[str], Any], progress: Progress, text: str
 ) -> None:
-    """Write tensors one shard at a time, sharded and indexed as transformers does; `make(name)` gives each."""
+    """Write tensors one shard at a time, sharded and indexed as transformers does; `make(name)` gives each.
+
+    Split by sizes: huggingface_hub's function for tensors wants all of them in memory.
+    """
     import torch
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file

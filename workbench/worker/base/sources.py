@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,38 @@ from workbench.worker import Progress
 SOURCES = ("hub", "path", "gguf", "package", "config")
 
 
-def kind_of(source: dict[str, Any]) -> str:
-    """Which of `SOURCES` a source is; `UserError` if none."""
-    if isinstance(source, dict):
-        for kind in SOURCES:
-            if source.get(kind):
-                return kind
-        for key in source:
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base is: one of `SOURCES`, and what belongs to it."""
+
+    hub: str = ""
+    path: str = ""
+    gguf: str = ""
+    package: str = ""
+    config: Mapping[str, Any] | str = ""
+    """A `config.json`, or its content, for random weights (`init`) of that shape from a `seed`."""
+    revision: str = "main"
+    file: str | None = None
+    """The model inside the package."""
+    init: str = "random"
+    seed: int = 0
+    tokenizer: Mapping[str, Any] | str | None = None
+    """Another model's, as a source of its own or by its name."""
+
+    def located(self) -> tuple[Path, str | None]:
+        """The file or directory of a source on this machine, and the license it came with."""
+        return package_file(self.package, self.file) if self.package else (local_path(self.path or self.gguf), None)
+
+
+def source_of(given: object) -> BaseSource:
+    """A source as a recipe gives it; `UserError` if it is none."""
+    found = {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else {}
+    for key in found:
+        if key not in {field.name for field in fields(BaseSource)}:
             raise unknown("base source", key, SOURCES)
-    raise UserError(f"the base has no source. Give one of: {', '.join(SOURCES)}.")
+    if not any(found.get(kind) for kind in SOURCES):
+        raise UserError(f"the base has no source. Give one of: {', '.join(SOURCES)}.")
+    return BaseSource(**found)
 
 
 def local_path(value: str | os.PathLike[str]) -> Path:

@@ -11,6 +11,7 @@ Rejected: comparing with a table of names an architecture. It would know yesterd
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ SHOWN = 3
 """Names of tensors in a message."""
 
 
-def check_whole(path: Path, config: dict[str, Any], tensors: dict[str, StoredTensor], remote_code: bool) -> None:
+def check_whole(path: Path, config: Mapping[str, Any], tensors: dict[str, StoredTensor], remote_code: bool) -> None:
     """Refuse a directory unless its tensors are the model of its configuration: none missing, none left over.
 
     `config`: of its config.json; `tensors`: of its files' headers. Raises `UserError` that names the tensors.
@@ -87,7 +88,7 @@ def check_whole(path: Path, config: dict[str, Any], tensors: dict[str, StoredTen
         )
 
 
-def _model_class(path: Path, config: dict[str, Any], remote_code: bool) -> Any:
+def _model_class(path: Path, config: Mapping[str, Any], remote_code: bool) -> Any:
     """The class that a configuration names. `UserError` unless it is a causal language model's, or a wrapper's of
     one."""
     import transformers

@@ -1,4 +1,4 @@
-"""The parts of the calibration pass; `worker/calibrate.py` puts them together. Data flows one way:
+"""The parts of the calibration pass; `run.py` puts them together. Data flows one way:
 
     windows, weights -> walk (a layer's forward pass) -> gram (its inputs' matrices) -> methods -> layout (files)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.disk import write_whole
-from workbench.records import digest
+from workbench.records import CalibrationRequest, digest
 from workbench.worker import Tensors
 from workbench.worker.calibration.device import name_of
 from workbench.worker.calibration.layout import Checkpoint, reserve
@@ -101,7 +101,7 @@ def open_work(
     return work
 
 
-def key_of(payload: dict[str, Any], weights: Weights, device: Any, precision: str) -> str:
+def key_of(request: CalibrationRequest, weights: Weights, device: Any, precision: str) -> str:
     """A digest of everything that determines the bytes: work noted under another key is not gone on with."""
     import torch
     import transformers
@@ -110,14 +110,14 @@ def key_of(payload: dict[str, Any], weights: Weights, device: Any, precision: st
     return digest(
         [
             CALIBRATE_VERSION,
-            payload["tokens_digest"],
+            request.tokens_digest,
             weights.config,
             precision,
             name_of(device),
             torch.get_num_threads(),
             [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-            [[v["name"], v["method"], v["options"]] for v in payload["variants"]],
-            payload["imatrix_out"] is not None,
+            [[each.name, each.method, each.options] for each in request.variants],
+            request.imatrix_out is not None,
             torch.__version__,
             transformers.__version__,
         ]

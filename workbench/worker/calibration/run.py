@@ -13,7 +13,6 @@ to each other.
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import Any
 
 from workbench.disk import disk_faults
 from workbench.errors import UserError, unknown
+from workbench.records import Calibrated, CalibrationRequest, CheckpointRequest, MadeVariant, from_json, to_json
 from workbench.worker import Progress, Tensors
 from workbench.worker.architectures import LAYERS, Layer, on_cpu
 from workbench.worker.calibration.device import (
@@ -41,40 +41,33 @@ from workbench.worker.ggml import imatrix
 from workbench.worker.methods import METHODS, CalibratedMethod, method_named
 
 
-def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Worker: make all calibrated variants of a base in one pass.
+def run(payload: object, progress: Progress) -> object:
+    """Worker for a `CalibrationRequest`: make all calibrated variants of a base in one pass. Returns `Calibrated`.
 
-    Payload: `base` (directory), `tokens` (JSON file `{"windows": [[id, ...], ...]}`), `tokens_digest`, `variants`
-    (`name`, `method`, `options`, `out`: a directory, empty or with interrupted work), `imatrix_out` (file or null),
-    `state` (directory that an interrupted run goes on from), `device` (`auto`, `cpu`, `cuda`, `cuda:1`), `threads`,
-    `seed`, and optionally `precision` (`auto`, `float32`, `bfloat16`).
-
-    Returns `seconds` by phase, `peak_rss_bytes`, `peak_device_bytes` (None on a CPU), `variants` (name ->
-    `seconds`, `tensor_errors`, `tensor_types`, `warnings`), `refused` (name -> why its options do not fit this
-    base; the others are made), `imatrix`, `device`, `precision`. Raises `UserError` for input that cannot be
-    calibrated on, and where there is nothing left to make.
+    A variant whose options do not fit this base is refused, and the others are made. Raises `UserError` for input that
+    cannot be calibrated on, and where there is nothing left to make.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
+    request: CalibrationRequest = from_json(CalibrationRequest, payload)
     started = time.perf_counter()
-    if payload.get("threads"):
-        torch.set_num_threads(int(payload["threads"]))
-    torch.manual_seed(int(payload.get("seed") or 0))
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    torch.manual_seed(request.seed)
     exact_products()
-    device = choose_device(payload.get("device") or "auto")
-    precision = choose_precision(payload.get("precision") or "auto", device)
-    weights = open_weights(Path(payload["base"]))
-    windows = read_windows(Path(payload["tokens"]), weights)
-    wants_imatrix = payload["imatrix_out"] is not None
-    variants, refused = _variants(payload["variants"], weights)
-    if refused and not variants and not wants_imatrix:
+    device = choose_device(request.device)
+    precision = choose_precision(request.precision, device)
+    weights = open_weights(Path(request.base))
+    windows = read_windows(Path(request.tokens), weights)
+    variants, refused = _variants(request.variants, weights)
+    if refused and not variants and not request.imatrix_out:
         raise UserError("; ".join(refused.values()))
 
-    state, written = Path(payload["state"]), None
+    state = Path(request.state)
     with torch.inference_mode(), disk_faults(state, "The finished layers are kept."):
         checkpoints = {variant.name: variant.checkpoint for variant in variants}
-        work = open_work(state, key_of(payload, weights, device, precision), windows, weights, checkpoints)
+        work = open_work(state, key_of(request, weights, device, precision), windows, weights, checkpoints)
         note = work.note
         seconds = note.seconds
         model = Skeleton(weights, windows, device)
@@ -93,7 +86,7 @@ def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
                     f"layer {index} and its Gram matrices do not fit into the free memory of {device}: free some, or "
                     "set CUDA_VISIBLE_DEVICES to another device, or to nothing for the CPU; finished layers are kept"
                 ) from None
-            if wants_imatrix:
+            if request.imatrix_out:
                 work.keep_importance(index, grams)
             layer = Layer(index, tensors, grams, weights.architecture)
             for variant in variants:
@@ -110,29 +103,20 @@ def run(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
         with _timed(seconds, "write"):
             for variant in variants:
                 finish(variant.checkpoint, weights, variant.method, variant.options)
-            if wants_imatrix:
-                out = Path(payload["imatrix_out"])
-                written = _write_imatrix(out, work, weights, windows, payload["tokens_digest"])
+            if request.imatrix_out:
+                _write_imatrix(Path(request.imatrix_out), work, weights, windows, request.tokens_digest)
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - started
     too_short = _too_short(windows, weights)
-    return {
-        "seconds": seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_device_bytes": int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None,
-        "device": str(device),
-        "precision": precision,
-        "variants": {
-            variant.name: {
-                "seconds": seconds.get(variant.name, 0.0),
-                "tensor_errors": work.note.errors[variant.name],
-                "tensor_types": variant.tensor_types,
-                "warnings": work.note.warnings[variant.name] + too_short,
-            }
-            for variant in variants
-        },
-        "refused": refused,
-        "imatrix": written,
+    made_variants = {
+        variant.name: MadeVariant(
+            variant.tensor_types,
+            tensor_errors=note.errors[variant.name],
+            warnings=note.warnings[variant.name] + too_short,
+            seconds=seconds.get(variant.name, 0.0),
+        )
+        for variant in variants
     }
+    return to_json(Calibrated(seconds, made_variants, refused))
 
 
 @dataclass(frozen=True)
@@ -151,30 +135,30 @@ class _Variant:
         return 0.8 if getattr(self.options, "rounding", "nearest") == "compensated" else 0.5
 
 
-def _variants(entries: list[dict[str, Any]], weights: Weights) -> tuple[list[_Variant], dict[str, str]]:
+def _variants(requests: list[CheckpointRequest], weights: Weights) -> tuple[list[_Variant], dict[str, str]]:
     """What can be made, and the reasons of what cannot."""
     made, refused = [], {}
-    for entry in entries:
+    for request in requests:
         try:
-            made.append(_variant(entry, weights))
+            made.append(_variant(request, weights))
         except UserError as error:
-            refused[entry["name"]] = str(error)
+            refused[request.name] = str(error)
     return made, refused
 
 
-def _variant(entry: dict[str, Any], weights: Weights) -> _Variant:
-    name = entry["name"]
+def _variant(request: CheckpointRequest, weights: Weights) -> _Variant:
+    name = request.name
     known = {word: method for word in METHODS if isinstance(method := method_named(word), CalibratedMethod)}
-    if entry["method"] not in known:
-        raise unknown("method", entry["method"], known, name)
-    method = known[entry["method"]]
-    options = method.Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["options"].items()})
+    if request.method not in known:
+        raise unknown("method", request.method, known, name)
+    method = known[request.method]
+    options = method.Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in request.options.items()})
     method.check(options)
     if method.making(options, cuda=False).stage != "pass":
         raise UserError(f"{name}: `engine: {options.engine}` does not take part in the calibration pass")
     check_shapes(weights, name, method, options)
     layout, types = layout_of(weights, method, options)
-    return _Variant(name, method, options, Checkpoint(Path(entry["out"]), layout), types)
+    return _Variant(name, method, options, Checkpoint(Path(request.out), layout), types)
 
 
 def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> Tensors:
@@ -193,8 +177,8 @@ def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> Tenso
     return dict(made)
 
 
-def _write_imatrix(out: Path, work: Work, weights: Weights, windows: Windows, dataset: str) -> dict[str, Any]:
-    """The importance matrix from the stored diagonals; `entries` and `bytes` of what was written."""
+def _write_imatrix(out: Path, work: Work, weights: Weights, windows: Windows, dataset: str) -> None:
+    """Write the importance matrix from the stored diagonals."""
     means = {}
     for index in range(weights.layers):
         diagonals = work.importance(index)
@@ -205,7 +189,6 @@ def _write_imatrix(out: Path, work: Work, weights: Weights, windows: Windows, da
     out.parent.mkdir(parents=True, exist_ok=True)
     count, longest = len(windows.lengths), max(windows.lengths)
     imatrix.write(out, means, tokens=windows.tokens, windows=count, window=longest, dataset=dataset)
-    return {"path": str(out), "entries": len(means), "bytes": out.stat().st_size}
 
 
 def _too_short(windows: Windows, weights: Weights) -> list[str]:

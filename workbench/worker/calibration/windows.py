@@ -6,13 +6,13 @@ order.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
 from workbench.worker.calibration.weights import Weights
+from workbench.worker.tokens.file import read_tokens
 
 FEWEST_TOKENS = 128
 
@@ -43,7 +43,7 @@ def read_windows(path: Path, weights: Weights) -> Windows:
     import torch
 
     vocab_size, most = weights.architecture.sizes.vocab_size, weights.config.get("max_position_embeddings")
-    content = json.loads(path.read_text(encoding="utf-8"))["windows"]
+    content = read_tokens(path).windows
     for number, window in enumerate(content):
         if not window:
             raise UserError(f"calibration window {number} is empty; take other calibration text")

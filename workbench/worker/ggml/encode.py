@@ -1,9 +1,9 @@
 """A GGUF file whose blocks are made by this project's own encoders (`kernels/`), on the GPU where there is one.
 
-The file is llama.cpp's but for who made the blocks: its quantizer is asked in a dry run which type each tensor gets and
-in which order they stand, and the metadata are copied as it copies them. In memory at once are one tensor's blocks and
-a slab of its weights. Rejected: an own copy of llama.cpp's rules of types (`mixtures.py` has one for plans, which need
-no file; a file is to have what llama.cpp would give it today).
+The file is llama.cpp's but for who made the blocks: each tensor gets the type that llama.cpp's rules mean for it
+(`mixtures.py`, where they are held against its quantizer), tensors stand in its order, and the metadata are copied as
+it copies them. In memory at once are one tensor's blocks and a slab of its weights. Rejected: asking the quantizer in a
+dry run for the types, which would be the same rules a second time, read off its log.
 
 Some rows of every tensor are also given to llama.cpp's own functions, and the blocks compared: equality is tested on a
 processor, and whoever encodes on a GPU is told whether it holds there.
@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, cannot_import
+from workbench.shape import NamedShape, Traits
 from workbench.worker import Progress
+from workbench.worker.base.gguf_file import field_of
 from workbench.worker.ggml.index import library
+from workbench.worker.ggml.mixtures import RULED, is_quantized, types_of
 
 PLAIN = ("F32", "F16", "BF16")
 """Types of a source, which are read as float32."""
@@ -77,32 +80,38 @@ class Checked:
     equal: int
 
 
-def not_covered(types: dict[str, str | None], names: set[str]) -> list[str]:
-    """What hinders the encoders: types of a dry run that they do not make, tensors that it did not name."""
+def types_in(reader: Any, mixture: str, weighted: bool) -> dict[str, str | None] | str:
+    """The type of each tensor of a GGUF file in a mixture, in the order of the file to write; None: left as it is. Or
+    why the encoders do not make it. `weighted`: with an importance matrix."""
     from workbench_kernels.encoders.encode import ENCODERS
 
-    return [
-        *sorted({kind for kind in types.values() if kind and kind not in ENCODERS and kind != "F16"}),
-        *(f"{name} of no known type" for name in sorted(names - types.keys())),
-    ]
+    kind = str(field_of(reader, "general.architecture"))
+    if kind not in RULED:
+        return f"it makes files of {', '.join(RULED)}, and this is one of {kind}"
+    heads = int(field_of(reader, f"{kind}.attention.head_count"))
+    traits = Traits(
+        layers=int(field_of(reader, f"{kind}.block_count")),
+        heads=heads,
+        kv_heads=int(field_of(reader, f"{kind}.attention.head_count_kv", heads)),
+        experts=int(field_of(reader, f"{kind}.expert_count", 0)),
+        model_type=kind,
+    )
+    shapes = [NamedShape(each.name, tuple(map(int, reversed(each.shape)))) for each in reader.tensors]
+    stored = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    kept = {shape.name for shape in shapes if not is_quantized(shape)}
+    meant, _ = types_of(mixture, shapes, traits, weighted)
+    types = {name: None if name in kept or wanted == stored[name] else wanted for name, wanted in meant.items()}
+    missing = sorted({wanted for wanted in types.values() if wanted and wanted not in ENCODERS and wanted != "F16"})
+    return f"it has no encoder for {', '.join(missing)}" if missing else types
 
 
 def write(
-    source: Path,
-    out: Path,
-    kind: str,
-    file_type: int,
-    types: dict[str, str | None],
-    matrix: Path | None,
-    place: Place,
-    threads: int,
-    progress: Progress,
-) -> Checked | None:
-    """`out`, the mixture `kind` of the GGUF file `source`; None, and half a file, where the GPU has no room.
+    source: Path, out: Path, mixture: str, matrix: Path | None, place: Place, threads: int, progress: Progress
+) -> Checked | str:
+    """Write `out`, the mixture of the GGUF file `source`; or why not, and at the most half a file.
 
-    `file_type`: llama.cpp's number of the mixture. `types`: the tensors in the order of `out`, each with its type, or
-    None where it stays as it is. `matrix`: an importance matrix. `threads`: where a processor encodes. Raises
-    `UserError` that names the tensor for what cannot be encoded.
+    `matrix`: an importance matrix. `threads`: where a processor encodes. Raises `UserError` that names the tensor for
+    what cannot be encoded.
     """
     import gguf
     import numpy as np
@@ -113,15 +122,18 @@ def write(
 
     torch.set_num_threads(threads)
     reader = gguf.GGUFReader(str(source))
+    types = types_in(reader, mixture, matrix is not None)
+    if isinstance(types, str):
+        return types
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     means = imatrix.load(matrix) if matrix else {}
     importances = {
-        name: _importance(means.get(name), tensors[name], wanted, kind) for name, wanted in types.items() if wanted
+        name: _importance(means.get(name), tensors[name], wanted, mixture) for name, wanted in types.items() if wanted
     }
     writer = gguf.GGUFWriter(str(out), reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
     _copy_metadata(reader, writer)
     writer.add_uint32(SET_BY_THE_QUANTIZER[0], gguf.GGML_QUANT_VERSION)
-    writer.add_uint32(SET_BY_THE_QUANTIZER[1], file_type)
+    writer.add_uint32(SET_BY_THE_QUANTIZER[1], gguf.LlamaFileType[f"MOSTLY_{mixture}"])
     for name, wanted in types.items():
         shape, dtype = tensors[name].data.shape, tensors[name].data.dtype
         stored = tensors[name].tensor_type if wanted is None else gguf.GGMLQuantizationType[wanted]
@@ -135,7 +147,7 @@ def write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for i, (name, wanted) in enumerate(types.items()):
-            progress(i, len(types), f"{kind} on {place.name}")
+            progress(i, len(types), f"{mixture} on {place.name}")
             tensor = tensors[name]
             if wanted is None:
                 writer.write_tensor_data(tensor.data)
@@ -145,7 +157,7 @@ def write(
             except ValueError as problem:
                 raise UserError(f"{source}: tensor {name} cannot be made {wanted}: {problem}") from None
             except torch.OutOfMemoryError:
-                return None
+                return f"{place.name} has not the 2 GiB free that it needs"
             writer.write_tensor_data(made)
             rows, equal = rows + checked.rows, equal + checked.equal
     finally:

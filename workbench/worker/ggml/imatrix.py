@@ -10,9 +10,16 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy import float32
+    from numpy.typing import NDArray
+
+Means = dict[str, "NDArray[float32]"]
+"""GGUF tensor name -> the mean square of each of its inputs, float32."""
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 
@@ -22,7 +29,7 @@ def tensor_name(layer: int, gguf_name: str) -> str:
     return f"blk.{layer}.{gguf_name}.weight"
 
 
-def write(path: str | Path, means: dict[str, Any], *, tokens: int, windows: int, window: int, dataset: str) -> None:
+def write(path: str | Path, means: Means, *, tokens: int, windows: int, window: int, dataset: str) -> None:
     """Write an importance matrix that `llama-quantize --imatrix` reads.
 
     `means`: GGUF tensor name -> float32 [in], the mean square of each input over `tokens` tokens. `dataset` names
@@ -46,7 +53,7 @@ def write(path: str | Path, means: dict[str, Any], *, tokens: int, windows: int,
     writer.close()
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: str | Path) -> Means:
     """GGUF tensor name -> float32 [in], from a GGUF importance matrix (ours or `llama-imatrix`'s).
 
     Tensors of experts come out with their matrices one after the other, as the quantizer wants them. Raises
@@ -60,7 +67,7 @@ def load(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as problem:
         raise UserError(f"{path}: not a GGUF importance matrix ({problem}); write one with `llama-imatrix`") from None
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    means = {}
+    means: Means = {}
     for name, sums in tensors.items():
         if name.endswith(SUMS):
             counts = tensors.get(name[: -len(SUMS)] + COUNTS)
@@ -85,7 +92,7 @@ class QuantizePointer:
     """The memory that the pointer's structures point into."""
 
 
-def as_quantize_pointer(source: str | Path | dict[str, Any]) -> QuantizePointer:
+def as_quantize_pointer(source: str | Path | Means) -> QuantizePointer:
     """An importance matrix (a file, or `load`'s result) as `llama_model_quantize` takes it.
 
     llama.cpp wants an array of {name, data, size} that ends with an empty entry.

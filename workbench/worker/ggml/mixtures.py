@@ -3,8 +3,9 @@
 A mixture's name is that of most of its tensors. The others get more or fewer bits by what they do and how deep
 they lie, and a tensor whose rows its blocks do not divide gets another type altogether. The rules are facts
 of llama.cpp's quantizer (`src/llama-quant.cpp`, as of llama-cpp-python 0.3.36), said here in a form that needs
-no file and no engine, so that a plan can be made of a shape alone. What a file really holds is always read back
-from it (`worker/methods/gguf.py`); `benchmarks/plan_vs_measured.py` compares the two.
+no file and no engine, so that a plan can be made of a shape alone; the encoders go by them too. Tests hold them against
+the quantizer's own dry run, mixture by mixture. What a file really holds is always read back from it
+(`worker/methods/gguf.py`).
 
 Rejected: bits a weight by name ("Q4_K_M is 4.85"). That holds for one shape; the same name is 5.1 bits for a
 small model with a large vocabulary.
@@ -12,6 +13,7 @@ small model with a large vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from workbench.shape import NamedShape, Traits
@@ -42,21 +44,8 @@ BLOCKS = {
 }
 """Weights and bytes of a block of each type (ggml's `block_*` structures)."""
 
-MAIN = {
-    "Q2_K_S": "Q2_K",
-    "Q3_K_S": "Q3_K",
-    "Q3_K_M": "Q3_K",
-    "Q3_K_L": "Q3_K",
-    "Q4_K_S": "Q4_K",
-    "Q4_K_M": "Q4_K",
-    "Q5_K_S": "Q5_K",
-    "Q5_K_M": "Q5_K",
-    "IQ2_S": "IQ2_XS",
-    "IQ2_M": "IQ2_S",
-    "IQ3_XS": "IQ3_S",
-    "IQ3_M": "IQ3_S",
-}
-"""The type of most tensors, where the mixture has another name than it."""
+RULED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+"""Architectures, as GGUF files call them, for which the rules are held against the quantizer. Falcon has its own."""
 
 FALLBACK = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
@@ -74,6 +63,12 @@ TINY = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")
 UNQUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "position_embd")
 
 
+def main_type(mixture: str) -> str:
+    """The type of most of a mixture's tensors, where it has another name than the mixture."""
+    others = {"IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_S", "IQ3_M": "IQ3_S"}
+    return others.get(mixture) or re.sub(r"_K_[SML]$", "_K", mixture)
+
+
 def tensor_bytes(kind: str, tensor: NamedShape) -> int:
     """Bytes of a tensor stored as `kind`."""
     weights, size_bytes = BLOCKS[kind]
@@ -87,7 +82,7 @@ def types_of(
 
     Layers are counted in order, as the quantizer meets them. Tensors of one dimension are F32.
     """
-    main = MAIN.get(mixture, mixture)
+    main = main_type(mixture)
     order = sorted(tensors, key=lambda tensor: (tensor.layer is not None, tensor.layer or 0, tensor.name))
     names = {tensor.name for tensor in tensors}
     values = sum(_role(tensor.name) in ("v", "qkv", "kv_b") for tensor in tensors)
@@ -95,7 +90,7 @@ def types_of(
     types: dict[str, str] = {}
     fell: dict[str, str] = {}
     for tensor in order:
-        if not _is_quantized(tensor):
+        if not is_quantized(tensor):
             types[tensor.name] = "F32"
             continue
         if main in ("F32", "F16", "BF16"):
@@ -115,7 +110,8 @@ def types_of(
     return types, fell
 
 
-def _is_quantized(tensor: NamedShape) -> bool:
+def is_quantized(tensor: NamedShape) -> bool:
+    """Whether a mixture has a say in a tensor's type; the others stay as they are."""
     if len(tensor.shape) < 2 or not tensor.name.endswith("weight"):
         return False
     return not any(part in tensor.name for part in UNQUANTIZED)

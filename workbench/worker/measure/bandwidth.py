@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from workbench.records import Bandwidth, BandwidthRequest, from_json, to_json
 from workbench.worker.measure.timing import now
 
 COPY_BYTES = 128 << 20
@@ -12,18 +13,18 @@ COPY_BYTES = 128 << 20
 COPY_S = 0.4
 
 
-def copy_bandwidth(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Worker: bytes a second that this machine copies, read and written both counted (as STREAM's copy does).
+def copy_bandwidth(payload: object, progress: Any) -> object:
+    """Worker for a `BandwidthRequest`: the `Bandwidth` of this machine's copies (as STREAM counts them).
 
-    Payload: `threads`, `device` (`cpu` or `cuda`). The best of several passes: what the memory can do, not what it did
-    beside something else.
+    The best of several passes: what the memory can do, not what it did beside something else.
     """
+    request: BandwidthRequest = from_json(BandwidthRequest, payload)
     progress(0, 1, "copy bandwidth")
-    if payload["device"] == "cuda":
-        return {"bytes_per_s": _cuda_bandwidth()}
+    if request.device == "cuda":
+        return to_json(Bandwidth(_cuda_bandwidth()))
     import ctypes
 
-    threads = int(payload["threads"])
+    threads = request.threads
     pairs = [(ctypes.create_string_buffer(COPY_BYTES), ctypes.create_string_buffer(COPY_BYTES)) for _ in range(threads)]
 
     def copy(pair: tuple[Any, Any], gate: threading.Barrier) -> None:
@@ -48,7 +49,7 @@ def copy_bandwidth(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
             member.join()
         spent += took
         best = max(best, 2 * COPY_BYTES * threads / took)
-    return {"bytes_per_s": best}
+    return to_json(Bandwidth(best))
 
 
 def _cuda_bandwidth() -> float:

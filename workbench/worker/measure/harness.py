@@ -20,7 +20,7 @@ from workbench.worker.tokens.tasks import TaskFile
 METRICS = ("acc", "exact_match", "acc_norm", "em", "f1")
 """What an item is judged by: the first of these that the task has, or its first number."""
 NEW_TOKENS = 256
-"""Of an answer whose task sets no limit, as the harness has it."""
+"""New tokens of an answer whose task sets no limit, as the harness has it."""
 
 
 def run(engine: Any, content: TaskFile, tokenizer: Path) -> Answers:

@@ -1,7 +1,7 @@
 """One job, measured: what is done in which order; the clocks are in `timing.py`.
 
 Load, score, warm up, time. Scoring first makes the engine run every kernel it has before anything is timed. The
-repeats come in turns, between which other jobs work: a machine drifts within seconds, and repeats made in one go
+repeats come in rounds, between which other jobs work: a machine drifts within seconds, and repeats made in one go
 agree with each other, not with tomorrow's. All engines get the same ids. Raw samples are returned, one a repeat,
 and beside them what the machine did meanwhile.
 """
@@ -9,13 +9,12 @@ and beside them what the machine did meanwhile.
 from __future__ import annotations
 
 import importlib
-import json
+from collections.abc import Callable
 from typing import Any
 
 from workbench.errors import cannot_import
 from workbench.records import (
     Answers,
-    Evaluation,
     Job,
     Measurement,
     Quality,
@@ -24,19 +23,21 @@ from workbench.records import (
     from_json,
     to_json,
 )
+from workbench.worker import Progress
 from workbench.worker.backends import BACKENDS
 from workbench.worker.measure import answers, resident, timing
 from workbench.worker.measure.energy import Meter
-from workbench.worker.scoring.reducer import compact
+from workbench.worker.scoring.reducer import Scoring, compact
+from workbench.worker.tokens.file import read_tokens
 from workbench.worker.tokens.spelling import check_spelling
 
 
-def measure(payload: dict[str, Any], progress: Any) -> object:
-    """Worker: payload `{"job": Job}`; returns a `Measurement`."""
-    job: Job = from_json(Job, payload["job"])
-    sets = {name: _windows_of(test) for name, test in job.evaluations.items()}
+def measure(payload: object, progress: Any) -> object:
+    """Worker for a `Job`; returns a `Measurement`."""
+    job: Job = from_json(Job, payload)
+    sets = {name: read_tokens(test.path) for name, test in job.evaluations.items()}
     first = next(iter(sets), "")
-    windows = sets.get(first, [])
+    windows = sets[first].windows if sets else []
     workload = job.workload
     timed_points = len(workload.points) + (len(workload.batches) if workload.requests else 0)
     steps = len(windows) + timed_points * workload.repeats + 1
@@ -54,13 +55,13 @@ def measure(payload: dict[str, Any], progress: Any) -> object:
 
     qualities: dict[str, Quality] = {}
     score_s: float | None = None
-    for name, test in job.evaluations.items():
+    for name, tokens in sets.items():
         if name == first:
-            check_spelling(test.path, engine.spell, job.artifact.variant)
-        spec = {"windows": test.path, "reference": job.references.get(name), "base": job.base_digest}
-        progress(1, steps, "scoring" if name == first else f"scoring {name}")
+            check_spelling(tokens.spelling, engine.spell, job.artifact.variant)
+        what = "scoring" if name == first else f"scoring {name}"
+        asked = Scoring(tokens, job.references.get(name), base=job.base_digest)
         start = timing.now()
-        found = engine.score(_watched(sets[name], progress, steps) if name == first else sets[name], spec)
+        found = engine.score(asked, _told(progress, len(windows), steps, what))
         score_s = score_s or timing.now() - start
         qualities[name] = compact(found, job.artifact.method == "base")
     answered: dict[str, Answers] = {}
@@ -74,7 +75,7 @@ def measure(payload: dict[str, Any], progress: Any) -> object:
         done += 1
         progress(done, steps, "timing")
 
-    text = [token for _, ids, _ in windows for token in ids]
+    text = [token for ids in windows for token in ids]
     before = resident.resident_bytes()
     exact = resident.forget_peak()
     meter, speeds, served, probes = Meter(), [], [], list[float]()
@@ -125,16 +126,12 @@ def refer(payload: object, progress: Any) -> object:
     request: ReferRequest = from_json(ReferRequest, payload)
     job = request.job
     (evaluation,) = job.evaluations.values()
-    windows = _windows_of(evaluation)
-    progress(0, len(windows), "loading")
+    tokens = read_tokens(evaluation.path)
+    steps = len(tokens.windows)
+    progress(0, steps, "loading")
     engine = _engine(job).Engine(job)
-    spec = {
-        "windows": evaluation.path,
-        "make_reference": request.out,
-        "base": job.base_digest,
-        "per_token": False,
-    }
-    made = engine.score(_watched(windows, progress, len(windows)), spec)
+    asked = Scoring(tokens, make_reference=request.out, base=job.base_digest, per_token=False)
+    made = engine.score(asked, _told(progress, steps, steps, "scoring"))
     if not any(window["count"] for window in made["windows"]):
         raise ValueError("the base gives NaN or infinite logits at every scored position")
     return to_json(Reference(made["made_reference_digest"] or "", engine.settings()))
@@ -150,24 +147,9 @@ def _engine(job: Job) -> Any:
     return module
 
 
-def _windows_of(evaluation: Evaluation) -> list[tuple[int, list[int], int]]:
-    """(index, ids, first scored position) of every window."""
-    with open(evaluation.path) as file:
-        stored = json.load(file)
-    return [(i, ids, first) for i, (ids, first) in enumerate(zip(stored["windows"], stored["score_from"], strict=True))]
-
-
-class _watched(list):  # type: ignore[type-arg]
-    """The windows, reporting progress as an engine walks over them."""
-
-    def __init__(self, windows: list[Any], progress: Any, steps: int) -> None:
-        super().__init__(windows)
-        self._progress, self._steps = progress, steps
-
-    def __iter__(self) -> Any:
-        for i, window in enumerate(super().__iter__()):
-            self._progress(i, self._steps, "scoring")
-            yield window
+def _told(progress: Progress, most: int, steps: int, what: str) -> Callable[[int], object]:
+    """What an engine says before each window, as the parent's bar has it: at the most so many of its steps."""
+    return lambda index: progress(min(index, most), steps, what)
 
 
 def _memory(said: dict[str, int], seen: dict[str, int | None], before: int | None) -> dict[str, int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import install_with
+from workbench.worker.scoring.reducer import Scoring
+from workbench.worker.tokens.file import TokenFile
 
 
 def log_likelihoods(
@@ -17,16 +17,8 @@ def log_likelihoods(
     window and `first`; None where one of them is not finite. By the scoring that perplexity is measured with."""
     # Windows of equal ids are asked once: a choice may stand twice, and the harness asks the same in two ways.
     unique = {(tuple(ids), first): None for ids, first in asked}
-    windows = [(i, list(ids), first) for i, (ids, first) in enumerate(unique)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "windows.json"
-        content = {
-            "windows": [ids for _, ids, _ in windows],
-            "score_from": [first for _, _, first in windows],
-            "vocab_size": vocab_size,
-        }
-        path.write_text(json.dumps(content), encoding="utf-8")
-        found = engine.score(windows, {"windows": str(path), "per_token": False, "greedy": True})["windows"]
+    tokens = TokenFile([list(ids) for ids, _ in unique], [first for _, first in unique], vocab_size)
+    found = engine.score(Scoring(tokens, per_token=False, greedy=True), lambda _: None)["windows"]
     sums = [(None if one["nonfinite"] else -one["nll_sum"], one["greedy_sum"] == one["count"]) for one in found]
     place = {key: i for i, key in enumerate(unique)}
     return [sums[place[tuple(ids), first]] for ids, first in asked]

@@ -1,6 +1,6 @@
 """Clocks: how long an engine takes for a workload's points, and how fast the machine is meanwhile.
 
-`profile.py` decides what is measured and in what order; this is the only file that looks at a clock. Everything
+`job.py` decides what is measured and in what order; this is the only file that looks at a clock. Everything
 takes the clock as an argument, so that a test can turn it. A point is timed after a warm-up of its own, with
 prompts that no cache has seen, and every repeat is kept.
 

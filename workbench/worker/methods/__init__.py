@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from workbench.shape import Shape, Stored
+from workbench.worker import Tensors
 from workbench.worker.architectures import Layer
 
 METHODS = {
@@ -106,10 +107,10 @@ class CalibratedMethod(Method, Protocol):
     def tensor_type(self, options: Any) -> str:
         """What a quantized tensor is called in an artifact's record."""
 
-    def quantization_config(self, options: Any) -> dict[str, Any]:
+    def quantization_config(self, options: Any) -> dict[str, object]:
         """What config.json says of it."""
 
-    def quantize(self, layer: Layer, options: Any) -> tuple[dict[str, Any], dict[str, float], list[str]]:
+    def quantize(self, layer: Layer, options: Any) -> tuple[Tensors, dict[str, float], list[str]]:
         """A decoder layer's tensors as stored, each linear's relative error, and warnings."""
 
 

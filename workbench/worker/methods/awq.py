@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from workbench.errors import UserError
 from workbench.shape import Shape, Stored
+from workbench.worker import Tensors
 from workbench.worker.architectures import Group, Layer, Producer
 from workbench.worker.methods import Making, grouped, rounding
 
@@ -111,7 +112,7 @@ def stored(options: Options, linear: str, rows: int, columns: int) -> dict[str, 
     }
 
 
-def quantization_config(options: Options) -> dict[str, Any]:
+def quantization_config(options: Options) -> dict[str, object]:
     """As AutoAWQ writes it, for config.json."""
     return {
         "quant_method": "awq",
@@ -123,7 +124,7 @@ def quantization_config(options: Options) -> dict[str, Any]:
     }
 
 
-def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, float], list[str]]:
+def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float], list[str]]:
     """A decoder layer's tensors as stored (producers folded), each linear's relative error, and warnings."""
     import torch
 
@@ -266,7 +267,7 @@ def _rounding_error(weight: Any, size: int, options: Options) -> Any:
     return table.sub_(code.sub_(zero).mul_(scale)).view_as(weight)
 
 
-def _fold(tensors: dict[str, Any], group: Group, scales: Any) -> None:
+def _fold(tensors: Tensors, group: Group, scales: Any) -> None:
     """Multiply the group's columns by the scales and divide the producer by them; replaces entries of `tensors`."""
     for name in group.linears:
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * scales

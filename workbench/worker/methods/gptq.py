@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from workbench.shape import Shape, Stored
+from workbench.worker import Tensors
 from workbench.worker.architectures import Layer
 from workbench.worker.methods import Making, grouped
 from workbench.worker.methods.rounding import (
@@ -122,7 +123,7 @@ def quantizes(options: Options, linear: str) -> bool:
     return True
 
 
-def quantization_config(options: Options) -> dict[str, Any]:
+def quantization_config(options: Options) -> dict[str, object]:
     """As GPTQModel writes it, for config.json and quantize_config.json."""
     return {
         "bits": options.bits,
@@ -143,7 +144,7 @@ def quantization_config(options: Options) -> dict[str, Any]:
     }
 
 
-def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, float], list[str]]:
+def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float], list[str]]:
     """A decoder layer's tensors as stored, each linear's relative error, and warnings.
 
     The error is tr(E G E^T) / tr(W G W^T), the share of the layer's output power that is lost.

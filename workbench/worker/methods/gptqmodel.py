@@ -6,45 +6,55 @@ for AWQ, and reports no error a tensor. Its lines are passed on as they are.
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, cannot_import
+from workbench.records import MadeVariant, from_json, to_json
+from workbench.worker import Progress
+from workbench.worker.tokens.file import read_tokens
 
 
-def gptqmodel(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
-    """Worker: one checkpoint by GPTQModel.
+@dataclass(frozen=True)
+class Request:
+    """What is needed here of a `VariantRequest`, and the arguments of a `Making`."""
 
-    Payload: `base` (directory), `tokens` (JSON file with `windows`), `method` (`awq` or `gptq`), `options`, `out`
-    (directory), `allow_remote_code`. Returns `tensor_types`, `tensor_errors` (none), `warnings`. Raises `UserError`
-    in GPTQModel's own words where it refuses.
-    """
+    base: str
+    out: str
+    tokens: str
+    method: str
+    """`awq` or `gptq`."""
+    options: dict[str, Any]
+    allow_remote_code: bool = False
+
+
+def gptqmodel(payload: object, progress: Progress) -> object:
+    """Worker for a `Request`: one checkpoint by GPTQModel. Returns `MadeVariant`, without errors of tensors. Raises
+    `UserError` in GPTQModel's own words where it refuses."""
     try:
         from gptqmodel import GPTQModel, QuantizeConfig
     except ImportError as error:
         raise cannot_import("GPTQModel", error, "pip install gptqmodel optimum") from None
     import torch
 
-    options = payload["options"]
-    settings: dict[str, Any] = {"bits": options["bits"], "group_size": options["group_size"]}
-    if payload["method"] == "awq":
-        settings |= {"method": "awq", "format": "gemm", "sym": not options["zero_point"]}
+    request: Request = from_json(Request, payload)
+    options = request.options
+    if request.method == "awq":
+        settings = {"method": "awq", "format": "gemm", "sym": not options["zero_point"]}
     else:
-        settings |= {"sym": options["sym"], "desc_act": options["desc_act"], "damp_percent": options["damping"]}
-    windows = json.loads(Path(payload["tokens"]).read_text(encoding="utf-8"))["windows"]
+        settings = {"sym": options["sym"], "desc_act": options["desc_act"], "damp_percent": options["damping"]}
+    windows = read_tokens(request.tokens).windows
     examples = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
     progress(0, 1, "GPTQModel")
     try:
-        model = GPTQModel.load(
-            payload["base"], QuantizeConfig(**settings), trust_remote_code=payload["allow_remote_code"]
-        )
+        config = QuantizeConfig(bits=options["bits"], group_size=options["group_size"], **settings)
+        model = GPTQModel.load(request.base, config, trust_remote_code=request.allow_remote_code)
         model.quantize(examples, batch_size=1 if torch.cuda.is_available() else 4)
-        model.save(payload["out"])
+        model.save(request.out)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"GPTQModel did not make this {payload['method']} variant: {error}") from error
-    kind = f"I{options['bits']}-g{options['group_size']}"
-    return {"tensor_types": _types(Path(payload["out"]), kind), "tensor_errors": {}, "warnings": []}
+        raise UserError(f"GPTQModel did not make this {request.method} variant: {error}") from error
+    return to_json(MadeVariant(_types(Path(request.out), f"I{options['bits']}-g{options['group_size']}")))
 
 
 def _types(folder: Path, kind: str) -> dict[str, str]:

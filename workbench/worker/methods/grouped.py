@@ -8,18 +8,10 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.shape import DTYPES, NamedShape, Shape, Stored
+from workbench.worker.architectures import FUSED, LAYERS, SEPARATE
 from workbench.worker.methods import Making
 
-LINEARS = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+LINEARS = {linear.gguf: name for name, linear in (FUSED | SEPARATE).items()}
 """The linear layers of a decoder layer: GGUF's name -> that in a checkpoint."""
 
 
@@ -95,4 +87,4 @@ def _linear(tensor: NamedShape) -> str | None:
     parts = tensor.name.split(".")
     if tensor.layer is None or len(tensor.shape) != 2 or parts[2] not in LINEARS:
         return None
-    return f"model.layers.{tensor.layer}.{LINEARS[parts[2]]}"
+    return f"{LAYERS}.{tensor.layer}.{LINEARS[parts[2]]}"

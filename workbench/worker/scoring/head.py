@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _CHUNK_BYTES = 16 << 20
-"""Of the head in float32 at any moment, where it has to be converted."""
+"""Bytes of the head in float32 at any moment, where it has to be converted."""
 
 
 def product(hidden: Any, weight: Any, bias: Any = None) -> Any:

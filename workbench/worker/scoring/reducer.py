@@ -2,7 +2,7 @@
 
 A `Reducer` takes the logits of consecutive positions wherever they are (a device tensor, a tensor over
 llama.cpp's own buffer, inside vLLM's worker) and keeps five float32 a token, so full logits never pile up.
-It is made of a plain JSON spec, because vLLM's worker is another process and has to build the same one.
+It is made of a plain `Scoring`, because vLLM's worker is another process and has to build the same one.
 
 What is kept of the base is a *compact reference*, not its vocabulary: a token's k likeliest ids and their
 log-probabilities, the mass T of all others (the tail), and m ids drawn from that tail in proportion to their
@@ -34,15 +34,16 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import math
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 from workbench.errors import UserError
 from workbench.records import REFERENCE_VERSION, Quality, WindowScores, digest
 from workbench.worker import Tensors
 from workbench.worker.scoring.reference import TOP_K, ReferenceReader, ReferenceWriter, reference_shape
+from workbench.worker.tokens.file import TokenFile
 
 _CHUNK_BYTES = {"cpu": 4 << 20, "other": 32 << 20}
 """Working memory. On a processor a chunk should stay in the cache between its passes (a whole window at once
@@ -51,44 +52,45 @@ took 2.5 times as long a row); on an accelerator it should be large enough to hi
 _COLUMNS = ("nll", "kld", "kld_low", "same_top", "dp")
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What one pass over an evaluation set is to find out. Plain JSON, because vLLM's worker is another process."""
+
+    tokens: TokenFile
+    reference: str | None = None
+    """Path of a reference to compare with."""
+    make_reference: str | None = None
+    """Path to write one to from these logits; both may be given."""
+    base: str = ""
+    """Digest of the base that a reference is or must be of."""
+    top_k: int = TOP_K
+    """Ids a made reference keeps exactly, lowered to fit 2,000 bytes a token and a 40th of llama.cpp's logits file, but
+    for vocabularies under 20,000 ids, where 1,024 bytes are always allowed."""
+    per_token: bool = True
+    """Whether to give per-token lists, which quantiles need."""
+    greedy: bool = False
+    """Whether to count, without a reference, how often the likeliest id was the text's own."""
+
+    @property
+    def windows(self) -> list[tuple[int, list[int], int]]:
+        """(index, ids, first scored position) of each."""
+        pairs = zip(self.tokens.windows, self.tokens.score_from, strict=True)
+        return [(index, ids, first) for index, (ids, first) in enumerate(pairs)]
+
+
 class Reducer:
     """Reduces the logits of one pass over an evaluation set.
-
-    `spec` is plain JSON:
-    - `windows`: path of the evaluation,
-      JSON `{"windows": [[id]], "score_from": [position], "vocab_size": n}`;
-    - `reference`: path of a reference to compare with, or null;
-    - `make_reference`: path to write one to from these logits, or null (both may be given);
-    - `base`: digest of the base that a reference is or must be of; required to be equal to the file's;
-    - `top_k`: ids a made reference keeps exactly (default 256), lowered to fit 2,000 bytes a token and a 40th
-      of llama.cpp's logits file, but for vocabularies under 20,000 ids, where 1,024 bytes are always allowed;
-    - `per_token`: also return per-token lists (default true), which quantiles need;
-    - `greedy`: without a reference, also count how often the likeliest id was the text's own (default false).
 
     Raises `UserError` if the reference is of other tokens, another base, another vocabulary or format.
     """
 
-    def __init__(self, spec: dict[str, Any]) -> None:
-        path = spec["windows"]
-        with open(path, encoding="utf-8") as file:
-            evaluation = json.load(file)
-        self._windows: list[list[int]] = evaluation["windows"]
-        self._score_from: list[int] = evaluation["score_from"]
-        self._vocab: int = evaluation["vocab_size"]
-        if len(self._windows) != len(self._score_from):
-            raise UserError(
-                f"{path}: {len(self._windows)} windows but {len(self._score_from)} score_from; make it anew"
-            )
-        highest = max((max(window, default=0) for window in self._windows), default=0)
-        if highest >= self._vocab:
-            raise UserError(
-                f"{path}: token id {highest} is outside its vocabulary of {self._vocab}; "
-                "make it anew with this tokenizer"
-            )
+    def __init__(self, asked: Scoring) -> None:
+        tokens = asked.tokens
+        self._windows, self._score_from, self._vocab = tokens.windows, tokens.score_from, tokens.vocab_size
         counts = [max(0, len(w) - 1 - s) for w, s in zip(self._windows, self._score_from, strict=True)]
         self._starts = list(itertools.accumulate(counts, initial=0))
-        self._per_token = bool(spec.get("per_token", True))
-        self._greedy = bool(spec.get("greedy")) and not spec.get("reference")
+        self._per_token = asked.per_token
+        self._greedy = asked.greedy and not asked.reference
         self._seen = bytearray(self._starts[-1])
         self._pending: list[tuple[int, Any]] = []
         self._work: Any = None
@@ -96,16 +98,16 @@ class Reducer:
         identity = {
             "format": "workbench.reference",
             "version": str(REFERENCE_VERSION),
-            "base": str(spec.get("base") or ""),
-            "evaluation": digest({k: evaluation[k] for k in ("windows", "score_from", "vocab_size")}),
+            "base": asked.base,
+            "evaluation": digest({"windows": self._windows, "score_from": self._score_from, "vocab_size": self._vocab}),
             "vocab_size": str(self._vocab),
             "scored_tokens": str(self._starts[-1]),
         }
-        self._reference = ReferenceReader(spec["reference"], identity) if spec.get("reference") else None
+        self._reference = ReferenceReader(asked.reference, identity) if asked.reference else None
         self._made = None
-        if spec.get("make_reference"):
-            k, draws = reference_shape(self._vocab, spec.get("top_k") or TOP_K)
-            self._made = ReferenceWriter(spec["make_reference"], identity, self._starts[-1], k, draws)
+        if asked.make_reference:
+            k, draws = reference_shape(self._vocab, asked.top_k)
+            self._made = ReferenceWriter(asked.make_reference, identity, self._starts[-1], k, draws)
 
     def __call__(self, window: int, first_position: int, logits: Any) -> None:
         """Reduce `logits` [n, at least vocab_size] of positions `first_position ...` of a window.

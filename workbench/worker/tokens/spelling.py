@@ -15,16 +15,16 @@ OTHERWISE = 20
 # --- whose tokens -------------------------------------------------------------------------------
 
 
-def check_spelling(path: str, spell: Callable[[list[int]], list[str | None] | None], variant: str) -> None:
+def check_spelling(
+    ours: dict[str, str | None], spell: Callable[[list[int]], list[str | None] | None], variant: str
+) -> None:
     """Refuse a variant whose own tokenizer gives the ids of an evaluation other meanings than the base's.
 
     `spell(ids)` says what the ids are in the variant's vocabulary (None for one, or for all, where it cannot be told).
     Formats write a few tokens in ways of their own (bytes, added ones), so only more than one in `OTHERWISE` counts.
     """
-    with open(path, encoding="utf-8") as file:
-        ours = json.load(file).get("spelling")
     theirs = spell([int(token) for token in ours]) if ours else None
-    if not ours or theirs is None:
+    if theirs is None:
         return
     pairs = [(token, a, b) for (token, a), b in zip(ours.items(), theirs, strict=True) if b is not None]
     other = [pair for pair in pairs if pair[1] != pair[2]]

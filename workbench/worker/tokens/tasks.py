@@ -30,7 +30,9 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
 from workbench.errors import UserError, did_you_mean
+from workbench.records import Task, Tasks, TasksRequest, from_json, to_json
 from workbench.worker import Progress
+from workbench.worker.base.checkpoint import read_json
 from workbench.worker.tokens.text import is_jsonl, jsonl_entries
 
 Way = Literal["exact", "contains", "regex", "choices"]
@@ -89,25 +91,24 @@ class TaskFile(TypedDict, total=False):
     harness: dict[str, Any]
 
 
-def build(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Worker: `base` (a Hugging Face directory), `tasks` (name -> `file`, `limit`, `new_tokens`, `chat`, or `lm_eval`,
-    `include`, `limit`, `shots`), `out` (a folder), `allow_remote_code`.
+def build(payload: object, progress: Progress) -> object:
+    """Worker for a `TasksRequest`: write `NAME.json` for each task, and the tokenizer beside them.
 
-    Writes `NAME.json` for each and the tokenizer beside them. Returns `{"tasks": {name: Task}}` with paths
-    relative to `out`. Raises `UserError` for what is wrong with a file, with the entry's place.
+    Returns `Tasks`. Raises `UserError` for what is wrong with a file, with the entry's place.
     """
     from workbench.worker.tokens.windows import open_tokenizer
 
-    base, out = Path(payload["base"]), Path(payload["out"])
-    tokenizer, vocab_size, bos = open_tokenizer(base, bool(payload.get("allow_remote_code")))
+    request: TasksRequest = from_json(TasksRequest, payload)
+    base, out = Path(request.base), Path(request.out)
+    tokenizer, vocab_size, bos = open_tokenizer(base, request.allow_remote_code)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{base}: tasks need a tokenizer of the `tokenizers` library, and this base has none")
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
-    room = json.loads((base / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    room = read_json(base / "config.json").get("max_position_embeddings")
     ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     made = {}
-    for done, (name, task) in enumerate(payload["tasks"].items()):
-        progress(done, len(payload["tasks"]), f"task {name}")
+    for done, (name, task) in enumerate(request.tasks.items()):
+        progress(done, len(request.tasks), f"task {name}")
         content: TaskFile = {"vocab_size": vocab_size, "bos": bos, "stop": ends}
         if "lm_eval" in task:
             content["harness"], content["longest"] = task, min(HARNESS_LONGEST, room or HARNESS_LONGEST)
@@ -121,16 +122,16 @@ def build(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
                     raise UserError(f"{entry.where}: {length} tokens with its answer, and the model takes {room}")
         text = json.dumps(content, separators=(",", ":"))
         (out / f"{name}.json").write_text(text, encoding="utf-8")
-        made[name] = {
-            "name": name,
-            "path": f"{name}.json",
-            "digest": hashlib.sha256(text.encode()).hexdigest()[:16],
-            "items": len(content["items"]) if "items" in content else None,
-            "longest": content["longest"],
-            "harness": "harness" in content,
-        }
+        made[name] = Task(
+            name,
+            f"{name}.json",
+            hashlib.sha256(text.encode()).hexdigest()[:16],
+            len(content["items"]) if "items" in content else None,
+            content["longest"],
+            "harness" in content,
+        )
     progress(1, 1, "tasks written")
-    return {"tasks": made}
+    return to_json(Tasks(made))
 
 
 def read(path: Path) -> list[Entry]:

@@ -14,6 +14,7 @@ that), and special tokens around every document (no engine's perplexity tool doe
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from array import array
@@ -22,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.disk import write_whole
 from workbench.errors import UserError, unknown
+from workbench.records import Evaluation, TokenSet, TokensRequest, from_json, to_json
 from workbench.worker import Progress
-from workbench.worker.tokens.conventions import CONVENTIONS, DEFAULT, Spans
+from workbench.worker.tokens.conventions import CONVENTIONS, Spans
+from workbench.worker.tokens.file import TokenFile, write_tokens
 from workbench.worker.tokens.text import Source, one_line, read_text, source_of
 
 CORPUS_VERSION = 1
@@ -49,96 +51,82 @@ class Tokens:
     ends: array[int] | None
 
 
-def build(payload: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Write the windows of every set of a recipe.
-
-    `payload`: `base` (a Hugging Face directory), `sets` (each with `role`, `name`, `source`, `window`, `windows`,
-    `score`, `stride`, `seed`, `out`), `allow_overlap`, `allow_remote_code`.
+def build(payload: object, progress: Progress) -> object:
+    """Worker for a `TokensRequest`: write the windows of every set of a recipe.
 
     Each file holds `windows` (lists of `window` ids), `score_from` (one position a window: positions from it to
     window - 2 are scored), `vocab_size`, `bos` (an id, or null if none is added) and `digest`. Returns
-    `{"sets": [...]}` in the order asked for, each with `name`, `role`, `path`, `digest`, `window`, `windows`, `score`,
-    `scored_tokens` and `scored_bytes` (UTF-8 bytes of the text that the scored tokens spell).
-    Raises `UserError` for all that a user can mend.
+    `{"sets": [Evaluation, ...]}` in the order asked for. Raises `UserError` for all that a user can mend.
     """
-    base, sets = Path(payload["base"]), payload["sets"]
-    for entry in sets:
-        _check_set(entry)
-    tokenizer, vocab_size, bos = open_tokenizer(base, bool(payload.get("allow_remote_code")))
+    request: TokensRequest = from_json(TokensRequest, payload)
+    sets = request.sets
+    for each in sets:
+        _check_set(each)
+    tokenizer, vocab_size, bos = open_tokenizer(Path(request.base), request.allow_remote_code)
     needs = _needed_tokens(sets)
-    sources: dict[Source, Tokens] = {}
+    texts: dict[Source, Tokens] = {}
     for done, (source, need) in enumerate(needs.items()):
         progress(done, len(needs) + 1, f"reading {source}")
-        sources[source] = _tokens(source, tokenizer, need)
+        texts[source] = _tokens(source, tokenizer, need)
 
     chosen: dict[int, Spans] = {}
     read: dict[Source, list[tuple[int, int]]] = {}
-    for index, entry in enumerate(sets):
-        if entry["role"] == "evaluation":
-            key = source_of(entry["source"])
-            chosen[index] = _evaluation_spans(entry, len(sources[key].ids))
-            read.setdefault(key, []).extend((start, start + entry["window"]) for start, _ in chosen[index])
-    evaluated = _runs_of(sources[key].ids[a:b] for key, spans in read.items() for a, b in _merged(spans))
-    overlap = bool(payload.get("allow_overlap"))
-    for index, entry in enumerate(sets):
-        if entry["role"] == "calibration":
-            key = source_of(entry["source"])
-            ids, used = sources[key].ids, _merged(read.get(key, []))
-            starts = _calibration_starts(entry, ids, used, set() if overlap else evaluated)
-            if not overlap:
-                _refuse_overlap(entry, [ids[start : start + entry["window"]] for start in starts], evaluated)
-            [(_, first)] = _spans(entry, entry["window"])
+    for index, each in enumerate(sets):
+        if each.role == "evaluation":
+            source = source_of(each.source)
+            chosen[index] = _evaluation_spans(each, len(texts[source].ids))
+            read.setdefault(source, []).extend((start, start + each.window) for start, _ in chosen[index])
+    evaluated = _runs_of(texts[source].ids[a:b] for source, spans in read.items() for a, b in _merged(spans))
+    for index, each in enumerate(sets):
+        if each.role == "calibration":
+            source = source_of(each.source)
+            ids, used = texts[source].ids, _merged(read.get(source, []))
+            starts = _calibration_starts(each, ids, used, set() if request.allow_overlap else evaluated)
+            if not request.allow_overlap:
+                _refuse_overlap(each, [ids[start : start + each.window] for start in starts], evaluated)
+            [(_, first)] = _spans(each, each.window)
             chosen[index] = [(start, first) for start in starts]
 
-    replies = []
-    for index, entry in enumerate(sets):
-        text = sources[source_of(entry["source"])]
-        replies.append(_write(entry, text, chosen[index], tokenizer, vocab_size, bos))
+    made = [
+        _write(each, texts[source_of(each.source)], chosen[index], tokenizer, vocab_size, bos)
+        for index, each in enumerate(sets)
+    ]
     progress(1, 1, "token windows written")
-    return {"sets": replies}
+    return {"sets": to_json(made)}
 
 
 # --- what is asked for --------------------------------------------------------------------------
 
 
-def _check_set(entry: dict[str, Any]) -> None:
-    name = entry.get("name") or entry.get("role", "set")
-    if entry.get("role") not in ROLES:
-        raise unknown("role", str(entry.get("role")), ROLES, name)
-    score = entry.get("score") or DEFAULT
-    if score not in CONVENTIONS:
-        raise unknown("score", score, CONVENTIONS, name)
-    window = entry.get("window")
-    if not isinstance(window, int) or window < 4:
-        raise UserError(f"{name}: window {window} is too short; 512 is usual.")
-    windows = entry.get("windows")
-    if windows is not None and windows < 1:
-        raise UserError(f"{name}: windows must be 1 or more.")
-    if entry["role"] == "calibration" and windows is None:
-        raise UserError(f"{name}: say how many `windows` to draw for calibration.")
-    if CONVENTIONS[score].stride:
-        stride = entry.get("stride")
-        if not isinstance(stride, int) or not 1 <= stride < window:
-            raise UserError(f"{name}: `score: {score}` needs a `stride` from 1 to {window - 1}, not {stride}.")
+def _check_set(each: TokenSet) -> None:
+    if each.role not in ROLES:
+        raise unknown("role", each.role, ROLES, each.name)
+    if each.score not in CONVENTIONS:
+        raise unknown("score", each.score, CONVENTIONS, each.name)
+    if each.window < 4:
+        raise UserError(f"{each.name}: window {each.window} is too short; 512 is usual.")
+    if CONVENTIONS[each.score].stride and not 1 <= (each.stride or 0) < each.window:
+        raise UserError(
+            f"{each.name}: `score: {each.score}` needs a `stride` from 1 to {each.window - 1}, not {each.stride}."
+        )
 
 
-def _spans(entry: dict[str, Any], tokens: int) -> Spans:
+def _spans(each: TokenSet, tokens: int) -> Spans:
     """The windows of so many tokens by the set's convention."""
-    convention = CONVENTIONS[entry.get("score") or DEFAULT]
-    return convention.spans(tokens, int(entry["window"]), int(entry.get("stride") or 0))
+    return CONVENTIONS[each.score].spans(tokens, each.window, each.stride or 0)
 
 
-def _needed_tokens(sets: list[dict[str, Any]]) -> dict[Source, int | None]:
+def _needed_tokens(sets: list[TokenSet]) -> dict[Source, int | None]:
     """How many tokens of each distinct source are wanted; None for all of them."""
     needs: dict[Source, int | None] = {}
-    for entry in sets:
-        key = source_of(entry["source"])
-        if entry.get("windows") is None:
-            needs[key] = None
-            continue
-        count = int(entry["windows"]) * int(entry["window"]) * (DRAW_FROM if entry["role"] == "calibration" else 1)
-        before = needs.get(key, 0)
-        needs[key] = None if before is None else before + count
+    for each in sets:
+        source = source_of(each.source)
+        before = needs.get(source, 0)
+        if each.windows is None or before is None:
+            needs[source] = None
+        else:
+            drawn = DRAW_FROM if each.role == "calibration" else 1
+            needs[source] = before + each.windows * each.window * drawn
     return needs
 
 
@@ -174,15 +162,15 @@ def _tokens(source: Source, tokenizer: Any, need_tokens: int | None) -> Tokens:
     return Tokens(text, ids, array("q", (a for a, _ in offsets)), array("q", (b for _, b in offsets)))
 
 
-def _evaluation_spans(entry: dict[str, Any], count: int) -> Spans:
+def _evaluation_spans(each: TokenSet, count: int) -> Spans:
     """The evaluation's windows in a text of `count` tokens, which must hold as many as were asked for."""
-    window, spans = int(entry["window"]), _spans(entry, count)
-    wanted = entry.get("windows") or len(spans)
+    window, spans = each.window, _spans(each, count)
+    wanted = each.windows or len(spans)
     if len(spans) < max(1, wanted):
         room = f"{len(spans)} windows of {window} fit" if spans else f"no window of {window} fits"
         fewer = f"Ask for {len(spans)} or fewer" if spans else f"Use a window of {count} or fewer"
         raise UserError(
-            f"evaluation '{entry.get('name')}': {source_of(entry['source'])} has {count} tokens, so {room}, "
+            f"evaluation '{each.name}': {source_of(each.source)} has {count} tokens, so {room}, "
             f"but {wanted or 'at least one'} asked for. {fewer}, or name a longer text."
         )
     return spans[:wanted]
@@ -210,39 +198,32 @@ def _runs_of(texts: Iterable[list[int]]) -> set[bytes]:
 
 
 def _calibration_starts(
-    entry: dict[str, Any], ids: list[int], used: list[tuple[int, int]], evaluated: set[bytes]
+    each: TokenSet, ids: list[int], used: list[tuple[int, int]], evaluated: set[bytes]
 ) -> list[int]:
     """Random windows that overlap neither each other nor, in a text shared with evaluation, any of its tokens.
 
     In a shared text, windows that repeat a passage of the evaluation (boilerplate does) are passed over too.
     """
-    window, wanted = int(entry["window"]), int(entry["windows"])
+    window, wanted = each.window, each.windows or 0
     edges = [0, *(edge for span in used for edge in span), len(ids)]
     free = [
         start
         for begin, end in zip(edges[::2], edges[1::2], strict=True)
         for start in range(begin, end - window + 1, window)
     ]
-    random.Random(int(entry.get("seed") or 0)).shuffle(free)
-    starts: list[int] = []
-    for start in free:
-        if len(starts) == wanted:
-            break
-        if used and not evaluated.isdisjoint(_grams(ids[start : start + window])):
-            continue
-        starts.append(start)
+    random.Random(each.seed).shuffle(free)
+    fresh = (s for s in free if not used or evaluated.isdisjoint(_grams(ids[s : s + window])))
+    starts = list(itertools.islice(fresh, wanted))
     if len(starts) < wanted:
         left = " that evaluation does not use" if used else ""
         raise UserError(
-            f"calibration '{entry.get('name')}': {source_of(entry['source'])} has {len(ids)} tokens and "
-            f"{len(starts)} windows "
-            f"of {window}{left}, but {wanted} asked for. Ask for fewer or shorter ones, or name a longer "
-            "text."
+            f"calibration '{each.name}': {source_of(each.source)} has {len(ids)} tokens and {len(starts)} windows "
+            f"of {window}{left}, but {wanted} asked for. Ask for fewer or shorter ones, or name a longer text."
         )
     return starts
 
 
-def _refuse_overlap(entry: dict[str, Any], windows: list[list[int]], evaluated: set[bytes]) -> None:
+def _refuse_overlap(each: TokenSet, windows: list[list[int]], evaluated: set[bytes]) -> None:
     runs = 0
     for ids in windows:
         inside = False
@@ -252,54 +233,42 @@ def _refuse_overlap(entry: dict[str, Any], windows: list[list[int]], evaluated: 
             inside = hit
     if runs:
         raise UserError(
-            f"calibration '{entry.get('name')}' shares {runs} passages of {OVERLAP_TOKENS} tokens or more "
-            "with the evaluation "
+            f"calibration '{each.name}' shares {runs} passages of {OVERLAP_TOKENS} tokens or more with the evaluation "
             "text, which makes any method look better than it is. Calibrate on another text, or set "
             "`allow_overlap: true`."
         )
 
 
 def _write(
-    entry: dict[str, Any], source: Tokens, spans: Spans, tokenizer: Any, vocab_size: int, bos: int | None
-) -> dict[str, Any]:
-    window, score = int(entry["window"]), entry.get("score") or DEFAULT
-    windows = [source.ids[start : start + window] for start, _ in spans]
+    each: TokenSet, source: Tokens, spans: Spans, tokenizer: Any, vocab_size: int, bos: int | None
+) -> Evaluation:
+    windows = [source.ids[start : start + each.window] for start, _ in spans]
     largest = max(map(max, windows))
     if largest >= vocab_size or min(map(min, windows)) < 0:
         raise UserError(
-            f"{entry['role']} '{entry.get('name')}': the tokenizer gives id {largest}, but the model's "
-            f"vocabulary has {vocab_size}: "
-            "tokenizer and weights are not of the same model."
+            f"{each.role} '{each.name}': the tokenizer gives id {largest}, but the model's vocabulary has "
+            f"{vocab_size}: tokenizer and weights are not of the same model."
         )
     if bos is not None:
         windows = [[bos, *ids[1:]] for ids in windows]
     score_from = [first for _, first in spans]
-    scored = [(start + first + 1, start + window) for start, first in spans]
-    facts = [CORPUS_VERSION, windows, score_from, score, bos]
+    scored = [(start + first + 1, start + each.window) for start, first in spans]
+    facts = [CORPUS_VERSION, windows, score_from, each.score, bos]
     digest = hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
-    out = Path(entry["out"])
+    out = Path(each.out)
     used = sorted({token for ids in windows for token in ids})
-    content = {
-        "windows": windows,
-        "score_from": score_from,
-        "vocab_size": vocab_size,
-        "bos": bos,
-        "digest": digest,
-        "spelling": dict(zip(map(str, used), tokenizer.convert_ids_to_tokens(used), strict=True)),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, json.dumps(content, separators=(",", ":")))
-    return {
-        "name": entry.get("name"),
-        "role": entry["role"],
-        "path": str(out),
-        "digest": digest,
-        "window": window,
-        "windows": len(windows),
-        "score": score,
-        "scored_tokens": sum(end - begin for begin, end in scored),
-        "scored_bytes": sum(_bytes_of(source, begin, end, tokenizer) for begin, end in scored),
-    }
+    spelling = dict(zip(map(str, used), tokenizer.convert_ids_to_tokens(used), strict=True))
+    write_tokens(out, TokenFile(windows, score_from, vocab_size, bos, digest, spelling))
+    return Evaluation(
+        each.name,
+        str(out),
+        digest,
+        each.window,
+        each.score,
+        len(windows),
+        scored_tokens=sum(end - begin for begin, end in scored),
+        scored_bytes=sum(_bytes_of(source, begin, end, tokenizer) for begin, end in scored),
+    )
 
 
 def _bytes_of(source: Tokens, begin: int, end: int, tokenizer: Any) -> int:

@@ -1,0 +1,47 @@
+"""What an engine can use of this machine: asked in its own interpreter, which alone knows how it was built."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from functools import lru_cache
+
+from workbench.home import home, interpreter
+from workbench.machine import isolate
+from workbench.machine.identity import has_cuda
+from workbench.worker.backends import BACKENDS
+
+LIMIT_S = 300.0
+"""Seconds for an engine to be imported and asked."""
+
+
+@lru_cache(maxsize=16)
+def uses_gpu(backend: str) -> bool:
+    """Whether a backend computes on an NVIDIA GPU here: there is one, and the engine that is installed is built for it.
+
+    Where there is no GPU nothing is started. An engine that cannot be asked uses none; what ails it is told when it
+    is to work.
+    """
+    if not has_cuda():
+        return False
+    folder = home() / "logs" / f"device-{backend}-{time.time_ns()}"
+    reply = isolate.call(
+        f"{BACKENDS[backend]}:sees_cuda",
+        None,
+        workdir=folder,
+        python=interpreter(backend, sys.executable),
+        time_limit_s=LIMIT_S,
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    return bool(reply.value)
+
+
+def idle_gpu(backend: str) -> str | None:
+    """What to tell of a GPU that is here and that a backend's engine cannot use; None if there is nothing to tell."""
+    if not has_cuda() or uses_gpu(backend):
+        return None
+    return (
+        f"{backend} is measured on the processor: what {interpreter(backend, sys.executable)} has of it is not built "
+        "for the GPU that is here. `make gpu` sets up what is"
+    )
