@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality
+from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
+from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "torch"
 PACKAGES: tuple[str, ...] = ("torch",)
@@ -48,6 +49,11 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
     return f"toy-server {path} --attention {options['attention']}"
 
 
+def sees_cuda(payload: None, progress: object) -> bool:
+    """It computes on a CPU."""
+    return False
+
+
 def load_engine() -> Any:
     """torch."""
     import torch
@@ -65,7 +71,8 @@ class Engine:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._torch = torch = load_engine()
-        path, how = Path(job.artifact.path), Options(**job.options)
+        path = Path(job.artifact.path)
+        how: Options = from_json(Options, job.options)
         config = AutoConfig.from_pretrained(path)
         weights = {name: w for file in sorted(path.glob("*.safetensors")) for name, w in load_file(file).items()}
         if job.artifact.method == "rtn":
@@ -86,12 +93,13 @@ class Engine:
         with self._torch.inference_mode():
             return self._model(input_ids=self._torch.tensor(ids), use_cache=False).logits
 
-    def score(self, windows: list[tuple[int, list[int], int]], spec: dict[str, Any]) -> Quality:
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """A forward a window."""
         from workbench.worker.scoring.reducer import Reducer
 
-        reducer = Reducer(spec)
-        for index, ids, first in windows:
+        reducer = Reducer(asked)
+        for index, ids, first in asked.windows:
+            progress(index)
             reducer(index, first, self._logits([ids])[0, first:])
         return reducer.result()
 
@@ -120,6 +128,6 @@ class Engine:
         """Float32."""
         return {"weights": self._model.get_memory_footprint()}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """A CPU."""
         return {"device": "cpu", "dtype": "float32"}
