@@ -91,11 +91,16 @@ def test_the_copy_has_a_file_and_a_line_more_for_each_toy(house: Path) -> None:
 
 @pytest.mark.slow
 def test_both_go_through_every_command(toys: Any, real_base: Path) -> None:
-    recipe = toys.place.folder / "toys.yaml"
-    whole = yaml.safe_load((ROOT / "recipes" / "tiny.yaml").read_text())
-    whole |= {"name": "toys", "variants": [{"rtn": 8}, {"rtn": {"when": "load"}}]}
-    whole["backends"] = {"toyengine": {"attention": ["sdpa", "eager"]}, "transformers": {"variants": ["base"]}}
-    recipe.write_text(yaml.safe_dump(whole))
+    tiny = yaml.safe_load((ROOT / "recipes" / "tiny.yaml").read_text())
+    tiny |= {"name": "toys", "variants": [{"rtn": 8}, {"rtn": {"when": "load"}}]}
+    tiny["evaluation"] |= {"window": 64, "windows": 2}
+    tiny["workload"] = {"prompt_tokens": 8, "new_tokens": 3, "repeats": 1}
+
+    def recipe(*attention: str) -> str:
+        backends = {"toyengine": {"attention": [*attention]}, "transformers": {"variants": ["base"]}}
+        file = toys.place.folder / "toys.yaml"
+        file.write_text(yaml.safe_dump({**tiny, "backends": backends}))
+        return str(file)
 
     doctor = toys("doctor", WORKBENCH_PYTHON_VLLM="/nowhere/python").stdout
     own = doctor.split("toyengine  torch ")[1].split("\ntransformers")[0]
@@ -106,26 +111,24 @@ def test_both_go_through_every_command(toys: Any, real_base: Path) -> None:
     assert {"const": "rtn"} in schema["variants"]["items"]["anyOf"]
     assert "uniqueItems" in json.dumps(schema["backends"]["anyOf"][0]["properties"]["toyengine"])
 
-    needs = {
-        (need["variant"], need["backend"], need["options"]["attention"]): need
-        for need in json.loads(toys("plan", str(recipe), "--format", "json").stdout)
-    }
+    listed = json.loads(toys("plan", recipe("sdpa", "eager"), "--format", "json").stdout)
+    needs = {(need["variant"], need["backend"], need["options"]["attention"]): need for need in listed}
     planned = needs["rtn-8bit", "toyengine", "eager"]
     assert (planned["workspace_bytes"], planned["kv_cache_bytes"], planned["fits"]) == (12345, 0, True)
     assert planned["weights_bytes"] == 4 * 134_515_008 > 2 * planned["disk_bytes"]
 
-    made = toys("quantize", str(recipe))
+    made = toys("quantize", recipe("sdpa"))
     assert made.returncode == 0 and "rtn-8bit: rounded" in made.stderr and "warning: a toy" in made.stdout
-    done = toys("run", str(recipe), "--format", "json")
+    done = toys("run", recipe("sdpa"), "--format", "json")
     assert done.returncode == 0, done.stderr
-    lines = {(line["variant"], line["backend"], line["options"]["attention"]): line for line in json.loads(done.stdout)}
-    assert len(lines) == 7
-    line = lines["rtn-8bit", "toyengine", "sdpa"]
+    lines = {(line["variant"], line["backend"]): line for line in json.loads(done.stdout)}
+    assert len(lines) == 4
+    line = lines["rtn-8bit", "toyengine"]
     assert (line["method"], line["format"], line["disk_bytes"]) == ("rtn", "rtn", planned["disk_bytes"])
-    base = lines["base", "toyengine", "sdpa"]
-    assert base["perplexity"] == pytest.approx(lines["base", "transformers", "sdpa"]["perplexity"], rel=1e-5)
+    base = lines["base", "toyengine"]
+    assert base["perplexity"] == pytest.approx(lines["base", "transformers"]["perplexity"], rel=1e-5)
     assert 0 < abs(line["perplexity_delta"]) < 0.1 and 1e-6 < line["kld_mean"] < 0.01 and line["decode_tok_s"] > 0
-    loaded = lines["rtn-8bit-load", "toyengine", "sdpa"]
+    loaded = lines["rtn-8bit-load", "toyengine"]
     assert loaded["perplexity"] == line["perplexity"] and loaded["disk_bytes"] == base["disk_bytes"]
 
     assert "rtn-8bit-load" in toys("table", "--format", "markdown").stdout
@@ -133,7 +136,7 @@ def test_both_go_through_every_command(toys: Any, real_base: Path) -> None:
     chosen = json.loads(toys(*words).stdout)
     assert chosen["choice"]["variant"] == "rtn-8bit"
     assert chosen["command"].startswith(f"toy-server {toys.place.home}/artifacts/")
-    assert chosen["command"].endswith("SmolLM2-135M-Instruct-rtn-8bit --attention " + chosen["command"].split()[-1])
+    assert chosen["command"].endswith("SmolLM2-135M-Instruct-rtn-8bit --attention sdpa")
     card = toys("card", "rtn-8bit").stdout
     matter = yaml.safe_load(card.split("---")[1])
     assert matter["tags"] == ["quantized", "rtn", "8-bit", "workbench"] and matter["library_name"] == "toy"

@@ -67,13 +67,13 @@ class Engine:
     continuous = False
 
     def __init__(self, job: Job) -> None:
+        import transformers
         from safetensors.torch import load_file
-        from transformers import AutoConfig, AutoModelForCausalLM
 
         self._torch = torch = load_engine()
         path = Path(job.artifact.path)
         how: Options = from_json(Options, job.options)
-        config = AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path)
         weights = {name: w for file in sorted(path.glob("*.safetensors")) for name, w in load_file(file).items()}
         if job.artifact.method == "rtn":
             from workbench.worker.methods.rtn import rounded
@@ -84,9 +84,9 @@ class Engine:
                     weights[name] = codes * scale
                 elif name.endswith(".codes"):
                     weights[name.removesuffix(".codes")] = weights.pop(name) * weights.pop(name[:-5] + "scale")
-        self._model = AutoModelForCausalLM.from_config(config, attn_implementation=how.attention, dtype=torch.float32)
-        missing = self._model.load_state_dict(weights, strict=False).missing_keys
-        assert set(missing) <= {"lm_head.weight"}, missing
+        self._model = getattr(transformers, config.architectures[0]).from_pretrained(
+            None, config=config, state_dict=weights, attn_implementation=how.attention, dtype=torch.float32
+        )
         self._model.eval()
 
     def _logits(self, ids: list[list[int]]) -> Any:
