@@ -211,6 +211,14 @@ def test_fp8_on_a_cpu_is_refused_with_the_way_out() -> None:
     assert on_gpu.needs[0].unsupported is None
 
 
+@pytest.mark.parametrize("part", ["evaluation", "calibration"])
+def test_windows_longer_than_the_models_context_are_refused(part: str) -> None:
+    """They gave numbers of a model beyond its training, or an engine's own words after everything was made."""
+    windows = {"source": {"text": "x"}, "window": 200_000, "windows": 1}
+    with pytest.raises(UserError, match=f"{part}.*: windows of 200,000 tokens are longer than the model's context of"):
+        plan.make(recipe(**{part: windows}), memory_bytes=1 << 40, cuda=False)
+
+
 def test_sequences_longer_than_the_models_context_are_refused() -> None:
     with pytest.raises(UserError, match=r"r\.yaml: workload: sequences of 131,136 tokens are longer than .*131,072"):
         plan.make(recipe(workload={"prompt_tokens": [512, 131072]}))

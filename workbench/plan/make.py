@@ -71,7 +71,7 @@ def make(
         sizes = [(tokens, many if batch is None else batch, min(max(load.prompt_tokens), tokens))]
     points = [Sequences(*size, window) for size in sizes]
     longest = max(point.tokens for point in points)
-    check_context(longest, shape.context_tokens, f"{recipe.path}: {'--context' if context else 'workload'}")
+    check_context(recipe, shape.context_tokens, context)
     needs = []
     for choice in recipe.backends:
         for variant in recipe.variants:
@@ -117,13 +117,21 @@ def advice(recipe: Recipe, choice: BackendChoice, name: str) -> str:
     return f"{said}, and {what} would fit"
 
 
-def check_context(tokens: int, context_tokens: int, where: str) -> None:
-    """Refuse sequences that are longer than the model takes."""
-    if context_tokens and tokens > context_tokens:
-        raise UserError(
-            f"{where}: sequences of {tokens:,} tokens are longer than the model's context of {context_tokens:,}: "
-            f"use fewer `prompt_tokens` or `new_tokens`"
-        )
+def check_context(recipe: Recipe, context_tokens: int, asked: int | None = None) -> None:
+    """Refuse what is longer than the model takes: the workload's sequences, and windows to score or to calibrate on.
+
+    `asked`: tokens of a sequence where the command line says, instead of the workload's.
+    """
+    parts = [(f"evaluation '{name}'", test.window) for name, test in recipe.evaluations.items()]
+    parts += [("calibration", recipe.calibration.window)] if recipe.calibration else []
+    longest = [("--context" if asked else "workload", "sequences", asked or recipe.workload.longest)]
+    for where, what, tokens in longest + [(where, "windows", window) for where, window in parts]:
+        if context_tokens and tokens > context_tokens:
+            remedy = "use a shorter `window`" if what == "windows" else "use fewer `prompt_tokens` or `new_tokens`"
+            raise UserError(
+                f"{recipe.path}: {where}: {what} of {tokens:,} tokens are longer than the model's context of "
+                f"{context_tokens:,}: {remedy}"
+            )
 
 
 def _read(recipe: Recipe) -> Described:

@@ -39,7 +39,7 @@ class Made:
 def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     """Base, tokens and the named variants (default: all) of a recipe, made or found in the cache."""
     base = prepare(recipe, show)
-    check_context(recipe.workload.longest, base.context_length, f"{recipe.path}: workload")
+    check_context(recipe, base.context_length)
     evaluations, calibration = tokenize(recipe, base, show)
     asked = tasks(recipe, base, show)
     chosen = [v for v in recipe.variants if v.method != BASE and (names is None or v.name in names)]

@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
-from workbench.worker.base.checkpoint import StoredTensor, checked_weights, read_json
+from workbench.shape import FLOATS
+from workbench.worker import Tensors
+from workbench.worker.base.checkpoint import checked_weights, read_json
 from workbench.worker.base.gguf_config import read_gguf
 from workbench.worker.base.gguf_file import field_of, parsed_once
 from workbench.worker.kernels import import_kernels
 
-FORMATS = ("awq", "gptq", "gguf")
-PLAIN_TYPES = ("F32", "F16", "BF16")
+PACKED_FORMATS = ("awq", "gptq", "gguf")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class PackedModel:
     """`model` in eval mode; `packed` and `dense`: how many weight matrices stay packed, and how many do not."""
 
     model: Any
@@ -41,7 +42,7 @@ class Loaded:
 
 def load(
     path: Path, format: str, *, dtype: str | None, device: str, attention: str = "sdpa", trust_remote_code: bool = False
-) -> Loaded:
+) -> PackedModel:
     """The model of a checkpoint directory (`awq`, `gptq`) or of a GGUF file, its weights packed, on `device`.
 
     `dtype` of activations and of what is not packed; None: the checkpoint's own, for a GGUF the one the
@@ -55,46 +56,49 @@ def load(
 # --- safetensors --------------------------------------------------------------------------------
 
 
-def _read_checkpoint(path: Path, dtype: str | None, device: str, attention: str, remote_code: bool) -> Loaded:
+def _read_checkpoint(path: Path, dtype: str | None, device: str, attention: str, remote_code: bool) -> PackedModel:
+    from safetensors import safe_open
     from transformers import AutoConfig
     from workbench_kernels.modules import AwqLinear, GptqLinear
 
-    where = checked_weights(path)
+    left, opened = checked_weights(path), dict[Path, Any]()
     # Before transformers: it fills in, and warns of, what it will not be asked to do.
-    quantization = _quantization(path)
+    bits = _gptq_bits(path)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=remote_code, local_files_only=True)
     del config.quantization_config
-    stems = sorted(name.removesuffix(".qweight") for name in where if name.endswith(".qweight"))
+    stems = sorted(name.removesuffix(".qweight") for name in left if name.endswith(".qweight"))
     if not stems:
         raise UserError(f"{path}: no tensor ends in `.qweight`: it is no AWQ or GPTQ checkpoint")
-    model, kind = _empty(config, dtype or _own_dtype(config), attention, remote_code)
-    tensors = _safetensors(where, device)
+    model, kind = _empty(config, dtype or str(config.dtype or "float16").removeprefix("torch."), attention, remote_code)
 
     def take(name: str) -> Any:
-        if name not in tensors:
+        """A tensor's file is opened, and the tensor read onto the device, when it is taken; each is taken once."""
+        if name not in left:
             raise UserError(f"{path}: tensor {name} is missing. Make the variant again.")
-        return tensors.pop(name)
+        file = left.pop(name).file
+        if file not in opened:
+            opened[file] = safe_open(file, framework="pt", device=device)
+        return opened[file].get_tensor(name)
 
     for stem in stems:
         _linear(model, path, stem)
-        bias = tensors.pop(f"{stem}.bias", None)
+        bias = take(f"{stem}.bias").to(kind) if f"{stem}.bias" in left else None
         qweight, qzeros, scales = (take(f"{stem}.{part}") for part in ("qweight", "qzeros", "scales"))
-        bias = None if bias is None else bias.to(kind)
         try:
-            if quantization["quant_method"] == "awq":
+            if bits is None:
                 module: AwqLinear | GptqLinear = AwqLinear(qweight, qzeros, scales, bias)
             else:
-                module = GptqLinear(qweight, qzeros, scales, take(f"{stem}.g_idx"), int(quantization["bits"]), bias)
+                module = GptqLinear(qweight, qzeros, scales, take(f"{stem}.g_idx"), bits, bias)
         except ValueError as error:
             raise UserError(f"{path}: {stem}: {error}. Leave `kernel: workbench` out.") from None
         _replace(model, path, stem, module)
-    for name in list(tensors):
-        _place(model, path, name, tensors.pop(name), kind)
+    for name in list(left):
+        _place(model, path, name, take(name), kind)
     return _finished(model, path, device, len(stems))
 
 
-def _quantization(path: Path) -> dict[str, Any]:
-    """The checkpoint's `quantization_config`, of a layout that there are kernels for."""
+def _gptq_bits(path: Path) -> int | None:
+    """The bits of a GPTQ checkpoint, None of an AWQ one; `UserError` for a layout that there are no kernels for."""
     file = path / "config.json"
     found = read_json(file).get("quantization_config") or {}
     method, version = found.get("quant_method"), found.get("version", "gemm")
@@ -110,35 +114,13 @@ def _quantization(path: Path) -> dict[str, Any]:
         )
     if method == "awq" and not found.get("zero_point", True):
         raise UserError(f"{file}: awq with zero_point false; supported: true. Leave `kernel: workbench` out.")
-    return found
-
-
-def _own_dtype(config: Any) -> str:
-    return str(config.dtype or "float16").removeprefix("torch.")
-
-
-class _safetensors(dict[str, Any]):
-    """Tensors by name, each read from its file onto the device when it is taken."""
-
-    def __init__(self, where: dict[str, StoredTensor], device: str) -> None:
-        super().__init__(where)
-        self._device, self._open = device, dict[Path, Any]()
-
-    def pop(self, name: str, *default: Any) -> Any:
-        from safetensors import safe_open
-
-        if name not in self:
-            return super().pop(name, *default)
-        file = super().pop(name).file
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt", device=self._device)
-        return self._open[file].get_tensor(name)
+    return int(found["bits"]) if method == "gptq" else None
 
 
 # --- GGUF ---------------------------------------------------------------------------------------
 
 
-def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remote_code: bool) -> Loaded:
+def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remote_code: bool) -> PackedModel:
     import torch
     from gguf.quants import dequantize
     from transformers.modeling_gguf_pytorch_utils import (
@@ -170,7 +152,7 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remot
         return torch.from_numpy(done.weights.copy()).to(device=device, dtype=kind)
 
     packed: dict[str, tuple[Any, str]] = {}
-    values: dict[str, Any] = {}
+    values: Tensors = {}
     for tensor in reader.tensors:
         if "_exps." in tensor.name:
             raise UserError(
@@ -180,7 +162,7 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remot
             continue
         name, type_name = names[tensor.name], tensor.tensor_type.name
         order = None
-        if type_name not in PLAIN_TYPES:
+        if type_name not in FLOATS:
             try:
                 block_type(type_name, tensor.name)
             except ValueError as error:
@@ -319,7 +301,7 @@ def _place(model: Any, path: Path, name: str, tensor: Any, kind: Any) -> None:
         module._buffers[leaf] = tensor
 
 
-def _finished(model: Any, path: Path, device: str, packed: int) -> Loaded:
+def _finished(model: Any, path: Path, device: str, packed: int) -> PackedModel:
     """Tie the head, see that nothing is missing, move what is left to the device."""
     import torch
     from workbench_kernels.modules import BlockEmbedding, BlockLinear
@@ -337,7 +319,7 @@ def _finished(model: Any, path: Path, device: str, packed: int) -> Loaded:
         raise UserError(f"{path}: tensor {absent[0]}{more} missing. Make the variant again.")
     model.to(device).eval()
     dense = sum(tensor.ndim == 2 for tensor in model.parameters())
-    return Loaded(model, packed, dense)
+    return PackedModel(model, packed, dense)
 
 
 def _all_tensors(model: Any) -> Iterator[tuple[str, Any]]:

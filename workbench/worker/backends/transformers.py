@@ -131,7 +131,7 @@ class Engine:
         self._first_point, self._cache_bytes = job.workload.points[0], 0
         self._packed: dict[str, object] = {}
         path = Path(artifact.path)
-        if options.kernel == "workbench" and artifact.format in packed.FORMATS:
+        if options.kernel == "workbench" and artifact.format in packed.PACKED_FORMATS:
             self._load_packed(path, options)
             return
         chosen = options.dtype
@@ -270,7 +270,7 @@ class Engine:
             settings["scored_logits"] = self._scored_in
         if self._device == "cuda":
             settings["device_name"] = self._torch.cuda.get_device_name()
-        if self._format in packed.FORMATS:
+        if self._format in packed.PACKED_FORMATS:
             settings |= self._packed or {"kernel": self._kernel()}
         if self._packed and self._device == "cpu":
             settings["warnings"] = ["packed weights through the plain reference: their size is real, the speed is not"]

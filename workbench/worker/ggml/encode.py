@@ -18,20 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, cannot_import
-from workbench.shape import NamedShape, Traits
+from workbench.shape import FLOATS, NamedShape, Traits
 from workbench.worker import Progress
 from workbench.worker.base.gguf_file import field_of
 from workbench.worker.ggml.index import library
 from workbench.worker.ggml.mixtures import RULED, is_quantized, types_of
 
-PLAIN = ("F32", "F16", "BF16")
-"""Types of a source, which are read as float32."""
-
 SLAB = 2**26
 """Weights that are float32 at once, in whole rows."""
 
 CHECKED_ROWS = 2
-"""Of every slab, spread over it."""
+"""How many rows of every slab are compared with llama.cpp's, spread over it."""
 
 SET_BY_THE_QUANTIZER = ("general.quantization_version", "general.file_type")
 LEFT_OUT = ("split.no", "split.count", "split.tensors.count")
@@ -245,8 +242,8 @@ def _encoded(tensor: Any, wanted: str, importance: Any, device: str) -> tuple[An
 def _float32(slab: Any, tensor: Any, device: str) -> Any:
     import torch
 
-    if tensor.tensor_type.name not in PLAIN:
-        raise ValueError(f"it is {tensor.tensor_type.name}; supported: {', '.join(PLAIN)}")
+    if tensor.tensor_type.name not in FLOATS:
+        raise ValueError(f"it is {tensor.tensor_type.name}; supported: {', '.join(FLOATS)}")
     stored = torch.from_numpy(slab)
     if tensor.tensor_type.name == "BF16":
         stored = stored.view(torch.bfloat16)

@@ -31,7 +31,7 @@ from workbench.worker.tokens.file import TokenFile, write_tokens
 from workbench.worker.tokens.text import Source, one_line, read_text, source_of
 
 CORPUS_VERSION = 1
-"""Of the way text becomes windows. Raise it when the same recipe would give other ids."""
+"""Version of the way text becomes windows. Raise it when the same recipe would give other ids."""
 
 OVERLAP_TOKENS = 32
 """A run of equal ids this long in both sets is shared text, not chance."""
