@@ -132,7 +132,7 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remot
     from workbench_kernels.modules import BlockEmbedding, BlockLinear
 
     try:
-        reader, config = read_gguf(path)
+        reader, config, _ = read_gguf(path)
     except UserError as error:
         cut = _first_cut_tensor(path)
         raise UserError(f"{error} The first tensor beyond its end is {cut}.") if cut else error from None

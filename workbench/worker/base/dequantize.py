@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from workbench.disk import need_room
 from workbench.errors import UserError
 from workbench.shape import FLOATS
 from workbench.worker import Progress, proof
+from workbench.worker.base import sentencepiece
 from workbench.worker.base.checkpoint import context_tokens, read_json
 from workbench.worker.base.gguf_config import USE_SAFETENSORS, load_gguf, read_gguf
 from workbench.worker.base.gguf_file import bytes_by_type, field_of, parsed_once
@@ -27,15 +28,27 @@ from workbench.worker.ggml.logits import logits_of
 DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 """GGUF pre-tokenizers that take every digit alone before GPT-2's splitting; transformers' reader leaves that out."""
 
+CONTEXT_STEP = 256
+"""What llama.cpp rounds the tokens of a context up to a multiple of."""
 
-def dequantized_directory(path: Path, out: Path, progress: Progress) -> tuple[str | None, list[str]]:
-    """Write a GGUF file as a Hugging Face directory; returns the license the file names, and warnings.
+
+class Dequantized(NamedTuple):
+    """`license` that the file names, `warnings`, and which entries transformers' own configuration had wrong."""
+
+    license: str | None
+    warnings: list[str]
+    carried: list[str]
+
+
+def dequantized_directory(path: Path, out: Path, progress: Progress) -> Dequantized:
+    """Write a GGUF file as a Hugging Face directory.
 
     float32 where the file is quantized, or where its own main type would round a tensor; else that type.
     Architectures: those that transformers reads with `gguf_file=`. Raises `UserError` unless it is the same function as
     llama.cpp's of the file; without llama.cpp that is not proven, which is a warning.
     """
-    reader, config = read_gguf(path)
+    read = read_gguf(path)
+    reader, config = read.reader, read.config
     types = bytes_by_type(reader)
     main = max(types, key=lambda kind: types[kind])
     dtype = FLOATS[main].name if main in FLOATS and _fits(reader, types, main) else "float32"
@@ -55,8 +68,10 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> tuple[st
         raise UserError(f"{path}: transformers cannot read its tokenizer ({reason}). {USE_SAFETENSORS}") from None
     progress(1, 4, f"de-quantizing {path.name}")
     # Eager: the only attention that caps its logits, as Gemma 2 does.
-    loaded = load_gguf(path, {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}, (reader, config))
-    warnings = _proven(path, loaded, proof.SAME_WEIGHTS_NATS if set(types) == {"F32"} else proof.ROUNDED_NATS)
+    loaded = load_gguf(path, {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}, read)
+    # llama.cpp looks GELU up in a table of 16-bit numbers.
+    exact = set(types) == {"F32"} and "gelu" not in str(config.to_dict())
+    warnings = _proven(path, loaded, proof.SAME_WEIGHTS_NATS if exact else proof.ROUNDED_NATS)
     progress(2, 4, "writing safetensors")
     # The loaded model remembers that it was a GGUF and refuses to be saved; one built from its config does not.
     with torch.device("meta"):
@@ -76,14 +91,18 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> tuple[st
     kinds = ", ".join(sorted(types))
     write_card(out, name, license_name, f"De-quantized from `{path.name}` ({kinds}) to {dtype} by the Workbench.")
     progress(4, 4, f"de-quantized {path.name}")
-    return license_name, warnings
+    return Dequantized(license_name, warnings, read.carried)
 
 
 def _proven(path: Path, model: Any, limit_nats: float) -> list[str]:
     """See that a model gives llama.cpp's logits of the file it was read from; a warning where there is no llama.cpp."""
     import torch
 
-    ids = proof.ids_over(model.config.vocab_size, min(proof.TOKENS, model.config.max_position_embeddings))
+    count, rope = proof.TOKENS, getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"] < CONTEXT_STEP:
+        # llama.cpp's context is then long already, and it takes the long factors.
+        count += CONTEXT_STEP
+    ids = proof.ids_over(model.config.vocab_size, min(count, model.config.max_position_embeddings))
     try:
         expected = logits_of(path, ids)
     except ImportError:
@@ -136,6 +155,9 @@ def save_tokenizer(tokenizer: Any, reader: Any, out: Path, context_length: int) 
         before = tokenizer.backend_tokenizer.post_processor
         tokenizer.backend_tokenizer.post_processor = Sequence([before, template]) if before else template
     tokenizer.save_pretrained(out)
+    pieces = sentencepiece.model_of(reader)
+    if pieces:
+        (out / "tokenizer.model").write_bytes(pieces)
     file = out / "tokenizer_config.json"
     config = read_json(file)
     for key in ("is_local", "local_files_only", "backend", "gguf_file"):

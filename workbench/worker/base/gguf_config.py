@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from workbench.errors import UserError
 from workbench.worker.base.gguf_file import field_of, open_gguf, parsed_once
@@ -59,7 +59,8 @@ NOTES = ("GGUF", "general", "split", "quantize", "imatrix")
 """First words of keys that say nothing of the function."""
 TOKENIZER = re.compile(
     r"tokenizer\.(chat_templates?(\..*)?|huggingface\.json|ggml\.(model|pre|tokens|token_type|token_type_count|scores|"
-    r"merges|precompiled_charsmap|(add_(bos|eos|sep)_token)|add_space_prefix|remove_extra_whitespaces|\w+_token_ids?))"
+    r"merges|precompiled_charsmap|add_(bos|eos|sep)_token|add_space_prefix|remove_extra_whitespaces|eog_token_ids|(bos|"
+    r"eos|eot|eom|unknown|sep[ae]rator|padding|mask|cls|prefix|suffix|middle|fim_(pre|suf|mid|pad|rep|sep))_token_id))"
 )
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors of a GGUF file that are part of the configuration in transformers."""
@@ -68,8 +69,16 @@ GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 USE_SAFETENSORS = "Use the model's safetensors."
 
 
-def read_gguf(path: Path) -> tuple[Any, Any]:
-    """(reader, configuration) of a GGUF file, all of it carried. Raises `UserError` that names what cannot be.
+class GgufModel(NamedTuple):
+    """A GGUF file's reader, transformers' configuration of it, and which of its entries transformers got wrong."""
+
+    reader: Any
+    config: Any
+    carried: list[str]
+
+
+def read_gguf(path: Path) -> GgufModel:
+    """A GGUF file, all of it carried. Raises `UserError` that names what cannot be.
 
     transformers' model of that configuration has a place for every tensor of the file, and a tensor for every place.
     """
@@ -77,28 +86,31 @@ def read_gguf(path: Path) -> tuple[Any, Any]:
 
     reader = open_gguf(path)
     architecture = str(field_of(reader, "general.architecture"))
-    _check_keys(path, reader, architecture)
     try:
+        _check_keys(path, reader, architecture)
         with parsed_once(path, reader):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        before = config.to_dict()
         _carry(path, reader, architecture, config)
         _check_tensors(path, reader, architecture, config)
-    except UserError:
-        raise
+    except UserError as error:
+        # Names of a damaged file may hold anything.
+        raise UserError("".join(letter if letter.isprintable() else "?" for letter in str(error))) from None
     except Exception as error:  # transformers raises whatever an impossible configuration led to
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise UserError(
             f"{path}: transformers cannot read GGUF files of the architecture '{architecture}' ({reason}). "
             f"{USE_SAFETENSORS}"
         ) from None
-    return reader, config
+    after = config.to_dict()
+    return GgufModel(reader, config, sorted(key for key in after if after[key] != before.get(key)))
 
 
-def load_gguf(path: Path, arguments: Mapping[str, object], read: tuple[Any, Any] | None = None) -> Any:
+def load_gguf(path: Path, arguments: Mapping[str, object], read: GgufModel | None = None) -> Any:
     """transformers' model of a GGUF file, de-quantized; `arguments`: of `from_pretrained`, `read`: of `read_gguf`."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    reader, config = read or read_gguf(path)
+    reader, config, _ = read or read_gguf(path)
     where = {"gguf_file": path.name, "config": config, "quantization_config": GgufConfig(dequantize=True)}
     kind: Any = AutoModelForCausalLM
     with parsed_once(path, reader):
@@ -132,7 +144,12 @@ def _check_keys(path: Path, reader: Any, architecture: str) -> None:
     layers = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
     tokens = reader.get_field("tokenizer.ggml.tokens")
     embedding = shapes.get("token_embd.weight")
-    if embedding is None or embedding[0] != sizes["embedding_length"] or len(layers) != sizes["block_count"]:
+    if (
+        embedding is None
+        or len(embedding) != 2
+        or embedding[0] != sizes["embedding_length"]
+        or len(layers) != sizes["block_count"]
+    ):
         raise UserError(
             f"{path}: its '{architecture}.embedding_length' and '{architecture}.block_count' are not those of its "
             "tensors. Fetch it again."
@@ -141,6 +158,9 @@ def _check_keys(path: Path, reader: Any, architecture: str) -> None:
         "tokenizer.ggml.tokens": None if tokens is None else len(tokens.data),
         f"{architecture}.vocab_size": field_of(reader, f"{architecture}.vocab_size"),
     }
+    for key, field in reader.fields.items():
+        if key.startswith("tokenizer.") and key.endswith("_token_id") and not 0 <= field.contents() < embedding[1]:
+            raise UserError(f"{path}: its '{key}' is {field.contents()}, of {embedding[1]} tokens. Fetch it again.")
     for key, count in vocabulary.items():
         if count is not None and count != embedding[1]:
             raise UserError(f"{path}: '{key}' counts {count} tokens, its embedding {embedding[1]}. Fetch it again.")

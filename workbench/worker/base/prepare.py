@@ -38,7 +38,7 @@ from workbench.worker.base.checkpoint import (
     parameters_of,
     text_config,
 )
-from workbench.worker.base.dequantize import dequantized_directory
+from workbench.worker.base.dequantize import Dequantized, dequantized_directory
 from workbench.worker.base.equivalent import write_equivalent
 from workbench.worker.base.hub import download, is_offline
 from workbench.worker.base.random_weights import config_of, random_directory, tokenizer_source
@@ -65,7 +65,7 @@ def prepare(payload: object, progress: Progress) -> object:
     plain = out / ".plain" if equivalent else out
 
     with disk_faults(out):
-        path, revision, license_name, unproven = _directory(
+        path, revision, license_name, made = _directory(
             source_of(request.source), plain, remote_code, offline, progress
         )
         config = checked_config(path, remote_code)
@@ -83,6 +83,9 @@ def prepare(payload: object, progress: Progress) -> object:
 
     counted = parameters_of(config, tensors)
     identity = {"version": PREPARE_VERSION, "content": revision, "equivalent": equivalent}
+    if made and made.carried:
+        # What version 1 made of such a file was another model.
+        identity["carried"] = made.carried
     prepared = PreparedBase(
         path=str(path),
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
@@ -95,7 +98,7 @@ def prepare(payload: object, progress: Progress) -> object:
         tokenizer=any((path / name).is_file() for name in VOCABULARY_FILES),
         license=license_name or stated_licence(path / "README.md"),
         revision=revision,
-        warnings=unproven + warnings,
+        warnings=(made.warnings if made else []) + warnings,
     )
     return to_json(prepared)
 
@@ -124,19 +127,20 @@ def _state(source: BaseSource) -> str:
 
 def _directory(
     source: BaseSource, out: Path, remote_code: bool, offline: bool, progress: Progress
-) -> tuple[Path, str, str | None, list[str]]:
-    """A Hugging Face directory for the source, the revision or digest of its content, its license, and warnings."""
+) -> tuple[Path, str, str | None, Dequantized | None]:
+    """A Hugging Face directory for the source, the revision or digest of its content, its license, and what was made
+    of a GGUF file."""
     if source.hub:
         path = download(source.hub, source.revision, offline, progress)
-        return path, path.name, None, []
+        return path, path.name, None, None
     if source.config:
-        return *random_directory(source, out, remote_code, offline, progress), []
+        return *random_directory(source, out, remote_code, offline, progress), None
     path, license_name = source.located()
     if path.is_dir():
         checked_config(path, remote_code)
         files = sorted({t.file for t in checked_weights(path).values()})
         files += [path / n for n in (*CONFIG_FILES[:2], *TOKENIZER_FILES) if (path / n).is_file()]
-        return path, content_digest(files, progress), license_name, []
+        return path, content_digest(files, progress), license_name, None
     if path.suffix.lower() in PICKLES:
         raise only_pickles(path, [path.name])
     if path.suffix.lower() != ".gguf":
@@ -144,5 +148,5 @@ def _directory(
             f"{path} is a file but not a GGUF file. Name a Hugging Face directory (with config.json and "
             "*.safetensors) or a .gguf file."
         )
-    from_file, unproven = dequantized_directory(path, out, progress)
-    return out, content_digest([path], progress), from_file or license_name, unproven
+    made = dequantized_directory(path, out, progress)
+    return out, content_digest([path], progress), made.license or license_name, made

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 from typing import Any
+
+LOG_WARNING = 3
 
 
 def logits_of(path: Path, ids: list[int]) -> Any:
@@ -16,7 +19,13 @@ def logits_of(path: Path, ids: list[int]) -> Any:
     import llama_cpp as api
     import numpy as np
 
+    @api.llama_log_callback  # type: ignore[untyped-decorator]
+    def listen(level: int, text: bytes, user: object) -> None:
+        if level >= LOG_WARNING:
+            sys.stderr.write(text.decode(errors="replace"))
+
     api.llama_backend_init()
+    api.llama_log_set(listen, ctypes.c_void_p(0))
     params = api.llama_model_default_params()
     params.n_gpu_layers = 0
     model = api.llama_model_load_from_file(str(path).encode(), params)
@@ -51,3 +60,5 @@ def logits_of(path: Path, ids: list[int]) -> Any:
         if context:
             api.llama_free(context)
         api.llama_model_free(model)
+        # What listens is about to go.
+        api.llama_log_set(api.llama_log_callback(), ctypes.c_void_p(0))

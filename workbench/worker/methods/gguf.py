@@ -13,6 +13,7 @@ import ctypes
 import os
 import re
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -154,6 +155,15 @@ def convert(payload: object, progress: Progress) -> object:
             raise UserError(
                 "llama.cpp's converter does not know this architecture; see the log for its words"
             ) from None
+    except (NotImplementedError, FileNotFoundError, ValueError) as error:
+        traceback.print_exc()
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "pre-tokenizer" in reason:
+            reason = "it does not know how this base's tokenizer splits text (its pre-tokenizer)"
+        raise UserError(
+            f"llama.cpp's converter makes no GGUF file of {request.base}: {reason}. Leave out what needs one "
+            "(`gguf` variants, the backend llamacpp), or give a GGUF file of the model as the base"
+        ) from None
     return to_json(describe(request.out, kind))
 
 
