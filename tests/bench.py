@@ -85,9 +85,9 @@ class Bench:
         return subprocess.CompletedProcess(words, child.returncode, out, err)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every line ever stored, in order."""
+        """Every line ever stored, in order; not the half of one that is being written."""
         files = sorted(self.results.glob("*/rows.jsonl"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
 
     def measured(self) -> list[str]:
         """Variants that were measured, sorted: jobs run in a random order."""

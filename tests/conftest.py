@@ -28,6 +28,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    if items and items[-1].get_closest_marker("slow") and "PYTEST_XDIST_WORKER" in os.environ:
+        raise pytest.UsageError("real engines run one at a time: add -m 'not slow', or leave -n out")
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 
