@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.worker.base.test_dequantize import write_gguf
+from tests.worker.base.gguf_files import write_gguf
 from workbench.errors import UserError
 from workbench.worker.base.gguf_config import read_gguf
 
