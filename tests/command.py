@@ -48,5 +48,5 @@ def command(
             code = stop.code or 0
         finally:
             machine.cache_clear()
-    told = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    told = (stream.buffer.getvalue().decode() for stream in (out, err))
     return subprocess.CompletedProcess(words, code, *told)
