@@ -13,7 +13,9 @@ from tests.places import ROOT
 
 TESTS = ROOT / "tests"
 MODULES = sorted(TESTS.rglob("*.py"))
-FOLDERS = sorted({path.parent.relative_to(TESTS) for path in MODULES} - {Path(), Path("kernels")})
+FOLDERS = sorted(
+    {path.parent.relative_to(TESTS) for path in MODULES if path.stem.startswith("test_")} - {Path(), Path("kernels")}
+)
 
 
 def imported(text: str) -> set[str]:
