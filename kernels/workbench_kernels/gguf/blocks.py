@@ -307,7 +307,7 @@ DECODE: list[Config] = [
 shared memory."""
 
 PREFILL: list[Config] = [
-    {"BM": 16, "BN": 64, "S": 8, "num_warps": 4, "num_stages": 3},
+    {"BM": 16, "BN": 64, "S": 8, "num_warps": 8, "num_stages": 3},
     {"BM": 16, "BN": 32, "S": 8, "num_warps": 4, "num_stages": 3},
     {"BM": 32, "BN": 64, "S": 4, "num_warps": 8, "num_stages": 3},
     {"BM": 64, "BN": 64, "S": 4, "num_warps": 4, "num_stages": 3},
