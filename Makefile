@@ -4,7 +4,7 @@ VENV := .venv
 GPU := .venv-gpu
 READY := $(VENV)/.ready
 
-.PHONY: demo gpu gpu-check test check lock lock-cuda clean
+.PHONY: demo gpu gpu-check test fast check lock lock-cuda clean
 demo: $(READY)
 	$(VENV)/bin/workbench run recipes/smollm2-135m.yaml
 
@@ -24,6 +24,10 @@ gpu-check:
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -q --durations=10
+
+# The tests that need no real engine, two at a time.
+fast: $(READY)
+	$(VENV)/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 check: $(READY)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -5,27 +5,21 @@ signals, pipes, two at once. Workers are processes always.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import psutil
 import yaml
 
+from tests.command import command
 from tests.places import ROOT
-from workbench import cli
-from workbench.machine.identity import machine
-from workbench.worker.backends import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Bench:
 
     def place(self, words: tuple[str, ...]) -> list[str]:
         """Where rows go, for the commands that read or write some."""
-        return [] if words[0] in ("quantize", "schema", "doctor", "clean") else ["--results", str(self.results)]
+        return [] if words[0] in ("quantize", "plan", "schema", "doctor", "clean") else ["--results", str(self.results)]
 
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -76,32 +70,9 @@ class Bench:
         )
 
     def __call__(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        """The command in this process: what it says, and its exit code. Any other exception fails the test."""
+        """The command in this process."""
         assert not self.before, "words before the command need a process: `typed`"
-        environment, code = self.environment(**more), 0
-        engines = {name: module for name, module in BACKENDS.items() if name != "fake"}
-        if environment["WORKBENCH_FAKE_BACKEND"]:
-            engines["fake"] = "workbench.worker.backends.fake"
-        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
-        with (
-            patch.dict(os.environ, environment, clear=True),
-            patch.dict(BACKENDS, engines, clear=True),
-            patch.object(sys, "argv", ["workbench", *words, *self.place(words)]),
-            patch.object(tempfile, "tempdir", environment["TMPDIR"]),
-            contextlib.chdir(self.folder),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            machine.cache_clear()  # Its name is of the cache that `WORKBENCH_HOME` names.
-            try:
-                cli.main()
-            except SystemExit as stop:
-                assert stop.code is None or isinstance(stop.code, int), stop.code
-                code = stop.code or 0
-            finally:
-                machine.cache_clear()
-        told = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
-        return subprocess.CompletedProcess(words, code, *told)
+        return command(*words, *self.place(words), folder=self.folder, environment=self.environment(**more))
 
     def typed(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         """The command in a process of its own."""
@@ -114,9 +85,9 @@ class Bench:
         return subprocess.CompletedProcess(words, child.returncode, out, err)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every line ever stored, in order."""
+        """Every line ever stored, in order; not the half of one that is being written."""
         files = sorted(self.results.glob("*/rows.jsonl"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
 
     def measured(self) -> list[str]:
         """Variants that were measured, sorted: jobs run in a random order."""

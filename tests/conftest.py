@@ -26,6 +26,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and "not slow" not in config.getoption("markexpr"):
+        raise pytest.UsageError("real engines run one at a time: add -m 'not slow', or leave -n out")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     if any(item.get_closest_marker("gpu") for item in items):

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
     yield from walk(ast.parse(path.read_text()), True)
 
 
+@cache
 def foreign(path: Path, top_only: bool = False) -> set[str]:
     """What a file imports beyond the standard library: ours by full name, others by their top package."""
     found = set()

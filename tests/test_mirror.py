@@ -1,5 +1,5 @@
 """Tests lie where the source lies that they test, and no test module imports another: what they share is a fixture or
-in a module of its own.
+in a module of its own. And no wall clock decides a test: this machine may be busy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from tests.places import ROOT
 
 TESTS = ROOT / "tests"
 MODULES = sorted(TESTS.rglob("*.py"))
-FOLDERS = sorted({path.parent.relative_to(TESTS) for path in MODULES} - {Path(), Path("kernels")})
+FOLDERS = sorted(
+    {path.parent.relative_to(TESTS) for path in MODULES if path.stem.startswith("test_")} - {Path(), Path("kernels")}
+)
 
 
 def imported(text: str) -> set[str]:
@@ -37,3 +39,23 @@ def test_no_test_module_imports_another() -> None:
     found = {str(path.relative_to(TESTS)): imported(path.read_text()) & names for path in MODULES}
     assert {path: taken for path, taken in found.items() if taken} == {}
     assert imported("from tests.report.test_store import a_row\nimport tests.test_cli") >= {"test_store", "test_cli"}
+
+
+def clocks_asserted(text: str) -> list[int]:
+    """Lines of asserts that read a clock."""
+    read = {"time", "monotonic", "perf_counter", "time_ns", "monotonic_ns", "perf_counter_ns"}
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Assert)
+        and any(
+            isinstance(inner, ast.Call) and ast.unparse(inner.func).rpartition("time.")[2] in read
+            for inner in ast.walk(node)
+        )
+    ]
+
+
+def test_no_wall_clock_decides_a_test() -> None:
+    found = {path.name: clocks_asserted(path.read_text()) for path in MODULES if path.stem.startswith("test_")}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    assert clocks_asserted("\nassert time.monotonic() - began < 9") == [2]

@@ -64,14 +64,14 @@ def profile(
     for name in dict.fromkeys(choice.name for choice, _ in pairs):
         if told := idle_gpu(name):
             show.say(f"note: {told}")
-    plans = [planned_row(recipe, made, choice, name, key) for choice, name in pairs]
+    planned = [planned_row(recipe, made, choice, name, key) for choice, name in pairs]
     references: dict[str, Reference] | None = None
-    if any(is_scored(row) and row.key not in measured for row in plans):
+    if any(is_scored(row) and row.key not in measured for row in planned):
         references = all_references(recipe, made, keys, show)
         if references is None:
             # Their rows will be without divergence and must not pass for rows with it.
             bare = [planned_row(recipe, made, choice, name, None) for choice, name in pairs]
-            plans = [row if row.key in measured else other for row, other in zip(plans, bare, strict=True)]
+            planned = [row if row.key in measured else other for row, other in zip(planned, bare, strict=True)]
         measured = with_reference(measured, references)
     rows: dict[int, Row] = {}
     order = [place for place, (choice, name) in enumerate(pairs) if only is None or (choice.name, name) in only]
@@ -94,7 +94,7 @@ def profile(
             jobs.finish()
 
         for place in order:
-            row = replace(plans[place], place=place)
+            row = replace(planned[place], place=place)
             if row.key in measured:
                 rows[place] = measured[row.key]
                 continue

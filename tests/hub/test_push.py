@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.command import command
 from tests.places import ROOT
 from tests.rows import a_row
 from workbench.errors import UserError
@@ -329,12 +330,7 @@ def test_what_cannot_be_pushed(tmp_path: Path) -> None:
 def test_the_card_command(tmp_path: Path) -> None:
     for row in rows_of(tmp_path / "files", {"path": "/base"}):
         store.append(tmp_path / "results", "desk", row)
-    done = subprocess.run(
-        [sys.executable, "-m", "workbench.cli", "card", "gguf-Q4_0", "--results", str(tmp_path / "results")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    done = command("card", "gguf-Q4_0", "--results", str(tmp_path / "results"))
     assert done.returncode == 0, done.stderr
     assert front(done.stdout)[
         "library_name"

@@ -14,6 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests.command import command
 from tests.places import ROOT
 from tests.rows import a_row
 from workbench.errors import UserError
@@ -271,13 +272,12 @@ def test_parquet_reads_back_in_pandas(tmp_path: Path) -> None:
 
 def test_the_table_command_writes_parquet_and_reads_urls(tmp_path: Path) -> None:
     store.append(tmp_path, "desk", a_row())
-    command = [sys.executable, "-m", "workbench.cli", "table", "--results", f"file://{tmp_path}"]
-    told = subprocess.run([*command, "--format", "json"], capture_output=True, text=True, cwd=ROOT)
+    rows = ["--results", f"file://{tmp_path}"]
+    told = command("table", *rows, "--format", "json")
     assert json.loads(told.stdout)[0]["variant"] == "base"
-    piped = subprocess.run([*command, "--format", "parquet"], capture_output=True, cwd=ROOT)
+    typed = [sys.executable, "-m", "workbench.cli", "table", *rows, "--format", "parquet"]
+    piped = subprocess.run(typed, capture_output=True, cwd=ROOT)
     assert piped.stdout[:4] == piped.stdout[-4:] == b"PAR1"
-    made = subprocess.run(
-        [*command, "--format", "parquet", "-o", str(tmp_path / "out" / "rows.parquet")], capture_output=True, cwd=ROOT
-    )
-    assert made.returncode == 0 and made.stdout == b""
+    made = command("table", *rows, "--format", "parquet", "-o", str(tmp_path / "out" / "rows.parquet"))
+    assert made.returncode == 0 and made.stdout == ""
     assert (tmp_path / "out" / "rows.parquet").read_bytes() == piped.stdout

@@ -16,18 +16,18 @@ from workbench.profile.jobs import all_options, environment_of
 from workbench.quantize.make import Made
 from workbench.recipe.load import Recipe
 from workbench.records import REFERENCE_VERSION, Job, Reference, ReferRequest, Row, digest
-from workbench.worker.backends import backend_named
+from workbench.worker.backends import BACKENDS, backend_named
 
-REFERENCE_MAKER = "transformers"
-"""The backend that scores the base for the reference: the one that computes in float32 on a CPU."""
+REFERENCE_MAKER = next(name for name in BACKENDS if backend_named(name).MAKES_REFERENCE)
+"""The backend that scores the base for the reference: the first that computes in float32 on a CPU."""
 
 
 def reference_keys(recipe: Recipe, made: Made) -> dict[str, str]:
     """For each evaluation set the digest of all that determines the base's reference for it; empty where there is no
-    transformers to score it with. Knowing it makes nothing."""
+    engine to score it with. Knowing it makes nothing."""
     module = backend_named(REFERENCE_MAKER)
     found = versions(module.PACKAGES, interpreter(REFERENCE_MAKER, sys.executable))
-    if REFERENCE_MAKER not in found:
+    if module.PACKAGES[0] not in found:
         return {}
     options = _reference_options(recipe)
     how = [options["device"], options["attention"], uses_gpu(REFERENCE_MAKER)]
@@ -40,7 +40,7 @@ def reference_keys(recipe: Recipe, made: Made) -> dict[str, str]:
 def all_references(recipe: Recipe, made: Made, keys: dict[str, str], show: Show) -> dict[str, Reference] | None:
     """Each evaluation set's reference, for the divergence of all others.
 
-    The base is scored once a set by transformers: in float32 on a CPU, in its own dtype on a GPU. Where that
+    The base is scored once a set by one engine: in float32 on a CPU, in its own dtype on a GPU. Where that
     cannot be done for all sets, the reason is told, the answer is None, and jobs measure perplexity without divergence.
     """
     if not keys:

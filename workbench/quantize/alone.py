@@ -41,8 +41,8 @@ def make_alone(
     Raises `UserError` and `WorkFailed` for what the worker refuses and what it cannot.
     """
     seen = looks_at.digest if looks_at else None
-    # A GGUF file holds its model's name.
-    more: list[object] = [recipe.model, seen] if form == "gguf" else [seen] if seen else []
+    # What is a single file holds its model's name.
+    more: list[object] = [recipe.model, seen] if making.file_name else [seen] if seen else []
     key = artifact_key(base, variant, making, more)
 
     def build(folder: Path) -> Artifact:

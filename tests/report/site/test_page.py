@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as xml
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.places import ROOT
+from tests.command import command
 from tests.rows import REAL, a_house, a_row
 from workbench.records import Row
 from workbench.report import estimates as statistics
@@ -290,25 +287,14 @@ def test_extremes_can_be_drawn() -> None:
 def test_the_command_writes_page_and_plots(tmp_path: Path) -> None:
     for row in a_house(9):
         store.append(tmp_path, "desk", row)
-    command = [sys.executable, "-m", "workbench.cli", "report", "--results", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "-o", str(tmp_path / "out" / "page.html"), "--plots", str(tmp_path / "plots")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    where = ["-o", str(tmp_path / "out" / "page.html"), "--plots", str(tmp_path / "plots")]
+    done = command("report", "--results", str(tmp_path), *where)
     assert done.returncode == 0, done.stderr
     assert "<table id=rows>" in (tmp_path / "out" / "page.html").read_text()
     names = sorted(path.name for path in (tmp_path / "plots").glob("*.svg"))
     assert names == ["divergence.svg", "latency.svg", "memory.svg", "quality-size.svg", "quality-speed.svg"]
     xml.parse(tmp_path / "plots" / names[0])
-    empty = subprocess.run(
-        [*command[:-1], str(tmp_path / "none")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    empty = command("report", "--results", str(tmp_path / "none"), folder=tmp_path)
     assert empty.returncode == 2 and "nothing measured yet" in empty.stderr
     assert not (tmp_path / "report.html").exists()
 

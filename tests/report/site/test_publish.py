@@ -6,15 +6,13 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as xml
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.places import ROOT
+from tests.command import command
 from tests.rows import a_row
 from workbench.errors import UserError
 from workbench.records import Row
@@ -126,8 +124,7 @@ def test_the_badge_is_green_or_red(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     for row in nights(slow_from=12):
         store.append(tmp_path / "results", "desk", row)
-    command = [sys.executable, "-m", "workbench.cli", "publish", str(tmp_path / "site")]
-    done = subprocess.run([*command, "--results", str(tmp_path / "results")], capture_output=True, text=True, cwd=ROOT)
+    done = command("publish", str(tmp_path / "site"), "--results", str(tmp_path / "results"))
     assert done.returncode == 0, done.stderr
     assert re.search(r"q on llamacpp: decode_tok_s -1\d\.\d% since 2026-10-13 \(desk/toy.html\)", done.stdout)
     assert (tmp_path / "site" / "desk" / "toy.html").exists()

@@ -6,14 +6,13 @@ import json
 import math
 import random
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.places import ROOT
+from tests.command import command
 from tests.rows import a_row
 from workbench.errors import UserError
 from workbench.records import Row
@@ -238,8 +237,7 @@ def test_the_command(tmp_path: Path) -> None:
     store.append(tmp_path / "b", "desk", new)
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "workbench.cli", "compare", *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        return command("compare", *words)
 
     done = run(str(tmp_path / "a"), str(tmp_path / "b"))
     assert done.returncode == 0 and "worse     decode_tok_s 100 tok/s -> 90 tok/s, -10.00 %" in done.stdout, done

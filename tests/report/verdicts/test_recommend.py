@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.places import ROOT
+from tests.command import command
 from tests.rows import a_row
 from workbench.errors import UserError
 from workbench.records import Row
@@ -217,8 +216,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         store.append(tmp_path, "desk", row)
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "workbench.cli", "recommend", "--results", str(tmp_path), *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        return command("recommend", "--results", str(tmp_path), *words)
 
     wish = ("--memory", "700MiB", "--max-perplexity", "1.5%", "--min-decode", "20", "--backend", "llamacpp")
     done = run(*wish, "--sort", "speed")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.worker.base.bases import refusal, run
-from tests.worker.base.test_dequantize import write_gguf
+from tests.worker.base.gguf_files import write_gguf
 from tests.worker.small_models import write_model, write_sentencepiece
 from workbench.errors import UserError
 from workbench.worker.base import gguf_config

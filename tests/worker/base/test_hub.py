@@ -80,6 +80,7 @@ def test_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     assert "not a repository's name" in hub({"hub": "a/b/c d"}, tmp_path, offline=True)
 
 
+@pytest.mark.slow
 def test_hub_snapshot_from_the_cache(base_dir: Path, tmp_path: Path) -> None:
     sha = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "hf" / "hub" / "models--owner--name"

@@ -8,7 +8,6 @@ and beside them what the machine did meanwhile.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ from workbench.records import (
     to_json,
 )
 from workbench.worker import Progress
-from workbench.worker.backends import BACKENDS
+from workbench.worker.backends import backend_named
 from workbench.worker.measure import answers, resident, timing
 from workbench.worker.measure.energy import Meter
 from workbench.worker.scoring.reducer import Scoring, compact
@@ -138,8 +137,8 @@ def refer(payload: object, progress: Any) -> object:
 
 
 def _engine(job: Job) -> Any:
-    """The job's backend module, its engine imported."""
-    module = importlib.import_module(BACKENDS[job.backend])
+    """The job's backend, its engine imported."""
+    module = backend_named(job.backend)
     try:
         module.load_engine()
     except ImportError as error:
