@@ -501,9 +501,10 @@ def in_a_process(name: str, limit_s: float, results: Path) -> Iterator[Finding]:
                 yield Finding(**json.loads(line))
         except TimeoutError:
             yield Finding(f"{name} ended", f"not done after {limit_s:.0f} s", "done", False)
+            return
         finally:
             end(child)
-    if child.returncode > 0:
+    if child.returncode:
         yield Finding(f"{name} ended", f"exit code {child.returncode}", "0", False)
 
 

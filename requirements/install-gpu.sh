@@ -32,14 +32,16 @@ toolkit=$(echo "$folder"/build/lib/python3.12/site-packages/nvidia/cu13)
 ln -sfn lib "$toolkit/lib64"
 for library in "$toolkit"/lib/lib{cudart,cublas,cublasLt}.so.13; do ln -sf "$(basename "$library")" "${library%.13}"; done
 mkdir -p "$toolkit/lib/stubs"
-c++ -shared -Wl,-soname,libcuda.so.1 -x c++ /dev/null -o "$toolkit/lib/stubs/libcuda.so"
+# Every function of the driver, empty: a linker drops a library of which nothing is used, and the driver with it.
+grep -oE '\bcu[A-Z][A-Za-z0-9_]*' "$toolkit/include/cuda.h" | sort -u | sed 's/.*/extern "C" void &() {}/' |
+  c++ -shared -fPIC -Wl,-soname,libcuda.so.1 -x c++ - -o "$toolkit/lib/stubs/libcuda.so"
 ln -sf libcuda.so "$toolkit/lib/stubs/libcuda.so.1"
 
 say "2/4 engines (about 6 GB) and llama.cpp for architecture $architectures, compiled: 5 minutes on many cores, 20 on two"
 new workbench
 # The CUDA libraries beside torch are found from llama.cpp's own: nobody has to import torch first.
 PATH="$folder/build/bin:$PATH" CUDA_HOME=$toolkit \
-  LDFLAGS="-Wl,-rpath-link,$toolkit/lib/stubs -Wl,-rpath,\$ORIGIN/../../nvidia/cu13/lib" LIBRARY_PATH="$toolkit/lib/stubs" \
+  LDFLAGS="-Wl,-rpath-link,$toolkit/lib/stubs -Wl,-rpath,'\$ORIGIN/../../nvidia/cu13/lib'" LIBRARY_PATH="$toolkit/lib/stubs" \
   CMAKE_ARGS="-DGGML_CUDA=on -DGGML_CUDA_NCCL=off -DCMAKE_CUDA_ARCHITECTURES=$architectures -DCUDAToolkit_ROOT=$toolkit -DCMAKE_CUDA_COMPILER=$toolkit/bin/nvcc" \
   pip workbench install --require-hashes --no-deps --no-binary llama-cpp-python -r "$here/cuda.lock"
 

@@ -13,9 +13,22 @@ scales the sums are of bare codes, sum (q - z) s x = s (sum q x - z sum x), so s
 applied once a run.
 """
 
+from dataclasses import replace
+
 import torch
 
-from workbench_kernels.backend import Config, jit, run_length, share, splits, tl, triton
+from workbench_kernels.backend import (
+    Config,
+    code_as_float,
+    jit,
+    packing_of,
+    run_length,
+    share,
+    store_joined,
+    tl,
+    triton,
+    value_of,
+)
 from workbench_kernels.checks import check_packed, check_same_device
 from workbench_kernels.products import Launch, dequantized_by_kernel, multiply, plan
 
@@ -48,16 +61,23 @@ def reference(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor)
 
 @jit
 def _codes(words):
-    """[a, b] packed words -> [a, b, 8] codes as float32, columns in order."""
-    e = tl.arange(0, 8)
-    return ((words[:, :, None] >> (16 * (e % 2) + 4 * (e // 2))[None, None, :]) & 15).to(tl.float32)
+    """[a, b] packed words -> [a, b, 8] codes as float32, columns in order; all eight of a word in one thread."""
+    # Column e = 4 h + 2 i + j is at bit 16 j + 4 (2 h + i); `join` adds an axis of two, the last: h, then i, then j.
+    even = tl.join(_both(words, 0), _both(words, 4))
+    odd = tl.join(_both(words, 16), _both(words, 20))
+    return tl.reshape(tl.join(even, odd), (words.shape[0], words.shape[1], 8))
 
 
 @jit
-def _tile(qweight, k, c, K: tl.constexpr, words: tl.constexpr):
-    """Codes [k, c, 8] of input channels `k` and words `c`."""
+def _both(words, bit: tl.constexpr):
+    return tl.join(code_as_float(words, bit, 4, 0), code_as_float(words, bit + 8, 4, 0))
+
+
+@jit
+def _words(qweight, k, c, K: tl.constexpr, words: tl.constexpr):
+    """Words [k, c] of input channels `k`."""
     inside = (k[:, None] < K) & (c[None, :] < words)
-    return _codes(tl.load(qweight + k[:, None].to(tl.int64) * words + c[None, :], mask=inside, other=0))
+    return tl.load(qweight + k[:, None].to(tl.int64) * words + c[None, :], mask=inside, other=0)
 
 
 @jit
@@ -75,14 +95,19 @@ def _decode(
     qzeros,
     scales,
     out,
+    planes,
+    arrived,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
+    TYPE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     SPLIT: tl.constexpr,
     BK: tl.constexpr,
     BC: tl.constexpr,
 ):
+    STEPS: tl.constexpr = RUN // BK
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     part = tl.program_id(1)
     n = c[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -91,14 +116,21 @@ def _decode(
     for run in range(first, end):
         products = tl.zeros((BK, BC, 8), tl.float32)
         total = tl.zeros((BK,), tl.float32)
-        for step in tl.static_range(RUN // BK):
-            k = run * RUN + step * BK + tl.arange(0, BK)
-            values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-            products += _tile(qweight, k, c, K, N // 8) * values[:, None, None]
+        for step in tl.static_range(STEPS):
+            # A thread takes neighbours one after the other, so that their x are one word.
+            k = run * RUN + tl.arange(0, BK) * STEPS + step
+            if STEPS % TOGETHER != 0:
+                packed = tl.load(x + k // TOGETHER, mask=k < K, other=0)
+                values = value_of(packed, k % TOGETHER, TYPE).to(tl.float32)
+            else:
+                if step % TOGETHER == 0:
+                    packed = tl.load(x + k // TOGETHER, mask=k < K, other=0)
+                values = value_of(packed, step % TOGETHER, TYPE).to(tl.float32)
+            products += _codes(_words(qweight, k, c, K, N // 8)) * values[:, None, None]
             total += values
         scale, zero = _scale_and_zero(qzeros, scales, (run * RUN) // GROUP, c, n, N)
         acc += scale[None, :, :] * (products - zero * total[:, None, None])
-    tl.store(out + part * N + n, tl.sum(acc, 0), mask=n < N)
+    store_joined(tl.sum(acc, 0), out, planes, arrived + tl.program_id(0), n, n < N, N, part, SPLIT)
 
 
 @jit
@@ -108,6 +140,8 @@ def _prefill(
     qzeros,
     scales,
     out,
+    planes,
+    arrived,
     M,
     BUCKET: tl.constexpr,
     N: tl.constexpr,
@@ -127,13 +161,14 @@ def _prefill(
     for run in range(first, end):
         k = run * RUN + tl.arange(0, RUN)
         scale, zero = _scale_and_zero(qzeros, scales, (run * RUN) // GROUP, c, n, N)
-        weights = tl.reshape((_tile(qweight, k, c, K, N // 8) - zero) * scale[None, :, :], (RUN, BC * 8))
+        weights = tl.reshape((_codes(_words(qweight, k, c, K, N // 8)) - zero) * scale[None, :, :], (RUN, BC * 8))
         known = (m[:, None] < M) & (k[None, :] < K)
         values = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=known, other=0.0)
         acc = tl.dot(values, weights.to(values.dtype), acc, input_precision="ieee")
     columns = tl.program_id(1) * BC * 8 + tl.arange(0, BC * 8)
-    place = part * M * N + m[:, None].to(tl.int64) * N + columns[None, :]
-    tl.store(out + place, acc, mask=(m[:, None] < M) & (columns[None, :] < N))
+    place = m[:, None].to(tl.int64) * N + columns[None, :]
+    counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    store_joined(acc, out, planes, counter, place, (m[:, None] < M) & (columns[None, :] < N), M * N, part, SPLIT)
 
 
 @jit
@@ -154,13 +189,13 @@ def _dequantize(
     k = run * RUN + tl.arange(0, RUN)
     scale, zero = _scale_and_zero(qzeros, scales, (run * RUN) // GROUP, c, n, N)
     inside = (k[:, None] < K) & (c[None, :] < N // 8)
-    weights = (_tile(qweight, k, c, K, N // 8) - zero) * scale[None, :, :]
+    weights = (_codes(_words(qweight, k, c, K, N // 8)) - zero) * scale[None, :, :]
     tl.store(out + k[:, None, None].to(tl.int64) * N + n[None, :, :], weights, mask=inside[:, :, None])
 
 
 DECODE: list[Config] = [
     {"BK": rows, "BC": words, "num_warps": warps, "num_stages": stages}
-    for rows, words, warps, stages in ((16, 16, 4, 2), (8, 32, 4, 2), (16, 8, 2, 3), (16, 32, 8, 2), (8, 16, 4, 3))
+    for rows, words, warps, stages in ((16, 16, 4, 2), (8, 32, 4, 2), (16, 8, 2, 3), (16, 32, 8, 2), (8, 16, 2, 3))
 ]
 PREFILL: list[Config] = [
     {"BM": rows, "BC": words, "num_warps": warps, "num_stages": 3}
@@ -227,14 +262,15 @@ def matmul(
 
 def launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...]) -> Launch:
     """The launch of x [rows, in] times the weight, by `decode` (one row) or `prefill`."""
-    (rows, columns), (groups, outputs) = x.shape, weight[2].shape
+    columns, (groups, outputs) = x.shape[1], weight[2].shape
     run = run_length(columns // groups, columns, LONGEST_RUN if way == "decode" else 32)
-    programs = triton.cdiv(outputs, 128) * (1 if way == "decode" else triton.cdiv(rows, 32))
-    parts = splits(programs, triton.cdiv(columns, run), x.device, 2)
     constants = {"N": outputs, "K": columns, "GROUP": columns // groups, "RUN": run}
-    function, configs = (_decode, DECODE) if way == "decode" else (_prefill, PREFILL)
-    named = dict(zip(TENSORS, weight, strict=True))
-    return plan(function, way, x, named, configs, outputs, "BC", outputs // 8, parts, constants)
+    named, tile, steps = dict(zip(TENSORS, weight, strict=True)), ("BC", outputs // 8), triton.cdiv(columns, run)
+    if way == "prefill":
+        return plan(_prefill, x, named, outputs, PREFILL, tile, lambda _: steps, constants)
+    words = (torch.nn.functional.pad(x, (0, -columns % 4)) if columns % 4 else x).view(torch.int64)
+    made = plan(_decode, x, named, outputs, DECODE, tile, lambda _: steps, {**constants, **packing_of(x)})
+    return replace(made, arguments={**made.arguments, "x": words})
 
 
 def dequantize_launch(weight: tuple[torch.Tensor, ...], out: torch.Tensor) -> Launch:

@@ -46,8 +46,9 @@ unpacking is then small beside the product, which that library does best."""
 DENSE_BYTES = 32 * 2**20
 """Size of one such piece, so that it is still in a large GPU's second-level cache when it is multiplied."""
 HOPPER_MULTIPROCESSORS = 132
-WAVES = 2
-"""Programs a multiprocessor should have before K is no longer split."""
+WARPS = 16
+"""Warps that a multiprocessor should have before K is no longer split: enough loads are then on their way to hide how
+long memory takes to answer."""
 
 
 @jit
@@ -55,6 +56,64 @@ def share(part, steps: tl.constexpr, SPLIT: tl.constexpr):
     """The steps, from and to, of part `part` of SPLIT."""
     each: tl.constexpr = (steps + SPLIT - 1) // SPLIT
     return part * each, tl.minimum(part * each + each, steps)
+
+
+def packing_of(tensor: torch.Tensor) -> dict[str, object]:
+    """What a kernel has to know of floats that it reads or writes as 64-bit words."""
+    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    return {"TYPE": types[tensor.dtype], "TOGETHER": 8 // tensor.dtype.itemsize}
+
+
+@jit
+def store_joined(y, out, planes, arrived, place, inside, length, part, SPLIT: tl.constexpr):
+    """Store a program's sums `y` at `place` of `out`, which has `length` elements.
+
+    Where K was cut, each part stores into a plane of its own, and the last of a tile's parts to arrive, by the counter
+    `arrived`, adds all planes. It does so in their order, so a result does not change from run to run; and it leaves
+    the counter as it was, so a launch can be repeated.
+    """
+    if SPLIT == 1:
+        tl.store(out + place, y, mask=inside)
+    else:
+        tl.store(planes + part * length + place, y, mask=inside)
+        # All threads have stored before one of them says so.
+        tl.debug_barrier()
+        if tl.atomic_add(arrived, 1) == SPLIT - 1:
+            total = tl.zeros_like(y)
+            for other in range(SPLIT):
+                total += tl.load(planes + other * length + place, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(out + place, total, mask=inside)
+            tl.store(arrived, 0)
+
+
+@jit
+def value_of(words, index, TYPE: tl.constexpr):
+    """Value `index` of those that lie packed in 64-bit `words`: x is loaded so, in the layout that the codes have."""
+    if tl.float32 == TYPE:
+        return (words >> (32 * index)).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return (words >> (16 * index)).to(tl.int16).to(TYPE, bitcast=True)
+
+
+@jit
+def bits_of(values, index: tl.constexpr, TYPE: tl.constexpr):
+    """The inverse: float32 `values` as TYPE, at place `index` of 64-bit words that are zero elsewhere."""
+    if tl.float32 == TYPE:
+        return (values.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) << (32 * index)
+    else:
+        return (values.to(TYPE).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF) << (16 * index)
+
+
+@jit
+def code_as_float(word, bit: tl.constexpr, bits: tl.constexpr, less: tl.constexpr):
+    """The `bits` bits, eight at most, from `bit` on of an int32, less a constant, as float32, exactly.
+
+    Put into the lower end of a float's fraction, a code only has to lose what the float is without it: an operation
+    each on the integer and on the float units, and no conversion, of which GPUs do a quarter as many.
+    """
+    low: tl.constexpr = bit % 16
+    code = (word if bit < 16 else word >> 16) & ((2**bits - 1) << low)
+    return (code | ((150 - low) << 23)).to(tl.float32, bitcast=True) - (2.0 ** (23 - low) + less)
 
 
 def parted(config: Config) -> tuple[Config, Config]:
@@ -87,11 +146,11 @@ def multiprocessors(device: torch.device) -> int:
     return HOPPER_MULTIPROCESSORS if device.type == "meta" else 1
 
 
-def splits(programs: int, steps: int, device: torch.device, least_steps: int = 4) -> int:
-    """Into how many parts K is cut (a power of two up to 16) so that `programs` fill the GPU, none of them with fewer
-    than `least_steps`."""
+def splits(programs: int, warps: int, steps: int, device: torch.device) -> int:
+    """Into how many parts K, of so many steps, is cut (a power of two up to 32), so that programs of `warps` warps fill
+    the GPU."""
     parts = 1
-    while parts < 16 and programs * parts < WAVES * multiprocessors(device) and steps // (2 * parts) >= least_steps:
+    while parts < 32 and programs * parts * warps < WARPS * multiprocessors(device) and 2 * parts <= steps:
         parts *= 2
     return parts
 

@@ -19,13 +19,14 @@ import torch
 from workbench_kernels.backend import Config, parted, triton
 from workbench_kernels.products import Launch
 
-ROLES = {"words_at": "codes", "_tile": "codes", "_decode": "activations", "_prefill": "activations"}
+ROLES = {"words_at": "codes", "_words": "codes", "_decode": "activations", "_prefill": "activations"}
 """What a load is of, by the Triton function that it stands in; elsewhere it is of scales and zeros."""
 TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int16: "*i16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 """Pointers' types in Triton's signatures."""
 

@@ -14,9 +14,22 @@ channels that share them; with act-order they are gathered for every weight, whi
 Rejected: sorting the input channels at load to undo act-order. It repacks the weight and permutes every input.
 """
 
+from dataclasses import replace
+
 import torch
 
-from workbench_kernels.backend import Config, jit, run_length, share, splits, tl, triton
+from workbench_kernels.backend import (
+    Config,
+    code_as_float,
+    jit,
+    packing_of,
+    run_length,
+    share,
+    store_joined,
+    tl,
+    triton,
+    value_of,
+)
 from workbench_kernels.checks import check_packed, check_same_device
 from workbench_kernels.products import Launch, dequantized_by_kernel, multiply, plan
 
@@ -64,10 +77,10 @@ def _codes(words, BITS: tl.constexpr):
 
 
 @jit
-def _tile(qweight, row, n, K: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
-    """Codes [row, 32 / bits, n] of rows of words and columns `n`."""
+def _words(qweight, row, n, K: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
+    """Words [row, n] of rows of words and columns `n`."""
     inside = (row[:, None] < K // (32 // BITS)) & (n[None, :] < N)
-    return _codes(tl.load(qweight + row[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0), BITS)
+    return tl.load(qweight + row[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0)
 
 
 @jit
@@ -94,12 +107,16 @@ def _decode(
     scales,
     g_idx,
     out,
+    planes,
+    arrived,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
     PLAIN: tl.constexpr,
     BITS: tl.constexpr,
+    TYPE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     SPLIT: tl.constexpr,
     BR: tl.constexpr,
     BN: tl.constexpr,
@@ -108,28 +125,34 @@ def _decode(
     ROWS: tl.constexpr = BR if BR * E <= RUN else RUN // E
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     part = tl.program_id(1)
-    acc = tl.zeros((ROWS, E, BN), tl.float32)
+    # The middle axis is that of `_scales_and_zeros`: one input channel of a word at a time.
+    acc = tl.zeros((ROWS, 1, BN), tl.float32)
     first_run, end = share(part, (K + RUN - 1) // RUN, SPLIT)
     for run in range(first_run, end):
-        products = tl.zeros((ROWS, E, BN), tl.float32)
-        total = tl.zeros((ROWS, E), tl.float32)
+        products = tl.zeros((ROWS, 1, BN), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
         for step in tl.static_range(RUN // (ROWS * E)):
             first = run * RUN + step * ROWS * E
             row = first // E + tl.arange(0, ROWS)
-            k = row[:, None] * E + tl.arange(0, E)[None, :]
-            values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-            codes = _tile(qweight, row, n, K, N, BITS)
-            if PLAIN:
-                products += codes * values[:, :, None]
-                total += values
-            else:
-                scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, first // GROUP, K, N, PLAIN, BITS)
-                acc += (codes - zero) * scale * values[:, :, None]
+            words = _words(qweight, row, n, K, N, BITS)[:, None, :]
+            for e in tl.static_range(E):
+                if e % TOGETHER == 0:
+                    packed = tl.load(x + row * (E // TOGETHER) + e // TOGETHER, mask=row < K // E, other=0)
+                values = value_of(packed, e % TOGETHER, TYPE).to(tl.float32)
+                codes = code_as_float(words, BITS * e, BITS, 0)
+                if PLAIN:
+                    products += codes * values[:, None, None]
+                    total += values
+                else:
+                    k = row[:, None] * E + e
+                    scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, first // GROUP, K, N, PLAIN, BITS)
+                    acc += (codes - zero) * scale * values[:, None, None]
         if PLAIN:
             k = run * RUN + tl.zeros((1, 1), tl.int32)
             scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, run * RUN // GROUP, K, N, PLAIN, BITS)
-            acc += scale * (products - zero * total[:, :, None])
-    tl.store(out + part * N + n, tl.sum(tl.sum(acc, 1), 0), mask=n < N)
+            acc += scale * (products - zero * total[:, None, None])
+    y = tl.sum(tl.sum(acc, 1), 0)
+    store_joined(y, out, planes, arrived + tl.program_id(0), n, n < N, N, part, SPLIT)
 
 
 @jit
@@ -140,6 +163,8 @@ def _prefill(
     scales,
     g_idx,
     out,
+    planes,
+    arrived,
     M,
     BUCKET: tl.constexpr,
     N: tl.constexpr,
@@ -162,13 +187,14 @@ def _prefill(
         row = run * (RUN // E) + tl.arange(0, RUN // E)
         k = row[:, None] * E + tl.arange(0, E)[None, :]
         scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, run * RUN // GROUP, K, N, PLAIN, BITS)
-        weights = tl.reshape((_tile(qweight, row, n, K, N, BITS) - zero) * scale, (RUN, BN))
+        weights = tl.reshape((_codes(_words(qweight, row, n, K, N, BITS), BITS) - zero) * scale, (RUN, BN))
         flat = run * RUN + tl.arange(0, RUN)
         known = (m[:, None] < M) & (flat[None, :] < K)
         values = tl.load(x + m[:, None].to(tl.int64) * K + flat[None, :], mask=known, other=0.0)
         acc = tl.dot(values, weights.to(values.dtype), acc, input_precision="ieee")
-    place = part * M * N + m[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(out + place, acc, mask=(m[:, None] < M) & (n[None, :] < N))
+    place = m[:, None].to(tl.int64) * N + n[None, :]
+    counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    store_joined(acc, out, planes, counter, place, (m[:, None] < M) & (n[None, :] < N), M * N, part, SPLIT)
 
 
 @jit
@@ -193,7 +219,7 @@ def _dequantize(
     k = row[:, None] * E + tl.arange(0, E)[None, :]
     scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, run * RUN // GROUP, K, N, PLAIN, BITS)
     inside = (row[:, None] < K // E) & (n[None, :] < N)
-    codes = _tile(qweight, row, n, K, N, BITS)
+    codes = _codes(_words(qweight, row, n, K, N, BITS), BITS)
     place = out + k[:, :, None].to(tl.int64) * N + n[None, None, :]
     tl.store(place, (codes - zero) * scale, mask=inside[:, None, :])
 
@@ -291,13 +317,15 @@ def matmul(
 
 def launch(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...], bits: int, plain: bool) -> Launch:
     """The launch of x [rows, in] times the weight, by `decode` (one row) or `prefill`."""
-    (rows, columns), outputs = x.shape, weight[2].shape[1]
+    columns, outputs = x.shape[1], weight[2].shape[1]
     constants = _constants(weight, columns, bits, plain, LONGEST_RUN if way == "decode" else 32)
-    programs = triton.cdiv(outputs, 64) * (1 if way == "decode" else triton.cdiv(rows, 32))
-    parts = splits(programs, triton.cdiv(columns, constants["RUN"]), x.device, 2)
-    function, configs = (_decode, DECODE) if way == "decode" else (_prefill, PREFILL)
+    steps = triton.cdiv(columns, constants["RUN"])
     named = dict(zip(TENSORS, weight, strict=True))
-    return plan(function, way, x, named, configs, outputs, "BN", outputs, parts, constants)
+    tile = ("BN", outputs)
+    if way == "prefill":
+        return plan(_prefill, x, named, outputs, PREFILL, tile, lambda _: steps, constants)
+    made = plan(_decode, x, named, outputs, DECODE, tile, lambda _: steps, {**constants, **packing_of(x)})
+    return replace(made, arguments={**made.arguments, "x": x.view(torch.int64)})
 
 
 def dequantize_launch(weight: tuple[torch.Tensor, ...], bits: int, plain: bool, out: torch.Tensor) -> Launch:

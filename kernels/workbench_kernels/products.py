@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from workbench_kernels.backend import ACTIVATIONS, Config, Kernel, bucket, choose_path, triton, tuned
-from workbench_kernels.checks import check_activations, check_aligned, short
+from workbench_kernels.backend import ACTIVATIONS, Config, Kernel, bucket, choose_path, splits, triton, tuned
+from workbench_kernels.checks import ALIGNMENT_BYTES, check_activations, check_aligned, short
 
-KEY = ("KIND", "N", "K", "RUN", "PLAIN", "BITS", "BUCKET", "SPLIT")
+KEY = ("KIND", "N", "K", "RUN", "PLAIN", "BITS", "BUCKET")
 """Arguments whose values decide which tile is best, of those that a kernel has."""
 
 
@@ -44,7 +44,9 @@ def multiply(
         y = dense(flat)
     else:
         check_aligned(tensors)
-        y = product(kernel(way, flat), x.dtype)
+        launch = kernel(way, flat if flat.data_ptr() % ALIGNMENT_BYTES == 0 else flat.clone())
+        launch.run()
+        y = launch.out
     return y.view(*x.shape[:-1], outputs)
 
 
@@ -75,6 +77,13 @@ class Launch:
     """Arguments whose values decide which tile is best."""
     grid: Callable[[Mapping[str, int]], tuple[int, ...]]
 
+    @property
+    def out(self) -> torch.Tensor:
+        """What it writes."""
+        out = self.arguments["out"]
+        assert isinstance(out, torch.Tensor)
+        return out
+
     def programs(self, config: Config) -> int:
         """How many there are with such a tile."""
         return math.prod(self.grid(config))
@@ -88,40 +97,38 @@ class Launch:
 
 def plan(
     function: Kernel,
-    way: str,
     x: torch.Tensor,
     weight: Mapping[str, torch.Tensor],
-    configs: list[Config],
     outputs: int,
-    tile: str,
-    length: int,
-    parts: int,
+    configs: list[Config],
+    tile: tuple[str, int],
+    steps: Callable[[Config], int],
     constants: Mapping[str, object],
 ) -> Launch:
-    """The launch of x [rows, in] times a packed weight, by the layout's kernel for `decode` or `prefill`.
+    """The launch of x [rows, in] times a packed weight, by a layout's decode or prefill kernel.
 
-    `tile`: the constant that says how long a tile is along the weight's stored outputs, and `length`: how many of those
-    there are. `parts`: into how many K is cut; each sums into a plane of its own of `out`.
+    `tile`: the constant that says how long a tile is along the weight's stored outputs, and how many of those there
+    are. `steps`: how many steps a tile takes along K. Each tile is given the number of parts that K is cut into.
     """
-    rows = x.shape[0]
-    out = x.new_empty(parts, rows, outputs, dtype=x.dtype if parts == 1 else torch.float32)
-    arguments = {"x": x, **weight, "out": out, "SPLIT": parts, **constants}
-    if way == "decode":
-        return Launch(function, arguments, configs, KEY, lambda meta: (triton.cdiv(length, meta[tile]), parts))
-    arguments |= {"M": rows, "BUCKET": bucket(rows)}
-    return Launch(
-        function,
-        arguments,
-        configs,
-        KEY,
-        lambda meta: (triton.cdiv(rows, meta["BM"]), triton.cdiv(length, meta[tile]), parts),
-    )
+    (name, length), rows = tile, x.shape[0]
+    prefill = "BM" in configs[0]
 
+    def tiles(meta: Mapping[str, int]) -> tuple[int, ...]:
+        along = triton.cdiv(length, meta[name])
+        return (triton.cdiv(bucket(rows), meta["BM"]), along) if prefill else (along,)
 
-def product(launch: Launch, dtype: torch.dtype) -> torch.Tensor:
-    """y [rows, outputs] of a launch that `plan` gave. Planes are always summed in the same order, so a result does not
-    change from run to run."""
-    launch.run()
-    out = launch.arguments["out"]
-    assert isinstance(out, torch.Tensor)
-    return out.sum(0).to(dtype) if out.shape[0] > 1 else out[0].to(dtype)
+    # The sums of the parts, written and read, are to be no more than half of a weight of four bits.
+    most = max(1, x.shape[1] // (32 * (bucket(rows) if prefill else 1)))
+
+    def parts(config: Config) -> int:
+        return splits(math.prod(tiles(config)), config["num_warps"], min(most, steps(config)), x.device)
+
+    cut: list[Config] = [config | {"SPLIT": parts(config)} for config in configs]
+    out = planes = arrived = x.new_empty(rows, outputs)
+    most = max(config["SPLIT"] for config in cut)
+    if most > 1:
+        planes = x.new_empty(most, rows, outputs, dtype=torch.float32)
+        arrived = x.new_zeros(max(math.prod(tiles(config)) for config in cut), dtype=torch.int32)
+    arguments = {"x": x, **weight, "out": out, "planes": planes, "arrived": arrived, **constants}
+    arguments |= {"M": rows, "BUCKET": bucket(rows)} if prefill else {}
+    return Launch(function, arguments, cut, KEY, lambda meta: (*tiles(meta), meta["SPLIT"]))

@@ -195,24 +195,38 @@ def dequantized(case: dict[str, Any], packed: tuple[Any, ...], path: str) -> Any
     return gptq.dequantize(*packed, case["bits"], plain=case["order"] == "plain", path=path)
 
 
-def run(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """`matmul`, `reference`: largest errors over the largest output; `same`: de-quantizing is exact, both ways."""
-    import torch
-    from workbench_kernels import awq, gptq
+def repeats(case: dict[str, Any], x: Any, packed: tuple[Any, ...]) -> bool:
+    """Where K is in parts: whether a launch run twice gives the same both times, its counters back at zero."""
     from workbench_kernels.gguf import blocks
+    from workbench_kernels.gguf.types import block_type
+
+    if case["op"] != "blocks" or case["parts"] == 1:
+        return True
+    launch = blocks.launch(block_type(case["kind"]), case["path"], x, *packed)
+    launch.run()
+    first = launch.out.clone()
+    launch.out.zero_()
+    launch.run()
+    counters: Any = launch.arguments["arrived"]
+    return bool((first == launch.out).all()) and not counters.any()
+
+
+def run(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+    """`matmul`, `reference`: largest errors over the largest output; `same`: de-quantizing is exact, both ways;
+    `steady`: see `repeats`."""
+    import torch
+    from workbench_kernels import products
 
     weight, packed = weight_of(case)
     x = torch.randn(case["M"], case["K"]).to(getattr(torch, case["dtype"]))
     exact = x.double() @ weight.double().t()
     moved = tuple(tensor.to(device) for tensor in packed)
-    kept = [(module, module.splits) for module in (awq, blocks, gptq)]
-    for module, _ in kept:
-        module.splits = lambda *_: case["parts"]
+    kept, products.splits = products.splits, lambda *_: case["parts"]
     try:
         y = product(case, x.to(device), moved, case["path"]).cpu()
+        steady = repeats(case, x.to(device), moved)
     finally:
-        for module, function in kept:
-            module.splits = function
+        products.splits = kept
     plain = product(case, x, packed, "reference")
     ways = [dequantized(case, packed, "reference")]
     if case["path"] == "dense":
@@ -223,6 +237,7 @@ def run(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
         "matmul": float((y.double() - exact).abs().max()) / largest,
         "reference": float((plain.double() - exact).abs().max()) / largest,
         "same": all(torch.equal(way, weight) for way in ways),
+        "steady": steady,
         "dtype": str(y.dtype).removeprefix("torch."),
     }
 

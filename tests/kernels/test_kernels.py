@@ -65,6 +65,7 @@ def test_on_a_gpu(name: str, dtype: str) -> None:
 def check(case: dict[str, Any], found: dict[str, Any]) -> None:
     assert "error" not in found, found["error"]
     assert found["same"], "de-quantizing is exact in float32"
+    assert found["steady"], "a launch can be repeated"
     assert found["dtype"] == case["dtype"]
     assert found["matmul"] < tolerance(case) and found["reference"] < tolerance(case), found
 

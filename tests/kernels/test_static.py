@@ -27,18 +27,9 @@ OPERATIONS = (
     "awq-4", "gptq-4", "gptq-8", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K",
     "IQ4_XS", "IQ4_NL",
 )  # fmt: skip
-NARROW = {"narrow codes", "narrow x"}
-FEW = {"few programs"}
-NOT_YET = {
-    ("awq-4", "decode"): FEW, ("gptq-4", "decode"): {"narrow x"}, ("gptq-8", "decode"): {"narrow x"},
-    ("Q8_0", "decode"): NARROW, ("Q6_K", "decode"): NARROW | FEW, ("Q5_K", "decode"): {"narrow x"} | FEW,
-    ("Q5_1", "decode"): {"narrow x"}, ("Q5_0", "decode"): NARROW, ("Q4_K", "decode"): {"narrow x"} | FEW,
-    ("Q4_1", "decode"): NARROW, ("Q4_0", "decode"): NARROW, ("Q3_K", "decode"): NARROW | FEW,
-    ("Q2_K", "decode"): NARROW | FEW, ("IQ4_XS", "decode"): {"narrow x"}, ("IQ4_NL", "decode"): NARROW,
-    ("Q4_K", "prefill"): {"spills"}, ("Q6_K", "prefill"): {"spills", "narrow codes"},
-    ("Q4_K", "dequantize"): {"narrow stores"}, ("Q6_K", "dequantize"): {"narrow stores"},
-}  # fmt: skip
-"""By operation and kernel: what it should be and is not; nothing more, and nothing less."""
+NOT_YET = {"Q8_0", "Q6_K", "Q5_0", "Q4_1", "Q4_0", "Q3_K", "Q2_K", "IQ4_NL"}
+"""Types whose blocks are no multiple of eight bytes: their codes cannot be aligned, and are loaded two or four bytes at
+a time. All else that a kernel should be, it is."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +58,7 @@ def test_the_operations_are_all_there_is(static_table: Any) -> None:
 def test_decode(static_table: Any, operation: str) -> None:
     found = found_of(static_table, operation, "decode")
     assert found.spilled_bytes == 0 and 0 < found.registers <= 255
-    assert set(static_table.failures("decode", [found])) == NOT_YET.get((operation, "decode"), set())
+    assert static_table.failures("decode", [found]) == (["narrow codes"] if operation in NOT_YET else [])
 
 
 @pytest.mark.slow
@@ -75,7 +66,8 @@ def test_decode(static_table: Any, operation: str) -> None:
 @pytest.mark.parametrize("operation", ["awq-4", "gptq-4", "Q4_K", "Q6_K"])
 def test_prefill_and_dequantize(static_table: Any, operation: str, kernel: str) -> None:
     found = found_of(static_table, operation, kernel)
-    assert set(static_table.failures(kernel, [found])) == NOT_YET.get((operation, kernel), set())
+    narrow = kernel == "prefill" and operation in NOT_YET
+    assert static_table.failures(kernel, [found]) == (["narrow codes"] if narrow else [])
     assert (found.matrix_instructions > 0) == (kernel == "prefill")
 
 

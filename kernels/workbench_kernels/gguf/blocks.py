@@ -4,29 +4,44 @@ A row of W [out, in] is a run of blocks; a block is a few scales and the codes o
 `scale x code + shift` with scale and shift from its block. A type's file gives four small Triton functions in these
 words (`Unpacking`), and here they are compiled into the kernels:
 
-- a **segment** is a run of J words (16 or 32 bits, as the block's size allows them to be aligned) whose scales are
-  found together. `LOAD` reads the words [n, S, J] of some rows and segments, and their packed scales [n, S].
-- word j of a segment holds one code each of GROUPS x PLANES weights: `CODES` cuts them out of the registers, so every
-  byte is loaded once; `COLUMNS` says which columns of W they are.
-- weights of one **group** g share `SCALES` = (scale, shift), each [n, S].
+- a **segment** is a run of J 32-bit words of codes whose scales are found together. `LOAD` reads the words [n, S, J] of
+  some rows and segments, and their packed scales [n, S].
+- a segment holds GROUPS x QUADS x 4 J weights: `CODES` cuts four codes, a byte each, out of every word in the
+  registers, so every byte is loaded once. Word j's four stand side by side in W, at column `COLUMNS` + 4 j.
+- weights of one **group** g share `SCALES` = (scale, shift), each [n, S]; a weight is scale x (code - LESS) + shift.
+
+Four neighbours of x are eight bytes in fp16: x is read, and what is de-quantized is written, in 64-bit words that lie
+as the words of codes do (two words of two where numbers have 32 bits), and split in the registers.
 
 `decode` (one row of x) is bound by reading W. Its sum over a segment's codes is multiplied by the scale once, since
 sum (scale c + shift) x = scale sum c x + shift sum x: three instructions a weight, not four. `prefill` makes fp16
-tiles of W in registers, a plane at a time, and multiplies them on the matrix units; the columns of x are gathered in
-the order of the codes, which costs less than putting codes in the order of x. Both accumulate in float32, and cut K
-into parts where there are too few rows of W to fill the GPU; the parts are summed in a fixed order, not by atomics, so
-a result does not change from run to run. `dense` de-quantizes a piece of W at a time for the vendor's matmul.
+tiles of W in registers, one of the four codes at a time, and multiplies them on the matrix units. Both accumulate in
+float32, and cut K into parts where there are too few rows of W to fill the GPU (`store_joined`). `dense` de-quantizes
+a piece of W at a time for the vendor's matmul.
 
 Rejected: repacking at load into one layout for all types. Its loads would be wider for the 2-byte-aligned types,
 but memory would hold something that is in no file, and every type would need a packer besides an unpacker.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from workbench_kernels.backend import DENSE_BYTES, Config, Kernel, jit, share, splits, tl, triton
+from workbench_kernels.backend import (
+    DENSE_BYTES,
+    Config,
+    Kernel,
+    bits_of,
+    code_as_float,
+    jit,
+    packing_of,
+    share,
+    store_joined,
+    tl,
+    triton,
+    value_of,
+)
 from workbench_kernels.checks import check_packed
 from workbench_kernels.products import Launch, dequantized_by_kernel, multiply, plan
 
@@ -36,16 +51,18 @@ REFERENCE_WEIGHTS = 2**23
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a block and of the parts that the kernels cut it into; weights = segments x words x groups x planes."""
+    """Sizes of a block and of the parts that it is cut into; weights = segments x words x groups x quads x 4."""
 
     weights: int
     size_bytes: int
     word: torch.dtype
-    """int16 or int32: what a block is read in."""
+    """int16 or int32: what a block's size allows to be aligned; two of 16 bits are put together to one of 32."""
     segments: int
     segment_words: int
     groups: int
-    planes: int
+    quads: int
+    less: int = 0
+    """What is taken from a code."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,8 @@ class BlockType:
     name: str
     layout: Layout
     unpacking: Unpacking
+    shifted: bool
+    """Whether a weight is more than a scale times its code."""
     reference: Callable[[torch.Tensor], torch.Tensor]
     """uint8 [blocks, bytes] -> float32 [blocks, weights], in plain torch."""
 
@@ -98,20 +117,26 @@ def _decode(
     x,
     w,
     out,
+    planes,
+    arrived,
     N: tl.constexpr,
     KIND: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    SPLIT: tl.constexpr,
     J: tl.constexpr,
     GROUPS: tl.constexpr,
-    PLANES: tl.constexpr,
+    QUADS: tl.constexpr,
+    LESS: tl.constexpr,
+    SHIFTED: tl.constexpr,
     LOAD: tl.constexpr,
     SCALES: tl.constexpr,
     CODES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BN: tl.constexpr,
     S: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     part = tl.program_id(1)
@@ -125,15 +150,21 @@ def _decode(
         for g in tl.static_range(GROUPS):
             products = tl.zeros((BN, S, J), tl.float32)
             total = tl.zeros((S, J), tl.float32)
-            for r in tl.static_range(PLANES):
-                k = COLUMNS(s[:, None], j[None, :], g, r)
-                values = tl.load(x + k, mask=s[:, None] < SEGMENTS, other=0.0).to(tl.float32)
-                products += CODES(parts, s[None, :, None], g, r) * values[None, :, :]
-                total += values
+            for q in tl.static_range(QUADS):
+                codes = CODES(parts, s[None, :, None], g, q)
+                k = COLUMNS(s[:, None], g, q) // TOGETHER + j[None, :] * (4 // TOGETHER)
+                for i in tl.static_range(4):
+                    if i % TOGETHER == 0:
+                        words = tl.load(x + k + i // TOGETHER, mask=s[:, None] < SEGMENTS, other=0)
+                    values = value_of(words, i % TOGETHER, TYPE).to(tl.float32)
+                    products += code_as_float(codes, 8 * i, 8, LESS) * values[None, :, :]
+                    total += values
             scale, shift = SCALES(parts, s[None, :], g)
-            acc += scale[:, :, None] * products + shift[:, :, None] * total[None, :, :]
+            acc += scale[:, :, None] * products
+            if SHIFTED:
+                acc += shift[:, :, None] * total[None, :, :]
     y = tl.sum(tl.sum(acc, 2), 1)
-    tl.store(out + part * N + n, y, mask=n < N)
+    store_joined(y, out, planes, arrived + tl.program_id(0), n, n < N, N, part, SPLIT)
 
 
 @jit
@@ -141,6 +172,8 @@ def _prefill(
     x,
     w,
     out,
+    planes,
+    arrived,
     M,
     BUCKET: tl.constexpr,
     N: tl.constexpr,
@@ -148,17 +181,21 @@ def _prefill(
     KIND: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    SPLIT: tl.constexpr,
     J: tl.constexpr,
     GROUPS: tl.constexpr,
-    PLANES: tl.constexpr,
+    QUADS: tl.constexpr,
+    LESS: tl.constexpr,
+    SHIFTED: tl.constexpr,
     LOAD: tl.constexpr,
     SCALES: tl.constexpr,
     CODES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     S: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -173,15 +210,21 @@ def _prefill(
         parts = LOAD(w + rows.to(tl.int64) * ROW_WORDS, s[None, :], j[None, None, :], inside)
         for g in tl.static_range(GROUPS):
             scale, shift = SCALES(parts, s[None, :], g)
-            for r in tl.static_range(PLANES):
-                codes = CODES(parts, s[None, :, None], g, r)
-                weights = tl.reshape(scale[:, :, None] * codes + shift[:, :, None], (BN, S * J))
-                k = COLUMNS(step * S + flat // J, flat % J, g, r)
-                known = (m[:, None] < M) & (k[None, :] < K)
-                values = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=known, other=0.0)
-                acc = tl.dot(values, tl.trans(weights.to(values.dtype)), acc, input_precision="ieee")
-    place = part * M * N + m[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(out + place, acc, mask=(m[:, None] < M) & (n[None, :] < N))
+            for q in tl.static_range(QUADS):
+                codes = CODES(parts, s[None, :, None], g, q)
+                k = COLUMNS(step * S + flat // J, g, q) // TOGETHER + flat % J * (4 // TOGETHER)
+                known = (m[:, None] < M) & (k[None, :] < K // TOGETHER)
+                place = x + m[:, None].to(tl.int64) * (K // TOGETHER) + k[None, :]
+                for i in tl.static_range(4):
+                    if i % TOGETHER == 0:
+                        words = tl.load(place + i // TOGETHER, mask=known, other=0)
+                    values = value_of(words, i % TOGETHER, TYPE)
+                    tile = scale[:, :, None] * code_as_float(codes, 8 * i, 8, LESS) + shift[:, :, None]
+                    weights = tl.trans(tl.reshape(tile, (BN, S * J)).to(TYPE))
+                    acc = tl.dot(values, weights, acc, input_precision="ieee")
+    place = m[:, None].to(tl.int64) * N + n[None, :]
+    counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    store_joined(acc, out, planes, counter, place, (m[:, None] < M) & (n[None, :] < N), M * N, part, SPLIT)
 
 
 @jit
@@ -195,11 +238,15 @@ def _dequantize(
     SEGMENTS: tl.constexpr,
     J: tl.constexpr,
     GROUPS: tl.constexpr,
-    PLANES: tl.constexpr,
+    QUADS: tl.constexpr,
+    LESS: tl.constexpr,
+    SHIFTED: tl.constexpr,
     LOAD: tl.constexpr,
     SCALES: tl.constexpr,
     CODES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BN: tl.constexpr,
     S: tl.constexpr,
 ):
@@ -210,17 +257,28 @@ def _dequantize(
     parts = LOAD(w + rows.to(tl.int64) * ROW_WORDS, s[None, :], j[None, None, :], inside)
     for g in tl.static_range(GROUPS):
         scale, shift = SCALES(parts, s[None, :], g)
-        for r in tl.static_range(PLANES):
-            codes = CODES(parts, s[None, :, None], g, r)
-            k = COLUMNS(s[None, :, None], j[None, None, :], g, r)
-            place = out + n[:, None, None].to(tl.int64) * K + k
-            tl.store(place, scale[:, :, None] * codes + shift[:, :, None], mask=inside[:, :, None])
+        for q in tl.static_range(QUADS):
+            codes = CODES(parts, s[None, :, None], g, q)
+            k = COLUMNS(s[None, :, None], g, q) // TOGETHER + j[None, None, :] * (4 // TOGETHER)
+            place = out + n[:, None, None].to(tl.int64) * (K // TOGETHER) + k
+            for first in tl.static_range(0, 4, TOGETHER):
+                words = tl.zeros((BN, S, J), tl.int64)
+                for i in tl.static_range(TOGETHER):
+                    weights = scale[:, :, None] * code_as_float(codes, 8 * (first + i), 8, LESS) + shift[:, :, None]
+                    words |= bits_of(weights, i, TYPE)
+                tl.store(place + first // TOGETHER, words, mask=inside[:, :, None])
 
 
 @jit
 def words_at(place, j, inside):
     """Words `j` from each of the places [n, S] on, int32 [n, S, J]."""
     return tl.load(place[:, :, None] + j, mask=inside[:, :, None], other=0).to(tl.int32)
+
+
+@jit
+def pairs_at(place, j, inside):
+    """32-bit words `j` from each of the places of 16-bit words [n, S] on, int32 [n, S, J]."""
+    return (words_at(place, 2 * j, inside) & 0xFFFF) | (words_at(place, 2 * j + 1, inside) << 16)
 
 
 @jit
@@ -245,13 +303,13 @@ DECODE: list[Config] = [
     {"BN": rows, "S": segments, "num_warps": warps, "num_stages": 2}
     for rows, segments, warps in ((8, 8, 4), (16, 8, 4), (32, 8, 4), (16, 4, 4), (16, 8, 8), (8, 16, 8), (8, 16, 4))
 ] + [{"BN": 4, "S": 32, "num_warps": 4, "num_stages": 3}]
-"""Where a step reads fewer values of x than there are threads, Triton 3.9 loads them in the layout of the codes,
-without a detour through shared memory and its barriers; so such steps come first."""
+"""The first is what is taken untuned: there, a thread has one word of codes at a time, and x needs no detour through
+shared memory."""
 
 PREFILL: list[Config] = [
     {"BM": 16, "BN": 64, "S": 8, "num_warps": 4, "num_stages": 3},
     {"BM": 16, "BN": 32, "S": 8, "num_warps": 4, "num_stages": 3},
-    {"BM": 32, "BN": 64, "S": 8, "num_warps": 4, "num_stages": 3},
+    {"BM": 32, "BN": 64, "S": 4, "num_warps": 8, "num_stages": 3},
     {"BM": 64, "BN": 64, "S": 4, "num_warps": 4, "num_stages": 3},
     {"BM": 64, "BN": 128, "S": 4, "num_warps": 8, "num_stages": 3},
 ]
@@ -269,7 +327,9 @@ def constants_of(kind: BlockType, columns: int) -> dict[str, object]:
         "SEGMENTS": _segments(kind, columns),
         "J": layout.segment_words,
         "GROUPS": layout.groups,
-        "PLANES": layout.planes,
+        "QUADS": layout.quads,
+        "LESS": layout.less,
+        "SHIFTED": kind.shifted,
         "LOAD": unpacking.load,
         "SCALES": unpacking.scales,
         "CODES": unpacking.codes,
@@ -327,20 +387,30 @@ def matmul(kind: BlockType, x: torch.Tensor, blocks: torch.Tensor, *, path: str 
 
 def launch(kind: BlockType, way: str, x: torch.Tensor, blocks: torch.Tensor) -> Launch:
     """The launch of x [rows, in] times the weight, by `decode` (one row) or `prefill`."""
-    (rows, columns), outputs = x.shape, blocks.shape[0]
-    programs = triton.cdiv(outputs, 8) if way == "decode" else triton.cdiv(rows, 32) * triton.cdiv(outputs, 64)
-    parts = splits(programs, _segments(kind, columns) // 16, x.device)
-    constants = constants_of(kind, columns) | {"N": outputs} | ({} if way == "decode" else {"K": columns})
+    columns, outputs = x.shape[1], blocks.shape[0]
+    segments, weight = _segments(kind, columns), {"w": blocks.view(kind.layout.word)}
+    constants = constants_of(kind, columns) | {"N": outputs, **packing_of(x)}
+    if way == "prefill":
+        constants["K"] = columns
     function, configs = (_decode, DECODE) if way == "decode" else (_prefill, PREFILL)
-    return plan(
-        function, way, x, {"w": blocks.view(kind.layout.word)}, configs, outputs, "BN", outputs, parts, constants
+    made = plan(
+        function,
+        x,
+        weight,
+        outputs,
+        configs,
+        ("BN", outputs),
+        lambda config: triton.cdiv(segments, config["S"]),
+        constants,
     )
+    return replace(made, arguments={**made.arguments, "x": x.view(torch.int64)})
 
 
 def dequantize_launch(kind: BlockType, blocks: torch.Tensor, out: torch.Tensor) -> Launch:
     """The launch that writes the weight into `out` [out, in]."""
     rows, columns = out.shape
-    arguments = {"w": blocks.view(kind.layout.word), "out": out, "N": rows, "K": columns, **constants_of(kind, columns)}
+    arguments = {"w": blocks.view(kind.layout.word), "out": out.view(torch.int64), "N": rows, "K": columns}
+    arguments |= constants_of(kind, columns) | packing_of(out)
     segments = _segments(kind, columns)
     return Launch(
         _dequantize,

@@ -12,7 +12,8 @@ import torch
 
 from workbench_kernels.backend import jit, tl
 from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, halves
-from workbench_kernels.gguf.q4_0 import columns, load
+from workbench_kernels.gguf.q4_0 import load
+from workbench_kernels.gguf.q4_1 import columns
 from workbench_kernels.gguf.q8_0 import scales
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -29,22 +30,33 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def level_of(q):
-    """Codes 0-15 -> levels; four levels to a word, the lowest code in the lowest byte."""
-    low = tl.where(q < 4, -1079142271, -152379953)  # 0xBFAD9881, 0xF6EADDCF
-    high = tl.where(q < 12, 639175937, 1901675829)  # 0x26190D01, 0x71594535
-    word = tl.where(q < 8, low, high)
-    return ((word << (24 - 8 * (q % 4))) >> 24).to(tl.float32)
+def levels_at(word):
+    """The codes 0-15 in the lower halves of a word's bytes -> their levels and 128, a byte each."""
+    return (
+        _level(word & 15)
+        | (_level((word >> 8) & 15) << 8)
+        | (_level((word >> 16) & 15) << 16)
+        | (_level((word >> 24) & 15) << 24)
+    )
 
 
 @jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    return level_of((parts[0] >> (8 * (r % 2) + 4 * (r // 2))) & 15)
+def _level(q):
+    # Four levels, and 128, to a word, the lowest code in the lowest byte.
+    low = tl.where(q < 4, 0x3F2D1801, 0x766A5D4F)
+    high = tl.where(q < 12, -1499886207, -237386315)  # 0xA6998D81, 0xF1D9C5B5
+    return (tl.where(q < 8, low, high) >> (8 * (q % 4))) & 255
+
+
+@jit
+def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
+    return levels_at(parts[0] >> (4 * q))
 
 
 TYPE = BlockType(
     "IQ4_NL",
-    Layout(weights=32, size_bytes=18, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4),
+    Layout(weights=32, size_bytes=18, word=torch.int16, segments=1, segment_words=4, groups=1, quads=2, less=128),
     Unpacking(load=load, scales=scales, codes=_codes, columns=columns),
-    reference,
+    shifted=False,
+    reference=reference,
 )

@@ -13,7 +13,7 @@ import torch
 
 from workbench_kernels.backend import jit, tl
 from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
-from workbench_kernels.gguf.iq4_nl import level_of, levels_of
+from workbench_kernels.gguf.iq4_nl import levels_at, levels_of
 from workbench_kernels.gguf.q4_1 import columns
 
 
@@ -45,13 +45,14 @@ def _scales(parts, s, g: tl.constexpr):
 
 
 @jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    return level_of((parts[0] >> (8 * (r % 4) + 4 * (r // 4))) & 15)
+def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
+    return levels_at(parts[0] >> (4 * q))
 
 
 TYPE = BlockType(
     "IQ4_XS",
-    Layout(weights=256, size_bytes=136, word=torch.int32, segments=8, segment_words=4, groups=1, planes=8),
+    Layout(weights=256, size_bytes=136, word=torch.int32, segments=8, segment_words=4, groups=1, quads=2, less=128),
     Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
-    reference,
+    shifted=False,
+    reference=reference,
 )

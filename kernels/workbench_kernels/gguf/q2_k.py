@@ -44,18 +44,19 @@ def _scales(parts, s, g: tl.constexpr):
 
 
 @jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    return ((parts[0] >> (8 * r + 2 * g)) & 3).to(tl.float32)
+def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
+    return (parts[0] >> (2 * g)) & 0x03030303
 
 
 @jit
-def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
-    return 128 * (s // 2) + 32 * g + 16 * (s % 2) + 4 * j + r
+def columns(s, g: tl.constexpr, q: tl.constexpr):
+    return 128 * (s // 2) + 32 * g + 16 * (s % 2)
 
 
 TYPE = BlockType(
     "Q2_K",
-    Layout(weights=256, size_bytes=84, word=torch.int32, segments=4, segment_words=4, groups=4, planes=4),
-    Unpacking(load=_load, scales=_scales, codes=_codes, columns=_columns),
-    reference,
+    Layout(weights=256, size_bytes=84, word=torch.int32, segments=4, segment_words=4, groups=4, quads=1),
+    Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
+    shifted=True,
+    reference=reference,
 )

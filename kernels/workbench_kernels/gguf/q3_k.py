@@ -16,8 +16,8 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q3_K`, and `dequantize_ro
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
-from workbench_kernels.gguf.q6_k import columns
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, pairs_at, word_at
+from workbench_kernels.gguf.q2_k import columns
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -33,8 +33,8 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 def _load(row, s, j, inside):
     block, h, i = row + (s // 4) * 55, (s // 2) % 2, s % 2
     return (
-        words_at(block + 16 + 16 * h + 8 * i, j, inside),
-        words_at(block + 8 * i, j, inside),
+        pairs_at(block + 16 + 16 * h + 8 * i, j, inside),
+        pairs_at(block + 8 * i, j, inside),
         word_at(block + 54, inside),
         # Bytes 96-103, runs 8h + 0..7 in one of their halves, and bytes 104-107.
         word_at(block + 48, inside),
@@ -53,19 +53,19 @@ def _scales(parts, s, g: tl.constexpr):
     lower = (parts[3 + g] >> (8 * i + 4 * h)) & 15
     upper = (parts[7 + g % 2] >> (8 * i + 4 * h + 2 * (g // 2))) & 3
     scale = half_of(parts[2]) * ((lower | (upper << 4)) - 32).to(tl.float32)
-    return scale, -4.0 * scale
+    return scale, tl.zeros_like(scale)
 
 
 @jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    lower = (parts[0] >> (8 * r + 2 * g)) & 3
-    upper = (parts[1] >> (8 * r + 4 * ((s // 2) % 2) + g)) & 1
-    return (lower | (upper << 2)).to(tl.float32)
+def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
+    lower, upper = (parts[0] >> (2 * g)) & 0x03030303, (parts[1] >> (4 * ((s // 2) % 2) + g)) & 0x01010101
+    return lower | (upper << 2)
 
 
 TYPE = BlockType(
     "Q3_K",
-    Layout(weights=256, size_bytes=110, word=torch.int16, segments=4, segment_words=8, groups=4, planes=2),
+    Layout(weights=256, size_bytes=110, word=torch.int16, segments=4, segment_words=4, groups=4, quads=1, less=4),
     Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
-    reference,
+    shifted=False,
+    reference=reference,
 )

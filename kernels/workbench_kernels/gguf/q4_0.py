@@ -10,7 +10,8 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q4_0`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, pairs_at, word_at
+from workbench_kernels.gguf.q4_1 import codes, columns
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -21,28 +22,19 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 @jit
 def load(row, s, j, inside):
     block = row + s * 9
-    return words_at(block + 1, j, inside), word_at(block, inside)
+    return pairs_at(block + 1, j, inside), word_at(block, inside)
 
 
 @jit
 def _scales(parts, s, g: tl.constexpr):
     scale = half_of(parts[1])
-    return scale, -8.0 * scale
-
-
-@jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    return ((parts[0] >> (8 * (r % 2) + 4 * (r // 2))) & 15).to(tl.float32)
-
-
-@jit
-def columns(s, j, g: tl.constexpr, r: tl.constexpr):
-    return 32 * s + 2 * j + r % 2 + 16 * (r // 2)
+    return scale, tl.zeros_like(scale)
 
 
 TYPE = BlockType(
     "Q4_0",
-    Layout(weights=32, size_bytes=18, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4),
-    Unpacking(load=load, scales=_scales, codes=_codes, columns=columns),
-    reference,
+    Layout(weights=32, size_bytes=18, word=torch.int16, segments=1, segment_words=4, groups=1, quads=2, less=8),
+    Unpacking(load=load, scales=_scales, codes=codes, columns=columns),
+    shifted=False,
+    reference=reference,
 )

@@ -33,18 +33,19 @@ def scales(parts, s, g: tl.constexpr):
 
 
 @jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    return ((parts[0] >> (8 * (r % 4) + 4 * (r // 4))) & 15).to(tl.float32)
+def codes(parts, s, g: tl.constexpr, q: tl.constexpr):
+    return (parts[0] >> (4 * q)) & 0x0F0F0F0F
 
 
 @jit
-def columns(s, j, g: tl.constexpr, r: tl.constexpr):
-    return 32 * s + 4 * j + r % 4 + 16 * (r // 4)
+def columns(s, g: tl.constexpr, q: tl.constexpr):
+    return 32 * s + 16 * q
 
 
 TYPE = BlockType(
     "Q4_1",
-    Layout(weights=32, size_bytes=20, word=torch.int32, segments=1, segment_words=4, groups=1, planes=8),
-    Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
-    reference,
+    Layout(weights=32, size_bytes=20, word=torch.int32, segments=1, segment_words=4, groups=1, quads=2),
+    Unpacking(load=_load, scales=scales, codes=codes, columns=columns),
+    shifted=True,
+    reference=reference,
 )

@@ -57,18 +57,19 @@ def scales(parts, s, g: tl.constexpr):
 
 
 @jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    return ((parts[0] >> (8 * r + 4 * g)) & 15).to(tl.float32)
+def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
+    return (parts[0] >> (4 * g)) & 0x0F0F0F0F
 
 
 @jit
-def columns(s, j, g: tl.constexpr, r: tl.constexpr):
-    return 64 * s + 32 * g + 4 * j + r
+def columns(s, g: tl.constexpr, q: tl.constexpr):
+    return 64 * s + 32 * g
 
 
 TYPE = BlockType(
     "Q4_K",
-    Layout(weights=256, size_bytes=144, word=torch.int32, segments=4, segment_words=8, groups=2, planes=4),
+    Layout(weights=256, size_bytes=144, word=torch.int32, segments=4, segment_words=8, groups=2, quads=1),
     Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
-    reference,
+    shifted=True,
+    reference=reference,
 )

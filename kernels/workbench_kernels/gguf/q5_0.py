@@ -11,14 +11,9 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q5_0`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
-from workbench_kernels.gguf.q4_0 import columns
-
-
-def codes_of(data: torch.Tensor) -> torch.Tensor:
-    """The last 20 bytes of Q5_0 and Q5_1 blocks, uint8 [n, 20] -> codes, float32 [n, 32]."""
-    upper = cut(data[:, :4], 1).transpose(1, 2).reshape(-1, 32)
-    return (cut(data[:, 4:], 4).reshape(-1, 32) | (upper << 4)).float()
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, half_of, halves, pairs_at, word_at
+from workbench_kernels.gguf.q4_1 import columns
+from workbench_kernels.gguf.q5_1 import codes, codes_of
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -30,28 +25,22 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 def _load(row, s, j, inside):
     block = row + s * 11
     return (
-        words_at(block + 3, j, inside),
+        pairs_at(block + 3, j, inside),
         word_at(block, inside),
-        words_at(block + 1, 0 * j, inside) >> (2 * j),
-        words_at(block + 2, 0 * j, inside) >> (2 * j),
+        pairs_at(block + 1, 0 * j, inside) >> (4 * j),
     )
 
 
 @jit
 def _scales(parts, s, g: tl.constexpr):
     scale = half_of(parts[1])
-    return scale, -16.0 * scale
-
-
-@jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    lower = (parts[0] >> (8 * (r % 2) + 4 * (r // 2))) & 15
-    return (lower | (((parts[2 + r // 2] >> (r % 2)) & 1) << 4)).to(tl.float32)
+    return scale, tl.zeros_like(scale)
 
 
 TYPE = BlockType(
     "Q5_0",
-    Layout(weights=32, size_bytes=22, word=torch.int16, segments=1, segment_words=8, groups=1, planes=4),
-    Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
-    reference,
+    Layout(weights=32, size_bytes=22, word=torch.int16, segments=1, segment_words=4, groups=1, quads=2, less=16),
+    Unpacking(load=_load, scales=_scales, codes=codes, columns=columns),
+    shifted=False,
+    reference=reference,
 )

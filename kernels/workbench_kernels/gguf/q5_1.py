@@ -12,9 +12,14 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q5_1`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, halves, word_at, words_at
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, halves, word_at, words_at
 from workbench_kernels.gguf.q4_1 import columns, scales
-from workbench_kernels.gguf.q5_0 import codes_of
+
+
+def codes_of(data: torch.Tensor) -> torch.Tensor:
+    """The last 20 bytes of Q5_0 and Q5_1 blocks, uint8 [n, 20] -> codes, float32 [n, 32]."""
+    upper = cut(data[:, :4], 1).transpose(1, 2).reshape(-1, 32)
+    return (cut(data[:, 4:], 4).reshape(-1, 32) | (upper << 4)).float()
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -34,14 +39,21 @@ def _load(row, s, j, inside):
 
 
 @jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    lower = (parts[0] >> (8 * (r % 4) + 4 * (r // 4))) & 15
-    return (lower | (((parts[2] >> (r % 4 + 16 * (r // 4))) & 1) << 4)).to(tl.float32)
+def fifth_bits(bits):
+    """The lowest four bits, one in bit 4 of each byte, the lowest in the lowest."""
+    # Bit k is moved 7 k further, to 8 k; the products do not overlap.
+    return (((bits & 15) * 0x00204081) & 0x01010101) << 4
+
+
+@jit
+def codes(parts, s, g: tl.constexpr, q: tl.constexpr):
+    return ((parts[0] >> (4 * q)) & 0x0F0F0F0F) | fifth_bits(parts[2] >> (16 * q))
 
 
 TYPE = BlockType(
     "Q5_1",
-    Layout(weights=32, size_bytes=24, word=torch.int32, segments=1, segment_words=4, groups=1, planes=8),
-    Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
-    reference,
+    Layout(weights=32, size_bytes=24, word=torch.int32, segments=1, segment_words=4, groups=1, quads=2),
+    Unpacking(load=_load, scales=scales, codes=codes, columns=columns),
+    shifted=True,
+    reference=reference,
 )

@@ -36,14 +36,14 @@ def _load(row, s, j, inside):
 
 
 @jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    upper = (parts[5] >> (8 * r + 2 * (s % 4) + g)) & 1
-    return (((parts[0] >> (8 * r + 4 * g)) & 15) | (upper << 4)).to(tl.float32)
+def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
+    return ((parts[0] >> (4 * g)) & 0x0F0F0F0F) | (((parts[5] >> (2 * (s % 4) + g)) & 0x01010101) << 4)
 
 
 TYPE = BlockType(
     "Q5_K",
-    Layout(weights=256, size_bytes=176, word=torch.int32, segments=4, segment_words=8, groups=2, planes=4),
+    Layout(weights=256, size_bytes=176, word=torch.int32, segments=4, segment_words=8, groups=2, quads=1),
     Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
-    reference,
+    shifted=True,
+    reference=reference,
 )

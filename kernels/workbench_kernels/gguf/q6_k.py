@@ -14,7 +14,8 @@ rows of lower bits and eight of upper bits. Source of the layout: llama.cpp, ggm
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, pairs_at, word_at
+from workbench_kernels.gguf.q2_k import columns
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -31,9 +32,9 @@ def _load(row, s, j, inside):
     block, h, i = row + (s // 4) * 105, (s // 2) % 2, s % 2
     lower, scale = block + 32 * h + 8 * i, block + 96 + 4 * h
     return (
-        words_at(lower, j, inside),
-        words_at(lower + 16, j, inside),
-        words_at(block + 64 + 16 * h + 8 * i, j, inside),
+        pairs_at(lower, j, inside),
+        pairs_at(lower + 16, j, inside),
+        pairs_at(block + 64 + 16 * h + 8 * i, j, inside),
         word_at(block + 104, inside),
         word_at(scale, inside),
         word_at(scale + 1, inside),
@@ -46,24 +47,19 @@ def _load(row, s, j, inside):
 def _scales(parts, s, g: tl.constexpr):
     # Word 96 + 4h + g holds the int8 scales of runs 8h + 2g and 8h + 2g + 1.
     scale = half_of(parts[3]) * ((parts[4 + g] << (24 - 8 * (s % 2))) >> 24).to(tl.float32)
-    return scale, -32.0 * scale
+    return scale, tl.zeros_like(scale)
 
 
 @jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    lower = (parts[g % 2] >> (8 * r + 4 * (g // 2))) & 15
-    upper = (parts[2] >> (8 * r + 2 * g)) & 3
-    return (lower | (upper << 4)).to(tl.float32)
-
-
-@jit
-def columns(s, j, g: tl.constexpr, r: tl.constexpr):
-    return 128 * (s // 2) + 32 * g + 16 * (s % 2) + 2 * j + r
+def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
+    lower, upper = (parts[g % 2] >> (4 * (g // 2))) & 0x0F0F0F0F, (parts[2] >> (2 * g)) & 0x03030303
+    return lower | (upper << 4)
 
 
 TYPE = BlockType(
     "Q6_K",
-    Layout(weights=256, size_bytes=210, word=torch.int16, segments=4, segment_words=8, groups=4, planes=2),
+    Layout(weights=256, size_bytes=210, word=torch.int16, segments=4, segment_words=4, groups=4, quads=1, less=32),
     Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
-    reference,
+    shifted=False,
+    reference=reference,
 )

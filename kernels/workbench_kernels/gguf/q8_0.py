@@ -10,7 +10,7 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q8_0`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, half_of, halves, word_at, words_at
+from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, half_of, halves, pairs_at, word_at
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -21,7 +21,7 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 @jit
 def _load(row, s, j, inside):
     block = row + s * 17
-    return words_at(block + 1, j, inside), word_at(block, inside)
+    return pairs_at(block + 1, j, inside), word_at(block, inside)
 
 
 @jit
@@ -31,18 +31,20 @@ def scales(parts, s, g: tl.constexpr):
 
 
 @jit
-def _codes(parts, s, g: tl.constexpr, r: tl.constexpr):
-    return ((parts[0] << (24 - 8 * r)) >> 24).to(tl.float32)
+def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
+    # Two's complement, with the upper bit turned over: the code and 128.
+    return parts[0] ^ -0x7F7F7F80
 
 
 @jit
-def _columns(s, j, g: tl.constexpr, r: tl.constexpr):
-    return 32 * s + 2 * j + r
+def _columns(s, g: tl.constexpr, q: tl.constexpr):
+    return 32 * s
 
 
 TYPE = BlockType(
     "Q8_0",
-    Layout(weights=32, size_bytes=34, word=torch.int16, segments=1, segment_words=16, groups=1, planes=2),
+    Layout(weights=32, size_bytes=34, word=torch.int16, segments=1, segment_words=8, groups=1, quads=1, less=128),
     Unpacking(load=_load, scales=scales, codes=_codes, columns=_columns),
-    reference,
+    shifted=False,
+    reference=reference,
 )
