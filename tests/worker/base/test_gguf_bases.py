@@ -134,6 +134,10 @@ def test_the_vocabulary_of_a_phi3_base_is_the_given_files(tmp_path: Path, monkey
     for key in ("token_type", "scores"):
         assert [read(first, key)[place] for place in plain] == [read(second, key)[place] for place in plain], key
     assert compare(logits_of(file, ids_over(354)), logits_of(again, ids_over(354)), 1e-9).same
+    # Such a file calls the unknown token a control token; it is a base like the other.
+    assert read(second, "token_type")[0] == 3
+    run({"gguf": str(again)}, tmp_path / "out2")
+    assert pieces(tmp_path / "out2") == pieces(tmp_path / "out") == read(first, "tokens")
 
 
 @pytest.mark.slow
@@ -152,6 +156,14 @@ def test_an_unknown_pre_tokenizer_is_one_line(tmp_path: Path, monkeypatch: pytes
     payload = {"base": str(base), "out": str(tmp_path / "x.gguf"), "dtype": "float32", "name": "Small"}
     with pytest.raises(UserError, match=r"does not know how this base's tokenizer splits text .*Leave out what needs"):
         convert(payload, lambda *_: None)
+
+
+def pieces(folder: Path) -> list[str]:
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(str(folder / "tokenizer.model"))
+    assert model.unk_id() == 0 and model.is_byte(3)
+    return [model.id_to_piece(place) for place in range(len(model))]
 
 
 def read(reader: Any, key: str) -> list[Any]:

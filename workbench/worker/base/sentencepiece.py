@@ -11,24 +11,30 @@ from typing import Any
 
 from workbench.worker.base.gguf_file import field_of
 
-UNKNOWN, BYTE = 2, 6
+UNKNOWN, CONTROL, BYTE = 2, 3, 6
+UNKNOWN_ID = "tokenizer.ggml.unknown_token_id"
 
 
 def model_of(reader: Any) -> bytes | None:
     """A serialized `ModelProto` (BPE, nothing normalized) of a GGUF file's tokens, scores and types.
 
-    None where the file's vocabulary is no SentencePiece one: of another kind, or without its one unknown piece.
+    None where the file's vocabulary is no SentencePiece one: of another kind, or without an unknown piece (which some
+    files call a control token).
     """
     tokens, types = (field_of(reader, f"tokenizer.ggml.{key}") or [] for key in ("tokens", "token_type"))
     scores = field_of(reader, "tokenizer.ggml.scores") or []
     whole = len(tokens) == len(types) == len(scores) == len(set(tokens))
-    if field_of(reader, "tokenizer.ggml.model") != "llama" or not whole or types.count(UNKNOWN) != 1:
+    by_name = tokens.index("<unk>") if "<unk>" in tokens else None
+    unknown = types.index(UNKNOWN) if UNKNOWN in types else field_of(reader, UNKNOWN_ID, by_name)
+    if field_of(reader, "tokenizer.ggml.model") != "llama" or not whole or unknown is None:
         return None
+    types = [CONTROL if kind == UNKNOWN else kind for kind in types]
+    types[unknown] = UNKNOWN
     pieces = (
         _bytes(1, token.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
         for token, score, kind in zip(tokens, scores, types, strict=True)
     )
-    trainer = _number(3, 2) + _number(35, BYTE in types) + _number(40, types.index(UNKNOWN))
+    trainer = _number(3, 2) + _number(35, BYTE in types) + _number(40, unknown)
     for number, word in ((41, "bos"), (42, "eos"), (43, "padding")):
         trainer += _number(number, field_of(reader, f"tokenizer.ggml.{word}_token_id", -1))
     spaces = field_of(reader, "tokenizer.ggml.add_space_prefix", True)
