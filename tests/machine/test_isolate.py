@@ -381,3 +381,10 @@ def test_no_descriptor_is_left_open(call: Any) -> None:
     call("echo", python="/nowhere/python")
     call("hangs", {"pid": os.devnull}, time_limit_s=0.3)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("line", [b"", b"warning: something", b"[1, 2]", b"null", b'{"a": 1}'])
+def test_what_is_no_progress_among_its_lines_is_passed_over(line: bytes) -> None:
+    """A library that wrote where the worker reports ended a run of hours."""
+    assert isolate._latest([b'[1, 4, "half"]', line]) == (1.0, 4.0, "half")
+    assert isolate._latest([line]) is None

@@ -249,12 +249,20 @@ def _follow(
         open_pipe = bool(data)
         *lines, buffer = (buffer + data).split(b"\n")
         waits = PAUSE in lines
-        lines = [line for line in lines if line != PAUSE]
-        if lines and on_progress is not None:
-            on_progress(*json.loads(lines[-1]))
+        if on_progress is not None and (told := _latest(lines)):
+            on_progress(*told)
         if waits:
             return "pause"
     return "end"
+
+
+def _latest(lines: list[bytes]) -> tuple[float, float, str] | None:
+    """The last progress told; a line that is none is no reason to lose the work."""
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, TypeError):
+            done, total, text = json.loads(line)
+            return float(done), float(total), str(text)
+    return None
 
 
 def _kill_session(child: subprocess.Popen[bytes]) -> None:
