@@ -51,11 +51,11 @@ def built(base: Path, folder: Path, name: str) -> Task:
 
 
 def engine(base: Path, task: Task) -> Any:
-    from workbench.worker.backends.transformers import Backend
+    from workbench.worker.backends.transformers import Engine
 
     artifact = Artifact("base", "base", "safetensors", str(base), "0", 0, 0)
     options = {"device": "cpu"}
-    return Backend(Job("Tiny", artifact, "transformers", options, Workload(repeats=0), tasks={"t": task}))
+    return Engine(Job("Tiny", artifact, "transformers", options, Workload(repeats=0), tasks={"t": task}))
 
 
 def test_without_it_the_command_is_told(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
