@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import time
 from functools import lru_cache
 
-from workbench.home import home, interpreter
-from workbench.machine import isolate
+from workbench.errors import UserError, WorkFailed
+from workbench.home import interpreter
 from workbench.machine.identity import has_cuda
+from workbench.machine.work import ask
 from workbench.worker.backends import BACKENDS
 
 LIMIT_S = 300.0
@@ -25,16 +24,11 @@ def uses_gpu(backend: str) -> bool:
     """
     if not has_cuda():
         return False
-    folder = home() / "logs" / f"device-{backend}-{time.time_ns()}"
-    reply = isolate.call(
-        f"{BACKENDS[backend]}:sees_cuda",
-        None,
-        workdir=folder,
-        python=interpreter(backend, sys.executable),
-        time_limit_s=LIMIT_S,
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    return bool(reply.value)
+    python = interpreter(backend, sys.executable)
+    try:
+        return bool(ask(f"{BACKENDS[backend]}:sees_cuda", None, python=python, limit_s=LIMIT_S))
+    except (UserError, WorkFailed):
+        return False
 
 
 def idle_gpu(backend: str) -> str | None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Generator
+from pathlib import Path
 from typing import TypeVar
 
 from workbench.console import Show
@@ -18,6 +19,19 @@ from workbench.machine.monitor import Monitor
 from workbench.records import Cost, digest, from_json, to_json
 
 Answer = TypeVar("Answer")
+
+
+def ask(function: str, payload: object, *, python: str = sys.executable, limit_s: float) -> object:
+    """What a worker answers that takes a moment of one core, so that it does not wait for the machine.
+
+    Raises as `work` does.
+    """
+    folder = _log_folder(function)
+    value: object = isolate.answer(
+        isolate.call(function, payload, workdir=folder, python=python, time_limit_s=limit_s), folder
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    return value
 
 
 def work(
@@ -59,8 +73,7 @@ def in_rounds(
 
     The machine is its own only while it works.
     """
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = home() / "logs" / f"{stamp}-{digest([function, text, time.time_ns()])[:8]}"
+    folder = _log_folder(function)
     monitor, reply, round_ = Monitor(watched=gpus(os.environ | (environment or {}))), None, 1
     with isolate.Worker(function, to_json(request), workdir=folder, python=python, environment=environment) as worker:
         while reply is None:
@@ -80,3 +93,8 @@ def in_rounds(
     shutil.rmtree(folder, ignore_errors=True)
     memory = monitor.memory()
     return value, Cost(round(reply.duration_s, 3), memory.get("peak_rss"), memory, monitor.conditions())
+
+
+def _log_folder(function: str) -> Path:
+    """A folder of its own for a worker, which goes with it unless it fails."""
+    return home() / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{digest([function, time.time_ns()])[:8]}"

@@ -15,13 +15,12 @@ Rejected: a safety factor over everything. It would hide an error, and tell peop
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import replace
 from typing import Any, cast
 
 from workbench.errors import UserError, WorkFailed
 from workbench.home import home
-from workbench.machine import isolate
+from workbench.machine.work import ask
 from workbench.plan.need import Need, Plan, need_of
 from workbench.plan.tensors import shape_of
 from workbench.recipe.choices import BackendChoice, method_of, wants_gguf_base
@@ -135,14 +134,10 @@ def check_context(recipe: Recipe, context_tokens: int, asked: int | None = None)
 
 
 def _read(recipe: Recipe) -> Described:
-    """Ask a worker for the shape; it takes a moment of one core, so it does not wait for the machine."""
+    """Ask a worker for the shape."""
     equivalent = recipe.base.equivalent.model_dump() if recipe.base.equivalent else None
     payload = to_json(BaseRequest(recipe.base.source(recipe.path.parent), equivalent))
-    folder = home() / "logs" / f"plan-{time.time_ns()}"
-    reply = isolate.call("workbench.worker.base.headers:read", payload, workdir=folder, time_limit_s=600)
-    value = isolate.answer(reply, folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    return cast(Described, value)
+    return cast(Described, ask("workbench.worker.base.headers:read", payload, limit_s=600))
 
 
 def _fitted(

@@ -11,7 +11,8 @@ Rejected: comparing with a table of names an architecture. It would know yesterd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,12 @@ def check_whole(path: Path, config: Mapping[str, Any], tensors: dict[str, Stored
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except UserError:
-        raise
     except Exception as error:  # transformers raises whatever an impossible configuration led to
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: no model can be built from its config.json: {first}") from None
     missing = sorted(set(report["missing_keys"]))
     unknown = sorted(set(report["unexpected_keys"]))
-    other = sorted(str(name) for name, *_ in report["mismatched_keys"])
-    sizes = {str(name): (tuple(there), tuple(wanted)) for name, there, wanted in report["mismatched_keys"]}
+    other = sorted((str(name), list(there), list(wanted)) for name, there, wanted in report["mismatched_keys"])
     prefix = model.base_model_prefix
     named = [name for name in stored if name.startswith(f"{prefix}.")]
     if missing:
@@ -71,10 +69,10 @@ def check_whole(path: Path, config: Mapping[str, Any], tensors: dict[str, Stored
             f"{'is' if len(missing) == 1 else 'are'} not in its files: {_names(missing)}. {advice}"
         )
     if other:
-        there, wanted = sizes[other[0]]
+        name, there, wanted = other[0]
         raise UserError(
             f"{path}: {_count(other)} {'has' if len(other) == 1 else 'have'} another shape than config.json says: "
-            f"{other[0]} has {list(there)}, not {list(wanted)}. Its config.json is another model's"
+            f"{name} has {there}, not {wanted}. Its config.json is another model's"
         )
     if unknown:
         raise UserError(
@@ -115,22 +113,22 @@ def _model_class(path: Path, config: Mapping[str, Any], remote_code: bool) -> An
     return getattr(transformers, name)
 
 
-class _silent:
+@contextmanager
+def _silent() -> Iterator[None]:
     """transformers' report and progress bar, which would say the same in more words, left out."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._logging, self._level = logging, logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self._logging.set_verbosity(self._level)
-        self._logging.enable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
-def _count(names: list[str]) -> str:
+def _count(names: Sized) -> str:
     return f"{len(names)} tensor" + ("s" if len(names) > 1 else "")
 
 
