@@ -138,12 +138,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
 }
 READ: dict[str, tuple[Change, list[str]]] = {
     "quantization_config null": (
-        lambda f: (
-            (f / "config.json").write_text(  # `configure` drops what is None.
-                json.dumps({**json.loads((f / "config.json").read_text()), "quantization_config": None})
-            )
-            and None
-        ),
+        null_quantization,
         [],
     ),
     "an adapter beside the model": (adapter, ["left out, no part of the model: adapter_config.json, adapter_model."]),
