@@ -100,7 +100,7 @@ def test_the_choice_and_the_front_are_those_of_the_rule(sort: str) -> None:
     if sort == "memory":
         order = ["memory", "quality", "speed", "size"]
     choices, tied = set(), 0
-    for _ in range(40):
+    for _ in range(15):
         rows = [made("base", 50, mib=800, disk_mib=400)]
         if chance.random() < 0.7:
             rows.append(made("base", 40, chance.uniform(0, 2), mib=900, disk_mib=400, backend="vllm"))

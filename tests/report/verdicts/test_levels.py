@@ -54,7 +54,7 @@ def by_the_rule(values: list[float], threshold: float) -> list[int]:
 def test_steps_are_those_of_the_rule(threshold: float) -> None:
     chance = np.random.default_rng(11)
     counts = []
-    for trial in range(150):
+    for trial in range(80):
         parts = [int(chance.integers(2, 20)) for _ in range(int(chance.integers(2, 5)))]
         heights = np.cumsum(chance.choice([-3.0, -1.0, -0.5, 0.0, 1.0, 2.0], len(parts))) * 2 * threshold
         noise = threshold * float(chance.choice([0.0, 0.05, 0.2, 0.5]))
@@ -64,7 +64,7 @@ def test_steps_are_those_of_the_rule(threshold: float) -> None:
         expected = by_the_rule(values, threshold) if len(values) >= 6 else []
         assert find_steps(values, threshold) == expected, (trial, values)
         counts.append(len(expected))
-    assert min(counts) == 0 and max(counts) >= 3 and sum(counts) > 100, "or the test shows nothing"
+    assert min(counts) == 0 and max(counts) >= 3 and sum(counts) > 50, "or the test shows nothing"
 
 
 def test_six_points_make_a_step_and_five_do_not() -> None:

@@ -60,7 +60,7 @@ def test_alarms_are_those_of_the_rule() -> None:
     """Worse than the median of up to seven nights by 5 %, and by three standard errors of such a difference."""
     chance = np.random.default_rng(5)
     alarms = 0
-    for trial in range(120):
+    for trial in range(80):
         nights = int(chance.integers(4, 10))
         scatter = chance.uniform(0.0, 0.04, 3)
         levels = {
@@ -81,7 +81,7 @@ def test_alarms_are_those_of_the_rule() -> None:
                 expected.add(variant)
         assert {alarm.pair.variant for alarm in judge(before, tonight).alarms} == expected
         alarms += len(expected)
-    assert 100 < alarms < 300, "both answers must be common, or the test shows nothing"
+    assert 60 < alarms < 200, "both answers must be common, or the test shows nothing"
 
 
 def test_the_first_measurement_of_a_night_errs_more_than_two() -> None:
