@@ -49,25 +49,29 @@ TESTS: dict[str, tuple[str, ...]] = {
     f"{REPORT}verdicts/recommend.py": ("report/verdicts/test_choice.py", "report/verdicts/test_recommend.py"),
     f"{REPORT}verdicts/steps.py": ("report/verdicts/test_levels.py", "report/verdicts/test_steps.py"),
     f"{WORKER}scoring/head.py": ("worker/scoring/test_head.py",),
-    f"{WORKER}scoring/reducer.py": ("worker/scoring/test_reducer.py",),
-    f"{WORKER}scoring/reference.py": ("worker/scoring/test_reducer.py",),
+    f"{WORKER}scoring/reducer.py": ("worker/scoring/test_reference_file.py", "worker/scoring/test_reducer.py"),
+    f"{WORKER}scoring/reference.py": ("worker/scoring/test_reference_file.py", "worker/scoring/test_reducer.py"),
     f"{WORKER}measure/answers.py": ("worker/tokens/test_tasks.py",),
-    f"{WORKER}measure/bandwidth.py": ("worker/measure/test_timing.py",),
-    f"{WORKER}measure/energy.py": ("worker/measure/test_timing.py",),
+    f"{WORKER}measure/bandwidth.py": ("worker/measure/test_clocks.py", "worker/measure/test_timing.py"),
+    f"{WORKER}measure/energy.py": ("worker/measure/test_clocks.py", "worker/measure/test_timing.py"),
     f"{WORKER}measure/likelihoods.py": ("worker/tokens/test_tasks.py",),
-    f"{WORKER}measure/timing.py": ("worker/measure/test_timing.py",),
-    f"{WORKER}methods/awq.py": ("worker/methods/test_awq.py",),
+    f"{WORKER}measure/timing.py": ("worker/measure/test_clocks.py", "worker/measure/test_timing.py"),
+    f"{WORKER}methods/awq.py": ("worker/methods/test_definitions.py", "worker/methods/test_awq.py"),
     f"{WORKER}methods/gguf.py": ("worker/methods/test_gguf.py",),
-    f"{WORKER}methods/gptq.py": ("worker/methods/test_gptq.py",),
-    f"{WORKER}methods/grouped.py": ("worker/methods/test_gptq.py", "worker/methods/test_awq.py"),
-    f"{WORKER}methods/rounding.py": ("worker/methods/test_gptq.py", "worker/methods/test_awq.py"),
+    f"{WORKER}methods/gptq.py": ("worker/methods/test_definitions.py", "worker/methods/test_gptq.py"),
+    f"{WORKER}methods/grouped.py": ("worker/methods/test_definitions.py",),
+    f"{WORKER}methods/rounding.py": ("worker/methods/test_definitions.py", "worker/methods/test_gptq.py"),
     **{
-        f"{WORKER}calibration/{name}.py": ("worker/calibration/test_calibration.py",)
+        f"{WORKER}calibration/{name}.py": (
+            "worker/calibration/test_pieces.py",
+            "worker/calibration/test_calibration.py",
+        )
         for name in ("gram", "layout", "resume", "run", "walk", "weights", "windows")
     },
     f"{WORKER}proof.py": ("worker/test_proof.py",),
-    "workbench/plan/need.py": ("plan/test_plan.py",),
-    "workbench/plan/tensors.py": ("plan/test_plan.py",),
+    "workbench/plan/make.py": ("plan/test_need.py", "plan/test_plan.py"),
+    "workbench/plan/need.py": ("plan/test_need.py", "plan/test_plan.py"),
+    "workbench/plan/tensors.py": ("plan/test_need.py", "plan/test_plan.py"),
     "workbench/sizes.py": ("test_sizes.py",),
 }
 """The modules, and under tests/ what belongs to each."""

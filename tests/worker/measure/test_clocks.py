@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from workbench.errors import UserError
 from workbench.records import Served, Speed, Workload
 from workbench.worker.measure import bandwidth, energy, timing
 from workbench.worker.measure.energy import Meter
