@@ -57,7 +57,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     f"{WORKER}measure/likelihoods.py": ("worker/tokens/test_tasks.py",),
     f"{WORKER}measure/timing.py": ("worker/measure/test_clocks.py", "worker/measure/test_timing.py"),
     f"{WORKER}methods/awq.py": ("worker/methods/test_definitions.py", "worker/methods/test_awq.py"),
-    f"{WORKER}methods/gguf.py": ("worker/methods/test_gguf.py",),
+    f"{WORKER}methods/gguf.py": ("worker/methods/test_gguf_words.py", "worker/methods/test_gguf.py"),
     f"{WORKER}methods/gptq.py": ("worker/methods/test_definitions.py", "worker/methods/test_gptq.py"),
     f"{WORKER}methods/grouped.py": ("worker/methods/test_definitions.py",),
     f"{WORKER}methods/rounding.py": ("worker/methods/test_definitions.py", "worker/methods/test_gptq.py"),
