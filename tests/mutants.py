@@ -73,6 +73,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "workbench/plan/need.py": ("plan/test_need.py", "plan/test_plan.py"),
     "workbench/plan/tensors.py": ("plan/test_need.py", "plan/test_plan.py"),
     "workbench/sizes.py": ("test_sizes.py",),
+    **{
+        f"kernels/workbench_kernels/encoders/{name}.py": ("kernels/test_encode.py",)
+        for name in ("encode", "k_quants", "packing", "search", "small_blocks")
+    },
 }
 """The modules, and under tests/ what belongs to each."""
 

@@ -67,41 +67,32 @@ def test_the_tensors_of_a_llama_by_hand() -> None:
     assert (of.traits.layers, of.traits.heads, of.traits.kv_heads, of.traits.experts) == (2, 4, 2, 0)
 
 
-@pytest.mark.parametrize(
-    ("changes", "more", "less"),
-    [
-        ({"tie_word_embeddings": True}, set(), {"output.weight"}),
-        ({"attention_bias": True}, {"q.bias", "k.bias", "v.bias", "output.bias"}, set()),
-        ({"mlp_bias": True}, {"gate.bias", "up.bias", "down.bias"}, set()),
-        ({"model_type": "qwen2"}, {"q.bias", "k.bias", "v.bias"}, set()),
-        ({"model_type": "qwen3"}, {"q_norm.weight", "k_norm.weight"}, set()),
-        (
-            {"model_type": "gemma2", "tie_word_embeddings": None},
-            {"post_attention_norm", "post_ffw_norm"},
-            {"output.weight"},
-        ),
-    ],
-    ids=str,
-)
-def test_what_other_architectures_have_more_and_less(changes: dict[str, Any], more: set[str], less: set[str]) -> None:
+QKV = {"attn_q.bias", "attn_k.bias", "attn_v.bias"}
+MORE: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
+    "tied": ({"tie_word_embeddings": True}, set(), {"output.weight"}),
+    "attention": ({"attention_bias": True}, {*QKV, "attn_output.bias"}, set()),
+    "mlp": ({"mlp_bias": True}, {"ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"}, set()),
+    "qwen2": ({"model_type": "qwen2"}, QKV, set()),
+    "qwen3": ({"model_type": "qwen3"}, {"attn_q_norm.weight", "attn_k_norm.weight"}, set()),
+    "gemma2": (
+        {"model_type": "gemma2", "tie_word_embeddings": None},
+        {"post_attention_norm.weight", "post_ffw_norm.weight"},
+        {"output.weight"},
+    ),
+}
+"""Changes of a configuration -> what each layer has more, and what the model has less."""
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_what_other_architectures_have_more_and_less(name: str) -> None:
+    changes, more, less = MORE[name]
     plain, other = named(shape()), named(shape(**changes))
-    added = {
-        name.removeprefix("blk.1.").replace("attn_q_", "q_").replace("attn_k_", "k_")
-        for name in other
-        if name not in plain
-    }
-    added = {
-        name.replace("attn_", "").replace("ffn_", "").removesuffix("_norm.weight")
-        for name in added
-        if "blk.0" not in name
-    }
-    wanted = {name.removesuffix("_norm.weight").removesuffix(".weight") for name in more}
-    assert {name.removesuffix(".weight") for name in added} == {name.removesuffix("_norm") for name in wanted}
-    assert {name for name in plain if name not in other} == less
-    for name, sides in other.items():
-        if name.endswith(".bias"):
-            assert sides == (other[name.replace(".bias", ".weight")][0],)
-        if name.endswith(("attn_q_norm.weight", "attn_k_norm.weight")):
+    assert set(other) - set(plain) == {f"blk.{index}.{each}" for index in (0, 1) for each in more}
+    assert set(plain) - set(other) == less
+    for tensor, sides in other.items():
+        if tensor.endswith(".bias"):
+            assert sides == (other[tensor.replace(".bias", ".weight")][0],)
+        if tensor.endswith(("attn_q_norm.weight", "attn_k_norm.weight")):
             assert sides == (64,)
 
 
