@@ -35,50 +35,54 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkResult
 ROOT = Path(__file__).parent.parent
 NOTICED = 0.85
 """Share of the changes that the tests have to notice."""
-REPORT, WORKER = "workbench/report/", "workbench/worker/"
-TESTS: dict[str, tuple[str, ...]] = {
-    f"{REPORT}estimates.py": ("report/test_estimates.py", "report/test_quality.py"),
-    f"{REPORT}metrics.py": ("report/test_metrics.py", "report/test_side_by_side.py", "report/verdicts/test_changes.py"),
-    f"{REPORT}quality.py": ("report/test_quality.py", "report/test_metrics.py"),
-    f"{REPORT}selection.py": ("report/test_side_by_side.py", "report/test_table.py"),
-    f"{REPORT}speeds.py": ("report/test_speeds.py", "report/test_metrics.py"),
-    f"{REPORT}table.py": ("report/test_side_by_side.py", "report/test_table.py"),
-    f"{REPORT}units.py": ("test_sizes.py",),
-    f"{REPORT}verdicts/compare.py": ("report/verdicts/test_changes.py", "report/verdicts/test_compare.py"),
-    f"{REPORT}verdicts/night.py": ("report/verdicts/test_one_night.py", "report/verdicts/test_night.py"),
-    f"{REPORT}verdicts/recommend.py": ("report/verdicts/test_choice.py", "report/verdicts/test_recommend.py"),
-    f"{REPORT}verdicts/steps.py": ("report/verdicts/test_levels.py", "report/verdicts/test_steps.py"),
-    f"{WORKER}scoring/head.py": ("worker/scoring/test_head.py",),
-    f"{WORKER}scoring/reducer.py": ("worker/scoring/test_reference_file.py", "worker/scoring/test_reducer.py"),
-    f"{WORKER}scoring/reference.py": ("worker/scoring/test_reference_file.py", "worker/scoring/test_reducer.py"),
-    f"{WORKER}measure/answers.py": ("worker/tokens/test_tasks.py",),
-    f"{WORKER}measure/bandwidth.py": ("worker/measure/test_clocks.py", "worker/measure/test_timing.py"),
-    f"{WORKER}measure/energy.py": ("worker/measure/test_clocks.py", "worker/measure/test_timing.py"),
-    f"{WORKER}measure/likelihoods.py": ("worker/tokens/test_tasks.py",),
-    f"{WORKER}measure/timing.py": ("worker/measure/test_clocks.py", "worker/measure/test_timing.py"),
-    f"{WORKER}methods/awq.py": ("worker/methods/test_definitions.py", "worker/methods/test_awq.py"),
-    f"{WORKER}methods/gguf.py": ("worker/methods/test_gguf_words.py", "worker/methods/test_gguf.py"),
-    f"{WORKER}methods/gptq.py": ("worker/methods/test_definitions.py", "worker/methods/test_gptq.py"),
-    f"{WORKER}methods/grouped.py": ("worker/methods/test_definitions.py",),
-    f"{WORKER}methods/rounding.py": ("worker/methods/test_definitions.py", "worker/methods/test_gptq.py"),
-    **{
-        f"{WORKER}calibration/{name}.py": (
-            "worker/calibration/test_pieces.py",
-            "worker/calibration/test_calibration.py",
-        )
-        for name in ("gram", "layout", "resume", "run", "walk", "weights", "windows")
+BELONGING: dict[str, dict[str, str]] = {
+    "workbench": {"sizes": "sizes"},
+    "workbench/plan": {"make need tensors": "need plan"},
+    "workbench/report": {
+        "estimates": "estimates quality",
+        "metrics": "metrics side_by_side verdicts/changes",
+        "quality": "quality metrics",
+        "selection table": "side_by_side table",
+        "speeds": "speeds metrics",
+        "units": "../sizes",
     },
-    f"{WORKER}proof.py": ("worker/test_proof.py",),
-    "workbench/plan/make.py": ("plan/test_need.py", "plan/test_plan.py"),
-    "workbench/plan/need.py": ("plan/test_need.py", "plan/test_plan.py"),
-    "workbench/plan/tensors.py": ("plan/test_need.py", "plan/test_plan.py"),
-    "workbench/sizes.py": ("test_sizes.py",),
-    **{
-        f"kernels/workbench_kernels/encoders/{name}.py": ("kernels/test_encode.py",)
-        for name in ("encode", "k_quants", "packing", "search", "small_blocks")
+    "workbench/report/verdicts": {
+        "compare": "changes compare",
+        "night": "one_night night",
+        "recommend": "choice recommend",
+        "steps": "levels steps",
     },
+    "workbench/worker": {"proof": "proof"},
+    "workbench/worker/calibration": {"gram layout resume run walk weights windows": "pieces calibration"},
+    "workbench/worker/measure": {
+        "answers likelihoods": "../tokens/tasks",
+        "bandwidth energy timing": "clocks timing",
+    },
+    "workbench/worker/methods": {
+        "awq": "scales layers grouped awq",
+        "gguf": "gguf_words gguf",
+        "gptq": "layers grouped gptq",
+        "grouped": "grouped",
+        "rounding": "rounding layers gptq",
+    },
+    "workbench/worker/scoring": {"head": "head", "reducer reference": "reference_file reducer"},
+    "kernels/workbench_kernels/encoders": {"encode k_quants packing search small_blocks": "../../encode"},
 }
-"""The modules, and under tests/ what belongs to each."""
+"""Folder -> modules -> names of the tests that belong to them, in the folder of tests that mirrors theirs."""
+
+
+def test_file(folder: str, name: str) -> str:
+    """Where `name` of `BELONGING` lies: `../tokens/tasks` of workbench/worker/measure in tests/worker/tokens/."""
+    place = Path("tests", folder.removeprefix("workbench").strip("/"), name)
+    return os.path.normpath(place.with_name(f"test_{place.name}.py"))
+
+
+TESTS = {
+    f"{folder}/{module}.py": [test_file(folder, name) for name in tests.split()]
+    for folder, entries in BELONGING.items()
+    for modules, tests in entries.items()
+    for module in modules.split()
+}
 
 
 def places(modules: list[str], folder: Path) -> list[list[MutationSpec]]:
@@ -122,8 +126,8 @@ def compiles(one: MutationSpec) -> bool:
 
 
 def command(module: str) -> str:
-    files = " ".join(f"tests/{name}" for name in TESTS[module])
-    return f"{sys.executable} -P -m pytest -q -x -m 'not slow and not gpu' -p no:cacheprovider {files}"
+    words = f"{sys.executable} -P -m pytest -q -x -m 'not slow and not gpu' -p no:cacheprovider"
+    return " ".join([words, *TESTS[module]])
 
 
 def limits_s(modules: list[str]) -> dict[str, float]:
