@@ -23,6 +23,7 @@ from workbench.errors import short
 from workbench.recipe.words import (
     HUB,
     MODULE,
+    MOST_CUT,
     MOST_TOKENS,
     File,
     Name,
@@ -172,12 +173,26 @@ class Source(Strict):
         return given
 
 
-class EvaluationModel(Strict):
-    """Tokens for perplexity: `windows` windows of `window` tokens, scored by a convention."""
+class Cut(Strict):
+    """`windows` windows of `window` tokens of a text."""
 
-    name: Name | None = None
     source: Source
     window: Window = 512
+    windows: Windows
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.window * self.windows > MOST_CUT:
+            raise ValueError(
+                f"`windows` times `window`: {MOST_CUT:,} tokens at most, not {self.window * self.windows:,}"
+            )
+        return self
+
+
+class EvaluationModel(Cut):
+    """Tokens for perplexity, scored by a convention."""
+
+    name: Name | None = None
     windows: Windows = 20
     score: Score = DEFAULT
     stride: Tokens | None = None
@@ -193,11 +208,9 @@ class EvaluationModel(Strict):
         return self
 
 
-class Calibration(Strict):
+class Calibration(Cut):
     """Tokens that methods may look at; never the evaluation's unless `allow_overlap` says so."""
 
-    source: Source
-    window: Window = 512
     windows: Windows = 32
     seed: Seed = 0
     allow_overlap: bool = False

@@ -21,6 +21,9 @@ HUB = r"^\w[\w.-]*(/\w[\w.-]*)?$"
 MODULE = r"^[^\W\d]\w*(\.[^\W\d]\w*)*$"
 """A module's full name."""
 MOST_TOKENS = 2**20
+"""Of one sequence."""
+MOST_CUT = 2**26
+"""Tokens of all windows of a text: a streamed dataset would be read for days."""
 
 
 def bad_name(value: object) -> str:
