@@ -6,15 +6,20 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.errors import UserError
+from workbench.errors import UserError, short
 from workbench.worker.architectures import Group, Layer
 
 BLOCK = 128
 """Columns between two large products that spread the error (the lazy batches of GPTQ)."""
+MOST_GROUP = 2**16
+"""Columns of a group."""
 SUB_BLOCK = 16
 """Columns between two products inside a block, so that a column's own step touches few rows."""
 CHUNK = 1024
 """Output channels in one step of the scale search: with a group of 128 it stays in a core's cache."""
+
+NEARLY_ALL = 0.999
+"""Part of an error from which what is left beside it is rounding alone."""
 
 TINY_SCALE = 2.0**-14
 """The smallest normal float16. Below it kernels may flush a scale to zero and divide by it."""
@@ -22,9 +27,10 @@ TINY_SCALE = 2.0**-14
 
 def check_grid(method: str, group_size: int, damping: float) -> None:
     """The checks that AWQ's and GPTQ's options share."""
-    if group_size != -1 and (group_size < 16 or group_size % 16):
+    if group_size != -1 and (not 16 <= group_size <= MOST_GROUP or group_size % 16):
         raise UserError(
-            f"{method}: group_size {group_size} cannot be: take a multiple of 16 (32, 64, 128), or -1 for whole rows"
+            f"{method}: group_size {short(group_size)} cannot be: take a multiple of 16 (32, 64, 128) up to "
+            f"{MOST_GROUP}, or -1 for whole rows"
         )
     if not 0 <= damping < 1:
         raise UserError(
@@ -292,7 +298,13 @@ def compensate(
         live = diagonal > 0
         share = damping * float(diagonal[live].mean()) if bool(live.any()) else 0.0
         live_error = error[live[order]]
-        channel_error = channel_error - share * live_error.mul_(live_error).sum(0)
+        damped = share * (live_error * live_error).sum(0)
+        if float(damped.sum()) < NEARLY_ALL * float(channel_error.sum()):
+            channel_error = channel_error - damped
+        else:
+            unsorted = torch.empty_like(error)
+            unsorted[order] = error
+            channel_error = quadratic(unsorted, gram)
     return Rounded(back, channel_error, damping)
 
 
