@@ -18,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from workbench import pipeline
+from workbench.cache import at_work
 from workbench.console import Show
 from workbench.disk import write_whole
 from workbench.errors import UserError, install_with
@@ -70,7 +71,8 @@ def run(
 ) -> list[Night]:
     """A night of all recipes, in order; each is judged and remembered before the next begins."""
     nights = []
-    with lock(home() / "locks" / "nightly", lambda: show.say("waiting for another night to end")):
+    waiting = "waiting for another night to end"
+    with at_work(show.say), lock(home() / "locks" / "nightly", lambda: show.say(waiting)):
         for recipe in recipes:
             nights.append(_one(recipe, results, show, backends))
         if site is not None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from workbench.console import Show
-from workbench.home import entry
+from workbench.disk import remove
+from workbench.home import entry, home
+from workbench.intact import Changed, contents
 from workbench.machine.work import work
 from workbench.quantize.alone import make_alone
-from workbench.quantize.record import artifact_key, provenance_of
+from workbench.quantize.record import artifact_key, base_key, provenance_of
 from workbench.recipe.load import Recipe
 from workbench.records import Artifact, BaseRequest, PreparedBase, Variant, digest, to_json
 from workbench.shape import DTYPE_CODES
@@ -20,15 +23,12 @@ from workbench.worker.methods import base as forms
 
 def prepare(recipe: Recipe, show: Show) -> PreparedBase:
     """The base, downloaded, de-quantized, rewritten, or just found."""
-    from workbench.worker.base.prepare import identify
-
     source = recipe.base.source(recipe.path.parent)
     equivalent = recipe.base.equivalent.model_dump() if recipe.base.equivalent else None
-    key = digest([identify(source), equivalent, recipe.base.trust_remote_code])
 
     def build(folder: Path) -> PreparedBase:
         for leftover in folder.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            remove(leftover)
         out = folder / recipe.model
         out.mkdir()
         made, cost = work(
@@ -39,16 +39,21 @@ def prepare(recipe: Recipe, show: Show) -> PreparedBase:
             f"base: {recipe.model}",
             limit_s=recipe.limits.quantize_s,
         )
+        if any(told.get("source") == source and told.get("digest") != made.digest for told in _known()):
+            show.say(f"note: {recipe.model}: the base is not what it was; what is made of it is made anew")
         # Inside the entry, whatever the cache folder is called later.
         path = recipe.model if Path(made.path) == out else made.path
         return replace(made, path=path, source=source, cost=cost)
 
-    folder, base = entry("bases", key, PreparedBase, build)
-    path = folder / base.path
-    if not path.exists():
-        shutil.rmtree(folder)
-        return prepare(recipe, show)
-    return replace(base, path=str(path), digest=digest([base.digest, equivalent]))
+    folder, base = entry("bases", base_key(recipe), PreparedBase, build)
+    return replace(base, path=str(folder / base.path), digest=digest([base.digest, equivalent]))
+
+
+def _known() -> Iterator[dict[str, object]]:
+    """The records of all bases that were prepared and can be read."""
+    for file in (home() / "bases").glob("*/base.json"):
+        with contextlib.suppress(Changed):
+            yield contents(file)[0]
 
 
 def as_gguf(recipe: Recipe, base: PreparedBase, show: Show) -> tuple[Artifact, Artifact]:
