@@ -3,9 +3,12 @@ words and where possible before the work."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,10 @@ WAY_OUT = (
 )
 
 
+HALF_S = 60.0
+"""After how many seconds half a file is nobody's any more."""
+
+
 def expanded(path: str | os.PathLike[str]) -> Path:
     """The path with its `~` spelt out. Raises `UserError` for `~name` where nobody has that name."""
     try:
@@ -28,11 +35,20 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under another name and rename it when it is on the disk, so that nobody ever reads half of it."""
+    """Write a file under another name and rename it when it is on the disk, so that nobody ever reads half of it.
+
+    Halves that dead ones left of it are removed.
+    """
+    for half in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = half.name.split(".")[-2]
+        # The process may be another machine's, where a disk is shared; that long none takes.
+        with contextlib.suppress(FileNotFoundError):
+            if not Path("/proc", pid).exists() and half.stat().st_mtime < time.time() - HALF_S:
+                half.unlink()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

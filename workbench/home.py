@@ -21,7 +21,7 @@ from typing import Literal, TypeVar
 
 from workbench.disk import disk_faults, remove, sync, write_whole
 from workbench.errors import UserError
-from workbench.intact import Changed, as_made, keep
+from workbench.intact import Changed, NotAFile, as_made, keep, open_file
 
 Record = TypeVar("Record")
 Kind = Literal["artifacts", "bandwidth", "bases", "imatrix", "references", "tasks", "tokens"]
@@ -54,15 +54,27 @@ def local(path: str) -> Path:
 def instance() -> str:
     """Six hex digits that tell this installation from another on the same kind of machine."""
     file = home() / "instance"
-    if not file.exists():
+    spoiled = os.path.lexists(file)  # Asked first: another run may make it at this moment.
+    if not re.fullmatch("[0-9a-f]{6}", _line(file) or ""):
         file.parent.mkdir(parents=True, exist_ok=True)
+        if spoiled:
+            remove(file)
         # Linked when whole: another run may ask at the same moment and must not read an empty name.
         temporary = file.with_name(f"instance.{os.getpid()}")
         temporary.write_text(uuid.uuid4().hex[:6] + "\n")
         with contextlib.suppress(FileExistsError):
             os.link(temporary, file)
         temporary.unlink()
-    return file.read_text().strip()
+    return _line(file) or ""
+
+
+def _line(file: Path) -> str | None:
+    """What a file of one line says; None if there is none."""
+    try:
+        with open(open_file(file), encoding="utf-8", errors="surrogateescape") as stream:
+            return stream.read().strip()
+    except (FileNotFoundError, NotAFile):
+        return None
 
 
 def interpreter(backend: str, default: str) -> str:
@@ -197,8 +209,8 @@ def remember(recipe: Path) -> None:
 
 def last_recipe() -> Path | None:
     """The recipe last quantized on this machine, if any."""
-    file = home() / "last-recipe"
-    return Path(file.read_text().strip()) if file.exists() else None
+    found = _line(home() / "last-recipe")
+    return Path(found) if found else None
 
 
 def recipe_or_last(given: Path | None) -> Path:

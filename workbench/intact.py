@@ -43,12 +43,16 @@ class Print:
     """Checksums (XXH3, 128 bits)."""
 
 
+class NotAFile(OSError):
+    """A folder, a pipe, a device."""
+
+
 def open_file(path: Path) -> int:
-    """A descriptor to read a file by. Raises `OSError` for what is none: a pipe or a device could be waited for."""
+    """A descriptor to read a file by. Raises `OSError`; `NotAFile` for what could be waited for, or has no content."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError("not a file")
+        raise NotAFile("not a file")
     return descriptor
 
 
