@@ -1,8 +1,9 @@
 """What it costs to check that files are as they were made, beside loading them: `check_time.py [RECIPE]`.
 
-Runs the recipe (default: recipes/tiny.yaml), then times the check before use of every file that its jobs used, cached as
-it then is, and prints it as a part of the shortest load of that artifact in any engine; and how long reading everything
-through takes (`workbench cache verify`). Exits with 1 if a check takes more than 1 % of the load.
+Runs the recipe (default: recipes/tiny.yaml), then times the check before use of everything that its jobs used, and
+prints it as a part of the artifact's shortest load in any engine, of the others as a part of the shortest load of all;
+and how long reading everything through takes (`workbench cache verify`). Exits with 1 if a check takes more than 1 % of
+a load.
 """
 
 from __future__ import annotations
