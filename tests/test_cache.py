@@ -148,8 +148,15 @@ with at_work(print), held(home() / "logs" / "now.partial") as logs, temporary() 
     assert mine.parent == tmp_path
     for kept in ("workbench-notes", "other"):
         write(tmp_path / kept if kept == "workbench-notes" else tmp_path / kept / "x")
-    for path in ("logs/failed/log.txt", "bases/b.partial/w", "artifacts/a.partial/w", "states/s/x", ".last.9.partial"):
+    for path in (
+        "logs/failed/log.txt",
+        "bases/b.partial/w",
+        "artifacts/a.partial/w",
+        "states/s/x",
+        ".last.999999999.partial",
+    ):
         write(home / path)
+    os.utime(home / ".last.999999999.partial", (0, 0))
     with cache.at_work(print):
         assert (mine / "socket").exists() and (home / "logs" / "now.partial").exists(), "it is alive"
     child.kill()

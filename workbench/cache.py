@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from workbench.console import Show
-from workbench.disk import remove
+from workbench.disk import remove, remove_halves
 from workbench.errors import UserError
 from workbench.home import Kind, home, lock, record_name
 from workbench.intact import Changed, as_made, contents
@@ -65,8 +65,7 @@ def _sweep() -> None:
         # Of artifacts, an interrupted pass has its own there.
         for partial in [] if kind == "artifacts" and fresh else (home() / kind).glob("*.partial"):
             remove(partial)
-    for partial in home().glob(".*.partial"):
-        remove(partial)
+    remove_halves(home())
 
 
 def clean(everything: bool) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from workbench.disk import write_whole
+from workbench.disk import remove_halves, write_whole
 from workbench.errors import UserError, WorkFailed
 
 LINE_EVERY_S = 30.0
@@ -98,6 +98,7 @@ def write(output: Path | None, content: str | bytes) -> None:
         if output.exists() and not output.is_file():
             output.write_bytes(data)  # A pipe or a device.
         else:
+            remove_halves(output.parent)
             write_whole(output, data)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}). Name another --output") from None

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -35,16 +35,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under another name and rename it when it is on the disk, so that nobody ever reads half of it.
-
-    Halves that dead ones left of it are removed.
-    """
-    for half in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        pid = half.name.split(".")[-2]
-        # The process may be another machine's, where a disk is shared; that long none takes.
-        with contextlib.suppress(FileNotFoundError):
-            if not Path("/proc", pid).exists() and half.stat().st_mtime < time.time() - HALF_S:
-                half.unlink()
+    """Write a file under another name and rename it when it is on the disk, so that nobody ever reads half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -54,6 +45,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_halves(folder: Path) -> None:
+    """Remove what `write_whole` left in a folder where it was killed."""
+    for half in folder.glob(".*.partial"):
+        pid = re.fullmatch(r"\..+\.(\d+)\.partial", half.name)
+        # The process may be another machine's, where a disk is shared; that long none takes.
+        with contextlib.suppress(FileNotFoundError):
+            if pid and not Path("/proc", pid[1]).exists() and half.stat().st_mtime < time.time() - HALF_S:
+                half.unlink()
 
 
 def sync(path: Path) -> None:

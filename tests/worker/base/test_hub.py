@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
 import hashlib
+import http.server
 import json
 import os
 import shutil
