@@ -33,16 +33,18 @@ from workbench.records import (
 COST = Cost(1.5, 2**30, {"peak_rss": 2**30}, {"others_cores": 0.1, "throttled": None})
 RECORDS: dict[Kind, Any] = {
     "artifacts": Artifact(
-        "awq", "awq", "awq", "m-awq", "k", 100, 200, {"a": "I4"}, ["a warning"], {"seconds": {"total": 1.5}}
+        "awq", "awq", "awq", "m-awq", "k", 100, 200, warnings=["a warning"], provenance={"seconds": {"total": 1.5}}
     ),
     "bandwidth": Bandwidth(1.5e10),
     "bases": PreparedBase(
         "m", "0" * 64, "float32", 200, 800, "LlamaForCausalLM", 354, 2048, source={"path": "/m"}, cost=COST
     ),
-    "imatrix": ImportanceMatrix("k", "t", COST),
-    "references": Reference("d", {"dtype": "float32"}, "b", "e", COST),
-    "tasks": Tasks({"t": Task("t", "t.json", "d", 3, 40)}, COST),
-    "tokens": TokenSets({"evaluation": Evaluation("e", "e.json", "d", 64, "all", 3, 100, 400)}, COST),
+    "imatrix": ImportanceMatrix("k", "t", cost=COST),
+    "references": Reference("d", {"dtype": "float32"}, "b", "e", cost=COST),
+    "tasks": Tasks({"t": Task("t", "t.json", "d", 3, 40)}, text_version=1, cost=COST),
+    "tokens": TokenSets(
+        {"evaluation": Evaluation("e", "e.json", "d", 64, "all", 3, 100, 400)}, text_version=1, cost=COST
+    ),
 }
 """A record of each kind; the files that it names are made by `made`."""
 

@@ -90,7 +90,10 @@ def change(path: Path, was: Print, read: Read | None = None) -> tuple[str | None
         os.close(descriptor)
     if same_times and read is None:
         return None, was
-    found = print_of(path, read)
+    try:
+        found = print_of(path, read)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})", was
     return (None, found) if found.whole == was.whole else ("its content changed", was)
 
 
@@ -147,11 +150,11 @@ def as_made(file: Path, record: type[Record], read: Read | None = None) -> Recor
     told, prints = contents(file)
     try:
         found: Record = from_json(record, told)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        path = getattr(found, "path", "")
+        if path and not (folder / path).exists():
+            raise Changed(f"{folder / path} is gone")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise Changed(f"{file} is no such record ({error})") from None
-    path = getattr(found, "path", "")
-    if path and not (folder / path).exists():
-        raise Changed(f"{folder / path} is gone")
     if prints is None:
         with contextlib.suppress(OSError):
             seal(file, told, {_name(folder, path): print_of(path, read) for path in _files_of(file, told)})
