@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import Bench
 from tests.command import command
 from tests.places import ROOT
 from workbench import cache, intact
@@ -193,3 +194,20 @@ def test_verify_finds_what_a_look_does_not(home: Path, capsys: pytest.CaptureFix
     assert answer.stdout.startswith(f"{file} is not what it was when it was made: its content changed: the next run")
     assert place.stored("artifacts", "k", Artifact) is None, "found from then on"
     assert capsys.readouterr().err.count("made anew") == 1
+
+
+@pytest.mark.slow
+def test_a_run_is_not_disturbed_by_clean(bench: Bench) -> None:
+    recipe = bench.recipe(workload={"prompt_tokens": 8, "new_tokens": 50, "repeats": 2})
+    child = bench.start("run", recipe, WORKBENCH_FAKE_SLOWER="15")
+    try:
+        bench.wait_for(lambda: bool(bench.workers()), child)
+        for words in (["clean"], ["clean", "--all"]):
+            answer = bench(*words)
+            assert (answer.returncode, answer.stdout) == (2, "")
+            assert answer.stderr == f"error: {bench.home}: a run is at work here. Clean when it has ended\n"
+        _, err = child.communicate(timeout=120)
+    finally:
+        child.kill()
+    assert child.returncode == 0, err
+    assert bench.measured() == ["base", "gguf-Q8_0"]
