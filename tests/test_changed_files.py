@@ -86,7 +86,8 @@ def test_a_base_that_was_edited_is_another_base_and_that_is_said(place: Bench, m
     (place.model / "tokenizer.json").write_bytes(tokenizer)
     answer = place("run", place.recipe(**PARTS), "--format", "json")
     assert answer.returncode == 0
-    assert "note: Tiny: the base is not what it was; what is made of it is made anew" in answer.stderr
+    said = "is not what it was: this is another base, and what is made of it is made anew"
+    assert f"note: {place.model}/model.safetensors {said}" in answer.stderr
     lines = json.loads(answer.stdout)
     assert all(line["perplexity"] != old["perplexity"] for line, old in zip(lines, first, strict=True))
 

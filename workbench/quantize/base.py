@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from workbench.console import Show
 from workbench.disk import remove
 from workbench.home import entry, home
-from workbench.intact import Changed, contents
+from workbench.intact import Changed, change, contents
 from workbench.machine.work import work
 from workbench.quantize.alone import make_alone
 from workbench.quantize.record import artifact_key, base_key, provenance_of
@@ -39,8 +38,8 @@ def prepare(recipe: Recipe, show: Show) -> PreparedBase:
             f"base: {recipe.model}",
             limit_s=recipe.limits.quantize_s,
         )
-        if any(told.get("source") == source and told.get("digest") != made.digest for told in _known()):
-            show.say(f"note: {recipe.model}: the base is not what it was; what is made of it is made anew")
+        for name in sorted(_changed(source)):
+            show.say(f"note: {name} is not what it was: this is another base, and what is made of it is made anew")
         # Inside the entry, whatever the cache folder is called later.
         path = recipe.model if Path(made.path) == out else made.path
         return replace(made, path=path, source=source, cost=cost)
@@ -49,11 +48,15 @@ def prepare(recipe: Recipe, show: Show) -> PreparedBase:
     return replace(base, path=str(folder / base.path), digest=digest([base.digest, equivalent]))
 
 
-def _known() -> Iterator[dict[str, object]]:
-    """The records of all bases that were prepared and can be read."""
-    for file in (home() / "bases").glob("*/base.json"):
+def _changed(source: object) -> set[str]:
+    """Files of a source that are not what they were when it was last prepared, where it is used in place."""
+    found = set[str]()
+    for file in sorted((home() / "bases").glob("*/base.json"), key=lambda file: file.stat().st_mtime_ns):
         with contextlib.suppress(Changed):
-            yield contents(file)[0]
+            told, prints = contents(file)
+            if told.get("source") == source:
+                found = {name for name, was in (prints or {}).items() if change(file.parent / name, was)[0]}
+    return found
 
 
 def as_gguf(recipe: Recipe, base: PreparedBase, show: Show) -> tuple[Artifact, Artifact]:
