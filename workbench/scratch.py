@@ -24,7 +24,8 @@ def held(folder: Path) -> Iterator[Path]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # Not every network's disk locks folders; then nothing is swept there.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         # Somebody may have swept it before it was held.
         with contextlib.suppress(FileNotFoundError):
             if os.stat(folder).st_ino == os.fstat(descriptor).st_ino:

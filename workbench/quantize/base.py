@@ -51,7 +51,7 @@ def prepare(recipe: Recipe, show: Show) -> PreparedBase:
 def _changed(source: object) -> set[str]:
     """Files of a source that are not what they were when it was last prepared, where it is used in place."""
     found = set[str]()
-    for file in sorted((home() / "bases").glob("*/base.json"), key=lambda file: file.stat().st_mtime_ns):
+    for file in sorted((home() / "bases").glob("*/base.json"), key=lambda file: file.lstat().st_mtime_ns):
         with contextlib.suppress(Changed):
             told, prints = contents(file)
             if told.get("source") == source:
