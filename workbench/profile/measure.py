@@ -22,6 +22,7 @@ from workbench.profile.jobs import all_options, environment_of, now
 from workbench.profile.reference import REFERENCE_MAKER
 from workbench.profile.rounds import ROUNDS, Rounds
 from workbench.quantize.make import Made
+from workbench.quantize.record import check
 from workbench.recipe.choices import BackendChoice
 from workbench.recipe.load import Recipe
 from workbench.records import (
@@ -65,6 +66,7 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
     doubts: list[str] = []
     here = replace(row.machine, copy_bytes_per_s=_copy_bandwidth(show))
     try:
+        check(recipe, made.base, row.artifact)
         measurement, cost = yield from in_rounds(
             "workbench.worker.measure.job:measure",
             job,
