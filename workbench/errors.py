@@ -11,7 +11,10 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what, where, what to do."""
+    """Something the user can mend. The message is one line: what, where, what to do; whatever letters a file had."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text))
 
 
 class WorkFailed(Exception):

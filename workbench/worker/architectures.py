@@ -31,6 +31,16 @@ EXPERTS = frozenset(
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Where configurations say how many they have."""
 
+ALIASES: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("n_embd", "n_embed", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "num_key_value_heads": ("num_kv_heads",),
+    "intermediate_size": ("n_inner", "ffn_dim"),
+    "max_position_embeddings": ("n_positions", "n_ctx", "max_sequence_length", "seq_length", "max_seq_len"),
+}
+"""A size's usual name -> other names for it (GPT-2's, Bloom's, MPT's, OPT's)."""
+
 
 class Linear(NamedTuple):
     """A linear layer: its tensor's name in a GGUF block, and which of `Sizes.axes` its rows and columns run over."""
@@ -137,18 +147,29 @@ class Sizes:
         }
 
 
+def stated(config: Mapping[str, Any], name: str) -> Any:
+    """A configuration's entry by any of the names that it has; None if it says nothing."""
+    return next((config[key] for key in (name, *ALIASES.get(name, ())) if config.get(key) is not None), None)
+
+
 def sizes_of(config: Mapping[str, Any]) -> Sizes:
     """The sizes of a configuration; `KeyError`, `TypeError` or `ValueError` where it does not say them."""
-    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    heads = int(config["num_attention_heads"])
+
+    def needed(name: str) -> int:
+        value = stated(config, name)
+        if value is None:
+            raise KeyError(name)
+        return int(value)
+
+    hidden, heads = needed("hidden_size"), needed("num_attention_heads")
     return Sizes(
         model_type=str(config.get("model_type", "?")),
         hidden=hidden,
-        layers=layers,
+        layers=needed("num_hidden_layers"),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
+        kv_heads=int(stated(config, "num_key_value_heads") or heads),
         head_dim=int(config.get("head_dim") or hidden // heads),
-        inner=int(config.get("intermediate_size") or 4 * hidden),
+        inner=int(stated(config, "intermediate_size") or 4 * hidden),
         vocab_size=int(config.get("vocab_size") or 0),
     )
 
