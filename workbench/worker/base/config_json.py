@@ -90,7 +90,7 @@ def _each(value: object) -> list[Any]:
 
 def _ropes(text: Mapping[str, Any], where: object) -> list[Mapping[str, Any]]:
     """What is said of rotations, perhaps of each kind of layer apart."""
-    found = []
+    found: list[Mapping[str, Any]] = []
     for key in ("rope_scaling", "rope_parameters"):
         value = text.get(key) or {}
         if not isinstance(value, dict):
