@@ -22,7 +22,7 @@ from workbench.worker import Tensors
 LAYERS = "model.layers"
 """Where every architecture below keeps its decoder layers."""
 
-WAY_OUT = "Give the variant `engine: gptqmodel`, which covers more architectures"
+WAY_OUT = "AWQ and GPTQ variants: `engine: gptqmodel` covers more architectures; GGUF: leave `imatrix` out"
 
 EXPERTS = frozenset(
     {"mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3", "llama4"}
@@ -250,7 +250,7 @@ def describe(config: Mapping[str, Any]) -> Architecture:
     """A model by its `config.json`. Raises `UserError` for an architecture that the table does not have."""
     kind = str(config.get("model_type", "?"))
     if kind in EXPERTS or any(config.get(key) for key in EXPERT_COUNTS):
-        raise UserError(f"model_type '{kind}': AWQ and GPTQ of experts are not supported yet. {WAY_OUT}.")
+        raise UserError(f"model_type '{kind}': the calibration pass takes no experts yet. {WAY_OUT}.")
     if kind not in ARCHITECTURES:
         text = config.get("text_config")
         hint = "only text models are calibrated. " if isinstance(text, dict) else ""

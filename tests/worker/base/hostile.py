@@ -269,7 +269,7 @@ def vocabulary(folder: Path, chance: random.Random) -> None:
 
 
 def generation(folder: Path, chance: random.Random) -> None:
-    text = chance.choice(("[]", "null", "{", '{"max_length": "x"}', '{"temperature": "hot"}', "\x00"))
+    text = chance.choice(("[]", "null", "{", "5", "\x00", '{"max_length": 5, "max_length": 6}'))
     (folder / "generation_config.json").write_text(text)
 
 

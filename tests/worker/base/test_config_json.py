@@ -17,6 +17,7 @@ from workbench.worker.base.config_json import check_config, context_tokens
     [
         ({"num_hidden_layers": 0}, "`num_hidden_layers` is 0, not a whole number from 1 to 2048"),
         ({"max_position_embeddings": -5}, "`max_position_embeddings` is -5"),
+        ({"num_hidden_layers": [2, 2]}, "`num_hidden_layers` is [2, 2]"),
         ({"vocab_size": True}, "`vocab_size` is True"),
         ({"n_layer": 10**9}, "`n_layer` is 1000000000"),
         ({"num_key_value_heads": 4}, "`num_key_value_heads` is 4, not a divisor of its 6 attention heads"),

@@ -25,6 +25,8 @@ LARGEST = {
     "sliding_window": 1 << 31,
 }
 """Whole numbers from 1 to these, where a configuration has them."""
+PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""Of these, what some configurations list layer by layer."""
 BETWEEN = {
     "rope_theta": (1.0, 1e12),
     "rope_local_base_freq": (1.0, 1e12),
@@ -61,7 +63,7 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
                 _refuse(where, flag, named[flag], "true or false")
     for name, largest in LARGEST.items():
         for key in (name, *ALIASES.get(name, ())):
-            for value in _each(text.get(key)):
+            for value in _each(name, text.get(key)):
                 if type(value) is not int or not 1 <= value <= largest:
                     _refuse(where, key, value, f"a whole number from 1 to {largest}")
     for part in (text, *_ropes(text, where)):
@@ -83,9 +85,10 @@ def _refuse(where: object, key: str, value: object, wanted: str) -> NoReturn:
     raise UserError(f"{where}: `{key}` is {repr(value)[:40]}, not {wanted}.")
 
 
-def _each(value: object) -> list[Any]:
+def _each(name: str, value: object) -> list[Any]:
     """A size, or those of all layers."""
-    return [] if value is None else value if isinstance(value, list) and value else [value]
+    listed = name in PER_LAYER and isinstance(value, list) and value
+    return [] if value is None else value if listed else [value]
 
 
 def _ropes(text: Mapping[str, Any], where: object) -> list[Mapping[str, Any]]:
