@@ -101,7 +101,9 @@ def test_the_pass_refuses_a_real_directory_of_them(kind: str, tmp_path: Path) ->
         "threads": 1,
         "seed": 0,
     }
-    reason = "is not in the calibration pass's table" if kind == "gpt_neox" else "the calibration pass takes no experts yet"
+    reason = (
+        "is not in the calibration pass's table" if kind == "gpt_neox" else "the calibration pass takes no experts yet"
+    )
     with pytest.raises(UserError, match=f"'{kind}'.*{reason}.*engine: gptqmodel") as caught:
         calibrate.run(request, lambda *_: None)
     assert "\n" not in str(caught.value)

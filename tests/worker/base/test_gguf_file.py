@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.fuzz import how_many
 from tests.worker.base.gguf_files import write_gguf
 from workbench.errors import UserError
 from workbench.worker.base.gguf_config import read_gguf
@@ -63,7 +64,8 @@ def test_changed_headers_are_refused_or_what_they_say(tmp_path: Path) -> None:
     outside = [p for p in places if not tokens.offset + 64 <= p < tokens.offset + sum(x.nbytes for x in tokens.parts)]
     (fields, config, tensors), usual = counted(whole)
     chance, accepted = random.Random(7), 0
-    for number in range(MUTANTS):
+    count = how_many(MUTANTS)
+    for number in range(count):
         mutant = bytearray(data)
         at = chance.choice(outside if number % 2 else places)
         for place in range(at, at + (1 if number % 3 else 4)):
@@ -91,4 +93,5 @@ def test_changed_headers_are_refused_or_what_they_say(tmp_path: Path) -> None:
             f"mutant {number} at {at}"
         )
         assert said[2] == tensors, f"mutant {number} at {at}"
-    assert 0 < accepted < MUTANTS
+    print(f"{count - accepted} of {count} refused, the others what they say")
+    assert 0 < accepted < count

@@ -42,7 +42,7 @@ from workbench.worker.base.floats import plain_dtype, write_plain
 from workbench.worker.base.hub import download, is_offline
 from workbench.worker.base.random_weights import config_of, random_directory, tokenizer_source
 from workbench.worker.base.sources import BaseSource, content_digest, distribution_of, source_of, stamps
-from workbench.worker.base.whole import check_tokenizer, check_whole
+from workbench.worker.base.whole import check_finite, check_tokenizer, check_whole
 
 PREPARE_VERSION = 1
 """Version of the bytes that `prepare` writes for a given source. Raise it when they change."""
@@ -84,6 +84,7 @@ def prepare(payload: object, progress: Progress) -> object:
         vocab_size = int(text_config(config)["vocab_size"])
         check_whole(path, config, tensors, remote_code)
         check_tokenizer(path, vocab_size, remote_code)
+        check_finite(tensors, progress)
 
     counted = parameters_of(config, tensors)
     identity = {"version": PREPARE_VERSION, "content": revision, "equivalent": equivalent}

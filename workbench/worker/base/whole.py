@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, cannot_import
+from workbench.worker import Progress
 from workbench.worker.base.checkpoint import NOT_WEIGHTS, StoredTensor
 from workbench.worker.base.config_json import text_config
 
@@ -137,6 +138,24 @@ def _check_names(path: Path, config: Mapping[str, Any], settings: Any) -> None:
         near = difflib.get_close_matches(key, known - config.keys(), 1, NEARLY)
         if near:
             raise UserError(f"{path / 'config.json'}: unknown entry '{key[:80]}'. Did you mean '{near[0]}'?")
+
+
+def check_finite(tensors: Mapping[str, StoredTensor], progress: Progress) -> None:
+    """Refuse a model with a weight that is no number: engines fail on it, or only in the texts that meet it, and what
+    is quantized with it is another model. Every weight is read once."""
+    import torch
+    from safetensors import safe_open
+
+    total, done = sum(tensor.size_bytes for tensor in tensors.values()) or 1, 0
+    for path in dict.fromkeys(tensor.file for tensor in tensors.values()):
+        with safe_open(path, framework="pt") as file:
+            for name in (name for name, tensor in tensors.items() if tensor.file == path):
+                tensor = file.get_tensor(name)
+                # Both ends of a range with a NaN in it are NaN.
+                if tensor.is_floating_point() and not all(end.isfinite() for end in torch.aminmax(tensor)):
+                    raise UserError(f"{path}: {name} has NaN or infinite weights. Fetch it again.")
+                done += tensors[name].size_bytes
+                progress(done, total, "checking the weights")
 
 
 def check_tokenizer(path: Path, vocab_size: int, remote_code: bool) -> None:
