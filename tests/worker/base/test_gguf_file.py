@@ -12,6 +12,7 @@ import pytest
 from tests.fuzz import how_many
 from tests.worker.base.gguf_files import write_gguf
 from workbench.errors import UserError
+from workbench.worker.base import headers
 from workbench.worker.base.gguf_config import read_gguf
 
 MUTANTS = 400
@@ -51,6 +52,14 @@ def counted(path: Path) -> tuple[Any, int]:
     return said, calls[0]
 
 
+def shape_read(path: Path) -> object:
+    """What a plan reads of a file, or why it does not."""
+    try:
+        return headers.read({"source": {"gguf": str(path)}}, lambda *_: None)
+    except UserError as error:
+        return error
+
+
 @pytest.mark.slow
 def test_changed_headers_are_refused_or_what_they_say(tmp_path: Path) -> None:
     """Half of the changes anywhere, half outside the vocabulary; two of three in one byte, the others in four."""
@@ -73,6 +82,8 @@ def test_changed_headers_are_refused_or_what_they_say(tmp_path: Path) -> None:
         file.write_bytes(mutant)
         said, calls = counted(file)
         assert calls < CALLS * usual, f"mutant {number} at {at}"
+        planned = shape_read(file)
+        assert isinstance(said, UserError) or not isinstance(planned, UserError), f"mutant {number} at {at}: {planned}"
         if isinstance(said, UserError):
             assert "\n" not in str(said), f"mutant {number} at {at}: {said}"
             continue
