@@ -17,10 +17,7 @@ LONGEST_LIST = 200
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what, where, what to do; whatever letters a file had."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__("".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text))
+    """Something the user can mend. The message is one line: what, where, what to do."""
 
     def __init__(self, message: str) -> None:
         # It repeats what stood in files: nothing in it may break the line, or steer a terminal.
