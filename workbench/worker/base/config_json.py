@@ -87,8 +87,9 @@ def _refuse(where: object, key: str, value: object, wanted: str) -> NoReturn:
 
 def _each(name: str, value: object) -> list[Any]:
     """A size, or those of all layers."""
-    listed = name in PER_LAYER and isinstance(value, list) and value
-    return [] if value is None else value if listed else [value]
+    if isinstance(value, list) and value and name in PER_LAYER:
+        return value
+    return [] if value is None else [value]
 
 
 def _ropes(text: Mapping[str, Any], where: object) -> list[Mapping[str, Any]]:
