@@ -25,6 +25,8 @@ LARGEST = {
     "sliding_window": 1 << 31,
 }
 """Whole numbers from 1 to these, where a configuration has them."""
+UNUSED = {"sliding_window": "use_sliding_window", "head_dim": "qk_nope_head_dim"}
+"""Of these, which may be 0, beside which other entry."""
 PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 """Of these, what some configurations list layer by layer."""
 BETWEEN = {
@@ -33,10 +35,10 @@ BETWEEN = {
     "factor": (0.0, 1e6),
     "attention_factor": (0.0, 1e6),
     "partial_rotary_factor": (0.0, 1.0),
-    "eps": (0.0, 0.1),
+    "_eps": (0.0, 0.1),
 }
-"""Numbers above the first, up to the second."""
-EPS = re.compile(r"(^|_)eps(ilon)?$")
+"""Numbers above the first, up to the second; `_eps` is whatever ends so, or in `_epsilon`."""
+EPS = re.compile(r"_eps(ilon)?$")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window")
 LEVELS = 16
 """Objects and lists inside each other."""
@@ -64,11 +66,12 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
     for name, largest in LARGEST.items():
         for key in (name, *ALIASES.get(name, ())):
             for value in _each(name, text.get(key)):
-                if type(value) is not int or not 1 <= value <= largest:
+                unused = type(value) is int and value == 0 and UNUSED.get(key, "") in text
+                if not unused and (type(value) is not int or not 1 <= value <= largest):
                     _refuse(where, key, value, f"a whole number from 1 to {largest}")
     for part in (text, *_ropes(text, where)):
         for key, value in part.items():
-            limits = BETWEEN.get("eps" if EPS.search(key) else key)
+            limits = BETWEEN.get("_eps" if EPS.search(key) else key)
             if limits and value is not None and not (type(value) in (int, float) and limits[0] < value <= limits[1]):
                 _refuse(where, key, value, f"a number above {limits[0]:g}, up to {limits[1]:g}")
     try:
@@ -77,8 +80,6 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
         return  # No decoder with attention in every layer, or sizes that differ from layer to layer.
     if sizes.heads % sizes.kv_heads:
         _refuse(where, "num_key_value_heads", sizes.kv_heads, f"a divisor of its {sizes.heads} attention heads")
-    if not any("head_dim" in key or key == "kv_channels" for key in text) and sizes.hidden % sizes.heads:
-        _refuse(where, "num_attention_heads", sizes.heads, f"a divisor of its hidden size {sizes.hidden}")
 
 
 def _refuse(where: object, key: str, value: object, wanted: str) -> NoReturn:

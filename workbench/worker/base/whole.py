@@ -20,8 +20,8 @@ from typing import Any
 
 from workbench.errors import UserError, cannot_import
 from workbench.worker import Progress
+from workbench.worker.architectures import stated
 from workbench.worker.base.checkpoint import NOT_WEIGHTS, StoredTensor
-from workbench.worker.base.config_json import text_config
 
 OLDER = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "torch_dtype")
 """Entries that transformers' classes do not list but read."""
@@ -46,7 +46,7 @@ def check_whole(path: Path, config: Mapping[str, Any], tensors: dict[str, Stored
     kind = _model_class(path, config, remote_code)
     try:
         settings = AutoConfig.from_pretrained(str(path), trust_remote_code=remote_code)
-        _check_names(path, text_config(config), settings.get_text_config())
+        check_names(path, config, settings)
         stored = {
             name: torch.empty(tensor.shape, dtype=torch.float32, device="meta")
             for name, tensor in tensors.items()
@@ -125,14 +125,19 @@ def _model_class(path: Path, config: Mapping[str, Any], remote_code: bool) -> An
     return getattr(transformers, name)
 
 
-def _check_names(path: Path, config: Mapping[str, Any], settings: Any) -> None:
+def check_names(path: Path, config: Mapping[str, Any] | None, settings: Any) -> None:
     """Refuse a configuration that leaves out what shapes do not tell, or nearly names an entry: a default would take
-    its place."""
-    other = {name: key for key, name in settings.attribute_map.items()} | settings.attribute_map
-    for name in ("num_hidden_layers", "num_attention_heads"):
-        if hasattr(settings, name) and config.get(name, config.get(other.get(name, name))) is None:
-            raise UserError(f"{path / 'config.json'} has no `{name}`. Fetch it again.")
+    its place. `settings`: transformers' own of it."""
+    text = settings.get_text_config()
+    if text is not settings:
+        config, settings = config.get("text_config"), text
+    if not config:
+        return  # A wrapper that has another name for its language model.
     fields = {field.name for field in dataclasses.fields(settings)} if dataclasses.is_dataclass(settings) else set()
+    other = {name: key for key, name in settings.attribute_map.items()} | settings.attribute_map
+    heads = stated(config, "num_attention_heads") or config.get(other.get("num_attention_heads", ""))
+    if heads is None and "num_attention_heads" in {*fields, *other}:
+        raise UserError(f"{path / 'config.json'} has no `num_attention_heads`. Fetch it again.")
     known = fields | set(other) | set(OLDER)
     for key in config.keys() - known:
         near = difflib.get_close_matches(key, known - config.keys(), 1, NEARLY)
