@@ -125,14 +125,14 @@ def _model_class(path: Path, config: Mapping[str, Any], remote_code: bool) -> An
     return getattr(transformers, name)
 
 
-def check_names(path: Path, config: Mapping[str, Any] | None, settings: Any) -> None:
+def check_names(path: Path, config: Mapping[str, Any], settings: Any) -> None:
     """Refuse a configuration that leaves out what shapes do not tell, or nearly names an entry: a default would take
     its place. `settings`: transformers' own of it."""
     text = settings.get_text_config()
     if text is not settings:
-        config, settings = config.get("text_config"), text
-    if not config:
-        return  # A wrapper that has another name for its language model.
+        if not isinstance(config.get("text_config"), dict):
+            return  # A wrapper that has another name for its language model.
+        config, settings = config["text_config"], text
     fields = {field.name for field in dataclasses.fields(settings)} if dataclasses.is_dataclass(settings) else set()
     other = {name: key for key, name in settings.attribute_map.items()} | settings.attribute_map
     heads = stated(config, "num_attention_heads") or config.get(other.get("num_attention_heads", ""))
