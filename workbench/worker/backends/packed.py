@@ -41,7 +41,13 @@ class PackedModel:
 
 
 def load(
-    path: Path, format: str, *, dtype: str | None, device: str, attention: str = "sdpa", trust_remote_code: bool = False
+    path: Path,
+    format: str,
+    *,
+    dtype: str | None,
+    device: str,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PackedModel:
     """The model of a checkpoint directory (`awq`, `gptq`) or of a GGUF file, its weights packed, on `device`.
 
@@ -56,7 +62,9 @@ def load(
 # --- safetensors --------------------------------------------------------------------------------
 
 
-def _read_checkpoint(path: Path, dtype: str | None, device: str, attention: str, remote_code: bool) -> PackedModel:
+def _read_checkpoint(
+    path: Path, dtype: str | None, device: str, attention: str | None, remote_code: bool
+) -> PackedModel:
     from safetensors import safe_open
     from transformers import AutoConfig
     from workbench_kernels.modules import AwqLinear, GptqLinear
@@ -120,7 +128,7 @@ def _gptq_bits(path: Path) -> int | None:
 # --- GGUF ---------------------------------------------------------------------------------------
 
 
-def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remote_code: bool) -> PackedModel:
+def _read_gguf(path: Path, dtype: str | None, device: str, attention: str | None, remote_code: bool) -> PackedModel:
     import torch
     from gguf.quants import dequantize
     from transformers.modeling_gguf_pytorch_utils import (
@@ -240,7 +248,7 @@ def _row_order(processor: Any, tensor: Any) -> Any:
 # --- shared -------------------------------------------------------------------------------------
 
 
-def _empty(config: Any, dtype: str, attention: str, remote_code: bool) -> tuple[Any, Any]:
+def _empty(config: Any, dtype: str, attention: str | None, remote_code: bool) -> tuple[Any, Any]:
     """The model without weights (its buffers are real), and its dtype."""
     import torch
     from accelerate import init_empty_weights

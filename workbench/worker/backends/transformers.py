@@ -50,6 +50,7 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["sdpa", "eager"] = "sdpa"
+    """`sdpa`: where the model's code has it (Bloom's has not)."""
     kv_cache: Literal["auto"] | None = None
     """Of the model's dtype: its quantized caches need a library more, and de-quantize at every step."""
     kernel: Literal["auto", "workbench", "gptqmodel"] = "auto"
@@ -112,6 +113,11 @@ def load_engine() -> Any:
     return torch
 
 
+def _attention(options: Options) -> str | None:
+    """As transformers takes it: by its name it insists on sdpa, without it takes it where there is one."""
+    return None if options.attention == "sdpa" else options.attention
+
+
 class Engine:
     """One model; see `backends/__init__.py` for the contract."""
 
@@ -139,7 +145,7 @@ class Engine:
             chosen = "bfloat16" if artifact.format in ("awq", "gptq") else "float32"
         arguments: dict[str, object] = {
             "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
-            "attn_implementation": options.attention,
+            "attn_implementation": _attention(options),
             "trust_remote_code": options.trust_remote_code,
             "local_files_only": True,
             **({"device_map": "cuda"} if self._device == "cuda" else {}),
@@ -160,7 +166,7 @@ class Engine:
             self._format,
             dtype=by_itself if options.dtype == "auto" else options.dtype,
             device=self._device,
-            attention=options.attention,
+            attention=_attention(options),
             trust_remote_code=options.trust_remote_code,
         )
         self._model = loaded.model

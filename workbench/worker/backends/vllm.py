@@ -19,7 +19,8 @@ from typing import Any, Literal
 from workbench.records import Artifact, Job, Quality, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.architectures import sizes_of
-from workbench.worker.base.checkpoint import read_json, text_config
+from workbench.worker.base.checkpoint import read_json
+from workbench.worker.base.config_json import text_config
 from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from workbench.disk import readable
 from workbench.errors import UserError, did_you_mean, install_with, unknown
 from workbench.worker import Progress
 
@@ -58,8 +59,11 @@ def source_of(given: object) -> BaseSource:
 def local_path(value: str | os.PathLike[str]) -> Path:
     """The absolute path of a file or directory; `UserError` with the nearest name if there is none."""
     path = Path(value).expanduser()
-    if path.exists():
-        return path.resolve()
+    with readable(path):
+        if path.is_file() or path.is_dir():
+            return path.resolve()
+        if path.exists():
+            raise UserError(f"base path {path} is neither a file nor a folder.")
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, beside) if beside else f"There is no directory {path.parent} either."
     if hint.startswith("Known"):
@@ -69,8 +73,9 @@ def local_path(value: str | os.PathLike[str]) -> Path:
 
 def stamps(path: Path) -> list[tuple[str, int, int]]:
     """Name, size in bytes and time of change of a file, or of each file in a directory, without reading any."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    with readable(path):
+        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+        return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
 def content_digest(files: list[Path], progress: Progress) -> str:

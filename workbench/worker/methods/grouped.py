@@ -77,9 +77,9 @@ def making(method: str, options: Any) -> Making:
 
 
 def group_sizes(columns: Iterable[int]) -> list[int]:
-    """The usual group sizes that divide the inputs of all these layers."""
+    """The group sizes that every engine's kernels load and that divide the inputs of all these layers."""
     common = math.gcd(*columns)
-    return [size for size in (16, 32, 64, 128, 256, 512) if common % size == 0]
+    return [size for size in (32, 64, 128) if common % size == 0]
 
 
 def _linear(tensor: NamedShape) -> str | None:
