@@ -92,7 +92,8 @@ def in_rounds(
     value: Answer = from_json(answer, isolate.answer(reply, folder))
     shutil.rmtree(folder, ignore_errors=True)
     memory = monitor.memory()
-    return value, Cost(round(reply.duration_s, 3), memory.get("peak_rss"), memory, monitor.conditions())
+    repeats_s = getattr(value, "conditions", {}).get("repeats_s")
+    return value, Cost(round(reply.duration_s, 3), memory.get("peak_rss"), memory, monitor.conditions(repeats_s))
 
 
 def _log_folder(function: str) -> Path:
