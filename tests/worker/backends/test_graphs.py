@@ -59,7 +59,8 @@ def a_model(folder: Path, kind: str, **sizes: Any) -> Any:
 
 def launched(model: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
     """Tokens by a cache that grows, [new][batch]."""
-    cache, inputs, chosen = transformers.DynamicCache(config=model.config), torch.tensor(prompts), []
+    cache, chosen = transformers.DynamicCache(config=model.config), []
+    inputs = torch.tensor(prompts, device=model.device)
     with torch.inference_mode():
         for _ in range(new):
             said = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -71,7 +72,7 @@ def launched(model: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
 def replayed(steps: graphs.Steps, prompts: list[list[int]], new: int) -> list[list[int]]:
     chosen = []
     with torch.inference_mode():
-        steps.prefill(torch.tensor(prompts))
+        steps.prefill(torch.tensor(prompts, device=steps.token.device))
         for step in range(new):
             if step:
                 steps.step()
@@ -89,6 +90,15 @@ def test_a_replayed_step_decodes_what_a_launched_one_does(tmp_path: Path, kind: 
     for prompts in (PROMPTS, [ids[::-1] for ids in PROMPTS], [ids[:2] for ids in PROMPTS]):
         assert replayed(steps, prompts, NEW) == launched(model, prompts, NEW)
     assert steps.fits(2, 12) and steps.fits(2, 3) and not steps.fits(2, 13) and not steps.fits(1, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_captured_step_decodes_what_a_launched_one_does(tmp_path: Path, kind: str) -> None:
+    model = a_model(tmp_path, kind).cuda()
+    steps = graphs.Steps(model, 2, len(PROMPTS[0]) + NEW - 1)
+    for prompts in (PROMPTS, [ids[::-1] for ids in PROMPTS]):
+        assert replayed(steps, prompts, NEW) == launched(model, prompts, NEW)
 
 
 def test_a_window_shorter_than_the_text_is_left_to_python(tmp_path: Path) -> None:
