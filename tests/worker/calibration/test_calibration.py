@@ -366,17 +366,8 @@ def test_a_disk_that_fills_half_way_keeps_the_finished_layers(tmp_path: Path) ->
     assert file.read_bytes() == (tmp_path / "roomy/gptq/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "problem",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
-    ],
-    ids=["torch", "cublas", "cusolver"],
-)
 def test_a_layer_that_the_device_does_not_hold_is_quantized_in_host_memory(
-    problem: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bytes on a CPU, where both memories are one, and a warning that names the layer."""
     from workbench.worker.methods import gptq
@@ -389,7 +380,7 @@ def test_a_layer_that_the_device_does_not_hold_is_quantized_in_host_memory(
     def full(layer: Any, options: Any) -> Any:
         calls.append(layer.index)
         if calls == [0, 1]:
-            raise problem
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return real(layer, options)
 
     monkeypatch.setattr(gptq, "quantize", full)
