@@ -148,7 +148,7 @@ def test_the_engine_replays_and_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     engine._device = "cuda"
     engine.prepare(2, 12)
     engine._device = "cpu"
-    assert engine._decoding == "CUDA graph, static cache"
+    assert engine._decoding == "CUDA graph over a static cache"
     count = []
     monkeypatch.setattr(engine._steps, "step", lambda step=engine._steps.step: (count.append(1), step()))
     assert list(engine.generate(PROMPTS, NEW)) == [[1, 1]] * NEW and len(count) == NEW - 1

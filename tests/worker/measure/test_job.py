@@ -101,5 +101,5 @@ def test_a_row_names_the_counters_its_joules_are_of(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "pynvml", NVML([FakeGpu(joules=5.0)]))
     monkeypatch.setattr(job, "Meter", lambda: energy.Meter(tmp_path / "none"))
     _, answer = measured(tmp_path, monkeypatch, "cuda")
-    assert answer["settings"]["energy_of"] == ["NVIDIA H100 80GB HBM3"]
+    assert answer["settings"]["energy_of"] == "NVIDIA H100 80GB HBM3"
     assert answer["speeds"][0]["energy_j"] == [0.0, 0.0]

@@ -233,7 +233,7 @@ class Engine:
         self._steps = None
         try:
             self._steps = graphs.Steps(self._model, batch, tokens)
-            self._decoding = self._decoding or "CUDA graph, static cache"
+            self._decoding = self._decoding or "CUDA graph over a static cache"
         except Exception as error:  # A model's own code may do anything; launched by Python it works all the same.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self._decoding = f"launched by Python: {reason[:200]}"

@@ -111,7 +111,7 @@ def measure(payload: object, progress: Any) -> object:
     warnings += [f"task {name}: {text}" for name, each in answered.items() for text in each.pop("warnings", [])]
     settings |= {"import_s": import_s, "score_s": score_s}
     if meter.counted:
-        settings["energy_of"] = meter.counted
+        settings["energy_of"] = " and ".join(meter.counted)
     measurement = Measurement(
         device=settings.pop("device_name", settings.pop("device", "cpu")),
         load_s=load_s,
