@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,7 @@ from workbench.machine import isolate
 from workbench.records import Artifact, Job, Workload, from_json, to_json
 from workbench.worker.backends import vllm as backend
 
-pytest.importorskip("vllm")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 PROMPT, NEW = 40, 8
 
 
@@ -25,6 +25,7 @@ def a_job(path: Path, **options: Any) -> Job:
     return Job("b", artifact, "vllm", {"enforce_eager": True, "threads": 1} | options, load)
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_partly_in_use_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of a stated size is no reason to want 92 % of the memory free; and what is asked is valid."""
     import vllm
@@ -59,6 +60,22 @@ def child(payload: Any, progress: Any) -> dict[str, Any]:
     return {**engine.memory(), "taken": len(taken)}
 
 
+def test_on_a_gpu_the_allocator_of_the_worker_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With counts in the place of a GPU's: what was allocated at the peak and is neither weights nor cache."""
+    import torch
+
+    worker: Any = backend.Extension()
+    worker.device = torch.device("cuda")
+    caches = [torch.zeros(4, dtype=torch.int8), (torch.zeros(3, dtype=torch.int8), torch.zeros(1, dtype=torch.int8))]
+    worker.model_runner = SimpleNamespace(kv_caches=caches, model_memory_usage=100)
+    peaks = [500]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.append(100 + 8 + 30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peaks[-1])
+    worker.workbench_forget_peak()
+    assert worker.workbench_memory() == {"weights": 100, "kv_cache_reserved": 8, "workspace": 30}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["0", "1"], ids=["inside", "beside"])
 def test_the_workspace_is_that_of_the_process_that_computes(tmp_path: Path, processes: str) -> None:
     """With tensor parallelism vLLM's workers are processes of their own, and this one's growth says nothing."""

@@ -20,7 +20,6 @@ from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import graphs, packed
 from workbench.worker.base.gguf_config import load_gguf
-from workbench.worker.measure import resident
 from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "transformers"
@@ -153,7 +152,6 @@ class Engine:
             self._load_packed(path, options)
         else:
             self._load(path, options)
-        self.forget_peak()
 
     def _load(self, path: Path, options: Options) -> None:
         """By transformers itself."""
@@ -310,7 +308,8 @@ class Engine:
 
     def forget_peak(self) -> None:
         """On a GPU; on a CPU the process is asked."""
-        self._peak = resident.Peak(self._torch.cuda) if self._device == "cuda" else None
+        if self._device == "cuda":
+            self._torch.cuda.reset_peak_memory_stats()
 
     def memory(self) -> dict[str, int]:
         """Bytes of parameters and buffers; on a GPU the allocator's peaks too, of what came after `forget_peak`."""
@@ -318,10 +317,10 @@ class Engine:
         head = {tensor.data_ptr() for tensor in _weights(self._model.get_output_embeddings())}
         looked_up = _weights(self._model.get_input_embeddings())
         sizes["embedding"] = sum(tensor.nbytes for tensor in looked_up if tensor.data_ptr() not in head)
-        if self._peak and (grown := self._peak.grown()) is not None:
-            sizes["workspace"] = max(0, grown - self._largest_cache)
-            sizes["allocated_peak"] = self._peak.most() or 0
+        if self._device == "cuda":
+            sizes["allocated_peak"] = int(self._torch.cuda.max_memory_allocated())
             sizes["reserved_peak"] = int(self._torch.cuda.max_memory_reserved())
+            sizes["workspace"] = max(0, sizes["allocated_peak"] - sizes["weights"] - self._largest_cache)
         return sizes
 
     def settings(self) -> dict[str, object]:

@@ -148,22 +148,30 @@ class Extension:
         return {"quality": self._reducer.result(), "scored_in": self._scored_in}
 
     def workbench_forget_peak(self) -> None:
-        """What this worker takes from here on beyond what it holds is the workspace."""
+        """The workspace is of what comes."""
         import torch
 
-        on_gpu = self.device.type == "cuda"  # type: ignore[attr-defined]
-        self._peak = resident.Peak(torch.cuda if on_gpu else None)
+        self._peak = resident.Peak()
+        if self.device.type == "cuda":  # type: ignore[attr-defined]
+            torch.cuda.reset_peak_memory_stats()
 
     def workbench_memory(self) -> dict[str, int]:
-        """Bytes of weights in this worker, of its key-value cache and its workspace, as far as it knows."""
+        """Bytes of weights in this worker, of its key-value cache and its workspace, as far as it knows.
+
+        The workspace is on a GPU all else that is allocated there at the peak, graphs included, and on a CPU what this
+        process, which may not be the engine's, grew by."""
+        import torch
+
         runner = self.model_runner  # type: ignore[attr-defined]
         # On a CPU weights are repacked into the kernels' own memory, which no parameter shows.
         weights = int(getattr(runner, "model_memory_usage", 0))
         caches = {t.data_ptr(): t.numel() * t.element_size() for t in _tensors(runner.kv_caches)}
-        known = {"weights": weights} if weights else {}
-        grown = self._peak.grown() if hasattr(self, "_peak") else None
-        known |= {} if grown is None else {"workspace": grown}
-        return known | {"kv_cache_reserved": sum(caches.values())}
+        known = ({"weights": weights} if weights else {}) | {"kv_cache_reserved": sum(caches.values())}
+        if self.device.type == "cuda":  # type: ignore[attr-defined]
+            known["workspace"] = max(0, torch.cuda.max_memory_allocated() - sum(known.values()))
+        elif hasattr(self, "_peak") and (grown := self._peak.grown()) is not None:
+            known["workspace"] = grown
+        return known
 
 
 def _wide(apply_head: Any) -> Any:

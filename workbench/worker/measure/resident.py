@@ -1,4 +1,4 @@
-"""A process's own memory, and how much of some files the kernel holds already. Linux; None elsewhere.
+"""A process's own resident memory, and how much of some files the kernel holds already. Linux; None elsewhere.
 
 The parent samples a job's memory from outside ten times a second (`machine/monitor.py`), which tells no phase
 from another. In here a phase's exact peak is known: the kernel keeps the highest value and can be asked to begin
@@ -12,7 +12,6 @@ import ctypes
 import mmap
 import os
 from pathlib import Path
-from typing import Any
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -36,23 +35,13 @@ def forget_peak() -> bool:
 
 
 class Peak:
-    """The most that this process holds beyond what it held when this was made: the room of one phase of its work.
+    """The most that this process holds from when this was made: the room of one phase of its work."""
 
-    Resident memory; with `cuda`, which is `torch.cuda`, what torch's allocator has given out on the GPU.
-    """
-
-    def __init__(self, cuda: Any = None) -> None:
-        self._cuda, self._exact = cuda, True
-        self._before = cuda.memory_allocated() if cuda else resident_bytes()
-        if cuda:
-            cuda.reset_peak_memory_stats()
-        else:
-            self._exact = forget_peak()
+    def __init__(self) -> None:
+        self._before, self._exact = resident_bytes(), forget_peak()
 
     def most(self) -> int | None:
         """Bytes at the peak, what was there before included."""
-        if self._cuda:
-            return int(self._cuda.max_memory_allocated())
         return peak_bytes() if self._exact else None
 
     def grown(self) -> int | None:
