@@ -39,7 +39,7 @@ PYTHON
 gptqmodel() {
   # Its compiler wants to see a GPU and, told for which architecture, asks nothing of it.
   PATH="$folder/build/bin:$PATH" CUDA_HOME=$toolkit LD_LIBRARY_PATH=$toolkit/lib/stubs MAX_JOBS=$(nproc) \
-    TORCH_CUDA_ARCH_LIST="${architecture%?}.${architecture: -1}" GPTQMODEL_EXT_VERBOSE=1 GPTQMODEL_CPU_WORKERS=4 \
+    TORCH_CUDA_ARCH_LIST="${architecture%?}.${architecture: -1}" GPTQMODEL_CPU_WORKERS=4 \
     GPTQMODEL_MARLIN_FP16_BUILD_ROOT=$folder/gptqmodel/fp16 GPTQMODEL_MARLIN_BF16_BUILD_ROOT=$folder/gptqmodel/bf16 \
     "$engines" -P - <<'PYTHON'
 import torch

@@ -81,7 +81,7 @@ def test_the_workspace_is_that_of_the_process_that_computes(tmp_path: Path, proc
     """With tensor parallelism vLLM's workers are processes of their own, and this one's growth says nothing."""
     reply = isolate.call(
         "tests.worker.backends.test_vllm:child",
-        {"job": to_json(a_job(write_model(tmp_path / "m", "llama"))), "mib": 200},
+        {"job": to_json(a_job(write_model(tmp_path / "m", "llama", head_dim=32))), "mib": 200},
         workdir=tmp_path / "w",
         time_limit_s=300,
         environment=backend.ENVIRONMENT
@@ -90,6 +90,6 @@ def test_the_workspace_is_that_of_the_process_that_computes(tmp_path: Path, proc
     assert reply.error is None, reply.log
     memory = reply.value
     assert memory["embedding"] == 354 * 64 * 2 < memory["weights"]
-    assert memory["kv_cache"] == 2 * 48 * 2 * 2 * 2 * 16 * 2 <= memory["kv_cache_reserved"]
+    assert memory["kv_cache"] == 2 * 48 * 2 * 2 * 2 * 32 * 2 <= memory["kv_cache_reserved"]
     grown = memory["workspace"] / 2**20
     assert grown >= 199 if processes == "0" else 0 <= grown < 100
