@@ -351,7 +351,7 @@ class Engine:
         stored = {entry.name: entry.size_bytes for entry in entries(self._path)}
         sizes = {"weights": int(self._api.llama_model_size(self._model))}
         # Without a head of its own the embedding is the head.
-        sizes["embedding"] = stored["token_embd.weight"] if "output.weight" in stored else 0
+        sizes["embedding"] = stored.get("token_embd.weight", 0) if "output.weight" in stored else 0
         kinds = {"KV": "kv_cache", "compute": "workspace", "output": "workspace"}
         loaded = [line for line in self._heard if " model buffer" in line]
         for line in (*loaded, *self._point_lines):

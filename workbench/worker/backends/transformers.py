@@ -9,6 +9,7 @@ processors that differ between models; the loop is what all of them share.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -314,9 +315,10 @@ class Engine:
     def memory(self) -> dict[str, int]:
         """Bytes of parameters and buffers; on a GPU the allocator's peaks too, of what came after `forget_peak`."""
         sizes = {"weights": int(self._model.get_memory_footprint()), "kv_cache": self._cache_bytes}
-        head = {tensor.data_ptr() for tensor in _weights(self._model.get_output_embeddings())}
-        looked_up = _weights(self._model.get_input_embeddings())
-        sizes["embedding"] = sum(tensor.nbytes for tensor in looked_up if tensor.data_ptr() not in head)
+        with contextlib.suppress(NotImplementedError):  # A model with code of its own may not say where it is.
+            head = {tensor.data_ptr() for tensor in _weights(self._model.get_output_embeddings())}
+            looked_up = _weights(self._model.get_input_embeddings())
+            sizes["embedding"] = sum(tensor.nbytes for tensor in looked_up if tensor.data_ptr() not in head)
         if self._device == "cuda":
             sizes["allocated_peak"] = int(self._torch.cuda.max_memory_allocated())
             sizes["reserved_peak"] = int(self._torch.cuda.max_memory_reserved())
