@@ -168,7 +168,8 @@ class Speed:
     step_tokens: list[list[int]]
     """Tokens gained in each of those steps over the whole batch, a list a repeat."""
     energy_j: list[float | None] = field(default_factory=list)
-    """Joules of the whole machine in each repeat, prompt and answer; None where nothing counts them."""
+    """Joules in each repeat, prompt and answer, over the counters that the settings name (`energy_of`); None without
+    any."""
     rounds: list[int] = field(default_factory=list)
     """How many repeats each round had: between two rounds of a job, others were at work. Empty: there was one."""
 
@@ -246,7 +247,7 @@ class Conditions(TypedDict, total=False):
     stolen_fraction: float | None
     """Part of the processors' time that a hypervisor gave to others."""
     clock_hz: list[float] | None
-    """Lowest, median, highest while the job was busy."""
+    """Lowest, median, highest in timed repeats."""
     throttled: bool | None
     gpu_clock_hz: list[float] | None
     gpu_throttled: bool | None
@@ -254,6 +255,8 @@ class Conditions(TypedDict, total=False):
     """Processes of others on the GPU, at the most."""
     probe_s: list[float]
     """A fixed piece of work before each repeat."""
+    repeats_s: list[list[float]]
+    """When each repeat began and ended, by the machine's clock; for what the parent saw then, and in no row."""
     page_cache_before: float | None
     """How much of the weight files was in the page cache."""
     environment: dict[str, str]

@@ -245,14 +245,15 @@ def test_joules_are_the_counters_difference_through_their_wrap(tmp_path) -> None
     zone.mkdir()
     (zone / "max_energy_range_uj").write_text("1000000000\n")
     (zone / "energy_uj").write_text("999000000\n")
+    (zone / "name").write_text("package-0\n")
     (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the package, which would be counted twice
     (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("5\n")
     meter = Meter(tmp_path, count_gpus=False)
     before = meter.read()
     (zone / "energy_uj").write_text("2000000\n")
-    assert meter.works and meter.since(before) == pytest.approx(3.0)
+    assert meter.counted == ["processor package-0"] and meter.since(before) == pytest.approx(3.0)
     nothing = Meter(tmp_path / "absent", count_gpus=False)
-    assert not nothing.works and nothing.read() is None and nothing.since(None) is None
+    assert not nothing.counted and nothing.read() is None and nothing.since(None) is None
 
 
 def test_a_row_of_the_first_version_still_reads() -> None:

@@ -21,6 +21,7 @@ from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.architectures import sizes_of
 from workbench.worker.base.checkpoint import read_json
 from workbench.worker.base.config_json import text_config
+from workbench.worker.measure import resident
 from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
 
@@ -42,6 +43,9 @@ EXTENSION = "workbench.worker.backends.vllm.Extension"
 KV_BLOCK_TOKENS = 16
 KV_BLOCK_MARGIN = 1.25
 """Head room over the tokens a workload needs, for block rounding and one extra sequence."""
+GPU_SHARE = 0.01
+"""The part of a GPU's memory that vLLM wants free before it loads anything: its own guard, where it sizes its cache
+itself. The cache is of a stated size here, so that a GPU which also draws a screen is no reason to refuse."""
 RUNTIME_BYTES = 1050e6
 """Measured: vLLM 0.32 and torch 2.13 (CPU), CPython 3.11, x86-64."""
 
@@ -146,14 +150,31 @@ class Extension:
             del processor._apply_head
         return {"quality": self._reducer.result(), "scored_in": self._scored_in}
 
+    def workbench_forget_peak(self) -> None:
+        """The workspace is of what comes."""
+        import torch
+
+        self._peak = resident.Peak()
+        if self.device.type == "cuda":  # type: ignore[attr-defined]
+            torch.cuda.reset_peak_memory_stats()
+
     def workbench_memory(self) -> dict[str, int]:
-        """Bytes of weights in this worker and of its key-value cache, as far as it knows."""
+        """Bytes of weights in this worker, of its key-value cache and its workspace, as far as it knows.
+
+        The workspace is on a GPU all else that is allocated there at the peak, graphs included, and on a CPU what this
+        process, which may not be the engine's, grew by."""
+        import torch
+
         runner = self.model_runner  # type: ignore[attr-defined]
         # On a CPU weights are repacked into the kernels' own memory, which no parameter shows.
         weights = int(getattr(runner, "model_memory_usage", 0))
         caches = {t.data_ptr(): t.numel() * t.element_size() for t in _tensors(runner.kv_caches)}
-        known = {"weights": weights} if weights else {}
-        return known | {"kv_cache_reserved": sum(caches.values())}
+        known = ({"weights": weights} if weights else {}) | {"kv_cache_reserved": sum(caches.values())}
+        if self.device.type == "cuda":  # type: ignore[attr-defined]
+            known["workspace"] = max(0, torch.cuda.max_memory_allocated() - sum(known.values()))
+        elif hasattr(self, "_peak") and (grown := self._peak.grown()) is not None:
+            known["workspace"] = grown
+        return known
 
 
 def _wide(apply_head: Any) -> Any:
@@ -243,6 +264,7 @@ class Engine:
             worker_extension_cls=EXTENSION,
             kv_cache_memory_bytes=_reserved_bytes(job, max(load.most_tokens, longest)),
             **({} if short is None else {"hf_overrides": partial(_with_factors, short=short)}),
+            gpu_memory_utilization=GPU_SHARE,
         )
         self._path = job.artifact.path
         self._requests = 0
@@ -324,16 +346,23 @@ class Engine:
 
         return checkpoint_spelling(self._path, ids)
 
+    def forget_peak(self) -> None:
+        """In every worker."""
+        self._llm.collective_rpc("workbench_forget_peak")
+
     def memory(self) -> dict[str, int]:
         """Bytes of weights and of the reserved key-value cache, over all workers; and what the first point needs."""
         parts = self._llm.collective_rpc("workbench_memory")
         sizes = {name: sum(part[name] for part in parts) for name in parts[0]}
         artifact, load = self._job.artifact, self._job.workload
+        width = 4 if self._dtype == "float32" else 2
         if "weights" not in sizes:
             # Repacked where no parameter shows it: what the checkpoint holds, in the dtype it is computed in.
-            width = 4 if self._dtype == "float32" else 2
             sizes["weights"] = artifact.parameters * width if artifact.format == "safetensors" else artifact.disk_bytes
-        width = 1 if self._options.kv_cache == "fp8" else 4 if self._dtype == "float32" else 2
+        config = self._llm.llm_engine.model_config.hf_text_config
+        tied = getattr(config, "tie_word_embeddings", True)
+        sizes["embedding"] = 0 if tied else config.vocab_size * config.hidden_size * width
+        width = 1 if self._options.kv_cache == "fp8" else width
         prompt_tokens, batch = load.points[0]
         blocks = -(-(prompt_tokens + load.new_tokens) // KV_BLOCK_TOKENS)
         return sizes | {"kv_cache": batch * blocks * KV_BLOCK_TOKENS * _kv_values(artifact.path) * width}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, cannot_import
+from workbench.errors import UserError, cannot_import, out_of_memory
 from workbench.shape import FLOATS, NamedShape, Traits
 from workbench.worker import Progress
 from workbench.worker.base.gguf_file import field_of
@@ -153,7 +153,9 @@ def write(
                 made, checked = _encoded(tensor, wanted, importances[name], place.device)
             except ValueError as problem:
                 raise UserError(f"{source}: tensor {name} cannot be made {wanted}: {problem}") from None
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
                 return f"{place.name} has not the 2 GiB free that it needs"
             writer.write_tensor_data(made)
             rows, equal = rows + checked.rows, equal + checked.equal
