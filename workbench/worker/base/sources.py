@@ -15,8 +15,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from workbench.disk import readable
-from workbench.errors import UserError, did_you_mean, install_with, unknown
+from workbench.disk import expanded, readable
+from workbench.errors import LONGEST_PATH, UserError, did_you_mean, install_with, unknown
+from workbench.errors import short as shortened
 from workbench.worker import Progress
 
 SOURCES = ("hub", "path", "gguf", "package", "config")
@@ -58,12 +59,12 @@ def source_of(given: object) -> BaseSource:
 
 def local_path(value: str | os.PathLike[str]) -> Path:
     """The absolute path of a file or directory; `UserError` with the nearest name if there is none."""
-    path = Path(value).expanduser()
+    path = expanded(value)
     with readable(path):
         if path.is_file() or path.is_dir():
             return path.resolve()
         if path.exists():
-            raise UserError(f"base path {path} is neither a file nor a folder.")
+            raise UserError(f"base path {shortened(path, LONGEST_PATH)} is neither a file nor a folder.")
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, beside) if beside else f"There is no directory {path.parent} either."
     if hint.startswith("Known"):
