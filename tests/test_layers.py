@@ -124,7 +124,8 @@ def test_the_walk_sees_what_it_should(tmp_path: Path) -> None:
 def test_errors_and_records_stand_below_everything() -> None:
     assert foreign(HOUSE / "errors.py") == set()
     for path in files_of("records"):
-        assert all(name.startswith("workbench.records") for name in foreign(path)), path
+        # msgspec is used where it is (`records/codec.py`).
+        assert all(name.startswith("workbench.records") for name in foreign(path) - {"msgspec"}), path
 
 
 @pytest.mark.parametrize("path", files_of("worker"), ids=name_of)

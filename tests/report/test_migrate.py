@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.places import ROOT
-from workbench.records import SCHEMA_VERSION, Evaluation, Row, Speed, Task, Workload
+from workbench.records import SCHEMA_VERSION, Evaluation, Row, Speed, Task, Workload, to_json
 from workbench.report import store
 from workbench.report.formats.data import objects
 from workbench.report.table import build
@@ -140,7 +140,7 @@ def test_published_rows_lose_nothing(path: Path) -> None:
         assert (row.evaluation.digest if row.evaluation else None) == (old["evaluation"] or {}).get("digest")
         if row.measurement is not None:
             measured = old["measurement"]
-            assert row.quality == measured["quality"]
+            assert to_json(row.quality) == measured["quality"]
             assert [each.rounds for each in row.measurement.speeds] == [
                 each.get("turns", []) for each in measured["speeds"]
             ]

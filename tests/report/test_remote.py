@@ -124,11 +124,14 @@ def test_history_keeps_what_read_supersedes(tmp_path: Path) -> None:
     assert [row.started_at[8:10] for row in store.history(tmp_path)[0]] == ["01", "02", "03"]
 
 
+SUMS = {"kld_count": 4, "kld_sum": 0.0, "same_top_sum": 4, "dp_square_sum": 0.0}
+
+
 def test_history_is_lean_but_for_the_newest_and_keeps_what_a_paired_difference_needs(tmp_path: Path) -> None:
     row = a_row()
     assert row.measurement is not None and row.quality is not None
-    windows = [window | {"nll": "AAAA", "kld": "AAAA"} for window in row.quality["windows"]]
-    windows[1]["nonfinite"] = 1
+    windows = [window | {"nll": bytes(2 * 4), "kld": bytes(2 * 4), **SUMS} for window in row.quality["windows"]]
+    windows[1] |= {"nonfinite": 1, "nll": bytes(2 * 4) + b"\x00\x7e", "kld": bytes(2 * 4) + b"\x00\x7e"}
     row = replace(
         row,
         measurement=replace(row.measurement, qualities={"prose": {"windows": windows}}),
