@@ -224,7 +224,10 @@ def test_report_is_pure(path: Path) -> None:
         "svg.py": {"resvg_py"},
         "templates.py": {"jinja2"},
     }.get(path.name, set())
-    assert foreign(path, top_only=True) <= {name for name in foreign(path) if name.startswith("workbench")}
+    # What reads stored lines.
+    reads = {"msgspec"} if path.name in ("border.py", "migrate.py", "store.py") else set()
+    assert foreign(path, top_only=True) - reads <= {name for name in foreign(path) if name.startswith("workbench")}
+    allowed |= reads
     assert all(name in allowed or name.startswith("workbench.report") for name in foreign(path))
     banned = {"time", "subprocess", "socket", "threading", "multiprocessing", "random", "ctypes", "signal"}
     if path.name not in ("store.py", "remote.py", "publish.py"):

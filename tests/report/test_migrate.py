@@ -115,10 +115,10 @@ def test_a_row_of_schema_1_with_several_of_everything(tmp_path: Path) -> None:
     assert record["evaluation"] == "prose" and [*record["evaluations"]] == ["code"]
 
 
-@pytest.mark.parametrize("error", [None, "it broke"])
-def test_a_row_of_schema_1_with_nothing_measured(tmp_path: Path, error: str | None) -> None:
+@pytest.mark.parametrize("reason", ["error", "unsupported"])
+def test_a_row_of_schema_1_with_nothing_measured(tmp_path: Path, reason: str) -> None:
     """Such as the first ones were: without any of the fields that came later."""
-    old = old_row() | {"measurement": None, "evaluation": None, "error": error, "workload": {"prompt_tokens": 7}}
+    old = old_row() | {"measurement": None, "evaluation": None, reason: "it broke", "workload": {"prompt_tokens": 7}}
     for name in ("evaluations", "tasks", "place", "options", "warnings"):
         del old[name]
     row = read_one(tmp_path, old)

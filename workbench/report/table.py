@@ -29,7 +29,6 @@ from workbench.report.estimates import Estimate
 from workbench.report.metrics import METRICS, OF_THE_REFERENCE
 from workbench.report.selection import (
     BASE,
-    age_of,
     comparable_rows,
     evaluation_digest,
     in_order,
@@ -167,7 +166,7 @@ def build(
         own = named_rows(own, "recipe", recipe, lambda row: row.recipe)
     if evaluation is not None:
         own = named_rows(own, "evaluation", evaluation, evaluation_digest)
-    lead = max(own, key=age_of)
+    lead = max(own, key=lambda row: row.started_at)
     rows = of_recipe(rows, own) if recipe is not None else list(rows)
     rows = comparable_rows(rows, lead, "machine", machine_of, notes)
     rows = comparable_rows(rows, lead, "measurement version", lambda row: str(row.measurement_version), notes)
@@ -266,7 +265,8 @@ def _values(row: Row, reference: str | None) -> dict[str, float | None]:
 
 def _references(rows: Sequence[Row]) -> dict[str, str]:
     """The reference that divergences of each base are from: that of the newest row compared with any."""
-    return {row.base: found for row in sorted(rows, key=age_of) if (found := quality.reference(row))}
+    ordered = sorted(rows, key=lambda row: row.started_at)
+    return {row.base: found for row in ordered if (found := quality.reference(row))}
 
 
 def _below(delta: Estimate | None, floor: NoiseFloor | None) -> bool | None:
