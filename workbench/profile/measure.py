@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -92,7 +91,7 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
 
 def portable_row(row: Row) -> Row:
     """The row as others may read it: rows are published, and the folders of this machine are nobody's business."""
-    plain: Row = from_json(Row, json.loads(portable(json.dumps(to_json(row)))))
+    plain: Row = from_json(Row, portable(to_json(row)))
     return plain
 
 
