@@ -14,7 +14,8 @@ from tests.places import ROOT
 TESTS = ROOT / "tests"
 MODULES = sorted(TESTS.rglob("*.py"))
 FOLDERS = sorted(
-    {path.parent.relative_to(TESTS) for path in MODULES if path.stem.startswith("test_")} - {Path(), Path("kernels")}
+    {path.parent.relative_to(TESTS) for path in MODULES if path.stem.startswith("test_")}
+    - {Path(), Path("kernels"), Path("cases")}
 )
 
 

@@ -1,5 +1,5 @@
-"""Files that are there whole or not at all; and a disk that is full or too small, told in words and where possible
-before the work."""
+"""Files that are there whole or not at all; paths as people write them; and a disk that is full or too small, told in
+words and where possible before the work."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from workbench.errors import UserError
+from workbench.errors import UserError, short
 from workbench.sizes import size_text
 
 WAY_OUT = (
     "Free some space (`workbench clean` removes unfinished work and old artifacts) or set WORKBENCH_HOME to a larger "
     "disk."
 )
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with its `~` spelt out. Raises `UserError` for `~name` where nobody has that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{short(path)}: nobody of that name has a folder here; write the path in full") from None
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

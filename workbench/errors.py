@@ -9,9 +9,31 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 60
+"""Characters of a word, from a file or a command line, that a message repeats."""
+LONGEST_PATH = 160
+LONGEST_LIST = 200
+"""Characters of a list of known names."""
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: what, where, what to do."""
+
+    def __init__(self, message: str) -> None:
+        # It repeats what stood in files: nothing in it may break the line, or steer a terminal.
+        super().__init__(message if message.isprintable() else "".join(map(_printable, message)))
+
+
+def _printable(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return " " if letter.isspace() else letter.encode("unicode_escape").decode()
+
+
+def short(word: object, longest: int = LONGEST) -> str:
+    """What a message repeats of a word, a number or a path that may be of any length."""
+    text = str(word)
+    return text if len(text) <= longest else f"{text[: longest - 20]}...{text[-17:]}"
 
 
 class WorkFailed(Exception):
@@ -22,16 +44,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suggestion to append to "unknown <thing> 'word'": the nearest known name, or the whole list."""
     known = sorted(set(known))
     folded = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(str(word).lower(), folded, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(word).lower()[:LONGEST_LIST], folded, n=1, cutoff=0.6)
     if near:
         return f"Did you mean '{folded[near[0]]}'?"
-    return f"Known: {', '.join(known)}." if known else ""
+    listed = ", ".join(known)
+    if len(listed) > LONGEST_LIST:
+        listed = f"{listed[:LONGEST_LIST].rpartition(', ')[0]}, ..."
+    return f"Known: {listed}." if known else ""
 
 
 def unknown(thing: str, word: str, known: Iterable[str], where: str = "") -> UserError:
     """The error for a name that is not in a registry or a list; `where` prefixes it, as in `file: key`."""
     prefix = f"{where}: " if where else ""
-    return UserError(f"{prefix}unknown {thing} '{word}'. {did_you_mean(word, known)}".rstrip())
+    return UserError(f"{prefix}unknown {thing} '{short(word)}'. {did_you_mean(word, known)}".rstrip())
 
 
 def install_with(what: str, command: str) -> UserError:

@@ -11,6 +11,7 @@ from workbench.home import entry
 from workbench.machine.work import work
 from workbench.recipe.load import Recipe
 from workbench.records import (
+    TEXT_VERSION,
     CalibrationTokens,
     Evaluation,
     PreparedBase,
@@ -58,7 +59,7 @@ def tokenize(recipe: Recipe, base: PreparedBase, show: Show) -> tuple[dict[str, 
             "tokens",
             limit_s=recipe.limits.quantize_s,
         )
-        return TokenSets(dict(zip(places, made["sets"], strict=True)), cost)
+        return TokenSets(dict(zip(places, made["sets"], strict=True)), TEXT_VERSION, cost)
 
     place, record = entry("tokens", key, TokenSets, build)
     found = {where: replace(made, path=str(place / f"{where}.json")) for where, made in record.sets.items()}

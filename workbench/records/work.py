@@ -11,6 +11,9 @@ from typing import Any
 
 from workbench.records.rows import Conditions, Evaluation, Job, Task
 
+TEXT_VERSION = 2
+"""Version of the way a text is read and spelt in tokens, whose digest tells whether they came out otherwise."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -96,6 +99,8 @@ class TokenSets:
     """The sets of a recipe by the stem of their file, calibration among them."""
 
     sets: dict[str, Evaluation]
+    text_version: int
+    """`TEXT_VERSION`; a record that names none is made anew."""
     cost: Cost | None = None
 
 
@@ -116,6 +121,8 @@ class Tasks:
     """The tasks of a recipe by name; their paths are relative to the folder they were written into."""
 
     tasks: dict[str, Task]
+    text_version: int
+    """`TEXT_VERSION`; a record that names none is made anew."""
     cost: Cost | None = None
 
 

@@ -1,6 +1,6 @@
 """Tasks: prompts with expected answers, the fifty to a hundred examples of one's own that decide in practice.
 
-A task's file is YAML (a list) or JSONL, each entry a `prompt` and exactly one way to be right:
+A task's file is YAML or JSON (a list) or JSONL, each entry a `prompt` and exactly one way to be right:
 
     exact: Paris             the whole answer, but for white space around it
     contains: [Paris]        somewhere in the answer
@@ -29,16 +29,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
-from workbench.errors import UserError, did_you_mean
-from workbench.records import Task, Tasks, TasksRequest, from_json, to_json
+from workbench.errors import UserError, did_you_mean, short
+from workbench.records import TEXT_VERSION, Task, Tasks, TasksRequest, from_json, to_json
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import read_json
-from workbench.worker.tokens.text import is_jsonl, jsonl_entries
+from workbench.worker.tokens.text import check_characters, is_records, read_file, records
+from workbench.worker.tokens.windows import encode, open_tokenizer, special_tokens
 
 Way = Literal["exact", "contains", "regex", "choices"]
 WAYS: tuple[Way, ...] = get_args(Way)
 KEYS = ("id", "prompt", *WAYS, "answer", "stop", "new_tokens")
 NEW_TOKENS = 32
+MOST_NEW_TOKENS = 2**20
+PLACE = "<<the message>>"
+"""Where a chat template puts a message."""
+MAX_DEPTH = 32
+"""Of a YAML file; the parser's time grows with its square."""
 HARNESS_LONGEST = 4096
 """Tokens that an engine is made ready for where only the harness knows its prompts; longer ones lose their start."""
 
@@ -49,7 +55,7 @@ class Entry:
 
     where: str
     """Its place, for messages."""
-    id: object
+    id: int | str | None
     prompt: str
     way: Way
     texts: list[str]
@@ -96,8 +102,6 @@ def build(payload: object, progress: Progress) -> object:
 
     Returns `Tasks`. Raises `UserError` for what is wrong with a file, with the entry's place.
     """
-    from workbench.worker.tokens.windows import open_tokenizer
-
     request: TasksRequest = from_json(TasksRequest, payload)
     base, out = Path(request.base), Path(request.out)
     tokenizer, vocab_size, bos = open_tokenizer(base, request.allow_remote_code)
@@ -131,33 +135,37 @@ def build(payload: object, progress: Progress) -> object:
             "harness" in content,
         )
     progress(1, 1, "tasks written")
-    return to_json(Tasks(made))
+    return to_json(Tasks(made, TEXT_VERSION))
 
 
 def read(path: Path) -> list[Entry]:
     """The entries of a task's file. Raises `UserError` with the place of what is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"task file {path} does not exist. {did_you_mean(path.name, near)}".rstrip()) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"task file {path} cannot be read as text: {error}") from None
-    if is_jsonl(path):
-        found = list(jsonl_entries(path, text))
+    text = read_file(path, "task file")
+    if is_records(path):
+        found = list(records(path, text))
     else:
         import yaml
 
         try:
+            depth = 0
+            for event in yaml.parse(text, Loader=yaml.SafeLoader):
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if depth > MAX_DEPTH:
+                    raise yaml.YAMLError("nested too deeply")
             data = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError) as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
         if not isinstance(data, list):
             raise UserError(f"{path}: a list of entries, each with a `prompt` and an expected answer")
         found = [(f"{path}: entry {number}", entry) for number, entry in enumerate(data, 1)]
     if not found:
         raise UserError(f"{path} is empty: there is nothing to ask")
-    return [_entry(given, where) for where, given in found]
+    entries = [_entry(given, where) for where, given in found]
+    names = {entry.id: entry.where for entry in reversed(entries)}
+    for entry in entries:
+        if entry.id is not None and names[entry.id] != entry.where:
+            raise UserError(f"{entry.where}: the id '{short(entry.id)}' is that of {names[entry.id]} too")
+    return entries
 
 
 def _entry(given: Any, where: str) -> Entry:
@@ -166,7 +174,7 @@ def _entry(given: Any, where: str) -> Entry:
         raise UserError(f"{where}: a mapping with a `prompt` and one of {', '.join(WAYS)}")
     for key in given:
         if key not in KEYS:
-            raise UserError(f"{where}: unknown key '{key}'. {did_you_mean(str(key), KEYS)}")
+            raise UserError(f"{where}: unknown key '{short(key)}'. {did_you_mean(str(key), KEYS)}")
     if not isinstance(given.get("prompt"), str) or not given["prompt"]:
         raise UserError(f"{where}: `prompt` must be text")
     ways = [way for way in WAYS if way in given]
@@ -189,42 +197,58 @@ def _entry(given: Any, where: str) -> Entry:
         for pattern in texts:
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"{where}: `regex` {pattern!r} is not a regular expression: {error}") from None
+            except (re.error, OverflowError, RecursionError) as error:
+                raise UserError(f"{where}: `regex` '{short(pattern)}' is not a regular expression: {error}") from None
     stop = given.get("stop", ["\n"] if way == "exact" else [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
         raise UserError(f"{where}: `stop` must be text, or a list of texts")
     most = given.get("new_tokens", 1)
-    if type(most) is not int or most < 1:
-        raise UserError(f"{where}: `new_tokens` must be a number from 1")
+    if type(most) is not int or not 1 <= most <= MOST_NEW_TOKENS:
+        raise UserError(f"{where}: `new_tokens` must be a number from 1 to {MOST_NEW_TOKENS}")
+    name = given.get("id")
+    if name is not None and type(name) not in (int, str):
+        raise UserError(f"{where}: `id` must be text or a whole number")
+    check_characters("".join([given["prompt"], *texts, *stop, str(name)]), where)
     number = texts.index(right) if right in texts else right or 0
-    return Entry(where, given.get("id"), given["prompt"], way, texts, number, stop, given.get("new_tokens"))
+    return Entry(where, name, given["prompt"], way, texts, number, stop, given.get("new_tokens"))
 
 
 def _item(entry: Entry, task: Mapping[str, Any], tokenizer: Any, bos: int | None) -> Item:
-    prompt = entry.prompt
-    if task.get("chat"):
-        if not tokenizer.chat_template:
-            raise UserError(f"{entry.where}: `chat` needs a chat template, and the base has none")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt, chat = entry.prompt, bool(task.get("chat"))
+    if chat and not tokenizer.chat_template:
+        raise UserError(f"{entry.where}: `chat` needs a chat template, and the base has none")
 
-    def ids_of(text: str) -> list[int]:
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def in_chat(said: str) -> str:
+        message = [{"role": "user", "content": said}]
+        return str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+
+    def ids_of(rest: str = "") -> list[int]:
+        """Of the prompt, in its template if it has one, and what follows it."""
+        ids: list[int] = []
+        if not chat:
+            ids = encode(tokenizer, prompt + rest, entry.where)["input_ids"]
+        elif not any(word in prompt + rest for word in special_tokens(tokenizer)):
+            ids = tokenizer(in_chat(prompt) + rest, add_special_tokens=False)["input_ids"]
+        else:
+            # The template's special tokens are meant, those that people wrote are text.
+            before, _, after = in_chat(PLACE).partition(PLACE)
+            for template, said in ((before, prompt), (after, rest)):
+                ids += tokenizer(template, add_special_tokens=False)["input_ids"]
+                ids += encode(tokenizer, said, entry.where)["input_ids"]
         # A chat template may say it itself.
-        return [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
+        return [bos, *ids] if bos is not None and ids[:1] != [bos] else list(ids)
 
     if entry.way == "choices":
-        joints = ["" if prompt[-1:].isspace() or choice[:1].isspace() else " " for choice in entry.texts]
-        windows = [ids_of(prompt + joint + choice) for joint, choice in zip(joints, entry.texts, strict=True)]
-        start = ids_of(prompt)
+        open_end = not (in_chat(prompt) if chat else prompt)[-1:].isspace()
+        windows = [ids_of(" " * (open_end and not choice[:1].isspace()) + choice) for choice in entry.texts]
+        start = ids_of()
         # All choices behind the same ids, as many as they share with the prompt alone.
         shared = min(_shared(start, window) for window in windows)
         if not 0 < shared < min(map(len, windows)):
             raise UserError(f"{entry.where}: prompt and choices cannot be told apart in tokens; make the prompt longer")
         return {"id": entry.id, "windows": windows, "first": shared - 1, "choices": entry.right}
-    item: Item = {"id": entry.id, "prompt": ids_of(prompt)}
+    item: Item = {"id": entry.id, "prompt": ids_of()}
     item[entry.way] = [text.strip() for text in entry.texts] if entry.way == "exact" else entry.texts
     item["stop"], item["new_tokens"] = entry.stop, entry.new_tokens or task.get("new_tokens") or NEW_TOKENS
     return item

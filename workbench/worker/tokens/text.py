@@ -1,15 +1,22 @@
-"""Text from where a recipe says it is: a module, a package's file, a file, a dataset."""
+"""Text from where a recipe says it is: a module, a package's file, a file, a dataset.
+
+A file is UTF-8 (a byte order mark is skipped), and its lines end in `\\n`: `\\r\\n` becomes that, so that one text has
+the same tokens wherever it was saved. What a JSON string says stays as it is.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from workbench.errors import UserError, did_you_mean, install_with, unknown
+from workbench.disk import expanded
+from workbench.errors import LONGEST_PATH, UserError, did_you_mean, install_with, short, unknown
 from workbench.worker.base.sources import distribution_of
 
 SOURCES = ("module", "package", "file", "dataset", "text")
@@ -40,8 +47,8 @@ class Source:
     def __str__(self) -> str:
         if self.kind == "text":
             return "the recipe's own text"
-        parts = [self.config, self.split, self.file if self.package else None]
-        return " ".join([f"{self.kind} '{getattr(self, self.kind)}'", *filter(None, parts)])
+        parts = [short(part) for part in (self.config, self.split, self.file if self.package else None) if part]
+        return " ".join([f"{self.kind} '{short(getattr(self, self.kind), LONGEST_PATH)}'", *parts])
 
 
 def source_of(given: Mapping[str, str | None]) -> Source:
@@ -63,10 +70,11 @@ def read_text(source: Source, need_tokens: int | None = None) -> str:
     elif source.dataset is not None:
         text = _dataset_text(source, source.dataset, need_tokens)
     else:
-        path = _package_path(source.package, source.file) if source.package else _file_path(source.file or "")
-        text = _jsonl_text(path, source.field or "text") if is_jsonl(path) else _plain_text(path)
+        path = _package_path(source.package, source.file) if source.package else expanded(source.file or "")
+        text = _records_text(path, source.field or "text") if is_records(path) else read_file(path)
     if not text.strip():
         raise UserError(f"{source} is empty: there is nothing to score. Name a source with text.")
+    check_characters(text, str(source))
     return text
 
 
@@ -78,7 +86,9 @@ def _module_text(name: str) -> str:
     try:
         module = importlib.import_module(name)
     except ImportError:
-        raise UserError(f"module '{name}' cannot be imported here: install the package it is part of.") from None
+        raise UserError(f"module '{short(name)}' cannot be imported here: install the package it is part of.") from None
+    except (Exception, SystemExit) as error:  # a relative name, or whatever its code does
+        raise UserError(f"module '{short(name)}' cannot be imported here ({one_line(error)}): name another.") from None
     held = {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, str | dict) and v}
     own = name.rpartition(".")[2]
     if own not in held and len(held) != 1:
@@ -93,30 +103,45 @@ def _module_text(name: str) -> str:
     return SEPARATOR.join(value[key] for key in sorted(value))
 
 
-def _file_path(value: str) -> Path:
-    path = Path(value).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise UserError(f"text file {path} is a directory. Name a .txt or .jsonl file in it.")
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = did_you_mean(path.name, beside)
-    raise UserError(f"text file {path} does not exist. {hint if hint.startswith('Did') else 'Check the path.'}")
-
-
 def _package_path(package: str, file: str | None) -> Path:
     distribution = distribution_of(package, "the text")
     if not file:
         raise UserError(f"package '{package}': say which `file` of it holds the text.")
     path = Path(str(distribution.locate_file(file)))
-    if not path.is_file():
+    if not os.path.isfile(path):
         names = [str(f) for f in distribution.files or [] if not str(f).endswith(".pyc")]
         hint = did_you_mean(file, names)
         raise UserError(
-            f"package '{package}' {distribution.version} has no file '{file}'. "
+            f"package '{package}' {distribution.version} has no file '{short(file)}'. "
             f"{hint if hint.startswith('Did') else f'It has {len(names)} files.'}"
         )
     return path
+
+
+def read_file(path: Path, what: str = "text file") -> str:
+    """The text of a UTF-8 file, its lines ended by `\\n`. Raises `UserError` for a file that holds none."""
+    try:
+        kind = path.stat().st_mode
+        # A pipe is not opened: that may wait for ever.
+        data = path.read_bytes() if stat.S_ISREG(kind) else b""
+    except (FileNotFoundError, NotADirectoryError):
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, beside)
+        hint = hint if hint.startswith("Did") else "Check the path."
+        raise UserError(f"{what} {short(path, LONGEST_PATH)} does not exist. {hint}") from None
+    except OSError as error:
+        raise UserError(f"{what} {short(path, LONGEST_PATH)} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(kind):
+        raise UserError(f"{what} {path} is a {'directory' if stat.S_ISDIR(kind) else 'pipe or a device'}: name a file")
+    if b"\0" in data:
+        raise UserError(f"{path} is a binary file (a zero byte at {data.index(0)}). Name UTF-8 text or JSONL.")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}) in line {line}. Convert it, or name another file."
+        ) from None
 
 
 def is_jsonl(path: Path) -> bool:
@@ -124,33 +149,59 @@ def is_jsonl(path: Path) -> bool:
     return path.suffix.lower() in (".jsonl", ".ndjson")
 
 
-def jsonl_entries(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    """(where it stands, for messages; what it holds) of each line of a JSONL file that is not empty."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}: line {number}", json.loads(line)
-            except (ValueError, RecursionError):
-                raise UserError(f"{path}: line {number} is not valid JSON. Each line must be one object.") from None
+def is_records(path: Path) -> bool:
+    """Whether a file's name says that it holds records: one a line, or an array of them."""
+    return is_jsonl(path) or path.suffix.lower() == ".json"
 
 
-def _plain_text(path: Path) -> str:
-    data = path.read_bytes()
-    if b"\0" in data:
-        raise UserError(f"{path} is a binary file (a zero byte at {data.index(0)}). Name UTF-8 text or JSONL.")
+def records(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    """(where it stands, for messages; what it holds) of each entry of a `.json` array, or line of a JSONL file that is
+    not empty."""
+    if is_jsonl(path):
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                where = f"{path}: line {number}"
+                yield where, _value(line, where, "Each line must be one record")
+        return
+    found = _value(text, str(path), "For one record a line, name it .jsonl")
+    if not isinstance(found, list):
+        raise UserError(f"{path}: not an array of records ([...]). For one record a line, name it .jsonl")
+    for number, entry in enumerate(found, 1):
+        yield f"{path}: record {number}", entry
+
+
+def _value(text: str, where: str, hint: str) -> object:
+    """What a JSON text says. Raises `UserError` if it is none, or says half a character."""
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Convert it, or name another file.") from None
+        found: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        fault = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) and error.lineno > 1 else ""
+        raise UserError(f"{where} is not valid JSON{fault}. {hint}.") from None
+    if "\\u" in text:
+        check_characters(json.dumps(found, ensure_ascii=False), where)
+    return found
 
 
-def _jsonl_text(path: Path, field: str) -> str:
+def check_characters(text: str, where: str) -> None:
+    """Raise `UserError` for half a surrogate pair, which is no character and has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds \\u{ord(text[error.start]):04x}, half of a character. Write the whole one, or none."
+        ) from None
+
+
+def _records_text(path: Path, field: str) -> str:
     documents = []
-    for where, entry in jsonl_entries(path, _plain_text(path)):
+    for where, entry in records(path, read_file(path)):
+        if isinstance(entry, str):
+            documents.append(entry)
+            continue
         record = entry if isinstance(entry, dict) else {}
         if not isinstance(record.get(field), str):
             state = "is not text" if field in record else "is missing"
-            raise UserError(f"{where}: field '{field}' {state}. {did_you_mean(field, record)}".rstrip())
+            raise UserError(f"{where}: field '{short(field)}' {state}. {did_you_mean(field, record)}".rstrip())
         documents.append(record[field])
     return SEPARATOR.join(documents)
 

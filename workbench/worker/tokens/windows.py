@@ -7,6 +7,9 @@ windows at random, and where both come from one text, only from what evaluation 
 Where windows begin and what of them is scored is the convention's business (`conventions.py`). A window begins with
 BOS if the tokenizer adds one: it takes the first token's place, as in llama.cpp.
 
+What a text spells is text: a special token's name in it (`<s>`, `<|im_end|>`) becomes the tokens of its letters, as in
+llama.cpp, and only the convention itself adds one.
+
 Rejected: re-tokenizing in each engine (their tokenizers differ in corners, and the comparison would measure
 that), and special tokens around every document (no engine's perplexity tool does it).
 """
@@ -151,10 +154,31 @@ def open_tokenizer(base: Path, remote_code: bool) -> tuple[Any, int, int | None]
     return tokenizer, int(sizes["vocab_size"]), int(bos) if adds_bos else None
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """What a tokenizer would take for more than text, and its ids."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {token.content: number for number, token in added.items() if token.special}
+
+
+def encode(tokenizer: Any, text: str, where: str, **more: Any) -> Any:
+    """A text as the tokenizer's `input_ids`, special tokens in it spelt out; `more` is for the tokenizer.
+
+    Raises `UserError` for a tokenizer that cannot spell one out.
+    """
+    special = {word: number for word, number in special_tokens(tokenizer).items() if word in text}
+    # Only then asked for: tokenizers without a fast form give up the other tokens added to them with it.
+    more |= {"split_special_tokens": True} if special else {}
+    encoded = tokenizer(text, add_special_tokens=False, **more)
+    taken = set(special.values()) & set(encoded["input_ids"]) - {tokenizer.unk_token_id} if special else ()
+    for word in (word for word, number in special.items() if number in taken):
+        raise UserError(f"{where}: this tokenizer takes '{word}' for a special token, not for text: leave it out")
+    return encoded
+
+
 def _tokens(source: Source, tokenizer: Any, need_tokens: int | None) -> Tokens:
     text = read_text(source, need_tokens)
     fast = bool(getattr(tokenizer, "is_fast", False))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    encoded = encode(tokenizer, text, str(source), return_offsets_mapping=fast, verbose=False)
     ids = list(encoded["input_ids"])
     if not fast:
         return Tokens(text, ids, None, None)
