@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from workbench.records import Artifact, Job, Quality, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
-from workbench.worker import proof
 from workbench.worker.architectures import sizes_of
 from workbench.worker.backends import vllm_gguf
 from workbench.worker.base.checkpoint import read_json, text_config
@@ -270,24 +269,31 @@ class Engine:
         )
         self._requests = 0
         self._scored_in = ""
-        self._not_proven = self._prove(Path(job.artifact.path), longest) if more else None
+        self._not_proven: str | None = None
+        self._unproven = bool(more)
+        if not job.longest_window:
+            self._prove()
 
-    def _prove(self, file: Path, longest: int) -> str | None:
-        """See that it is the model that llama.cpp makes of a GGUF file; why that could not be seen."""
+    def _prove(self) -> None:
+        """See once that it is the model that llama.cpp makes of a GGUF file; after loading, which is timed."""
         from vllm import SamplingParams
 
-        sizes = text_config(read_json(Path(self._path) / "config.json"))
-        ids = proof.ids_over(int(sizes["vocab_size"]), min(proof.TOKENS, longest - 1))
+        if not self._unproven:
+            return
+        self._unproven = False
+        ids = vllm_gguf.probe(self._job, Path(self._path))
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         self._llm.collective_rpc("workbench_begin", args=(None,))
         self._llm.collective_rpc("workbench_window", args=(0, 0))
         self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
-        return vllm_gguf.prove(file, ids, self._llm.collective_rpc("workbench_end")[0]["quality"])
+        logits = self._llm.collective_rpc("workbench_end")[0]["quality"]
+        self._not_proven = vllm_gguf.prove(Path(self._job.artifact.path), ids, logits)
 
     def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """One prompt a window; the reduction happens where the logits are."""
         from vllm import SamplingParams
 
+        self._prove()
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         self._llm.collective_rpc("workbench_begin", args=(to_json(asked),))
         for index, ids, first in asked.windows:
