@@ -62,8 +62,11 @@ def write_config(path: Path, folder: Path) -> None:
 
 
 def probe(job: Job, folder: Path) -> list[int]:
-    """Ids to compare logits on, as many as a window or a prompt may have: text where there is an evaluation, since both sides round (vLLM to 16 bits,
-    llama.cpp to 8), and on ids without sense that alone was 0.05 nats of SmolLM2-135M."""
+    """Ids to compare logits on, as many as a window or a prompt may have.
+
+    Text where there is an evaluation: both sides round (vLLM to 16 bits, llama.cpp to 8), and on ids without sense that
+    alone was 0.05 nats of SmolLM2-135M.
+    """
     count = min(proof.TOKENS, max(job.longest_window, *job.workload.prompt_tokens))
     for evaluation in job.evaluations.values():
         if evaluation.path:
