@@ -217,7 +217,7 @@ class Engine:
     def _run(self) -> None:
         status = self._api.llama_decode(self._context, self._batch)
         if status != 0:
-            raise RuntimeError(f"llama_decode failed with status {status}{self._last_words()}")
+            raise RuntimeError(f"llama_decode failed with status {status}{model.last_words(self._heard)}")
 
     def _forget(self) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), False)
