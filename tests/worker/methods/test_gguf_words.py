@@ -112,7 +112,7 @@ def quantized(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check
 
     monkeypatch.setattr(encode, "write", lambda source, out, *_: write(out))
     monkeypatch.setattr(method, "_by_llamacpp", lambda request, _: write(Path(request.out)))
-    request = {"out": str(tmp_path / "o.gguf"), "source": "s", "type": "Q8_0"} | more
+    request = {"out": str(tmp_path / "o.gguf"), "source": str(file), "type": "Q8_0"} | more
     return from_json(MadeVariant, method.quantize(request, lambda *_: None))
 
 

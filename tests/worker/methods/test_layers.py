@@ -31,7 +31,7 @@ def test_awq_tells_the_share_that_each_layer_loses(kind: str) -> None:
     folded = dict(layer.tensors)
     for group in layer.architecture.groups:
         if folds[group.linears] is not None:
-            awq._fold(folded, group, folds[group.linears])
+            awq.fold(folded, group, folds[group.linears])
     for group in layer.architecture.groups:
         scales = folds[group.linears]
         gram = layer.grams[group.linears[0]]
@@ -56,7 +56,7 @@ def test_folding_leaves_what_a_layer_computes() -> None:
         producer = Producer("norm", "norm", one_plus=plus)
         before = {"norm.weight": torch.rand(8, generator=chance), "q.weight": torch.randn(4, 8, generator=chance)}
         after = dict(before)
-        awq._fold(after, Group(("q",), producer), scales)
+        awq.fold(after, Group(("q",), producer), scales)
         one, two = (output(t, "q", x * (t["norm.weight"] + plus)) for t in (before, after))
         torch.testing.assert_close(one, two)
         assert not torch.equal(before["q.weight"], after["q.weight"])
@@ -70,7 +70,7 @@ def test_folding_leaves_what_a_layer_computes() -> None:
         "o.weight": torch.randn(4, 8, generator=chance),
     }
     after = dict(before)
-    awq._fold(after, Group(("o",), producer), scales)
+    awq.fold(after, Group(("o",), producer), scales)
 
     def attended(tensors: Any) -> Any:
         values = output(tensors, "qkv", x)[:, 3:7].view(5, 2, 1, 2).expand(5, 2, 2, 2).reshape(5, 8)
