@@ -114,7 +114,24 @@ def test_the_limit_is_the_engines() -> None:
 
 # --- names --------------------------------------------------------------------------------------
 
-BAD_NAMES = ("", LONG, "../x", "a/b", "a\\b", "..", ".", ".hidden", "-x", "a b", "a\nb", "con", "NUL.txt", "Com1", "x.")
+BAD_NAMES = (
+    "base.json",
+    "",
+    LONG,
+    "../x",
+    "a/b",
+    "a\\b",
+    "..",
+    ".",
+    ".hidden",
+    "-x",
+    "a b",
+    "a\nb",
+    "con",
+    "NUL.txt",
+    "Com1",
+    "x.",
+)
 
 
 @pytest.mark.parametrize("name", [*BAD_NAMES, "ü" * 60])

@@ -13,8 +13,8 @@ from workbench.errors import UserError, short
 
 LONGEST_NAME = 100
 """Bytes; a file's name is made of two and an ending, and may have 255."""
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", re.IGNORECASE)
-"""Names that Windows keeps for devices, and an end that it drops."""
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.(json)?", re.IGNORECASE)
+"""Names that Windows keeps for devices, an end that it drops, and the end of the program's own records."""
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 """Of a recipe, a model, a variant, an evaluation set or a task, as editors check it; `bad_name` says the rest."""
 HUB = r"^\w[\w.-]*(/\w[\w.-]*)?$"
@@ -32,7 +32,7 @@ def bad_name(value: object) -> str:
         return f"letters, digits, '.', '_' and '-' only, not {short(repr(value))}"
     if len(value.encode()) > LONGEST_NAME:
         return f"{LONGEST_NAME} letters at most, not '{short(value)}'"
-    return f"what any system takes for a file's name, not '{short(value)}'" if RESERVED.fullmatch(value) else ""
+    return f"what can name any file anywhere, not '{short(value)}'" if RESERVED.fullmatch(value) else ""
 
 
 def plain_name(text: str) -> str:

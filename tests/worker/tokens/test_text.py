@@ -214,8 +214,8 @@ def items(base: Path, folder: Path, *entries: dict[str, Any], name: str = "t.jso
     (folder / name).write_text(json.dumps(entries))
     payload = {"base": str(base), "tasks": {"t": {"file": str(folder / name), **more}}, "out": str(folder / "out")}
     (folder / "out").mkdir(exist_ok=True)
-    tasks.build(payload, lambda *_: None)
-    found: list[Any] = json.loads((folder / "out" / "t.json").read_text())["items"]
+    made = tasks.build(payload, lambda *_: None)["tasks"]["t"]
+    found: list[Any] = json.loads((folder / "out" / made["path"]).read_text())["items"]
     return found
 
 
@@ -252,6 +252,15 @@ def test_of_a_chat_the_templates_tokens_are_special_and_no_others(tiny_llama: Pa
 
 
 GOOD = {"prompt": "a", "exact": "b"}
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "task"])
+def test_a_task_may_be_called_as_what_lies_beside_it(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "t.json").write_text(json.dumps([GOOD]))
+    payload = {"base": str(tiny_llama), "tasks": {name: {"file": str(tmp_path / "t.json")}}, "out": str(tmp_path)}
+    made = tasks.build(payload, lambda *_: None)["tasks"][name]
+    assert "items" in json.loads((tmp_path / made["path"]).read_text())
+    assert made["path"] != "task.json" and "model" in json.loads((tmp_path / "tokenizer.json").read_text())
 
 
 @pytest.mark.parametrize(
