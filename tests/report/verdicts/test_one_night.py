@@ -177,7 +177,7 @@ def note(since: str, until: str, alarms: list[Row] = [], **more: Any) -> Any:  #
         "recipe": "toy",
         "since": since,
         "until": until,
-        "alarmed": [[row.artifact.variant, row.backend] for row in alarms],
+        "alarmed": [(row.artifact.variant, row.backend) for row in alarms],
     } | more
 
 
