@@ -4,7 +4,7 @@ VENV := .venv
 GPU := .venv-gpu
 READY := $(VENV)/.ready
 
-.PHONY: demo gpu gpu-check test fast check mutants lock lock-cuda clean
+.PHONY: demo gpu gpu-check image-check test fast check mutants lock lock-cuda clean
 demo: $(READY)
 	$(VENV)/bin/workbench run recipes/smollm2-135m.yaml
 
@@ -21,6 +21,11 @@ $(GPU)/.ready: requirements/install-gpu.sh requirements/cuda.lock requirements/c
 gpu-check:
 	$(if $(wildcard $(GPU)/vllm),WORKBENCH_PYTHON_VLLM=$(CURDIR)/$(GPU)/vllm/bin/python) \
 		$(or $(wildcard $(GPU)/workbench/bin/python),$(PYTHON)) -P benchmarks/gpu_check.py $(PARTS)
+
+# The image's own steps without a GPU and without Docker: an hour on two cores and 8 GB the first time; STEPS="kernels"
+# takes some of them, and an interrupted one goes on.
+image-check:
+	requirements/image-check.sh $(if $(filter python3,$(PYTHON)),python3.12,$(PYTHON)) $(GPU)-image 90 $(STEPS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -q --durations=10
@@ -54,4 +59,4 @@ lock-cuda:
 		requirements/$$set.in -o requirements/$$set.lock || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(GPU)
+	rm -rf $(VENV) $(GPU) $(GPU)-image

@@ -195,7 +195,7 @@ def test_a_sliding_window_and_a_refusal_are_told() -> None:
     assert windowed.notes[0] == "layers with a sliding window of 64 may keep less than this KV cache"
     for variant, backend in (
         (Variant("v", "awq", {"group_size": 384}), "transformers"),
-        (Variant("v", "awq", {"group_size": 64}), "llamacpp"),
+        (Variant("v", "gptq", {"group_size": 64, "desc_act": True}), "llamacpp"),
         (Variant("v", "gptq", {"bits": 3, "group_size": 64}), "vllm"),
     ):
         found = need_of(shape(), variant, BackendChoice(backend, {}), LOAD, False)

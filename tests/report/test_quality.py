@@ -111,7 +111,7 @@ def test_no_change_of_a_mean_without_one_reference_and_the_same_tokens() -> None
     assert difference(own, scored(drawn([30, 51]))) is difference(own, scored(drawn([30, 50, 4]))) is None
     assert difference(own, scored(drawn([30, 50]), evaluation="e2")) is None
     assert difference(a_row(measured=False), own) is difference(own, a_row(measured=False)) is None
-    nothing = scored([window | {"kld_count": 0} for window in drawn([30, 50])])
+    nothing = scored([window | {"kld_count": 0, "same_top_sum": 0, "dp_square_sum": 0.0} for window in drawn([30, 50])])
     assert difference(nothing, own) is difference(own, nothing) is None
     never = scored([{"count": 30, "nonfinite": 0, "nll_sum": 60.0}] * 2, "r1")
     assert difference(never, never) is None

@@ -11,7 +11,7 @@ import pytest
 from tests.rows import a_row, compared
 from workbench.records import Evaluation, Row, Task, Workload
 from workbench.report.metrics import METRICS
-from workbench.report.selection import age_of, in_order, labels_of, latest_of_each_pair, pair_of
+from workbench.report.selection import in_order, labels_of, latest_of_each_pair, pair_of
 from workbench.report.table import (
     ANOTHER_MODEL_NATS,
     Table,
@@ -128,7 +128,7 @@ def test_why_there_is_no_quality() -> None:
     assert quality_missing(on(a_row(), qualities={})) is None, (
         "it was to be scored and was not: that is an error's case"
     )
-    for source, said in (({"config": "c"}, "random weights"), ({"hub": "h"}, "no evaluation"), ("c", "no evaluation")):
+    for source, said in (({"config": "c"}, "random weights"), ({"hub": "h"}, "no evaluation")):
         drawn = replace(unscored, artifact=replace(unscored.artifact, provenance={"source": source}))
         assert said in (quality_missing(drawn) or "")
 
@@ -229,13 +229,6 @@ def test_warnings_are_told_once_and_of_all_that_has_them() -> None:
     (line,) = build([row]).lines
     assert line.warnings == ("made", "measured", "twice", "row") and line.footnotes == (1, 2, 3, 4)
     assert build([row]).footnotes == line.warnings
-
-
-def test_ages_are_moments() -> None:
-    same = [a_row(started_at=at) for at in ("2026-11-21T10:00:00Z", "2026-11-21T10:00:00", "2026-11-21T11:00:00+01:00")]
-    assert {age_of(row) for row in same} == {age_of(same[0])}
-    assert age_of(a_row(started_at="1970-01-02T00:00:00Z")) == 86400
-    assert age_of(a_row(started_at="")) == -math.inf
 
 
 def test_of_two_rows_of_one_moment_the_later_in_the_file_is_the_latest() -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.rows import a_row
 from workbench.records import Row, Served, Speed
 from workbench.report import speeds
-from workbench.report.speeds import finite_number, further_rates, itl
+from workbench.report.speeds import further_rates, itl
 
 
 def a_speed(chance: random.Random, prompt_tokens: int, new_tokens: int, batch: int, repeats: int) -> Speed:
@@ -119,16 +119,7 @@ def test_further_points_and_what_was_served_are_named_and_timed() -> None:
 def test_steps_without_a_token_or_a_time_are_no_pause_between_tokens() -> None:
     speed = Speed(10, 4, 2, [0.5], [[0.1, 0.2, 0.3]], [[2, 0, 2]], [], [1])
     assert itl(0.5)(measured(speed)) == pytest.approx(0.2)
-    assert itl(1.0)(measured(replace(speed, step_s=[[0.1, 0.2, math.inf]]))) == pytest.approx(0.1)
+    assert itl(1.0)(measured(replace(speed, step_tokens=[[2, 0, 0]]))) == pytest.approx(0.1)
     assert itl(0.5)(measured()) is None
     assert speeds.energy_j_per_token(measured(speed)) is None
     assert speeds.energy_j_per_token(measured()) is speeds.headline(a_row(measured=False)) is None
-    # A repeat with a step too many or too few has no rate of its own.
-    assert speeds.decode_samples(measured(replace(speed, step_tokens=[[2, 0]]))) == []
-    assert speeds.decode_samples(measured(replace(speed, step_s=[[-0.1, -0.2, -0.3]]))) == []
-
-
-@pytest.mark.parametrize("value", [True, False, None, "1", math.nan, math.inf, -math.inf])
-def test_only_finite_numbers_are_numbers(value: object) -> None:
-    assert finite_number(value) is None
-    assert [finite_number(one) for one in (0, -1, 2.5)] == [0, -1, 2.5]

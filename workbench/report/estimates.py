@@ -22,7 +22,6 @@ A quality is the dictionary that `Reducer.result()` returns, in full or as `qual
 
 from __future__ import annotations
 
-import base64
 import math
 import struct
 from collections.abc import Sequence
@@ -141,13 +140,12 @@ def bits_per_byte(q: Quality, scored_bytes: int) -> Estimate:
     return Estimate(mean.value * scale, None if mean.se is None else mean.se * scale, mean.windows)
 
 
-def unpacked(stored: str | Sequence[float | None]) -> Sequence[float | None]:
-    """A per-token list, which a row keeps as base64 of little-endian float16; None for an excluded token."""
-    if not isinstance(stored, str):
+def unpacked(stored: bytes | Sequence[float | None]) -> Sequence[float | None]:
+    """A per-token list, which a row keeps as little-endian float16; None for an excluded token."""
+    if not isinstance(stored, bytes):
         return stored
-    packed = base64.b64decode(stored)
-    values = struct.unpack(f"<{len(packed) // 2}e", packed)
-    return [None if math.isnan(value) else value for value in values]
+    values = struct.unpack(f"<{len(stored) // 2}e", stored)
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def nonfinite(q: Quality) -> int:

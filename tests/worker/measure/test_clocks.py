@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,9 +115,9 @@ def test_every_repeat_is_told_and_its_joules_are_its_own() -> None:
     engine, steps = Counting(), []
     load = Workload(prompt_tokens=[4], new_tokens=3, repeats=3, requests=1)
     meter: Any = Counter()
-    (speed,), _ = timing.speeds(engine, load, TEXT, lambda: steps.append(1), engine.clock, meter)
+    (speed,), _ = timing.speeds(engine, load, TEXT, lambda *_: steps.append(1), engine.clock, meter)
     assert speed.energy_j == [2.0] * 3 and len(steps) == 3
-    timing.served(engine, load, TEXT, lambda: steps.append(1), engine.clock)
+    timing.served(engine, load, TEXT, lambda *_: steps.append(1), engine.clock)
     assert len(steps) == 6
 
 
@@ -180,6 +181,7 @@ def test_the_probe_is_four_mebibytes_of_hashing() -> None:
 
 def zone(folder: Path, name: str, microjoules: int, most: int) -> Path:
     (folder / name).mkdir()
+    (folder / name / "name").write_text("package-0\n")
     (folder / name / "max_energy_range_uj").write_text(f"{most}\n")
     (folder / name / "energy_uj").write_text(f"{microjoules}\n")
     return folder / name / "energy_uj"
@@ -200,14 +202,14 @@ def test_joules_are_summed_over_packages_each_with_a_wrap_of_its_own(tmp_path: P
 
 def test_gpus_that_count_their_joules_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spent = {"a": 5.0, "b": None, "c": 7.0}
-    monkeypatch.setattr(energy, "gpus", lambda: list(spent))
-    monkeypatch.setattr(energy, "joules", lambda gpu: spent[gpu])
+    monkeypatch.setattr(energy, "gpus", lambda: [SimpleNamespace(name=name) for name in spent])
+    monkeypatch.setattr(energy, "joules", lambda gpu: spent[gpu.name])
     meter = Meter(tmp_path)
     before = meter.read()
-    assert before == [5.0, 7.0] and meter.works
+    assert before == [5.0, 7.0] and meter.counted == ["a", "c"]
     spent["a"], spent["c"] = 6.5, 9.0
     assert meter.since(before) == pytest.approx(3.5)
-    assert not Meter(tmp_path, count_gpus=False).works
+    assert Meter(tmp_path, count_gpus=False).counted == []
     spent["a"] = None
     monkeypatch.setattr(energy, "joules", lambda gpu: None)
     assert meter.since(before) is None, "a driver that went away is no reason to lose a measurement"

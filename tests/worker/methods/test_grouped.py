@@ -64,7 +64,7 @@ def test_what_a_layers_shape_must_be() -> None:
     for rows, columns in ((12, 32), (8, 36)):
         with pytest.raises(UserError, match="^here: 4 bits are stored 8 at a time"):
             grouped.check_linear(gptq.Options(group_size=-1), "here", rows, columns, [])
-    assert grouped.group_sizes([96, 64]) == [16, 32] and grouped.group_sizes([1024]) == [16, 32, 64, 128, 256, 512]
+    assert grouped.group_sizes([96, 64]) == [32] and grouped.group_sizes([1024]) == [32, 64, 128]
 
 
 def test_the_bytes_of_a_checkpoint_by_hand() -> None:
@@ -96,7 +96,7 @@ def test_the_bytes_of_a_checkpoint_by_hand() -> None:
     assert left.disk_bytes == plain + 2 * 64 * 64 + 64 * 128 // 2 + 4 * (32 + 128)
     assert left.refused is awq.sizes(shape, awq.Options(group_size=64), "awq").refused is None
     assert awq.sizes(shape, awq.Options(), "awq").refused == (
-        "group_size 128 does not divide the inputs of every layer; take 16 or 32 or 64 or -1"
+        "group_size 128 does not divide the inputs of every layer; take 32 or 64 or -1"
     )
 
 
