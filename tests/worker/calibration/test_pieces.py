@@ -190,7 +190,7 @@ def test_the_layout_is_the_embedding_then_layers_by_number_then_the_rest(tmp_pat
     assert types[f"{prefix}.weight"] == "I4-g32" and types[f"{prefix}.bias"] == types["lm_head.weight"] == "F16"
     assert types["model.layers.3.input_layernorm.weight"] == "F16"
     tied, _ = layout.layout_of(weights_of(tmp_path, tied=True), gptq, gptq.Options(group_size=32))  # type: ignore[arg-type]
-    assert "lm_head.weight" not in tied and "model.layers.0.mlp.up_proj.g_idx" in tied
+    assert "lm_head.weight" not in tied and {"model.layers.0.mlp.up_proj.g_idx", "model.norm.weight"} <= set(tied)
     kept = awq.Options(group_size=32, modules_to_not_convert=("q_proj",))
     plain, kinds = layout.layout_of(weights_of(tmp_path), awq, kept)  # type: ignore[arg-type]
     assert plain[f"{prefix}.weight"] == ("F16", (64, 64)) and kinds[f"{prefix}.weight"] == "F16"

@@ -175,8 +175,17 @@ def test_turns_are_joined_sample_by_sample() -> None:
         timing.joined([parts[0], []])
 
 
-def test_the_probe_is_four_mebibytes_of_hashing() -> None:
-    assert timing.PROBE_BYTES == 4 << 20 and timing.PROBE_BYTES >> 16 == 64
+def test_the_probe_is_three_times_four_mebibytes_of_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+
+    class Counted:
+        def update(self, block: bytes) -> None:
+            hashed.append(len(block))
+
+    monkeypatch.setattr(timing.hashlib, "sha256", Counted)
+    moments = iter(range(6))
+    assert timing.work_probe(lambda: float(next(moments))) == 1.0
+    assert hashed == [1 << 16] * (3 * (4 << 20) // (1 << 16))
 
 
 def zone(folder: Path, name: str, microjoules: int, most: int) -> Path:
