@@ -223,6 +223,10 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "decimal": (f"base: {{path: x, seed: {'9' * 4000}}}\n", ":1: not valid YAML: a number of more than 40 digits"),
     "sexagesimal": (f"base: {':'.join(['1'] * 90_000)}.5\n", ":1: not valid YAML: a number of more than 40 digits"),
     "hexadecimal": (f"base: 0x{'f' * 190_000}\n", ":1: not valid YAML: a number of more than 40 digits"),
+    "word-for-infinity": (
+        "base: {init: random, config: {theta: 1e999}}\n" + REST,
+        "base.config: numbers must be finite",
+    ),
     "control": ('base: {path: "a\\x1b[31m"}\n', "the character U+001B, which is no text (line 1)"),
     "surrogate": ('base:\n  path: "\\ud800"\n', "the character U+D800, which is no text (line 2)"),
     "zero": ('base:\n  path: "\\0"\n', "the character U+0000, which is no text (line 2)"),

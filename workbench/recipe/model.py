@@ -110,12 +110,13 @@ class Base(Strict):
         """A `config.json` pasted into YAML says 1e-05, which YAML 1.1 takes for a word."""
         if not isinstance(value, dict):
             return known_home(value) if value else value
-        if not of_64_bits(value):
-            raise ValueError("numbers must be finite, and of 64 bits at most")
-        return {
+        read = {
             key: float(item) if isinstance(item, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", item) else item
             for key, item in value.items()
         }
+        if not of_64_bits(read):
+            raise ValueError("numbers must be finite, and of 64 bits at most")
+        return read
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
