@@ -72,7 +72,8 @@ def portable(value: Any) -> Any:
 
 def local(path: str) -> Path:
     """Where a stored row's path, as `portable` writes it, is on this machine; there or not."""
-    return Path(path.replace("$WORKBENCH_HOME", str(home()), 1)).expanduser()
+    whole = Path(path.replace("$WORKBENCH_HOME", str(home()), 1))
+    return whole.expanduser() if path.startswith("~/") else whole
 
 
 def instance() -> str:
