@@ -63,6 +63,10 @@ def test_every_metric_by_hand() -> None:
         "perplexity": pytest.approx(math.exp(2.1)),
         **dict.fromkeys((*OF_THE_REFERENCE, "bits_per_byte")),
     }
+    untied = {"weights": 1000, "embedding": 300, "kv_cache": 108}
+    assert row.measurement is not None
+    apart = replace(row, measurement=replace(row.measurement, memory=untied))
+    assert values(apart)["bandwidth_fraction"] == values(row)["bandwidth_fraction"], "one row of it is looked up"
     # Residuals 8 - 2.1 * 4 and 13 - 2.1 * 6 are -0.4 and 0.4; sqrt(2 / 1 * 0.32) / 10 tokens = 0.08.
     assert quality.perplexity_se(row) == pytest.approx(math.exp(2.1) * 0.08)
 

@@ -193,7 +193,8 @@ class Speed:
     step_tokens: list[list[Count]]
     """Tokens gained in each of those steps over the whole batch, a list a repeat."""
     energy_j: list[Size | None] = field(default_factory=list)
-    """Joules of the whole machine in each repeat, prompt and answer; None where nothing counts them."""
+    """Joules in each repeat, prompt and answer, over the counters that the settings name (`energy_of`); None without
+    any."""
     rounds: list[Count] = field(default_factory=list)
     """How many repeats each round had: between two rounds of a job, others were at work. Empty: there was one."""
 
@@ -238,7 +239,7 @@ class Conditions(TypedDict, total=False):
     stolen_fraction: Number | None
     """Part of the processors' time that a hypervisor gave to others."""
     clock_hz: list[Number] | None
-    """Lowest, median, highest while the job was busy."""
+    """Lowest, median, highest in timed repeats."""
     throttled: bool | None
     gpu_clock_hz: list[Number] | None
     gpu_throttled: bool | None
@@ -246,6 +247,8 @@ class Conditions(TypedDict, total=False):
     """Processes of others on the GPU, at the most."""
     probe_s: list[Seconds]
     """A fixed piece of work before each repeat."""
+    repeats_s: list[list[Number]]
+    """When each repeat began and ended, by the machine's clock; for what the parent saw then, and in no row."""
     page_cache_before: Number | None
     """How much of the weight files was in the page cache."""
     environment: dict[str, str]

@@ -158,7 +158,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            column=Column("between tokens, 95 %", "ms", ".1f", 1e-3, "95 % of the decoding steps are faster")),
     Metric("itl_p99_s", "between tokens, 99 %", "s", "lower", speeds.itl(0.99)),
     Metric("energy_j_per_token", "energy a token", "J", "lower", speeds.energy_j_per_token,
-           column=Column("energy", "J/token", ".3f", 1, "Of the whole machine")),
+           column=Column("energy", "J/token", ".3f", 1, "Of GPUs, and of processors whose counter can be read")),
     Metric("bandwidth_fraction", "of the copy bandwidth", "", "higher", speeds.bandwidth_fraction,
            column=Column("bandwidth", "%", ".0f", 0.01, "Weights read, of what the machine can copy")),
     Metric("perplexity", "perplexity", "", "lower", quality.perplexity, quality.perplexity_se,

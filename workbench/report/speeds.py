@@ -122,7 +122,8 @@ def ttft_samples(row: Row) -> list[float]:
 
 
 def energy_j_per_token(row: Row) -> float | None:
-    """Joules of the whole machine a new token, prompt included: the median over repeats; None where nothing counts."""
+    """Joules a new token, prompt included, by the counters that the row's settings name (`energy_of`): the median over
+    repeats; None where nothing counts."""
     speed = headline(row)
     joules = [each for each in (speed.energy_j if speed else []) if each is not None]
     return statistics.median(joules) / (speed.new_tokens * speed.batch) if speed and joules else None
@@ -132,19 +133,21 @@ def bandwidth_fraction(row: Row) -> float | None:
     """Bytes a second that decoding reads at the least, over what this machine copies (read and written both).
 
     A step reads all weights and, of each sequence, the keys and values so far: half the answer's are there on
-    average. Weights that are a table to look rows up in are counted too, so an untied embedding makes it a little high.
-    The roofline of S. Williams et al., Communications of the ACM 52 (2009), for a memory-bound step.
+    average. An embedding that is not the head too is left out, where the engine said how large it is: a step looks one
+    row of it up. The roofline of S. Williams et al., Communications of the ACM 52 (2009), for a memory-bound step.
     """
     speed = headline(row)
     copied = row.machine.copy_bytes_per_s
     if speed is None or row.measurement is None or not copied:
         return None
-    weights, cache = row.measurement.memory.get("weights"), row.measurement.memory.get("kv_cache")
+    memory = row.measurement.memory
+    weights, cache = memory.get("weights"), memory.get("kv_cache")
+    looked_up = memory.get("embedding") or 0
     rates = [len(step_s) / math.fsum(step_s) for step_s in speed.step_s if step_s]
     if not weights or cache is None or not rates:
         return None
     depth = (speed.prompt_tokens + speed.new_tokens / 2) / (speed.prompt_tokens + speed.new_tokens)
-    return (weights + cache * depth) * statistics.median(rates) / copied
+    return (weights - looked_up + cache * depth) * statistics.median(rates) / copied
 
 
 def _prefill(speed: Speed | None) -> list[float]:

@@ -217,7 +217,7 @@ def quantize(payload: object, progress: Progress) -> object:
         raise
     made = describe(request.out, request.type)
     made = replace(
-        made, warnings=made.warnings + lost.warnings(request.source or "", request.out), provenance={"encoder": by}
+        made, warnings=made.warnings + lost.warnings(str(request.source), request.out), provenance={"encoder": by}
     )
     if isinstance(checked, str):
         return to_json(made)
