@@ -227,8 +227,7 @@ def quality_missing(row: Row) -> str | None:
     """Why a measured row has no quality, where that is meant: weights that were drawn at random say nothing."""
     if row.measurement is None or row.quality is not None:
         return None
-    source = row.artifact.provenance.get("source")
-    if isinstance(source, dict) and source.get("config"):
+    if (row.artifact.provenance.get("source") or {}).get("config"):
         return "no quality: the base has random weights of a given shape, so only speed and memory mean anything"
     return "no quality: the recipe has no evaluation" if row.evaluation is None else None
 
