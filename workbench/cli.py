@@ -212,7 +212,7 @@ def recommend(
     found = wing.recommend(table, constraints, lambda row: serving_command(row, str(home())))
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
     row = found.choice.line.row if found.choice else None
-    if row and not local(row.artifact.path).exists():
+    if row and not os.path.exists(local(row.artifact.path)):
         print(f"its files are not here: `workbench quantize` of recipe '{row.recipe}' makes them", file=sys.stderr)
     raise typer.Exit(0 if row else 1)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from tests.command import command
 from tests.fuzz import GONE, Mutant, how_many, mutants
 from tests.rows import REAL, a_row, compared, demo_rows
 from workbench.errors import UserError
-from workbench.hub import card
+from workbench.home import local
+from workbench.hub import card, push
 from workbench.records import Answers, Row, Task, to_json
 from workbench.report import store
 from workbench.report.formats import FORMATS
@@ -22,6 +25,7 @@ from workbench.report.table import build
 from workbench.report.verdicts import recommend
 from workbench.report.verdicts.compare import compare
 from workbench.report.verdicts.compare import text as compared_text
+from workbench.worker.backends import serving_command
 
 OLD = [json.loads(line) for line in REAL[0].read_text().splitlines()]
 
@@ -32,6 +36,12 @@ def todays() -> list[dict[str, Any]]:
     stored = [to_json(row) for row in rows]
     task = Task("sums", "t.json", "t1", 3, 20)
     for each in stored[:2]:
+        each["artifact"]["provenance"] = {
+            "source": {"hub": "owner/name", "revision": "main"},
+            "options": {"type": "Q4_K_M"},
+            "versions": {"torch": "2"},
+            "encoder": {"name": "workbench", "device": "cpu", "rows_checked": 8, "rows_equal": 8},
+        }
         each["tasks"] = {"sums": to_json(task)}
         each["measurement"]["tasks"] = {"sums": Answers(correct=[1, 0, 1], given=["4", None, "6"])}
         each["evaluations"]["code"] = each["evaluations"]["prose"] | {"name": "code", "digest": "e2"}
@@ -111,8 +121,13 @@ def use(rows: list[Row], history: list[Row], folder: Path) -> None:
         assert recommend.text(found) and recommend.json_text(found)
     publish.publish(history, folder, "https://example.org")
     for row in rows:
+        serving_command(row, "/home/x")
+        os.path.exists(local(row.artifact.path))
+        licence = push.licence_of(row, rows)
         if row.artifact.method != "base":
-            card.card(rows, row)
+            card.card(rows, row, licence)
+            with contextlib.suppress(UserError):  # the files are not here
+                push.path_of(row)
     try:
         assert compared_text(compare(rows, rows, machine=table.machine), everything=True)
     except UserError as error:
@@ -187,7 +202,9 @@ def test_rows_share_what_they_have_in_common_and_lose_what_nobody_asks(tmp_path:
     (tmp_path / "rows.jsonl").write_text(json.dumps(OLD[17]) + "\n" + json.dumps(night))
     first, second = store.history(tmp_path)[0]
     assert first.artifact is second.artifact and first.machine is second.machine
-    assert first.artifact.tensor_types == {} and "tensor_errors" not in first.artifact.provenance
+    types = OLD[17]["artifact"]["tensor_types"]
+    assert set(first.artifact.tensor_types.values()) == set(types.values()) and len(first.artifact.tensor_types) < 3
+    assert "tensor_errors" not in first.artifact.provenance
 
 
 def test_every_document_of_the_fuzzer_is_a_row(tmp_path: Path) -> None:
