@@ -90,6 +90,8 @@ def quantize(recipe: o.RecipeFile, variant: o.OnlyVariants = None, quiet: o.Quie
             print(f"{name:32} {bits:22} {mib_text(artifact.disk_bytes):>13}  {artifact.path}")
             for warning in artifact.warnings:
                 print(f"{'':32} warning: {warning}")
+    for name, reason in made.refused.items():
+        print(f"{name:32} {reason}")
     for name, reason in made.failures.items():
         print(f"{name:32} failed: {reason}", file=sys.stderr)
     raise typer.Exit(1 if made.failures else 0)
