@@ -172,3 +172,16 @@ def test_the_same_tokens_are_of_one_evaluation_and_of_equal_windows() -> None:
 def test_the_reference_is_the_digest_of_what_it_was_compared_with() -> None:
     assert (quality.reference(compared(a_row(), 0.1, "r9")), quality.reference(a_row())) == ("r9", None)
     assert quality.reference(a_row(measured=False)) is None
+
+
+def test_guessing_is_better_than_a_perplexity_above_the_vocabularys_size() -> None:
+    def guessed(perplexity: float, size: int | None) -> int | None:
+        row = scored([{"count": 4, "nonfinite": 0, "nll_sum": 4 * math.log(perplexity)}] * 2)
+        assert row.quality is not None
+        known = {} if size is None else {"vocab_size": size}
+        return quality.guessing(
+            replace(row, measurement=replace(row.measurement, qualities={"prose": {**row.quality, **known}}))
+        )  # type: ignore[type-var, arg-type]
+
+    assert (guessed(501, 500), guessed(499, 500), guessed(501, None)) == (500, None, None)
+    assert quality.guessing(a_row(measured=False)) is None

@@ -108,3 +108,37 @@ def test_a_channel_that_is_hardly_felt_moves_nothing() -> None:
         layer.tensors[DOWN][:, 3] = 2.0**20 * part
         # That alone is beyond float16 on either side.
         assert (DOWN in changed(layer)) == moved
+
+
+def test_queries_and_keys_meet_half_way_unless_they_are_normed() -> None:
+    names = [f"self_attn.{each}_proj.{part}" for each in "qk" for part in ("weight", "bias")]
+    layer, normed, fused = layer_of(), layer_of("qwen3"), layer_of("phi3")
+    for one in (layer, normed):
+        for name, by in zip(names, (1e-8, 1e-8, 1e3, 1e3), strict=True):
+            one.tensors[name] *= by
+    after = balanced(layer)
+    query, bias, key, other = (after.tensors[name] / layer.tensors[name] for name in names)
+    sizes = [float(layer.tensors[f"self_attn.{each}_proj.weight"].abs().max()) for each in "qk"]
+    factor = 2.0 ** round(math.log2(sizes[1] / sizes[0]) / 2)
+    assert (
+        (query == factor).all() and (bias == factor).all() and (key == 1 / factor).all() and (other == 1 / factor).all()
+    )
+    assert balanced(normed) is normed and balanced(fused) is fused
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "moved"),
+    [
+        (2.0**-11, 1.0, False),
+        (2.0**-11 * 0.99, 1.0, True),
+        (1.0, 65504.0, False),
+        (1.0, 65540.0, True),
+        (0.0, 1e6, False),
+    ],
+)
+def test_the_ends_of_float16_for_queries_and_keys(query: float, key: float, moved: bool) -> None:
+    layer = layer_of()
+    for each, size in (("q", query), ("k", key)):
+        tensor = layer.tensors[f"self_attn.{each}_proj.weight"]
+        layer.tensors[f"self_attn.{each}_proj.weight"] = torch.full_like(tensor, size)
+    assert ("self_attn.q_proj.bias" in changed(layer)) == moved

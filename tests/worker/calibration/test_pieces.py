@@ -17,7 +17,7 @@ from workbench.worker.base.checkpoint import StoredTensor
 from workbench.worker.calibration import gram, layout, resume, run, walk
 from workbench.worker.calibration.gram import Grams
 from workbench.worker.calibration.weights import Weights
-from workbench.worker.calibration.windows import Windows
+from workbench.worker.calibration.windows import Windows, read_windows
 from workbench.worker.methods import awq, gptq
 
 torch = pytest.importorskip("torch")
@@ -93,6 +93,28 @@ def test_tokens_are_numbered_by_their_windows() -> None:
     windows = windows_of([3, 1, 4], [5, 0, 2])
     assert [windows.number_at(token) for token in range(8)] == [5, 5, 5, 0, 2, 2, 2, 2]
     assert windows.number_at(8) == 2 and windows.tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("lengths", "token", "refused"),
+    [
+        ([64, 64], 49, ""),
+        ([64, 63], 0, "the calibration has 127 tokens; at least 128 are needed and 16384 are usual"),
+        ([64, 64], 50, "calibration window 0 holds token 50, outside the vocabulary of 50"),
+        ([80, 100], 1, ""),
+        ([80, 101], 1, "a calibration window has 101 tokens and the model's context 100"),
+    ],
+)
+def test_the_ends_of_what_can_be_run(tmp_path: Path, lengths: list[int], token: int, refused: str) -> None:
+    weights = weights_of(tmp_path)
+    weights = replace(weights, config={**weights.config, "max_position_embeddings": 100})
+    (tmp_path / "t.json").write_text(json.dumps({"windows": [[token] * length for length in lengths]}))
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            read_windows(tmp_path / "t.json", weights)
+        return
+    found = read_windows(tmp_path / "t.json", weights)
+    assert (found.tokens, found.lengths, found.numbers) == (sum(lengths), lengths, [0, 1])
 
 
 def test_batches_are_the_largest_of_equal_windows_that_keep_activations_small(monkeypatch: pytest.MonkeyPatch) -> None:
