@@ -11,6 +11,7 @@ import pytest
 from tests.bench import Bench
 from tests.cases.models import MEASURED, SIZES, configure, llama, rows_of, write_random
 from tests.worker.base.bases import refusal
+from workbench.worker.methods.grouped import group_sizes
 
 EAGER = {"enforce_eager": True}
 SAME_NATS = 0.02
@@ -174,3 +175,13 @@ def test_sizes_under_other_names(kind: str, case: Bench) -> None:
     run(case, [], engines, 0)
     found = divergences(case)
     assert found.keys() == {("base", name) for name in engines} and max(found.values()) < SAME_NATS, found
+
+
+@pytest.mark.slow
+def test_group_sizes_that_are_advised_load(case: Bench) -> None:
+    """Where a group size divides nothing, the line names others: those that each kernel takes."""
+    write_random(case.model, llama())
+    sizes = group_sizes([128, 256])
+    variants = [{method: {"group_size": size}} for method in ("awq", "gptq") for size in sizes]
+    run(case, variants, {"transformers": {"variants": ["awq-*", "gptq-*"]}}, 0, evaluation=None)
+    assert len(case.measured()) == 2 * len(sizes) == 6
