@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +55,8 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 FLOAT8_SCALES = (".weight_scale_inv", ".weight_scale")
 """Ends of the names of what FP8 weights are to be multiplied by, whatever the first is called."""
+OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|projector")
+"""Parts of the names of a multimodal model's tensors that no text goes through."""
 NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attention.masked_bias")
 
 
@@ -272,8 +275,12 @@ def only_pickles(where: str | Path, names: list[str]) -> UserError:
 
 
 def parameters_of(config: Mapping[str, Any], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors that count as parameters: no buffers, and a tied output matrix once."""
-    tied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    """The tensors that count as parameters: no buffers, a tied output matrix once, and of a multimodal model what reads
+    text."""
+    text = text_config(config)
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    if text is not config:
+        tensors = {name: tensor for name, tensor in tensors.items() if not OTHER_SENSES.search(name)}
     has_input = any("embed" in name or name.endswith("wte.weight") for name in tensors)
     return {
         name: tensor

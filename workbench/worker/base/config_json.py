@@ -55,6 +55,14 @@ def context_tokens(config: Mapping[str, Any]) -> int:
     return int(stated(text_config(config), "max_position_embeddings") or 0)
 
 
+def window_tokens(config: Mapping[str, Any]) -> int:
+    """The sliding window of a configuration's windowed layers, 0 if it has none."""
+    text = text_config(config)
+    kinds = text.get("layer_types") or ["sliding_attention"]
+    used = text.get("use_sliding_window", True) and "sliding_attention" in kinds
+    return int(text.get("sliding_window") or 0) if used else 0
+
+
 def check_config(config: Mapping[str, Any], where: object) -> None:
     """Refuse a configuration for an entry that no model can have; `where` names it. Raises `UserError`."""
     text = text_config(config)

@@ -26,6 +26,7 @@ from workbench.worker import Progress
 from workbench.worker.base.alone import alone
 from workbench.worker.base.checkpoint import (
     CONFIG_FILES,
+    FLOAT8,
     PICKLES,
     TOKENIZER_FILES,
     VOCABULARY_FILES,
@@ -35,7 +36,7 @@ from workbench.worker.base.checkpoint import (
     parameters_of,
     read_model,
 )
-from workbench.worker.base.config_json import context_tokens, text_config
+from workbench.worker.base.config_json import context_tokens, text_config, window_tokens
 from workbench.worker.base.dequantize import Dequantized, dequantized_directory
 from workbench.worker.base.equivalent import write_equivalent
 from workbench.worker.base.floats import plain_dtype, write_plain
@@ -69,6 +70,7 @@ def prepare(payload: object, progress: Progress) -> object:
         )
         config, tensors = read_model(path, remote_code)
         dtype, rewritten = plain_dtype(config, tensors), list[str]()
+        float8 = sorted({tensor.dtype for tensor in tensors.values()} & FLOAT8)
         if dtype:
             rewritten = write_plain(path, config, tensors, plain, progress)
             path = plain
@@ -102,10 +104,13 @@ def prepare(payload: object, progress: Progress) -> object:
         architecture=config["architectures"][0],
         vocab_size=vocab_size,
         context_length=context_tokens(config),
+        sliding_window=window_tokens(config),
         tokenizer=any((path / name).is_file() for name in VOCABULARY_FILES),
         license=license_name or stated_licence(path / "README.md"),
         revision=revision,
         warnings=(made.warnings if made else []) + rewritten + warnings,
+        # An equivalent's weights are other numbers, on nobody's grid.
+        quantized_types=[] if equivalent else made.quantized_types if made else float8,
     )
     return to_json(prepared)
 

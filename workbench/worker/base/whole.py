@@ -22,6 +22,7 @@ from workbench.errors import UserError, cannot_import
 from workbench.worker import Progress
 from workbench.worker.architectures import stated
 from workbench.worker.base.checkpoint import NOT_WEIGHTS, StoredTensor
+from workbench.worker.base.config_json import text_config
 
 OLDER = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "torch_dtype")
 """Entries that transformers' classes do not list but read."""
@@ -91,7 +92,8 @@ def check_whole(path: Path, config: Mapping[str, Any], tensors: dict[str, Stored
             f"{path}: its files hold {_count(unknown)} that a {config['architectures'][0]} has no place "
             f"for: {_names(unknown)}. Its config.json is another model's, or the files hold more than one model"
         )
-    if prefix and stored and not named:
+    # A multimodal model's have always had other names in files than in its class, which every engine knows.
+    if prefix and stored and not named and text_config(config) is config:
         raise UserError(
             f"{path}: its tensors lack the prefix '{prefix}.' of a {config['architectures'][0]} (it has "
             f"{_names(sorted(stored))}): engines would read different models. Save it again with transformers"
