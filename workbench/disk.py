@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from workbench.errors import UserError, short
+from workbench.errors import LONGEST_PATH, UserError, short
 from workbench.sizes import size_text
 
 WAY_OUT = (
@@ -72,4 +72,5 @@ def readable(where: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"{error.filename or where} cannot be read: {error.strerror or error}.") from None
+        place = short(str(error.filename or where), LONGEST_PATH)
+        raise UserError(f"{place} cannot be read: {error.strerror or error}.") from None

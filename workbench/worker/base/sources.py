@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from workbench.disk import readable
+from workbench.disk import expanded, readable
 from workbench.errors import UserError, did_you_mean, install_with, unknown
 from workbench.worker import Progress
 
@@ -58,7 +58,7 @@ def source_of(given: object) -> BaseSource:
 
 def local_path(value: str | os.PathLike[str]) -> Path:
     """The absolute path of a file or directory; `UserError` with the nearest name if there is none."""
-    path = Path(value).expanduser()
+    path = expanded(value)
     with readable(path):
         if path.is_file() or path.is_dir():
             return path.resolve()
