@@ -7,8 +7,15 @@ exits with 2. Any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
+OUT_OF_MEMORY = re.compile(
+    r"out ?of ?memory|memoryerror|(cannot|can't|failed to) allocate|alloc(ation)?_failed|could not make a context"
+    r"|n_seq_max|enough memory|no available memory|free memory on device",
+    re.IGNORECASE,
+)
+"""Engines' and CUDA libraries' words for what does not fit into a memory; an exception's name among them."""
 LONGEST = 60
 """Characters of a word, from a file or a command line, that a message repeats."""
 LONGEST_PATH = 160
@@ -40,6 +47,12 @@ class WorkFailed(Exception):
     """A worker raised, hung, died or answered nonsense. The message is one line; the log it names has the rest."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that a memory is full. Not by its class: cuBLAS, cuSOLVER and cuDNN say so by
+    `RuntimeError`."""
+    return OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}") is not None
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suggestion to append to "unknown <thing> 'word'": the nearest known name, or the whole list."""
     known = sorted(set(known))
@@ -57,6 +70,13 @@ def unknown(thing: str, word: str, known: Iterable[str], where: str = "") -> Use
     """The error for a name that is not in a registry or a list; `where` prefixes it, as in `file: key`."""
     prefix = f"{where}: " if where else ""
     return UserError(f"{prefix}unknown {thing} '{short(word)}'. {did_you_mean(word, known)}".rstrip())
+
+
+def check_known(thing: str, word: str, known: Iterable[str]) -> None:
+    """Raise `UserError` for a name that is not in a registry or a list."""
+    names = list(known)
+    if word not in names:
+        raise unknown(thing, word, names)
 
 
 def install_with(what: str, command: str) -> UserError:

@@ -52,11 +52,11 @@ MISTRAL_FORMAT = "consolidated"
 JSON_BYTES = 1 << 28
 """Of the largest JSON file that a model has (an index of a million tensors), and more."""
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|projector")
+"""Parts of the names of a multimodal model's tensors that no text goes through."""
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 FLOAT8_SCALES = (".weight_scale_inv", ".weight_scale")
 """Ends of the names of what FP8 weights are to be multiplied by, whatever the first is called."""
-OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|projector")
-"""Parts of the names of a multimodal model's tensors that no text goes through."""
 NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attention.masked_bias")
 
 

@@ -9,6 +9,7 @@ Rejected: fetching whole repositories (many hold the weights two or three times,
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -49,8 +50,12 @@ def download(repo: str, revision: str, offline: bool, progress: Progress, weight
             ignore_patterns=["*/*", f"{MISTRAL_FORMAT}*"],
             local_files_only=offline,
         )
-    progress(1, 1, f"fetched {repo}")
     found = Path(path)
+    files = sorted(found.glob("*.safetensors")) if weights else []
+    for number, file in enumerate(files):
+        progress(number, len(files), f"reading {file.name}")
+        _check_blob(file.resolve())
+    progress(1, 1, f"fetched {repo}")
     if weights and not any(found.glob("*.safetensors")):
         held = _hub_files(repo, revision, offline)
         pickled = [n for n in held if n.endswith(PICKLES)]
@@ -64,6 +69,17 @@ def download(repo: str, revision: str, offline: bool, progress: Progress, weight
             f"{where} holds no *.safetensors: it is not a model's repository, or the download was cut short."
         )
     return found
+
+
+def _check_blob(blob: Path) -> None:
+    """The hub names large files by their SHA-256, and its client's cache keeps the name; nobody else looks at it again.
+
+    Raises `UserError` for a file that is not what it is called.
+    """
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        with open(blob, "rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != blob.name:
+                raise UserError(f"{blob} is not what the hub holds (cut short, or spoiled): delete it, and run again")
 
 
 def _hub_files(repo: str, revision: str, offline: bool) -> list[str]:

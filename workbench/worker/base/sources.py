@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from workbench.disk import expanded, readable
-from workbench.errors import UserError, did_you_mean, install_with, unknown
+from workbench.errors import LONGEST_PATH, UserError, did_you_mean, install_with, unknown
+from workbench.errors import short as shortened
 from workbench.worker import Progress
 
 SOURCES = ("hub", "path", "gguf", "package", "config")
@@ -63,7 +64,7 @@ def local_path(value: str | os.PathLike[str]) -> Path:
         if path.is_file() or path.is_dir():
             return path.resolve()
         if path.exists():
-            raise UserError(f"base path {path} is neither a file nor a folder.")
+            raise UserError(f"base path {shortened(path, LONGEST_PATH)} is neither a file nor a folder.")
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, beside) if beside else f"There is no directory {path.parent} either."
     if hint.startswith("Known"):
