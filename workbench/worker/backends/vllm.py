@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from workbench.records import Artifact, Job, Quality, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.architectures import sizes_of
 from workbench.worker.base.checkpoint import read_json, text_config
+from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "vllm"
@@ -221,6 +223,8 @@ class Engine:
             import torch._dynamo
 
             torch._dynamo.config.disable = True
+        self._original = longrope.original_context(read_json(Path(job.artifact.path) / "config.json"))
+        short = longrope.takes_short(job, self._original)
         self._llm = vllm.LLM(
             model=job.artifact.path,
             dtype=dtype,
@@ -237,6 +241,7 @@ class Engine:
             seed=load.seed,
             worker_extension_cls=EXTENSION,
             kv_cache_memory_bytes=_reserved_bytes(job, max(load.most_tokens, longest)),
+            **({} if short is None else {"hf_overrides": partial(_with_factors, short=short)}),
         )
         self._path = job.artifact.path
         self._requests = 0
@@ -335,13 +340,23 @@ class Engine:
     def settings(self) -> dict[str, object]:
         """Device, dtype, threads."""
         device = "cpu" if self._cpu else "cuda"
-        settings = {
+        settings: dict[str, object] = {
             "device": device,
             "dtype": self._dtype,
             "threads": self._threads,
             "eager": self._options.enforce_eager,
+            "warnings": longrope.warnings(self._job, self._original),
         }
         return settings | ({"scored_logits": self._scored_in} if self._scored_in else {})
+
+
+def _with_factors(config: Any, short: bool) -> Any:
+    """A LongRoPE model's configuration, which has its short or long factors in both places."""
+    rope = getattr(config, "rope_parameters", None)
+    if rope:
+        factors = rope["short_factor" if short else "long_factor"]
+        config.rope_parameters = {**rope, "short_factor": factors, "long_factor": factors}
+    return config
 
 
 def _kv_values(path: str) -> int:
