@@ -89,7 +89,7 @@ def worker(asked: str) -> None:
         ticks.append(timing.now())
         return ticks[-1]
 
-    def stepped() -> None:
+    def stepped(began: float, ended: float) -> None:
         # From the start of the last answer to its last token.
         print(json.dumps({"sample": (ticks[-1 - new], ticks[-1])}), flush=True)
 

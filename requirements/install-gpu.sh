@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Set up the CUDA environments: install-gpu.sh PYTHON FOLDER [ARCHITECTURES]. Safe to interrupt and to run again.
+# Set up the CUDA environments: install-gpu.sh PYTHON FOLDER [ARCHITECTURES [STEP...]]. Safe to interrupt and to run again.
 #
 # Needs NVIDIA's driver (580 or newer, for CUDA 13), Python 3.12 and a C++ compiler, and no CUDA toolkit: the compiler
 # that llama.cpp and GPTQModel are built with comes from PyPI (cuda-build.lock). As in the image there are two
 # environments, FOLDER/workbench and FOLDER/vllm, since vLLM pins much to versions of its own. ARCHITECTURES ("90", or
-# "86;89"): of the GPUs that llama.cpp is built for; by default those of the GPUs that are here.
+# "86;89"): of the GPUs that llama.cpp is built for; by default those of the GPUs that are here. STEP: of compiler,
+# engines, vllm and workbench, by default all.
 set -euo pipefail
 python=$1 folder=$2 architectures=${3:-}
+shift "$(($# < 3 ? $# : 3))"
+steps=" ${*:-compiler engines vllm workbench} "
 here=$(cd "$(dirname "$0")" && pwd)
 say() { printf '\n== %s\n' "$*" >&2; }
 stop() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -23,11 +26,13 @@ mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 new() { [ -x "$folder/$1/bin/pip" ] || "$python" -m venv "$folder/$1"; }
 pip() { local name=$1; shift; "$folder/$name/bin/python" -m pip "$@"; }
+asked() { [[ $steps == *" $1 "* ]]; }
+toolkit=$folder/build/lib/python3.12/site-packages/nvidia/cu13
 
+if asked compiler; then
 say "1/4 CUDA compiler (about 1 GB)"
 new build
 pip build install --quiet --require-hashes --no-deps -r "$here/cuda-build.lock"
-toolkit=$(echo "$folder"/build/lib/python3.12/site-packages/nvidia/cu13)
 # Packages carry the libraries under their full names only, and no stub of the driver's, which the linker wants.
 ln -sfn lib "$toolkit/lib64"
 for library in "$toolkit"/lib/lib{cudart,cublas,cublasLt}.so.13; do ln -sf "$(basename "$library")" "${library%.13}"; done
@@ -36,7 +41,9 @@ mkdir -p "$toolkit/lib/stubs"
 grep -oE '\bcu[A-Z][A-Za-z0-9_]*' "$toolkit/include/cuda.h" | sort -u | sed 's/.*/extern "C" void &() {}/' |
   c++ -shared -fPIC -Wl,-soname,libcuda.so.1 -x c++ - -o "$toolkit/lib/stubs/libcuda.so"
 ln -sf libcuda.so "$toolkit/lib/stubs/libcuda.so.1"
+fi
 
+if asked engines; then
 say "2/4 engines (about 6 GB) and llama.cpp for architecture $architectures, compiled: 5 minutes on many cores, 20 on two"
 new workbench
 # The CUDA libraries beside torch are found from llama.cpp's own: nobody has to import torch first.
@@ -44,10 +51,15 @@ PATH="$folder/build/bin:$PATH" CUDA_HOME=$toolkit \
   LDFLAGS="-Wl,-rpath-link,$toolkit/lib/stubs -Wl,-rpath,'\$ORIGIN/../../nvidia/cu13/lib'" LIBRARY_PATH="$toolkit/lib/stubs" \
   CMAKE_ARGS="-DGGML_CUDA=on -DGGML_CUDA_NCCL=off -DCMAKE_CUDA_ARCHITECTURES=$architectures -DCUDAToolkit_ROOT=$toolkit -DCMAKE_CUDA_COMPILER=$toolkit/bin/nvcc" \
   pip workbench install --require-hashes --no-deps --no-binary llama-cpp-python -r "$here/cuda.lock"
+fi
 
+if asked vllm; then
 say "3/4 vLLM (about 8 GB)"
 new vllm
 pip vllm install --quiet --require-hashes --no-deps -r "$here/cuda-vllm.lock"
+fi
 
+if asked workbench; then
 say "4/4 workbench itself"
 pip workbench install --quiet --no-deps --no-build-isolation -e "$here/.."
+fi

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from tests.places import ROOT
+from tests.rows import a_row
 from workbench import home as place
 from workbench.errors import UserError
+from workbench.profile.measure import portable_row
 from workbench.records import Cost
 
 
@@ -53,6 +59,30 @@ def test_what_is_published_names_no_folder_of_this_machine(home: Path, monkeypat
     assert place.portable(f"{home}-2 and /someone.else") == f"{home}-2 and /someone.else"
     monkeypatch.setenv("HOME", "/")
     assert place.portable("/a/b") == "/a/b"
+
+
+@pytest.mark.parametrize("name", ["a b", 'o\'brien "x"', "höme ★", "back\\slash", "50%", "$x;y", "[a-z]*"])
+@pytest.mark.parametrize("under", ["home", "cache"])
+def test_a_row_names_no_folder_however_its_home_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, under: str
+) -> None:
+    own = tmp_path / name
+    monkeypatch.setenv("HOME", str(own if under == "home" else tmp_path / "other"))
+    monkeypatch.setenv("WORKBENCH_HOME", str(own / "cache"))
+    path = str(own / "cache" / "artifacts" / "x y.gguf")
+    row = a_row(error=f"{path!r}: no; {json.dumps(path)}; {shlex.quote(path)}; file://{quote(path)} in {own}/cache")
+    source = {"path": str(own / "models" / "m"), "files": [str(own / "cache")]}
+    artifact = replace(row.artifact, path=path, provenance={"source": source}, warnings=[f"kept in {path}"])
+    row = replace(row, artifact=artifact, options={"extra": {"deep": [path]}})
+    told = portable_row(row)
+    assert told.artifact.path == "$WORKBENCH_HOME/artifacts/x y.gguf" == told.options["extra"]["deep"][0]
+    assert place.local(told.artifact.path) == Path(path)
+    assert told.error is not None and told.error.count("$WORKBENCH_HOME") == 5
+    if under == "home":
+        assert told.artifact.provenance["source"]["path"] == "~/models/m"
+        assert place.local("~/models/m") == own / "models" / "m"
+    kept = [told.error, *told.artifact.warnings, told.artifact.path, told.options["extra"]["deep"][0]]
+    assert not any(name in text or repr(name)[1:-1] in text for text in kept)
 
 
 def test_asking_makes_nothing(home: Path) -> None:

@@ -99,6 +99,17 @@ def test_the_last_build_step_installs_what_was_copied(tmp_path: Path) -> None:
     assert all(file.startswith(str(installed)) for file in told.stdout.split())
 
 
+def test_the_steps_that_are_taken_without_a_gpu_are_those_of_the_set_up(tmp_path: Path) -> None:
+    """One that is misspelt is named before anything is made, and each may be taken alone."""
+    script = ROOT / "requirements" / "image-check.sh"
+    done = subprocess.run([script, "python", tmp_path / "x", "90", "enginse"], capture_output=True, text=True)
+    assert done.returncode == 2 and "unknown step 'enginse'. Known: compiler engines gptqmodel kernels" in done.stderr
+    assert not (tmp_path / "x").exists()
+    text, set_up = script.read_text(), (ROOT / "requirements" / "install-gpu.sh").read_text()
+    taken = set(re.findall(r'install-gpu.sh" .* (\w+)(?: &&|$)', text, re.MULTILINE))
+    assert taken == {"compiler", "engines"} < set(re.findall(r"^if asked (\w+)", set_up, re.MULTILINE))
+
+
 def test_cuda_python_is_of_one_generation() -> None:
     """cuda-python 12 holds files where cuda-bindings 13 and cuda-core have theirs: one overwrites the other."""
     locked = pins("cuda-vllm.lock")

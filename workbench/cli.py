@@ -387,7 +387,7 @@ def _stored(places: Sequence[str], everything: bool = False, quiet: bool = False
     from workbench.report import store
 
     found, warnings = (store.history if everything else store.read)(*places)
-    for warning in [] if quiet else warnings:
+    for warning in [] if quiet else store.few(warnings):
         print(f"warning: {warning}", file=sys.stderr)
     return found
 

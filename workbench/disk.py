@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from workbench.errors import UserError, short
+from workbench.errors import LONGEST_PATH, UserError, short
 from workbench.sizes import size_text
 
 WAY_OUT = (
@@ -95,3 +95,16 @@ def disk_faults(where: Path, kept: str = "Finished work is kept.") -> Iterator[N
             raise
         free = size_text(shutil.disk_usage(where).free) if where.exists() else "nothing"
         raise UserError(f"{where}: the disk is full ({free} free). {WAY_OUT} {kept}") from None
+
+
+@contextmanager
+def readable(where: Path) -> Iterator[None]:
+    """Turn what keeps the files of a place from being read (permissions, folders and loops where files should be) into
+    a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        said = short(error.filename or where, LONGEST_PATH)
+        raise UserError(f"{said} cannot be read: {error.strerror or error}.") from None

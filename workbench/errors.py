@@ -7,8 +7,15 @@ exits with 2. Any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
+OUT_OF_MEMORY = re.compile(
+    r"out ?of ?memory|memoryerror|(cannot|can't|failed to) allocate|alloc(ation)?_failed|could not make a context"
+    r"|n_seq_max|enough memory|no available memory|free memory on device",
+    re.IGNORECASE,
+)
+"""Engines' and CUDA libraries' words for what does not fit into a memory; an exception's name among them."""
 LONGEST = 60
 """Characters of a word, from a file or a command line, that a message repeats."""
 LONGEST_PATH = 160
@@ -38,6 +45,12 @@ def short(word: object, longest: int = LONGEST) -> str:
 
 class WorkFailed(Exception):
     """A worker raised, hung, died or answered nonsense. The message is one line; the log it names has the rest."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that a memory is full. Not by its class: cuBLAS, cuSOLVER and cuDNN say so by
+    `RuntimeError`."""
+    return OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}") is not None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import tomllib
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from workbench.disk import disk_faults, expanded, remove, sync, write_whole
 from workbench.errors import UserError, short
@@ -43,12 +46,29 @@ def home() -> Path:
     return Path(platformdirs.user_cache_dir("workbench"))
 
 
-def portable(text: str) -> str:
-    """`text` with this machine's cache folder written `$WORKBENCH_HOME`, and its user's own folder `~`."""
-    for folder, name in ((home(), "$WORKBENCH_HOME"), (Path.home(), "~")):
+def portable(value: Any) -> Any:
+    """Plain JSON types with this machine's cache folder written `$WORKBENCH_HOME` and its user's own folder `~` in each
+    of their texts, also where a message quotes them."""
+    folders = {home(): "$WORKBENCH_HOME", Path.home(): "~", Path.home().resolve(): "~"}
+    found = []
+    for folder, name in folders.items():
+        plain = str(folder)
+        quoted = [repr(plain)[1:-1], json.dumps(plain)[1:-1], shlex.quote(plain).strip("'")]
+        forms = sorted({plain, *quoted, urllib.parse.quote(os.fsencode(plain))}, key=len, reverse=True)
         if folder != folder.parent:
-            text = name.join(re.split(re.escape(str(folder)) + r"(?![\w.-])", text))
-    return text
+            found.append((re.compile(rf"(?:{'|'.join(map(re.escape, forms))})(?![\w.-])"), name))
+
+    def told(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: told(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [told(item) for item in value]
+        if isinstance(value, str):
+            for pattern, name in found:
+                value = name.join(pattern.split(value))
+        return value
+
+    return told(value)
 
 
 def local(path: str) -> Path:

@@ -77,7 +77,9 @@ def run(
         for recipe in recipes:
             nights.append(_one(recipe, results, show, backends))
         if site is not None:
-            rows, _ = store.history(results)
+            rows, skipped = store.history(results)
+            for warning in store.few(skipped):
+                show.say(f"warning: {warning}")
             publish.publish(rows, site, url)
         for one in nights if issue else []:
             tell(one, show)
@@ -90,7 +92,7 @@ def accept(recipe: Recipe, results: store.Place) -> str:
     Raises `UserError` if there was none.
     """
     here = machine().name
-    notes = _notes(results, here, recipe.name)
+    notes, _ = _notes(results, here, recipe.name)
     if not notes:
         raise UserError(f"{recipe.name}: no night of this recipe on this machine yet, so nothing to accept")
     note: NightNote = {**notes[-1], "accepted": True}
@@ -129,7 +131,9 @@ def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] |
     since = _begun(state, show)
     made = pipeline.quantize(recipe, show)
     pipeline.profile(recipe, made, show, results, backends=backends, since=since)
-    notes = _notes(results, here, recipe.name)
+    notes, skipped = _notes(results, here, recipe.name)
+    for warning in store.few(skipped):
+        show.say(f"warning: {warning}")
     while True:
         rows = _rows(results, here, recipe)
         before = [row for row in rows if row.started_at < since]
@@ -156,8 +160,9 @@ def _rows(results: store.Place, here: str, recipe: Recipe) -> list[Row]:
     return [row for row in rows if row.base == recipe.model and row.recipe == recipe.name]
 
 
-def _notes(results: store.Place, here: str, recipe: str) -> list[NightNote]:
-    return night.notes_of(store.read_notes(results, here, NIGHTS_NOTE), recipe)
+def _notes(results: store.Place, here: str, recipe: str) -> tuple[list[NightNote], list[str]]:
+    notes, skipped = store.read_notes(results, here, NIGHTS_NOTE, NightNote)
+    return [note for note in notes if note["recipe"] == recipe], skipped
 
 
 def _begun(state: Path, show: Show) -> str:

@@ -197,6 +197,32 @@ def test_a_strange_process_on_the_gpu_is_seen(tmp_path: Path, monkeypatch: pytes
     assert len(module.warnings(found)) == 2
 
 
+@pytest.mark.parametrize(
+    ("timed", "clocks"),
+    [
+        # A GPU boosts while weights are copied, and runs at its power's limit while prompts are scored.
+        ([[102.5, 105.5]], [1.7e9, 1.7e9, 1.71e9]),
+        ([[100.5, 102.5], [105.5, 107.5]], [1.3e9, 1.98e9, 1.98e9]),
+        ([[120.0, 130.0]], None),
+        (None, [1.3e9, 1.7e9, 1.98e9]),
+    ],
+)
+def test_clocks_count_inside_timed_repeats_alone(
+    timed: list[list[float]] | None, clocks: list[float] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = NVML([FakeGpu(processes={os.getpid(): MIB})])
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    seconds = iter(range(101, 108))
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(seconds)))
+    monitor = Monitor(tmp_path)
+    for fake.gpus[0].clock_mhz in (1980, 1980, 1700, 1700, 1710, 1300, 1300):
+        monitor(os.getpid())
+    found = monitor.conditions(timed)
+    assert found["gpu_clock_hz"] == clocks
+    changed = [line for line in module.warnings(found) if "the GPU's clock changed" in line]
+    assert len(changed) == (clocks is not None and clocks[0] < 1.5e9)
+
+
 @pytest.mark.parametrize("refused", ["nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMemoryInfo"])
 def test_a_driver_that_does_not_tell_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
     """As on WSL2 and with MIG: null, and not 0."""

@@ -10,7 +10,7 @@ find them psutil reads those of the whole machine, 1 ms a sample instead of 0.04
 none, psutil takes the nominal one of /proc/cpuinfo for it).
 
 Once a second it also looks at what would make a speed untrue: the load of other processes, time that a hypervisor
-gave to others, clocks while the job was busy, throttling, another's processes on the GPU. What cannot be read is None
+gave to others, clocks while repeats were timed, throttling, another's processes on the GPU. What cannot be read is None
 and warns of nothing.
 """
 
@@ -35,7 +35,7 @@ BUSY_CORES = 0.25
 STOLEN = 0.02
 """Part of the processors' time that a hypervisor gave to others, likewise."""
 CLOCK_SPREAD = 0.1
-"""How far clocks of a busy job may be apart, as a fraction of the highest; likewise of the probe's times."""
+"""How far clocks in timed repeats may be apart, as a fraction of the highest; likewise of the probe's times."""
 THERMAL = 0x20 | 0x40
 POWER_BRAKE = 0x80
 """Bits of NVML's reasons for lower clocks (nvmlClocksThrottleReason: SW and HW thermal slowdown, HW power brake)."""
@@ -53,8 +53,9 @@ class Monitor:
         self._first: dict[str, float] | None = None
         self._last: dict[str, float] = {}
         self._spent: dict[str, float] = {}
-        self._clocks: list[float] = []
-        self._gpu_clocks: list[float] = []
+        self._clocks: list[tuple[float, float]] = []
+        """(moment, hertz)"""
+        self._gpu_clocks: list[tuple[float, float]] = []
         self._gpu_reasons: int | None = None
 
     def __call__(self, pid: int) -> None:
@@ -88,13 +89,17 @@ class Monitor:
         """Bytes, as `peak_rss`, `peak_rss_anon`, `peak_rss_file`, `peak_vram`..."""
         return {f"peak_{name}": size_bytes for name, size_bytes in self.peak.items()}
 
-    def conditions(self) -> Conditions:
-        """What the machine did; None where it cannot be read or nothing was seen."""
+    def conditions(self, repeats_s: Sequence[Sequence[float]] | None = None) -> Conditions:
+        """What the machine did; None where it cannot be read or nothing was seen.
+
+        Of clocks only what was seen inside `repeats_s` (beginnings and ends by the machine's clock), if that is given:
+        how far a clock boosts while a model is loaded or scored is no property of what was timed.
+        """
         change = self._change()
         found = Conditions(
             others_cores=None,
             stolen_fraction=None,
-            clock_hz=_spread(self._clocks),
+            clock_hz=_spread(_during(self._clocks, repeats_s)),
             throttled=None,
             gpu_clock_hz=None,
             gpu_throttled=None,
@@ -108,7 +113,7 @@ class Monitor:
                 found["stolen_fraction"] = round(change["stolen"] / max(change["all"], 1e-9), 4)
             if "throttles" in change:
                 found["throttled"] = change["throttles"] > 0
-        found["gpu_clock_hz"] = _spread(self._gpu_clocks)
+        found["gpu_clock_hz"] = _spread(_during(self._gpu_clocks, repeats_s))
         if self._gpu_reasons is not None:
             found["gpu_throttled"] = bool(self._gpu_reasons & (THERMAL | POWER_BRAKE))
         found["gpu_strangers"] = self._gpus.strangers()
@@ -128,9 +133,9 @@ class Monitor:
         elif "own" in now and "own" in before and now["own"] - before["own"] > 0.5 * (moment - before["moment"]):
             # An idle core's clock says nothing; most virtual machines tell none.
             clock_khz = max(_of_cores(self._root, "cpufreq/scaling_cur_freq"), default=0)
-            self._clocks += [clock_khz * 1e3] if clock_khz else []
+            self._clocks += [(moment, clock_khz * 1e3)] if clock_khz else []
         clocks, reasons = self._gpus.clocks()
-        self._gpu_clocks += clocks
+        self._gpu_clocks += [(moment, clock) for clock in clocks]
         if reasons is not None:
             self._gpu_reasons = (self._gpu_reasons or 0) | reasons
 
@@ -160,6 +165,12 @@ def warnings(conditions: Conditions) -> list[str]:
     if conditions.get("gpu_strangers"):
         found.append(f"the GPU was in use by others: {conditions['gpu_strangers']} processes not of this job")
     return found
+
+
+def _during(samples: Sequence[tuple[float, float]], spans_s: Sequence[Sequence[float]] | None) -> list[float]:
+    if spans_s is None:
+        return [value for _, value in samples]
+    return [value for moment, value in samples if any(began <= moment <= ended for began, ended in spans_s)]
 
 
 def _spread(samples: Sequence[float]) -> list[float] | None:

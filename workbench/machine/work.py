@@ -100,7 +100,8 @@ def in_rounds(
             round_ += 1
         value: Answer = from_json(answer, _answer(reply, folder))
     memory = monitor.memory()
-    return value, Cost(round(reply.duration_s, 3), memory.get("peak_rss"), memory, monitor.conditions())
+    repeats_s = getattr(value, "conditions", {}).get("repeats_s")
+    return value, Cost(round(reply.duration_s, 3), memory.get("peak_rss"), memory, monitor.conditions(repeats_s))
 
 
 def _log_folder(function: str) -> Path:

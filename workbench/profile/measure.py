@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
 import time
 from dataclasses import replace
@@ -12,7 +10,7 @@ from pathlib import Path
 
 from workbench.console import Show
 from workbench.engines import uses_gpu
-from workbench.errors import UserError, WorkFailed
+from workbench.errors import UserError, WorkFailed, out_of_memory
 from workbench.home import entry, interpreter, portable
 from workbench.machine import isolate, monitor
 from workbench.machine.identity import machine
@@ -36,12 +34,6 @@ from workbench.records import (
     from_json,
     to_json,
 )
-
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|memoryerror|cannot allocate|could not make a context|n_seq_max|enough memory|no available memory",
-    re.IGNORECASE,
-)
-"""Engines' words for a workload that does not fit."""
 
 
 def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Reference] | None, show: Show) -> Rounds:
@@ -79,11 +71,12 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
         )
         duration_s = cost.seconds  # Without the wait for another run to end.
         conditions = measurement.conditions | cost.conditions | {"environment": isolate.engines_own(os.environ)}
+        conditions.pop("repeats_s", None)
         doubts = monitor.warnings(conditions)
         measurement = replace(measurement, memory=measurement.memory | cost.memory, conditions=conditions)
     except (WorkFailed, UserError) as problem:
         error = str(problem)
-        if OUT_OF_MEMORY.search(error):
+        if out_of_memory(problem):
             error += advice(recipe, BackendChoice(row.backend, row.options), row.artifact.variant)
     return replace(
         row,
@@ -98,7 +91,7 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
 
 def portable_row(row: Row) -> Row:
     """The row as others may read it: rows are published, and the folders of this machine are nobody's business."""
-    plain: Row = from_json(Row, json.loads(portable(json.dumps(to_json(row)))))
+    plain: Row = from_json(Row, portable(to_json(row)))
     return plain
 
 

@@ -35,13 +35,16 @@ def make_alone(
     looks_at: CalibrationTokens | ImportanceMatrix | None = None,
     title: str = "",
 ) -> Artifact:
-    """The artifact, of format `form`; `looks_at`: what it takes of the calibration, `title`: what progress calls it.
+    """The artifact, of format `form`; `source`: the file or directory that it starts from, if not the base's directory,
+    `looks_at`: what it takes of the calibration, `title`: what progress calls it.
 
     Raises `UserError` and `WorkFailed` for what the worker refuses and what it cannot.
     """
     seen = looks_at.digest if looks_at else None
     # What is a single file holds its model's name.
     more: list[object] = [recipe.model, seen] if making.file_name else [seen] if seen else []
+    if making.stage == "carry" and source:
+        more.append(source.digest)
     key = artifact_key(base, variant, making, more)
 
     def build(folder: Path) -> Artifact:

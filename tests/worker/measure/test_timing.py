@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import sys
 from collections.abc import Iterator
@@ -245,14 +246,15 @@ def test_joules_are_the_counters_difference_through_their_wrap(tmp_path) -> None
     zone.mkdir()
     (zone / "max_energy_range_uj").write_text("1000000000\n")
     (zone / "energy_uj").write_text("999000000\n")
+    (zone / "name").write_text("package-0\n")
     (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the package, which would be counted twice
     (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("5\n")
     meter = Meter(tmp_path, count_gpus=False)
     before = meter.read()
     (zone / "energy_uj").write_text("2000000\n")
-    assert meter.works and meter.since(before) == pytest.approx(3.0)
+    assert meter.counted == ["processor package-0"] and meter.since(before) == pytest.approx(3.0)
     nothing = Meter(tmp_path / "absent", count_gpus=False)
-    assert not nothing.works and nothing.read() is None and nothing.since(None) is None
+    assert not nothing.counted and nothing.read() is None and nothing.since(None) is None
 
 
 def test_a_row_of_the_first_version_still_reads() -> None:
@@ -268,5 +270,5 @@ def test_a_row_of_the_first_version_still_reads() -> None:
         "step_tokens": [[1]],
     }
     assert from_json(Speed, old).energy_j == []
-    row = from_schema_1({"workload": {"prompt_tokens": 5}, "measurement": None})
-    assert from_json(Workload, row["workload"]).points == [(5, 1)]
+    row = from_schema_1({"workload": b'{"prompt_tokens": 5}', "measurement": b"null"})
+    assert from_json(Workload, json.loads(row["workload"])).points == [(5, 1)]

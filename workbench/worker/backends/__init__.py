@@ -29,8 +29,8 @@ if os.environ.get("WORKBENCH_FAKE_BACKEND"):
 
 
 class Engine(Protocol):
-    """One engine with one model, which making it loads. `prepare(batch, tokens)` may be there too: it makes room for so
-    many sequences of so many tokens."""
+    """One engine with one model, which making it loads. Two methods more may be there: `prepare(batch, tokens)` makes
+    room for so many sequences of so many tokens, and after `forget_peak()` the workspace is of what comes."""
 
     continuous: bool
     """Whether `serve` fills a free slot at once."""
@@ -52,8 +52,9 @@ class Engine(Protocol):
         """Each id as the artifact's own vocabulary has it; None where it cannot be told."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes, as the engine itself states them: `weights`, `kv_cache` at the workload's length, `workspace` where it
-        knows; `kv_cache_reserved` if it reserves more."""
+        """Bytes, as the engine itself states them: `weights`; `embedding`, the part of them that no step reads because
+        rows are looked up in it; `kv_cache` at the workload's length; `workspace` where it knows; `kv_cache_reserved`
+        if it reserves more."""
 
     def settings(self) -> dict[str, object]:
         """Dtype, threads, kernels: what it really runs with."""

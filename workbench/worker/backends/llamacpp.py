@@ -18,6 +18,7 @@ from typing import Any, Literal
 from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.ggml import model
+from workbench.worker.ggml.index import entries
 from workbench.worker.ggml.mixtures import tensor_bytes
 from workbench.worker.scoring.reducer import Scoring
 
@@ -141,7 +142,7 @@ class Engine:
         address = ctypes.cast(api.llama_get_logits, ctypes.c_void_p).value
         self._get_logits = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address or 0)
         self._options: Options = from_json(Options, job.options)
-        load = job.workload
+        self._path, load = job.artifact.path, job.workload
         options = self._options
         self._threads = options.threads or len(os.sched_getaffinity(0))
         self._heard: list[str] = []
@@ -216,7 +217,7 @@ class Engine:
     def _run(self) -> None:
         status = self._api.llama_decode(self._context, self._batch)
         if status != 0:
-            raise RuntimeError(f"llama_decode failed with status {status}")
+            raise RuntimeError(f"llama_decode failed with status {status}{model.last_words(self._heard)}")
 
     def _forget(self) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), False)
@@ -345,7 +346,10 @@ class Engine:
 
         `weights_copied`: weights in another layout beside the mapped file; `workspace`: the graph's buffers.
         """
+        stored = {entry.name: entry.size_bytes for entry in entries(self._path)}
         sizes = {"weights": int(self._api.llama_model_size(self._model))}
+        # Without a head of its own the embedding is the head.
+        sizes["embedding"] = stored.get("token_embd.weight", 0) if "output.weight" in stored else 0
         kinds = {"KV": "kv_cache", "compute": "workspace", "output": "workspace"}
         loaded = [line for line in self._heard if " model buffer" in line]
         for line in (*loaded, *self._point_lines):

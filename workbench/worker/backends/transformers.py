@@ -2,12 +2,14 @@
 
 With `kernel: workbench` AWQ, GPTQ and GGUF stay packed instead (`packed.py`).
 
-Decoding is a plain greedy loop over `model(...)` with a key-value cache. `generate()` does the same and adds
-stopping criteria and processors that differ between models; the loop is what all of them share.
+Decoding is a plain greedy loop over `model(...)` with a key-value cache; on a GPU its step is a CUDA graph where the
+model allows it (`graphs.py`), and the row says which. `generate()` does the same and adds stopping criteria and
+processors that differ between models; the loop is what all of them share.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from typing import Any, Literal
 from workbench.errors import install_with
 from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
-from workbench.worker.backends import packed
+from workbench.worker.backends import graphs, packed
 from workbench.worker.base.gguf_config import load_gguf
 from workbench.worker.scoring.reducer import Scoring
 
@@ -50,6 +52,7 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["sdpa", "eager"] = "sdpa"
+    """`sdpa`: where the model's code has it (Bloom's has not)."""
     kv_cache: Literal["auto"] | None = None
     """Of the model's dtype: its quantized caches need a library more, and de-quantize at every step."""
     kernel: Literal["auto", "workbench", "gptqmodel"] = "auto"
@@ -106,10 +109,31 @@ def sees_cuda(payload: None, progress: object) -> bool:
 
 def load_engine() -> Any:
     """torch and transformers."""
+    # GPTQModel sets this when it is imported, so that AWQ and GPTQ would run on another allocator than the base.
+    own = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "expandable_segments:False"
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", own)
     import torch
     import transformers  # noqa: F401
 
     return torch
+
+
+def _attention(options: Options) -> str | None:
+    """As transformers takes it: by its name it insists on sdpa, without it takes it where there is one."""
+    return None if options.attention == "sdpa" else options.attention
+
+
+def _keep_bfloat16() -> None:
+    """Where a GPU is in sight transformers casts AWQ to float16, whose range Gemma's activations leave. GPTQModel's
+    kernels, which it chooses itself, compute in both."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizer_awq import AwqQuantizer
+
+    setattr(AwqQuantizer, "update_dtype", HfQuantizer.update_dtype)  # noqa: B010 (mypy's rule against the other way)
+
+
+def _weights(module: Any) -> list[Any]:
+    return [*module.parameters(), *module.buffers()] if module is not None else []
 
 
 class Engine:
@@ -119,8 +143,6 @@ class Engine:
 
     def __init__(self, job: Job) -> None:
         torch = self._torch = load_engine()
-        from transformers import AutoModelForCausalLM
-
         options: Options = from_json(Options, job.options)
         artifact = job.artifact
         self._device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -128,28 +150,39 @@ class Engine:
             raise install_with("A CUDA build of torch, or a GPU,", "pip install torch (CUDA build)")
         torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
         self._format, self._scored_in, self._path = artifact.format, "", artifact.path
-        self._first_point, self._cache_bytes = job.workload.points[0], 0
+        self._first_point, self._cache_bytes, self._largest_cache = job.workload.points[0], 0, 0
         self._packed: dict[str, object] = {}
+        self._steps: graphs.Steps | None = None
+        self._decoding = ""
         path = Path(artifact.path)
         if options.kernel == "workbench" and artifact.format in packed.PACKED_FORMATS:
             self._load_packed(path, options)
-            return
+        else:
+            self._load(path, options)
+
+    def _load(self, path: Path, options: Options) -> None:
+        """By transformers itself."""
+        from transformers import AutoModelForCausalLM
+
+        torch = self._torch
         chosen = options.dtype
         if chosen == "auto" and self._device == "cpu":
-            chosen = "bfloat16" if artifact.format in ("awq", "gptq") else "float32"
+            chosen = "bfloat16" if self._format in ("awq", "gptq") else "float32"
         arguments: dict[str, object] = {
             "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
-            "attn_implementation": options.attention,
+            "attn_implementation": _attention(options),
             "trust_remote_code": options.trust_remote_code,
             "local_files_only": True,
             **({"device_map": "cuda"} if self._device == "cuda" else {}),
         }
-        if artifact.format == "gguf":
+        if self._format == "awq":
+            _keep_bfloat16()
+        if self._format == "gguf":
             # Not by its own reader alone: that leaves keys and tensors out without a word.
             self._model = load_gguf(path, arguments).eval()
         else:
             self._model = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **arguments).eval()
-        if self._device == "cpu" and artifact.format in ("awq", "gptq"):
+        if self._device == "cpu" and self._format in ("awq", "gptq"):
             self._repack()
 
     def _load_packed(self, path: Path, options: Options) -> None:
@@ -160,7 +193,7 @@ class Engine:
             self._format,
             dtype=by_itself if options.dtype == "auto" else options.dtype,
             device=self._device,
-            attention=options.attention,
+            attention=_attention(options),
             trust_remote_code=options.trust_remote_code,
         )
         self._model = loaded.model
@@ -198,8 +231,23 @@ class Engine:
         self._scored_in = "float32" if widened else str(logits.dtype).removeprefix("torch.")
         return reducer.result()
 
+    def prepare(self, batch: int, tokens: int) -> None:
+        """On a GPU capture the decoding step for so many sequences of so many tokens."""
+        if self._device != "cuda" or (self._steps and self._steps.size == (batch, tokens)):
+            return
+        self._steps = None
+        try:
+            self._steps = graphs.Steps(self._model, batch, tokens)
+            self._decoding = self._decoding or "CUDA graph over a static cache"
+        except Exception as error:  # A model's own code may do anything; launched by Python it works all the same.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self._decoding = f"launched by Python: {reason[:200]}"
+
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
         """Greedy decoding of prompts of one length together; yields [1, 1, ...] after each step."""
+        if self._steps and self._steps.fits(len(prompts), len(prompts[0]) + new_tokens - 1):
+            yield from self._replayed(self._steps, prompts, new_tokens)
+            return
         torch = self._torch
         from transformers import DynamicCache
 
@@ -214,6 +262,18 @@ class Engine:
                 yield [1] * len(prompts)
             self._kept(cache, (len(prompts[0]), len(prompts)))
 
+    def _replayed(self, steps: graphs.Steps, prompts: list[list[int]], new_tokens: int) -> Iterator[list[int]]:
+        torch = self._torch
+        with torch.inference_mode():
+            steps.prefill(torch.tensor(prompts, device=self._device))
+            for step in range(new_tokens):
+                if step:
+                    steps.step()
+                if self._device == "cuda":
+                    torch.cuda.synchronize()
+                yield [1] * len(prompts)
+            self._kept(steps.cache, (len(prompts[0]), len(prompts)))
+
     def serve(self, prompts: list[list[int]], new_tokens: list[int], slots: int) -> Iterator[int]:
         """Groups of `slots` prompts one after the other, each until its longest answer is done: as `generate` does."""
         for first in range(0, len(prompts), slots):
@@ -222,10 +282,11 @@ class Engine:
                 yield sum(step < most for most in wanted)
 
     def _kept(self, cache: Any, point: tuple[int, int]) -> None:
-        """Remember the bytes of the first point's cache; its warm-up is shorter."""
+        """Remember the bytes of the first point's cache, whose warm-up is shorter, and those of the largest."""
+        held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        self._largest_cache = max(self._largest_cache, held)
         if point == self._first_point:
-            held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-            self._cache_bytes = max(self._cache_bytes, sum(t.numel() * t.element_size() for t in held))
+            self._cache_bytes = max(self._cache_bytes, held)
 
     def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:
         """The likeliest continuation of each prompt, one prompt after the other."""
@@ -252,14 +313,22 @@ class Engine:
 
         return checkpoint_spelling(self._path, ids)
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of parameters and buffers; on a GPU the allocator's peaks too."""
-        sizes = {"weights": int(self._model.get_memory_footprint()), "kv_cache": self._cache_bytes}
+    def forget_peak(self) -> None:
+        """On a GPU; on a CPU the process is asked."""
         if self._device == "cuda":
-            cuda = self._torch.cuda
-            sizes["workspace"] = max(0, int(cuda.max_memory_allocated()) - sizes["weights"] - self._cache_bytes)
-            sizes["allocated_peak"] = int(cuda.max_memory_allocated())
-            sizes["reserved_peak"] = int(cuda.max_memory_reserved())
+            self._torch.cuda.reset_peak_memory_stats()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of parameters and buffers; on a GPU the allocator's peaks too, of what came after `forget_peak`."""
+        sizes = {"weights": int(self._model.get_memory_footprint()), "kv_cache": self._cache_bytes}
+        with contextlib.suppress(NotImplementedError):  # A model with code of its own may not say where it is.
+            head = {tensor.data_ptr() for tensor in _weights(self._model.get_output_embeddings())}
+            looked_up = _weights(self._model.get_input_embeddings())
+            sizes["embedding"] = sum(tensor.nbytes for tensor in looked_up if tensor.data_ptr() not in head)
+        if self._device == "cuda":
+            sizes["allocated_peak"] = int(self._torch.cuda.max_memory_allocated())
+            sizes["reserved_peak"] = int(self._torch.cuda.max_memory_reserved())
+            sizes["workspace"] = max(0, sizes["allocated_peak"] - sizes["weights"] - self._largest_cache)
         return sizes
 
     def settings(self) -> dict[str, object]:
@@ -269,7 +338,7 @@ class Engine:
         if self._scored_in:
             settings["scored_logits"] = self._scored_in
         if self._device == "cuda":
-            settings["device_name"] = self._torch.cuda.get_device_name()
+            settings |= {"device_name": self._torch.cuda.get_device_name(), "decoding": self._decoding}
         if self._format in packed.PACKED_FORMATS:
             settings |= self._packed or {"kernel": self._kernel()}
         if self._packed and self._device == "cpu":

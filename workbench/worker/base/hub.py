@@ -24,9 +24,9 @@ from workbench.worker.base.checkpoint import (
     PICKLES,
     TOKENIZER_FILES,
     StoredTensor,
-    checked_weights,
+    checked_config,
     only_pickles,
-    read_json,
+    read_model,
 )
 
 
@@ -89,7 +89,9 @@ def _hub_files(repo: str, revision: str, offline: bool) -> list[str]:
         return []
 
 
-def fetch_headers(repo: str, revision: str, offline: bool) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+def fetch_headers(
+    repo: str, revision: str, offline: bool, remote_code: bool
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """A repository's `config.json`, and what its headers say of every tensor, without its weights.
 
     What a snapshot in the hub's cache holds is read from there; else the headers are fetched by range requests, a
@@ -98,9 +100,9 @@ def fetch_headers(repo: str, revision: str, offline: bool) -> tuple[dict[str, An
     huggingface_hub = _client()
     with _hub_faults(repo, revision, offline):
         file = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision, local_files_only=offline))
-        config = read_json(file)
         if any(file.parent.glob("*.safetensors")):
-            return config, checked_weights(file.parent)
+            return read_model(file.parent, remote_code)
+        config = checked_config(file.parent, remote_code)
         if offline:
             raise UserError(
                 f"hub repository '{repo}': its config.json is in the local cache but no safetensors header, and the "

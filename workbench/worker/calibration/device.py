@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from workbench.errors import UserError, unknown
+from workbench.errors import UserError, out_of_memory, unknown
 
 
 def choose_device(name: str) -> Any:
@@ -78,9 +78,10 @@ def with_cpu_fallback(attempt: Callable[[], Any], fallback: Callable[[], Any], d
 
     try:
         return attempt(), False
-    except torch.OutOfMemoryError:
-        # Not inside the handler: the exception's frames hold what filled the memory.
-        pass
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    # Not inside the handler: the exception's frames hold what filled the memory.
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return fallback(), True

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.disk import disk_faults
-from workbench.errors import UserError, unknown
+from workbench.errors import UserError, out_of_memory, unknown
 from workbench.records import Calibrated, CalibrationRequest, CheckpointRequest, MadeVariant, from_json, to_json
 from workbench.worker import Progress, Tensors
 from workbench.worker.architectures import LAYERS, Layer, on_cpu
@@ -85,7 +85,9 @@ def run(payload: object, progress: Progress) -> object:
             bar.text(f"layer {index + 1} of {weights.layers}: forward pass")
             try:
                 grams = forward(model, weights, index, tensors, work.hidden, precision, seconds, bar.step)
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
                 raise UserError(
                     f"layer {index} and its Gram matrices do not fit into the free memory of {device}: free some, or "
                     "set CUDA_VISIBLE_DEVICES to another device, or to nothing for the CPU; finished layers are kept"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, cannot_import
+from workbench.errors import UserError, cannot_import, out_of_memory
 from workbench.shape import FLOATS, NamedShape, Traits
 from workbench.worker import Progress
 from workbench.worker.base.gguf_file import field_of
@@ -128,7 +128,7 @@ def write(
         name: _importance(means.get(name), tensors[name], wanted, mixture) for name, wanted in types.items() if wanted
     }
     writer = gguf.GGUFWriter(str(out), reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
-    _copy_metadata(reader, writer)
+    copy_metadata(reader, writer)
     writer.add_uint32(SET_BY_THE_QUANTIZER[0], gguf.GGML_QUANT_VERSION)
     writer.add_uint32(SET_BY_THE_QUANTIZER[1], gguf.LlamaFileType[f"MOSTLY_{mixture}"])
     for name, wanted in types.items():
@@ -153,7 +153,9 @@ def write(
                 made, checked = _encoded(tensor, wanted, importances[name], place.device)
             except ValueError as problem:
                 raise UserError(f"{source}: tensor {name} cannot be made {wanted}: {problem}") from None
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
                 return f"{place.name} has not the 2 GiB free that it needs"
             writer.write_tensor_data(made)
             rows, equal = rows + checked.rows, equal + checked.equal
@@ -178,7 +180,7 @@ def same_as_llama_cpp(kind: str, rows: Any, importance: Any, made: Any) -> int:
     return int((theirs == made).all(1).sum())
 
 
-def _copy_metadata(reader: Any, writer: Any) -> None:
+def copy_metadata(reader: Any, writer: Any) -> None:
     """Every field of the source but those that the quantizer sets or leaves out; strings by their bytes, which in a
     vocabulary need not be text."""
     import gguf

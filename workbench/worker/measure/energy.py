@@ -24,6 +24,8 @@ class Meter:
     def __init__(self, powercap: Path = POWERCAP, count_gpus: bool = True) -> None:
         self._counters: list[tuple[Callable[[], float], float]] = []
         """(joules now, joules at which it starts again from zero)"""
+        self.counted: list[str] = []
+        """What has a counter here: `processor package-0`, a GPU's name."""
         for zone in sorted(powercap.glob("intel-rapl:*")):
             # A sub-zone (cores, memory) is part of its package.
             if zone.name.count(":") != 1:
@@ -32,15 +34,13 @@ class Meter:
             with contextlib.suppress(OSError, ValueError):
                 int(file.read_text())
                 span = int((zone / "max_energy_range_uj").read_text()) / 1e6
+                name = (zone / "name").read_text().strip()
                 self._counters.append((lambda file=file: int(file.read_text()) / 1e6, span))  # type: ignore[misc]
+                self.counted.append(f"processor {name}")
         for gpu in gpus() if count_gpus else ():
             if joules(gpu) is not None:
                 self._counters.append((partial(_joules_now, gpu), 0.0))
-
-    @property
-    def works(self) -> bool:
-        """Whether there is any counter."""
-        return bool(self._counters)
+                self.counted.append(gpu.name)
 
     def read(self) -> list[float] | None:
         """All counters now, in joules."""

@@ -34,6 +34,22 @@ def forget_peak() -> bool:
     return False
 
 
+class Peak:
+    """The most that this process holds from when this was made: the room of one phase of its work."""
+
+    def __init__(self) -> None:
+        self._before, self._exact = resident_bytes(), forget_peak()
+
+    def most(self) -> int | None:
+        """Bytes at the peak, what was there before included."""
+        return peak_bytes() if self._exact else None
+
+    def grown(self) -> int | None:
+        """Bytes at the peak beyond what was there before."""
+        most = self.most()
+        return None if most is None or self._before is None else max(0, most - self._before)
+
+
 def cached_fraction(path: str) -> float | None:
     """How much of a file, or of a folder's weight files, is in the page cache: 0 is a load from disk.
 

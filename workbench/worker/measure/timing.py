@@ -26,6 +26,8 @@ from workbench.worker.measure.energy import Meter
 
 Clock = Callable[[], float]
 WARMUP_NEW_TOKENS = 8
+Told = Callable[[float, float], object]
+"""Called after each repeat with when it began and ended."""
 WAKE_TOKENS = 64
 PROBE_BYTES = 4 << 20
 
@@ -60,16 +62,18 @@ def speeds(
     engine: Any,
     workload: Workload,
     text: list[int],
-    stepped: Callable[[], None] = lambda: None,
+    stepped: Told = lambda began, ended: None,
     clock: Clock = now,
     meter: Meter | None = None,
     probe: Callable[[], float] | None = None,
     share: range | None = None,
+    whole: bool = False,
 ) -> tuple[list[Speed], list[float]]:
     """Raw samples of every point, in the workload's order; and the probe's seconds before each repeat.
 
     Of all repeats, or of those in `share`. The first share is warmed up by whole prompts, a later one only woken:
-    its kernels are chosen and its memory is there, its caches and clocks are not.
+    its kernels are chosen and its memory is there, its caches and clocks are not. `whole`: the first warm-up of a point
+    is as long as a repeat, for a GPU, where a kernel is chosen or compiled when the cache first has some length.
     """
     share = range(workload.repeats) if share is None else share
     found, probes = [], []
@@ -77,19 +81,20 @@ def speeds(
         _ready(engine, batch, prompt_tokens, workload.new_tokens)
         rounds = workload.warmup + workload.repeats
         fresh = prompts(workload, text, prompt_tokens, batch, rounds, salt)
-        for each in fresh[: workload.warmup]:
+        for number, each in enumerate(fresh[: workload.warmup]):
             if share.start == 0:
-                run(engine, each, min(workload.new_tokens, WARMUP_NEW_TOKENS), clock)
+                most = workload.new_tokens if whole and number == 0 else WARMUP_NEW_TOKENS
+                run(engine, each, min(workload.new_tokens, most), clock)
             else:
                 run(engine, _woken(each), min(workload.new_tokens, 2), clock)
         samples, joules = [], []
         for each in (fresh[workload.warmup + repeat] for repeat in share):
             if probe is not None:
                 probes.append(probe())
-            before = meter.read() if meter else None
+            before, began = meter.read() if meter else None, clock()
             samples.append(run(engine, each, workload.new_tokens, clock))
             joules.append(meter.since(before) if meter else None)
-            stepped()
+            stepped(began, began + samples[-1][0] + sum(samples[-1][1]))
         found.append(
             Speed(
                 prompt_tokens=prompt_tokens,
@@ -109,15 +114,16 @@ def served(
     engine: Any,
     workload: Workload,
     text: list[int],
-    stepped: Callable[[], None] = lambda: None,
+    stepped: Told = lambda began, ended: None,
     clock: Clock = now,
     share: range | None = None,
+    whole: bool = False,
 ) -> list[Served]:
     """Throughput at every batch size: `requests` prompts a slot, answers of different lengths, one after the other.
 
     Lengths are drawn from half to one and a half of `new_tokens`, so that sequences end at different times and an
-    engine that can must take the next ones in between. The same draw for every engine and repeat. `share` as in
-    `speeds`.
+    engine that can must take the next ones in between. The same draw for every engine and repeat. `share` and `whole`
+    as in `speeds`.
     """
     share = range(workload.repeats) if share is None else share
     found: list[Served] = []
@@ -132,16 +138,18 @@ def served(
         _ready(engine, slots, prompt_tokens, high)
         fresh = prompts(workload, text, prompt_tokens, many, workload.repeats + 1, 1000 + salt)
         first = fresh[0][:slots]
-        for _ in engine.serve(first if share.start == 0 else _woken(first), [2] * slots, slots):
+        answers = lengths[:slots] if whole else [2] * slots
+        for _ in engine.serve(first if share.start == 0 else _woken(first), answers, slots):
             pass
         seconds = []
         for each in (fresh[1 + repeat] for repeat in share):
             started = clock()
             gained = sum(engine.serve(each, lengths, slots))
-            seconds.append(clock() - started)
+            ended = clock()
+            seconds.append(ended - started)
             if gained != sum(lengths):
                 raise UserError(f"the engine made {gained} of {sum(lengths)} tokens")
-            stepped()
+            stepped(started, ended)
         found.append(
             Served(
                 slots=slots,

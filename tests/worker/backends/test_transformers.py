@@ -1,0 +1,123 @@
+"""What transformers is asked to be on a GPU, as far as a CPU can show it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.places import ROOT
+from tests.worker.small_models import write_model, write_tokens
+from workbench.records import Artifact, Job, Workload
+from workbench.worker.backends import transformers as backend
+from workbench.worker.calibration import run as calibrate
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+
+def an_engine(path: Path, format: str = "safetensors", **load: Any) -> Any:
+    artifact = Artifact(variant="v", method="m", format=format, path=str(path), digest="", disk_bytes=1, parameters=1)
+    return backend.Engine(Job("b", artifact, "transformers", {"device": "cpu", "threads": 1}, Workload(**load)))
+
+
+@pytest.mark.parametrize(("kind", "apart"), [("llama", 354 * 64 * 4), ("llama-tied", 0)])
+def test_an_embedding_that_is_not_the_head_is_told_apart(tmp_path: Path, kind: str, apart: int) -> None:
+    memory = an_engine(write_model(tmp_path, kind)).memory()
+    assert memory["embedding"] == apart < memory["weights"]
+
+
+class Allocator:
+    """torch.cuda's counts of what it has given out: here of one number, for there is no GPU."""
+
+    def __init__(self) -> None:
+        self.held = self.peak = 0
+
+    def take(self, size_bytes: int) -> None:
+        self.held += size_bytes
+        self.peak = max(self.peak, self.held)
+
+    def max_memory_allocated(self) -> int:
+        return self.peak
+
+    max_memory_reserved = max_memory_allocated
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peak = self.held
+
+
+def test_the_workspace_on_a_gpu_is_what_timing_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what loading or scoring took, which may be many times that, and not the cache."""
+    engine = an_engine(write_model(tmp_path, "llama"), prompt_tokens=[5], new_tokens=4)
+    cuda = Allocator()
+    for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    cuda.take(engine.memory()["weights"])
+    for scored in (9000, -9000):
+        cuda.take(scored)
+    engine._device = "cuda"
+    engine.forget_peak()
+    engine._device = "cpu"
+    cache = 2 * 2 * 2 * 8 * 16 * 4
+    for _ in engine.generate([[5, 6, 7, 8, 9]], 4):
+        pass
+    for timed in (cache, 70, -70):
+        cuda.take(timed)
+    engine._device = "cuda"
+    memory = engine.memory()
+    assert memory["kv_cache"] == cache and memory["workspace"] == 70
+    assert memory["allocated_peak"] == memory["reserved_peak"] == memory["weights"] + cache + 70
+
+
+@pytest.fixture(scope="module")
+def gemma_awq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An AWQ checkpoint of a small Gemma, whose dtype is bfloat16."""
+    folder = tmp_path_factory.mktemp("gemma")
+    (folder / "awq").mkdir()
+    variant = {"name": "awq", "method": "awq", "options": {"group_size": 32}, "out": str(folder / "awq")}
+    request = {
+        "base": str(write_model(folder / "base", "gemma3_text")),
+        "tokens": str(write_tokens(folder / "tokens.json", [40] * 12)),
+        "tokens_digest": "t",
+        "variants": [variant],
+        "imatrix_out": None,
+        "state": str(folder / "state"),
+        "device": "cpu",
+        "threads": 1,
+    }
+    calibrate.run(request, lambda *_: None)
+    yield folder / "awq"
+
+
+@pytest.mark.slow
+def test_bfloat16_stays_where_a_gpu_is_in_sight(gemma_awq: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers casts it to float16 then, whose range Gemma's activations leave."""
+    pytest.importorskip("gptqmodel")
+    from transformers import AwqConfig
+    from transformers.quantizers.quantizer_awq import AwqQuantizer
+
+    assert an_engine(gemma_awq, "awq").settings()["dtype"] == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert AwqQuantizer(AwqConfig()).update_dtype(torch.bfloat16) == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [({}, "expandable_segments:False"), ({"PYTORCH_ALLOC_CONF": "x:1"}, "x:1")],
+    ids=["ours", "theirs"],
+)
+def test_every_format_runs_on_the_same_allocator(given: dict[str, str], kept: str) -> None:
+    """GPTQModel, imported for AWQ and GPTQ alone, sets another."""
+    pytest.importorskip("gptqmodel")
+    code = (
+        "import os\nfrom workbench.worker.backends import transformers\ntransformers.load_engine()\n"
+        "import gptqmodel\nprint('is', os.environ['PYTORCH_ALLOC_CONF'])"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "GPTQMODEL_CPU_WORKERS": "4"} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert f"is {kept}\n" in done.stdout, done.stderr

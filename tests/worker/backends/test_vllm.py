@@ -1,0 +1,95 @@
+"""What the program asks of vLLM, by vLLM's own rules, and what its worker says of itself; on vLLM's CPU build."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.places import ROOT
+from tests.worker.small_models import write_model
+from workbench.machine import isolate
+from workbench.records import Artifact, Job, Workload, from_json, to_json
+from workbench.worker.backends import vllm as backend
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+PROMPT, NEW = 40, 8
+
+
+def a_job(path: Path, **options: Any) -> Job:
+    artifact = Artifact("v", "base", "safetensors", str(path), "", 1, 100_000)
+    load = Workload(prompt_tokens=[PROMPT], new_tokens=NEW, batches=[2])
+    return Job("b", artifact, "vllm", {"enforce_eager": True, "threads": 1} | options, load)
+
+
+@pytest.mark.slow
+def test_a_gpu_that_is_partly_in_use_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of a stated size is no reason to want 92 % of the memory free; and what is asked is valid."""
+    import vllm
+    from vllm.config import CacheConfig
+    from vllm.v1.worker.utils import request_memory
+
+    asked: dict[str, Any] = {}
+
+    def stop(**named: Any) -> None:
+        asked.update(named)
+        raise InterruptedError
+
+    monkeypatch.setattr(vllm, "LLM", stop)
+    with pytest.raises(InterruptedError):
+        backend.Engine(a_job(write_model(tmp_path, "llama"), enforce_eager=False))
+    names = ("gpu_memory_utilization", "kv_cache_memory_bytes")
+    config = CacheConfig(**{name: asked[name] for name in names if name in asked})
+    half_full: Any = SimpleNamespace(total_memory=80 << 30, free_memory=40 << 30, device_="cuda:0")
+    assert request_memory(half_full, config) < 1 << 30
+    assert config.kv_cache_memory_bytes == backend._reserved_bytes(a_job(tmp_path), 2 * (PROMPT + NEW))
+
+
+def child(payload: Any, progress: Any) -> dict[str, Any]:
+    """A worker: what the engine says of its memory after a point, while this process takes 200 MiB."""
+    import os
+
+    engine = backend.Engine(from_json(Job, payload["job"]))
+    engine.forget_peak()
+    taken = bytearray(os.urandom(1 << 20)) * payload["mib"]
+    for _ in engine.generate([list(range(10, 10 + PROMPT))] * 2, NEW):
+        pass
+    return {**engine.memory(), "taken": len(taken)}
+
+
+def test_on_a_gpu_the_allocator_of_the_worker_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With counts in the place of a GPU's: what was allocated at the peak and is neither weights nor cache."""
+    import torch
+
+    worker: Any = backend.Extension()
+    worker.device = torch.device("cuda")
+    caches = [torch.zeros(4, dtype=torch.int8), (torch.zeros(3, dtype=torch.int8), torch.zeros(1, dtype=torch.int8))]
+    worker.model_runner = SimpleNamespace(kv_caches=caches, model_memory_usage=100)
+    peaks = [500]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.append(100 + 8 + 30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peaks[-1])
+    worker.workbench_forget_peak()
+    assert worker.workbench_memory() == {"weights": 100, "kv_cache_reserved": 8, "workspace": 30}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["0", "1"], ids=["inside", "beside"])
+def test_the_workspace_is_that_of_the_process_that_computes(tmp_path: Path, processes: str) -> None:
+    """With tensor parallelism vLLM's workers are processes of their own, and this one's growth says nothing."""
+    reply = isolate.call(
+        "tests.worker.backends.test_vllm:child",
+        {"job": to_json(a_job(write_model(tmp_path / "m", "llama", head_dim=32))), "mib": 200},
+        workdir=tmp_path / "w",
+        time_limit_s=300,
+        environment=backend.ENVIRONMENT
+        | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": processes, "OMP_NUM_THREADS": "1"},
+    )
+    assert reply.error is None, reply.log
+    memory = reply.value
+    assert memory["embedding"] == 354 * 64 * 2 < memory["weights"]
+    assert memory["kv_cache"] == 2 * 48 * 2 * 2 * 2 * 32 * 2 <= memory["kv_cache_reserved"]
+    grown = memory["workspace"] / 2**20
+    assert grown >= 199 if processes == "0" else 0 <= grown < 100
