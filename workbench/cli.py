@@ -89,6 +89,8 @@ def quantize(recipe: o.RecipeFile, variant: o.OnlyVariants = None, quiet: o.Quie
             print(f"{name:32} {bits:22} {mib_text(artifact.disk_bytes):>13}  {artifact.path}")
             for warning in artifact.warnings:
                 print(f"{'':32} warning: {warning}")
+    for name, reason in made.refused.items():
+        print(f"{name:32} {reason}")
     for name, reason in made.failures.items():
         print(f"{name:32} failed: {reason}", file=sys.stderr)
     raise typer.Exit(1 if made.failures else 0)
@@ -209,7 +211,7 @@ def recommend(
     found = wing.recommend(table, constraints, lambda row: serving_command(row, str(home())))
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
     row = found.choice.line.row if found.choice else None
-    if row and not local(row.artifact.path).exists():
+    if row and not os.path.exists(local(row.artifact.path)):
         print(f"its files are not here: `workbench quantize` of recipe '{row.recipe}' makes them", file=sys.stderr)
     raise typer.Exit(0 if row else 1)
 

@@ -1,4 +1,4 @@
-"""A worker's folders: its temporary files go with it, its log stays where it failed."""
+"""A worker's temporary files go with it, its log stays where it failed; and its answer is a record, or the job fails."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.places import ROOT
 from workbench.console import Console
 from workbench.errors import WorkFailed
 from workbench.machine.work import work
+from workbench.records import Bandwidth
 
 
 @pytest.fixture
@@ -41,3 +42,21 @@ def test_the_log_of_a_failure_stays(call: Any, tmp_path: Path) -> None:
         call("raises")
     found = re.search(r"\(log: (\S+)\)$", str(caught.value))
     assert found and "Traceback" in Path(found[1]).read_text() and ".partial" not in found[1]
+
+
+@pytest.mark.parametrize("said", [{"bytes_per_s": "fast"}, {"bytes_per_s": -1}, {}, 7, None])
+def test_an_answer_of_another_shape_is_a_failure_and_not_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: object
+) -> None:
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
+    with pytest.raises(WorkFailed, match=r"^no answer to what was asked: .*\(log: (.*)\)$") as failure:
+        work(
+            "tests.machine.children:echo",
+            said,
+            Bandwidth,
+            Console(quiet=True),
+            "echo",
+            limit_s=60,
+            environment={"PYTHONPATH": str(ROOT)},
+        )
+    assert Path(str(failure.value).rpartition("(log: ")[2].rstrip(")")).exists()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 
 from tests.rows import a_row, compared, demo_rows
 from workbench.errors import UserError
 from workbench.records import Measurement, Row, Workload
+from workbench.report.formats import FORMATS
 from workbench.report.formats.data import objects
 from workbench.report.table import Table, build
 
@@ -327,3 +332,36 @@ def test_a_base_with_tokens_that_are_not_finite_is_told_where_it_matters() -> No
 def test_nothing_measured_yet() -> None:
     with pytest.raises(UserError, match=r"nothing measured yet: run `workbench run RECIPE`"):
         build([])
+
+
+def steps_of(work: Callable[[], object]) -> int:
+    """Instructions that are executed in the modules which put rows together; no clock."""
+    count = 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.endswith(("report/table.py", "report/selection.py")):
+            return None
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_twice_the_lines_are_twice_the_work() -> None:
+    def rows(many: int) -> list[Row]:
+        bases = [a_row("base", backend) for backend in ("transformers", "vllm", "llamacpp")]
+        return bases + [a_row(f"q{place}", bases[place % 3].backend, method="gguf") for place in range(many)]
+
+    def made(many: int) -> str:
+        return FORMATS["terminal"](build(rows(many)))
+
+    one, two = (steps_of(partial(made, many)) for many in (100, 200))
+    assert 1.5 < two / one < 2.2

@@ -121,7 +121,7 @@ def _encoder(by: Mapping[str, object]) -> str:
     """Who made a GGUF's blocks; nothing for other formats, and for files from before there was a choice."""
     made = f"made by {by.get('name')} on {by.get('device')}" if by else ""
     if "rows_checked" in by:
-        made += f", {by['rows_equal']} of {by['rows_checked']} rows compared are llama.cpp's"
+        made += f", {by.get('rows_equal')} of {by['rows_checked']} rows compared are llama.cpp's"
     return made
 
 

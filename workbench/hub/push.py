@@ -6,6 +6,7 @@ artifact's own files and the card: safetensors or GGUF, tokenizer and configurat
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ ALLOWED = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model", ".md")
 def path_of(row: Row) -> Path:
     """Where a row's artifact is on this machine. Raises `UserError` if it is gone."""
     path = local(row.artifact.path)
-    if not path.exists():
+    if not os.path.exists(path):  # nor can it, where the row names what is no path
         raise UserError(
             f"{path}: the files of {row.artifact.variant} are not there (another machine's, or cleaned away). "
             "Make them again with `workbench quantize RECIPE`"
@@ -121,7 +122,10 @@ def _of_hub_cache(repository: str) -> str | None:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return None
-    found = try_to_load_from_cache(repository, "README.md")
+    try:
+        found = try_to_load_from_cache(repository, "README.md")
+    except ValueError:  # not the name of a repository
+        return None
     return stated_licence(Path(found)) if isinstance(found, str) else None
 
 
@@ -131,7 +135,7 @@ def _of_package(name: str) -> str | None:
 
     try:
         stated = importlib.metadata.metadata(name)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ValueError):
         return None
     words = [stated[field] for field in ("License-Expression", "License") if field in stated]
     known = known_licence(words[0]) if words else None

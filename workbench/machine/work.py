@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from workbench.console import Show
 from workbench.disk import disk_faults
+from workbench.errors import UserError, WorkFailed
 from workbench.gpus import gpus
 from workbench.home import home, machine_lock
 from workbench.machine import isolate
@@ -98,7 +99,7 @@ def in_rounds(
             ):
                 reply = worker.resume(time_limit_s=limit_s, on_progress=progress, on_sample=monitor)
             round_ += 1
-        value: Answer = from_json(answer, _answer(reply, folder))
+        value: Answer = _answer(reply, folder, answer)
     memory = monitor.memory()
     repeats_s = getattr(value, "conditions", {}).get("repeats_s")
     return value, Cost(round(reply.duration_s, 3), memory.get("peak_rss"), memory, monitor.conditions(repeats_s))
@@ -116,10 +117,13 @@ def _places(temporary_files: Path) -> dict[str, str]:
     return {"TMPDIR": str(temporary_files), **kept}
 
 
-def _answer(reply: isolate.Reply, folder: Path) -> object:
-    """A reply's value; a failure's folder is kept, under its final name."""
+def _answer(reply: isolate.Reply, folder: Path, kind: Any = object) -> Any:
+    """A reply's value as a record; a failure's folder is kept, under its final name."""
     final = folder.with_suffix("")
-    if reply.error is not None:
+    try:
+        return from_json(kind, isolate.answer(reply, final))
+    except (UserError, WorkFailed, ValueError) as error:
         folder.rename(final)
-    value: object = isolate.answer(reply, final)
-    return value
+        if isinstance(error, ValueError):
+            raise WorkFailed(f"no answer to what was asked: {error} (log: {final / 'log.txt'})") from None
+        raise

@@ -30,4 +30,6 @@ Name = Annotated[str, limit(pattern=r"^[^\x00-\x1f\x7f/\\]{1,200}\Z")]
 """What may become the name of a file or a column."""
 Folder = Annotated[str, limit(pattern=r"^[^\x00-\x1f\x7f/\\]{0,200}\Z")]
 """A `Name`, or none."""
+Place = Annotated[str, limit(pattern=r"^[^\x00-\x1f\x7f]{0,4096}\Z")]
+"""A path, maybe of another machine."""
 Title = Annotated[str, limit(pattern=r"^[^\x00-\x1f\x7f]{1,500}\Z")]

@@ -11,6 +11,7 @@ from workbench.records.limits import (
     Moment,
     Name,
     Number,
+    Place,
     Positive,
     Seconds,
     Size,
@@ -49,7 +50,7 @@ class Artifact:
     method: Name
     format: str
     """What a backend must be able to load: `safetensors`, `gguf`, `awq`, `gptq`."""
-    path: str
+    path: Place
     """A Hugging Face directory, or a `.gguf` file."""
     digest: str
     """Digest of everything that determined the bytes: base, method, options, calibration, versions."""
@@ -66,6 +67,10 @@ class Artifact:
         for name in ("source", "options", "versions", "encoder"):
             if not isinstance(self.provenance.get(name) or {}, dict):
                 raise ValueError(f"provenance.{name} is no object")
+        source = self.provenance.get("source") or {}
+        for name in ("hub", "package"):
+            if not isinstance(source.get(name, ""), str | None):
+                raise ValueError(f"provenance.source.{name} is no name")
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -117,7 +122,7 @@ class Evaluation:
     """The tokens a variant is scored on, made once a recipe and the same for every engine."""
 
     name: Name
-    path: str
+    path: Place
     """A JSON file `{"windows": [[id, ...], ...], "score_from": [position, ...]}`."""
     digest: str
     window: Positive
@@ -134,7 +139,7 @@ class Task:
     """Prompts with expected answers, tokenized once a recipe and the same for every engine."""
 
     name: Name
-    path: str
+    path: Place
     """A JSON file of token ids as `worker/tokens/tasks.py` writes it."""
     digest: str
     items: Count | None
@@ -162,9 +167,9 @@ class Job:
     base_digest: str = ""
     """Digest of the base that the references must be of."""
     tasks: dict[str, Task] = field(default_factory=dict)
-    sliding_window: int = 0
+    sliding_window: Count = 0
     """Tokens that the base's windowed layers look back; 0 if it has none."""
-    rounds: int = 1
+    rounds: Count = 1
     """In how many rounds the repeats are timed; between them the worker waits to be resumed."""
 
     @property

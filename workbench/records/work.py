@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from workbench.records.limits import Count, Seconds, Size
 from workbench.records.rows import Conditions, Evaluation, Job, Task
 
 TEXT_VERSION = 2
@@ -19,9 +20,9 @@ TEXT_VERSION = 2
 class Cost:
     """What a worker took."""
 
-    seconds: float
-    peak_rss_bytes: int | None = None
-    memory: dict[str, int] = field(default_factory=dict)
+    seconds: Seconds
+    peak_rss_bytes: Count | None = None
+    memory: dict[str, Count] = field(default_factory=dict)
     """Bytes, as `Monitor.memory` has them."""
     conditions: Conditions = field(default_factory=lambda: Conditions())
 
@@ -48,14 +49,14 @@ class PreparedBase:
     digest: str
     """Changes whenever a weight does."""
     dtype: str
-    parameters: int
+    parameters: Count
     """Tied embeddings once, here and in `weight_bytes`."""
-    weight_bytes: int
+    weight_bytes: Count
     architecture: str = ""
-    vocab_size: int = 0
-    context_length: int = 0
+    vocab_size: Count = 0
+    context_length: Count = 0
     """Tokens; 0 where it does not say."""
-    sliding_window: int = 0
+    sliding_window: Count = 0
     """Tokens that its windowed layers look back; 0 if it has none."""
     tokenizer: bool = True
     """Whether it has one."""
@@ -79,11 +80,11 @@ class TokenSet:
     """`evaluation` or `calibration`."""
     name: str
     source: dict[str, str]
-    window: int
-    windows: int | None
+    window: Count
+    windows: Count | None
     """None: all that fit into the text, of an evaluation."""
     score: str
-    stride: int | None = None
+    stride: Count | None = None
     seed: int = 0
     out: str = ""
     """The file to write."""
@@ -146,7 +147,7 @@ class VariantRequest:
     """A token file, for a method that looks at it."""
     imatrix: str | None = None
     """An importance matrix, likewise."""
-    threads: int | None = None
+    threads: Count | None = None
     allow_remote_code: bool = False
 
 
@@ -155,7 +156,7 @@ class MadeVariant:
     """What a worker says of a variant that it made."""
 
     tensor_types: dict[str, str]
-    disk_bytes: int | None = None
+    disk_bytes: Count | None = None
     """All weights; None: those of the safetensors in the folder."""
     tensor_errors: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -163,7 +164,7 @@ class MadeVariant:
     """Told when it is made."""
     provenance: dict[str, object] = field(default_factory=dict)
     """More to be kept beside the artifact."""
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class CalibrationRequest:
     state: str
     """A folder that an interrupted pass goes on from."""
     device: str = "auto"
-    threads: int | None = None
+    threads: Count | None = None
     seed: int = 0
     precision: str = "auto"
 
@@ -199,7 +200,7 @@ class CalibrationRequest:
 class Calibrated:
     """What a calibration pass made."""
 
-    seconds: dict[str, float]
+    seconds: dict[str, Seconds]
     """By phase."""
     variants: dict[str, MadeVariant]
     refused: dict[str, str]
@@ -252,7 +253,7 @@ class Reference:
 class BandwidthRequest:
     """`worker.measure.bandwidth:copy_bandwidth`."""
 
-    threads: int
+    threads: Count
     device: str
     """`cpu` or `cuda`."""
 
@@ -261,4 +262,4 @@ class BandwidthRequest:
 class Bandwidth:
     """What a memory copies, read and written both counted."""
 
-    bytes_per_s: float
+    bytes_per_s: Size

@@ -2,7 +2,7 @@
 
 A line is cut into its fields, and each is read by the type that the record gives it. What nights have in common, the
 artifact before all, is the same text each time and is read once: rows share it. What no command asks of a stored row is
-checked and not kept: the type of each tensor, which is half of a line, and how well each was made.
+checked and not kept: of the tensors, which are half of a line, one of each type is, without how well it was made.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ READERS = {name: _reader(name, kind) for name, kind in typing.get_type_hints(Row
 
 def _lean(artifact: Artifact) -> Artifact:
     kept = {name: value for name, value in artifact.provenance.items() if name != "tensor_errors"}
-    return dataclasses.replace(artifact, tensor_types={}, provenance=kept)
+    types = {kind: name for name, kind in artifact.tensor_types.items()}
+    return dataclasses.replace(artifact, tensor_types={name: kind for kind, name in types.items()}, provenance=kept)
 
 
 def _check(row: Row) -> None:

@@ -11,33 +11,35 @@ from workbench.records import SCHEMA_VERSION
 
 Parts = Mapping[str, Any]
 """A stored row as the JSON text of each of its fields."""
-Object = dict[str, Any]
 Migration = Callable[[Parts], dict[str, Any]]
 """From a stored row of one schema version to one of the next."""
+Texts = dict[str, msgspec.Raw]
 
 
 def from_schema_1(old: Parts) -> dict[str, Any]:
     """A row of schema 1, which had the first evaluation set, its quality, the first prompt length and the first batch
     size in fields of their own beside the further ones, and called rounds turns."""
-    row = {**old}
-    load, tests = _read(old, "workload", Object), _read(old, "evaluations", Object, b"{}")
-    first, measured = _read(old, "evaluation", Object | None), _read(old, "measurement", Object | None)
-    name = str(first.get("name")) if first is not None else ""
+    load, tests = _read(old, "workload", dict[str, Any]), _read(old, "evaluations", Texts, b"{}")
+    first, measured = _read(old, "evaluation", Texts | None), _read(old, "measurement", Texts | None)
+    name = "" if first is None else _read(first, "name", str)
     for several, one, many, usual in (
         ("prompt_tokens", "prompt_tokens", "more_prompt_tokens", 512),
         ("batches", "batch", "more_batch", 1),
     ):
         load[several] = [load.pop(one, usual), *msgspec.convert(load.pop(many, []), list)]
-    row["evaluations"] = msgspec.json.encode(({} if first is None else {name: first}) | tests)
-    row["workload"] = msgspec.json.encode(load)
+    row = {**old, "workload": _text(load), "evaluations": _text(({} if first is None else {name: first}) | tests)}
     if measured is not None:
-        quality, qualities = measured.pop("quality", None), measured.get("qualities", {})
-        measured["qualities"] = ({} if quality is None else {name: quality}) | msgspec.convert(qualities, dict)
-        for kind in ("speeds", "served"):
-            samples = msgspec.convert(measured.get(kind, []), list[dict[str, Any]])
-            measured[kind] = [{**each, "rounds": each.get("turns", [])} for each in samples]
-        row["measurement"] = msgspec.json.encode(measured)
+        quality, qualities = measured.pop("quality", None), _read(measured, "qualities", Texts, b"{}")
+        own = {} if quality is None or bytes(quality) == b"null" else {name: quality}
+        more = {
+            kind: [{**each, "rounds": each.get("turns", [])} for each in _read(measured, kind, list[Texts], b"[]")]
+            for kind in ("speeds", "served")
+        }
+        row["measurement"] = _text(measured | {"qualities": own | qualities} | more)
     return row
+
+
+_text = msgspec.json.encode
 
 
 def _read(parts: Parts, name: str, kind: Any, usual: bytes = b"null") -> Any:

@@ -18,15 +18,15 @@ few dozen lines), and one table a backend (the question is which backend, too).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
 
 from workbench.errors import UserError
 from workbench.records import Evaluation, Row, Task
 from workbench.report import estimates, quality, speeds
 from workbench.report.estimates import Estimate
+from workbench.report.lazily import Lazily
 from workbench.report.metrics import METRICS, OF_THE_REFERENCE
 from workbench.report.selection import (
     BASE,
@@ -47,30 +47,8 @@ ANOTHER_MODEL_NATS = 0.02
 up to 0.001 nats a token, a sliding window or a rope scaling that is left out 0.1 to 2."""
 
 
-Value = TypeVar("Value")
 Bases = dict[tuple[str, str], list[Row]]
 """By base and backend, the base's rows that have some value."""
-
-
-class Lazily(Mapping[str, Value]):
-    """What `read` says of each name, asked once and only if somebody wants it: a table shows a few columns."""
-
-    def __init__(self, names: Sequence[str], read: Callable[[str], Value]) -> None:
-        self._names, self._read = names, read
-        self._found: dict[str, Value] = {}
-
-    def __getitem__(self, name: str) -> Value:
-        if name not in self._found:
-            if name not in self._names:
-                raise KeyError(name)
-            self._found[name] = self._read(name)
-        return self._found[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -249,8 +227,7 @@ def quality_missing(row: Row) -> str | None:
     """Why a measured row has no quality, where that is meant: weights that were drawn at random say nothing."""
     if row.measurement is None or row.quality is not None:
         return None
-    source = row.artifact.provenance.get("source")
-    if isinstance(source, dict) and source.get("config"):
+    if (row.artifact.provenance.get("source") or {}).get("config"):
         return "no quality: the base has random weights of a given shape, so only speed and memory mean anything"
     return "no quality: the recipe has no evaluation" if row.evaluation is None else None
 
@@ -330,10 +307,10 @@ def _line(
     return Line(
         row=row,
         values=values,
-        errors=Lazily(tuple(ERRORS), lambda name: ERRORS[name](row) if values[name] is not None else None),
+        errors=Lazily(ERRORS, lambda name: ERRORS[name](row) if values[name] is not None else None),
         delta=delta,
         below_noise_floor=_below(delta, floor),
-        intervals=Lazily(tuple(SAMPLES), lambda name: speeds.median_interval(row, SAMPLES[name])),
+        intervals=Lazily(SAMPLES, lambda name: speeds.median_interval(row, SAMPLES[name])),
         warnings=warnings,
         footnotes=tuple(footnotes.setdefault(text, len(footnotes) + 1) for text in reasons if text),
     )

@@ -97,7 +97,7 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
 def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
     """llama.cpp's own server."""
     threads, layers = options.get("threads"), options.get("gpu_layers")
-    more = f" --threads {threads}" if threads else ""
+    more = f" --threads {threads}" if threads and isinstance(threads, int) else ""
     # -1 means all layers to the binding; the server counts them.
     more += " --n-gpu-layers 999" if layers == -1 and device != "cpu" else ""
     more += f" --n-gpu-layers {layers}" if isinstance(layers, int) and layers >= 0 else ""
