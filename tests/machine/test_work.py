@@ -1,4 +1,4 @@
-"""A worker's temporary files go with it, its log stays where it failed; and its answer is a record, or the job fails."""
+"""A worker's temporary files go with it, its log stays where it failed; its answer is a record, or the job fails."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from workbench.records import Bandwidth
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it where it compiles.
 
     def run(name: str) -> Any:
         own = {"PYTHONPATH": str(ROOT)}
