@@ -10,7 +10,7 @@ import pytest
 
 from tests.rows import a_row, compared, demo_rows
 from workbench.errors import UserError
-from workbench.records import Row, Workload
+from workbench.records import Measurement, Row, Workload
 from workbench.report.formats.data import objects
 from workbench.report.table import Table, build
 
@@ -92,6 +92,19 @@ def test_an_engine_that_runs_the_base_as_another_model_is_told_in_each_of_its_ro
         assert len(told) == (line.row.backend == "llamacpp"), line.row.backend
     (text,) = (text for text in table.footnotes if "another model" in text)
     assert text.startswith("llamacpp runs the base as another model: it differs there") and "by 1.660 nats" in text
+
+
+def test_a_base_that_is_worse_than_guessing_is_told_in_each_of_its_engines_rows() -> None:
+    """4 tokens at 2 to 2.5 nats each have a perplexity of 9.5."""
+    for size, worse in ((10, False), (9, True)):
+        rows = [replace(row, measurement=_of_vocabulary(row, size)) for row in demo_rows() if row.measurement]
+        lines = build(rows).lines
+        assert all(any("than guessing among its 9 tokens" in text for text in line.warnings) == worse for line in lines)
+
+
+def _of_vocabulary(row: Row, size: int) -> Measurement:
+    assert row.measurement is not None and row.quality is not None
+    return replace(row.measurement, qualities={"prose": {**row.quality, "vocab_size": size}})
 
 
 def test_footnotes_are_numbered_and_told_once() -> None:

@@ -114,6 +114,7 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
     if any(task.harness for task in tasks.values()):
         found = found | versions(HARNESS, interpreter(choice.name, sys.executable))
         causes.append(found)
+    grid = made.base.quantized_types
     row = Row(
         key="",
         base=recipe.model,
@@ -132,9 +133,19 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
         unsupported=unsupported,
         evaluations=made.evaluations,
         tasks=tasks,
-        warnings=[missing] if missing else [],
+        warnings=([missing] if missing else []) + ([on_its_grid(grid)] if grid else []),
+        base_types=grid,
     )
     return replace(row, key=digest([*causes, reference] if reference and is_scored(row) else causes))
+
+
+def on_its_grid(types: list[str]) -> str:
+    """What is to be known of every variant of a base that was stored in these quantized types before."""
+    kinds = ", ".join(types)
+    return (
+        f"the base was de-quantized from {kinds}: its weights lie on that grid, so a variant of these types loses less "
+        "here than of the model that the file was made from, and others look worse beside it"
+    )
 
 
 def _cause(workload: Workload) -> dict[str, object]:

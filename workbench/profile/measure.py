@@ -48,6 +48,7 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
         references={name: each.path for name, each in (references or {}).items()},
         base_digest=made.base.digest,
         tasks=row.tasks,
+        sliding_window=made.base.sliding_window,
         rounds=1 if uses_gpu(row.backend) else ROUNDS,
     )
     started_at, started = now(), time.monotonic()

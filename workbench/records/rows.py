@@ -142,6 +142,8 @@ class Job:
     base_digest: str = ""
     """Digest of the base that the references must be of."""
     tasks: dict[str, Task] = field(default_factory=dict)
+    sliding_window: int = 0
+    """Tokens that the base's windowed layers look back; 0 if it has none."""
     rounds: int = 1
     """In how many rounds the repeats are timed; between them the worker waits to be resumed."""
 
@@ -333,6 +335,8 @@ class Row:
     """The reason why this pair cannot run at all; not a failure."""
     schema_version: int = SCHEMA_VERSION
     measurement_version: int = MEASUREMENT_VERSION
+    base_types: list[str] = field(default_factory=list)
+    """Quantized types that the base's own weights were stored in before (`PreparedBase.quantized_types`)."""
     place: int = 0
     """Where the pair stands in its recipe; jobs run in another order."""
 

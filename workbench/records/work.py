@@ -55,12 +55,17 @@ class PreparedBase:
     vocab_size: int = 0
     context_length: int = 0
     """Tokens; 0 where it does not say."""
+    sliding_window: int = 0
+    """Tokens that its windowed layers look back; 0 if it has none."""
     tokenizer: bool = True
     """Whether it has one."""
     license: str | None = None
     revision: str | None = None
     warnings: list[str] = field(default_factory=list)
     """What of the source was left out."""
+    quantized_types: list[str] = field(default_factory=list)
+    """Quantized types that its weights were stored in before, by bytes, the most first; empty where they were not, or
+    were rewritten since."""
     source: dict[str, Any] = field(default_factory=dict)
     """As it was asked for."""
     cost: Cost | None = None

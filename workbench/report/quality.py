@@ -22,6 +22,12 @@ def perplexity(row: Row) -> float | None:
     return estimates.perplexity(quality).value if quality else None
 
 
+def guessing(row: Row) -> int | None:
+    """The vocabulary's size where guessing among it would have a lower perplexity than the row; else None."""
+    found, size = perplexity(row), row.quality.get("vocab_size") if row.quality else None
+    return size if found and size and found > size else None
+
+
 def perplexity_se(row: Row) -> float | None:
     """Standard error of the perplexity, windows as clusters; None for fewer than two windows."""
     quality = _scored(row)

@@ -322,6 +322,11 @@ def _warnings(row: Row, own: float | None, base: Row | None, delta: Estimate | N
         found.append(f"the base on {row.backend} was scored on other tokens, so there is no delta")
     elif delta and base is not None and base is not row and (lost := quality.nonfinite(base)):
         found.append(f"the delta leaves out tokens whose logits of the base on {row.backend} are not finite ({lost})")
+    if base is not None and (guess := quality.guessing(base)):
+        found.append(
+            f"the base on {row.backend} has a higher perplexity than guessing among its {guess:,} tokens: it is "
+            "broken, was never trained, or knows nothing of such text. Agreeing with it is no merit"
+        )
     apart = METRICS["kld_mean"].value(base) if base is not None else None
     if apart is not None and apart > ANOTHER_MODEL_NATS:
         found.append(

@@ -232,9 +232,14 @@ def describe(config: Mapping[str, Any]) -> Architecture:
         raise UserError(f"model_type '{kind}': AWQ and GPTQ of experts are not supported yet. {WAY_OUT}.")
     if kind not in ARCHITECTURES:
         text = config.get("text_config")
-        hint = "only text models are calibrated. " if isinstance(text, dict) else ""
+        if isinstance(text, dict):
+            raise UserError(
+                f"model_type '{kind}' is a text model with other senses, and only text models are calibrated. Save its "
+                f"text part ({text.get('model_type', 'its language model')}) by itself with transformers and give that "
+                f"as the base. Or: {WAY_OUT[0].lower()}{WAY_OUT[1:]}."
+            )
         raise UserError(
-            f"model_type '{kind}' is not in the calibration pass's table: {hint}{did_you_mean(kind, ARCHITECTURES)} "
+            f"model_type '{kind}' is not in the calibration pass's table: {did_you_mean(kind, ARCHITECTURES)} "
             f"{WAY_OUT}."
         )
     family, sizes = ARCHITECTURES[kind], sizes_of(config)

@@ -118,6 +118,25 @@ def test_a_quality_within_the_noise_floor_does_not_decide() -> None:
     assert found.choice is not None and found.choice.name == "base on llamacpp"
 
 
+def test_a_type_that_the_base_was_stored_in_does_not_win_by_its_quality() -> None:
+    """As Gemma 3 270M's public Q4_K_M file as the base: Q4_K_M loses 1e-6 of it, AWQ 0.1."""
+    kinds = {"base": "BF16", "q4": "Q4_K", "q6": "Q6_K", "awq": "I4-g128"}
+    rows = [made("base", 60), made("q4", 95), made("q6", 80, nats=0.8), made("awq", 96, nats=40)]
+    rows = [
+        replace(row, artifact=replace(row.artifact, tensor_types={"w": kinds[row.artifact.variant]})) for row in rows
+    ]
+    assert ask(rows[1:] + rows[:1], sort="quality").choice.line.row.artifact.variant == "q4"  # type: ignore[union-attr]
+    rows = [replace(row, base_types=["Q4_K", "Q5_0"]) for row in rows]
+    found = ask(rows[1:], sort="quality")
+    assert found.choice is not None and found.choice.line.row.artifact.variant == "q6"
+    why = "its quality decides nothing: the base was de-quantized from Q4_K, whose grid it shares"
+    assert f"note: q4 on llamacpp: {why}" in wing.text(found)
+    # Limits of quality are not met by it; by what else it is good at it may win.
+    assert ask(rows, max_kld=0.1).rejected["q4 on llamacpp"][0] == why
+    alone = ask(rows[:2], sort="size").choice
+    assert alone is not None and ask(rows[1:2]).choice.doubts == (why,)  # type: ignore[union-attr]
+
+
 def test_windows_that_disagree_do_not_decide() -> None:
     noisy = [total + extra for total, extra in zip(BASE_NATS, (30.0, -28.0, 20.0, -10.0), strict=True)]
     found = ask([made("base", 60), made("q", 90, windows=noisy)], sort="quality")

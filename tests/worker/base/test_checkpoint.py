@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.worker.base.bases import refusal, run
-from workbench.worker.base.checkpoint import read_header
+from workbench.worker.base.checkpoint import StoredTensor, parameters_of, read_header
 
 
 def test_read_header_gives_what_the_file_holds(base_dir: Path) -> None:
@@ -31,6 +31,16 @@ def test_tied_output_matrix_counts_once(model: Path, tmp_path: Path) -> None:
     save_file(tensors, model / "model.safetensors")
     twice = run({"path": str(model)}, tmp_path / "b")
     assert twice["parameters"] == once["parameters"] and twice["weight_bytes"] == once["weight_bytes"]
+
+
+def test_of_a_multimodal_model_what_reads_text_counts() -> None:
+    """Names as transformers 4 and 5 have saved them."""
+    names = ["language_model.model.layers.0.mlp.up_proj.weight", "model.language_model.embed_tokens.weight"]
+    others = ["vision_tower.vision_model.head.weight", "model.visual.patch_embed.weight"]
+    others += ["multi_modal_projector.mm_input_projection_weight", "model.audio_tower.layers.0.fc1.weight"]
+    tensors = {name: StoredTensor(Path(), "F32", (2, 2), 16) for name in names + others}
+    assert set(parameters_of({"text_config": {"vocab_size": 8}}, tensors)) == set(names)
+    assert set(parameters_of({"vocab_size": 8}, tensors)) == set(names + others)
 
 
 def test_license_of_the_model_card(model: Path, tmp_path: Path) -> None:

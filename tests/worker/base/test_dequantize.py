@@ -26,6 +26,7 @@ def test_gguf_becomes_the_same_model(tmp_path: Path, kind: str, half_norms: bool
     write_gguf(file, kind, half_norms=half_norms)
     reply = run({"gguf": str(file)}, tmp_path / "out")
     assert (reply["dtype"], reply["license"], reply["context_length"]) == (dtype, "mit", 128)
+    assert reply["quantized_types"] == (["Q8_0"] if kind == "Q8_0" else [])
     read = AutoModelForCausalLM.from_pretrained(str(tmp_path), gguf_file=file.name, dtype=torch.float32)
     with torch.no_grad():
         expected = read(torch.arange(3, 99)[None]).logits[0].double()

@@ -315,6 +315,49 @@ def test_dead_channels_give_finite_checkpoints(tmp_path: Path) -> None:
             assert torch.isfinite(model(windows).logits).all()
 
 
+def out_of_range(folder: Path, change: str) -> Path:
+    """A bfloat16 model of which a part is far smaller than float16 goes, and what reads it as much larger."""
+    base = write_model(folder, "llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    attention, mlp, norm = (
+        getattr(model.model.layers[1], name) for name in ("self_attn", "mlp", "post_attention_layernorm")
+    )
+    with torch.no_grad():
+        if change == "norm":
+            norm.weight[:4] *= 3e-8
+            mlp.gate_proj.weight[:, :4] /= 3e-8
+            mlp.up_proj.weight[:, :4] /= 3e-8
+        elif change == "heads":
+            attention.v_proj.weight *= 1e-7
+            attention.o_proj.weight *= 1e7
+        else:
+            part = slice(None, None, 2) if change == "rows" else slice(None)
+            (mlp.gate_proj if change == "gate" else mlp.up_proj).weight[part] *= 1e-7
+            mlp.down_proj.weight[:, part] *= 1e7
+    model.to(torch.bfloat16).save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("change", ["matrix", "rows", "norm", "heads", "gate"])
+def test_a_layer_that_float16_does_not_hold_is_brought_into_its_range_or_said_to_be_lost(
+    change: str, tmp_path: Path
+) -> None:
+    base = out_of_range(tmp_path / "base", change)
+    made = run(base, tmp_path / "work", VARIANTS)
+    for name, found in made["variants"].items():
+        told = [text for text in found["warnings"] if "of their output" in text]
+        if change == "gate":  # Between it and what reads it lies a function that no factor passes through.
+            assert found["tensor_errors"]["model.layers.1.mlp.gate_proj.weight"] == pytest.approx(1)
+            assert ": model.layers.1.mlp.gate_proj (100%" in told[0], name
+        else:
+            assert max(found["tensor_errors"].values()) < 0.02 and not told, name
+            model = dequantized(base, tmp_path / "work" / name, *VARIANTS[name][:1], VARIANTS[name][1].get("bits", 4))
+            ids = torch.arange(3, 43)[None]
+            with torch.no_grad():
+                expected = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(ids).logits
+                assert relative(model(ids).logits, expected) < (0.05 if name == "gptq-8" else 0.5), name
+
+
 def test_missing_tensor_names_it(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -113,7 +113,7 @@ def test_folded_weights_compute_the_same(kind: str, rounding: str) -> None:
                 weight = weight / scales
             for other, others in folds:
                 if others is not None and other.producer.module == name:
-                    weight = weight * awq._producing_rows(other.producer, others, len(weight))[:, None]
+                    weight = weight * awq.producing_rows(other.producer, others, len(weight))[:, None]
             original, gram = before[f"{name}.weight"], layer.grams[group.linears[0]]
             lost = ((original - weight) @ gram * (original - weight)).sum()
             share = float(lost / (original @ gram * original).sum())

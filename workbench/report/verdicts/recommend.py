@@ -9,10 +9,13 @@ noise alone could make decides nothing:
     memory, size if they differ by more than 1 %
 
 A limit rejects what misses it by more than engines alone make of the base (a speed: with its whole interval); what
-misses it by less is kept, with a note, and so is what too few windows leave open. One candidate
-dominates another if it is decisively better somewhere and decisively worse nowhere; the front is what nothing
-dominates. The choice is the best by what was asked for; among those not decisively worse, the best by the next
-criterion, and so on. Rejected: a single score from weights, which hides the trade it makes.
+misses it by less is kept, with a note, and so is what too few windows leave open. One candidate dominates another if it
+is decisively better somewhere and decisively worse nowhere; the front is what nothing dominates. The choice is the best
+by what was asked for; among those not decisively worse, the best by the next criterion, and so on.
+
+A variant of a type that the base itself was stored in before has no quality here: what it loses of the base, whose
+weights lie on its grid, says nothing of what it loses of the model. Rejected: a single score from weights, which hides
+the trade it makes.
 """
 
 from __future__ import annotations
@@ -148,6 +151,14 @@ def recommend(
     )
 
 
+def on_the_bases_grid(row: Row) -> str | None:
+    """Why the quality of a variant decides nothing: the base was stored in one of its types before."""
+    shared = [kind for kind in row.base_types if kind in row.artifact.tensor_types.values()]
+    if not shared:
+        return None
+    return f"its quality decides nothing: the base was de-quantized from {', '.join(shared)}, whose grid it shares"
+
+
 def memory_bytes(line: Line) -> float | None:
     """What must be there to run it: device memory where it ran on one, else the processes' peak."""
     vram = line.values["peak_vram_bytes"]
@@ -156,7 +167,7 @@ def memory_bytes(line: Line) -> float | None:
 
 VALUES: dict[str, Callable[[Line], float | None]] = {
     "speed": lambda line: line.values["decode_tok_s"],
-    "quality": lambda line: line.values["perplexity"],
+    "quality": lambda line: None if on_the_bases_grid(line.row) else line.values["perplexity"],
     "memory": memory_bytes,
     "size": lambda line: line.values["disk_bytes"],
 }
@@ -202,6 +213,8 @@ def text(found: Recommendation) -> str:
     if found.tied:
         lines.append(f"  by {found.constraints.sort} alone not to be told from: {printable(', '.join(found.tied))}")
     lines += [f"  note: {doubt}" for doubt in found.choice.doubts]
+    others = [(one, why) for one in found.fitting if one != found.choice and (why := on_the_bases_grid(one.line.row))]
+    lines += [f"  note: {printable(one.name)}: {why}" for one, why in others]
     if found.command:
         lines += ["", "Serve it with:", f"  {found.command}"]
     return "\n".join(lines) + "\n"
@@ -239,7 +252,11 @@ def _limits(line: Line, constraints: Constraints, spread: float) -> tuple[list[s
     at_most(memory_bytes(line), constraints.memory_bytes, "memory", size_text, 0.0)
     at_most(line.values["disk_bytes"], constraints.size_bytes, "size", size_text, 0.0)
     perplexity = line.values["perplexity"]
-    if constraints.max_perplexity is not None:
+    untold = on_the_bases_grid(row)
+    if untold:
+        limits = (constraints.max_perplexity, constraints.max_perplexity_value, constraints.max_kld)
+        (doubts if limits == (None,) * 3 else reasons).append(untold)
+    elif constraints.max_perplexity is not None:
         relative, noise = None, 0.0
         if line.delta is not None and perplexity is not None and perplexity > line.delta.value:
             base = perplexity - line.delta.value
@@ -311,7 +328,8 @@ def _object(one: Candidate) -> dict[str, object]:
 
 
 def _numbers(line: Line) -> str:
-    decode, perplexity, memory, size = (value(line) for value in VALUES.values())
+    decode, perplexity = line.values["decode_tok_s"], line.values["perplexity"]
+    memory, size = memory_bytes(line), line.values["disk_bytes"]
     change = ""
     if perplexity is not None and line.delta is not None and line.row.artifact.method != BASE:
         relative = line.delta.value / (perplexity - line.delta.value)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
+from workbench.worker.ggml import model
 from workbench.worker.ggml.index import entries
 from workbench.worker.ggml.mixtures import tensor_bytes
 from workbench.worker.scoring.reducer import Scoring
@@ -148,9 +149,8 @@ class Engine:
         params = api.llama_model_default_params()
         params.n_gpu_layers = options.gpu_layers
         params.load_mode = api.LLAMA_LOAD_MODE_MMAP if options.mmap else api.LLAMA_LOAD_MODE_NONE
-        self._model = api.llama_model_load_from_file(job.artifact.path.encode(), params)
-        if not self._model:
-            raise RuntimeError(f"llama.cpp could not load {job.artifact.path}{self._last_words()}")
+        self._model, original = model.load(api, job, params, self._heard)
+        self._warnings = model.warnings(api, self._model, job, original)
         self._vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
         self._kv_cache = options.kv_cache or "f16"
         self._context: Any = None
@@ -187,7 +187,8 @@ class Engine:
             context.flash_attn_type = int(self._options.flash_attention)
         self._context = api.llama_init_from_model(self._model, context)
         if not self._context:
-            raise RuntimeError(f"llama.cpp could not make a context for {batch} x {tokens} tokens{self._last_words()}")
+            words = model.last_words(self._heard)
+            raise RuntimeError(f"llama.cpp could not make a context for {batch} x {tokens} tokens{words}")
         self._slots, self._room = batch, tokens
         if (batch, tokens) == self._first_point or not self._point_lines:
             self._point_lines = self._heard[began:]
@@ -198,11 +199,6 @@ class Engine:
             self._api.llama_batch_free(self._batch)
             self._api.llama_free(self._context)
             self._context = None
-
-    def _last_words(self) -> str:
-        """What llama.cpp said of the failure."""
-        words = [line for line in self._heard if "error" in line.lower() or "fail" in line.lower()]
-        return f": {words[0]}" if words else ""
 
     def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> None:
         """Run (id, position, sequence, wants logits) through the model."""
@@ -219,7 +215,7 @@ class Engine:
     def _run(self) -> None:
         status = self._api.llama_decode(self._context, self._batch)
         if status != 0:
-            raise RuntimeError(f"llama_decode failed with status {status}{self._last_words()}")
+            raise RuntimeError(f"llama_decode failed with status {status}{model.last_words(self._heard)}")
 
     def _forget(self) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), False)
@@ -377,4 +373,5 @@ class Engine:
             "device": "cuda" if cuda else "cpu",
             "kv_cache": self._kv_cache,
             "features": features,
+            "warnings": self._warnings,
         }

@@ -1,10 +1,7 @@
 """vLLM: its CPU build here, its CUDA build where there is a GPU.
 
-Logits are reduced inside vLLM's own worker: an extension class wraps `compute_logits`, which vLLM calls once a
-prompt with all rows when prompt log-probabilities are asked for, and hands back only the reduction.
-Rejected: dictionaries of log-probabilities per token (20 entries cost more than the forward), and
-`prompt_logprob_token_ids` (refuses to start on the CPU). Prefix caching is off, or a repeated prompt
-would be answered from memory and measured as speed.
+Logits are reduced inside vLLM's own worker (`vllm_worker.py`). Prefix caching is off, or a repeated prompt would be
+answered from memory and measured as speed.
 """
 
 from __future__ import annotations
@@ -12,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +17,7 @@ from workbench.records import Artifact, Job, Quality, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.architectures import sizes_of
 from workbench.worker.base.checkpoint import read_json, text_config
-from workbench.worker.measure import resident
+from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "vllm"
@@ -36,7 +34,7 @@ ENVIRONMENT = {
     # With AMX, vLLM rounds what goes into 4-bit weights to 8 bits: another variant than the file's.
     "VLLM_CPU_INT4_W4A8": "0",
 }
-EXTENSION = "workbench.worker.backends.vllm.Extension"
+EXTENSION = "workbench.worker.backends.vllm_worker.Extension"
 KV_BLOCK_TOKENS = 16
 KV_BLOCK_MARGIN = 1.25
 """Head room over the tokens a workload needs, for block rounding and one extra sequence."""
@@ -104,101 +102,6 @@ def serving_command(path: str, options: Mapping[str, Any], device: str | None) -
     return f"vllm serve {path}{more} --host 127.0.0.1 --port 8000"
 
 
-class Extension:
-    """Methods that vLLM adds to its worker; called by name with `collective_rpc`."""
-
-    def workbench_begin(self, asked: object) -> None:
-        """Wrap the model's `compute_logits` so that a `Reducer` sees the logits of all scored rows, in float32."""
-        from workbench.worker.scoring.reducer import Reducer
-
-        model = self.model_runner.model  # type: ignore[attr-defined]
-        self._reducer, self._scored_in = Reducer(from_json(Scoring, asked)), ""
-        self._window: tuple[int, int, int] | None = None
-        self._compute = model.compute_logits
-        self._processors = [module for module in model.modules() if hasattr(module, "_apply_head")]
-        for processor in self._processors:
-            processor._apply_head = _wide(processor._apply_head)
-
-        def compute_logits(hidden_states: Any, *rest: Any, **named: Any) -> Any:
-            rows = hidden_states.shape[0]
-            if self._window is None or rows < 2:
-                return self._compute(hidden_states, *rest, **named)
-            index, first, position = self._window
-            self._window = (index, first, position + rows)
-            skip = min(max(first - position, 0), rows - 1)
-            logits = self._compute(hidden_states[skip:], *rest, **named)
-            if logits is None:
-                return None
-            self._reducer(index, position + skip, logits)
-            self._scored_in = str(logits.dtype).removeprefix("torch.")
-            # vLLM wants as many rows as it gave, for numbers that nobody will read.
-            return logits[:1].expand(rows, -1)
-
-        model.compute_logits = compute_logits
-
-    def workbench_window(self, index: int, first: int) -> None:
-        """The next prompt is this window."""
-        self._window = (index, first, 0)
-
-    def workbench_end(self) -> dict[str, Any]:
-        """Unwrap; the reduction as `quality`, and the logits' dtype as `scored_in`."""
-        self.model_runner.model.compute_logits = self._compute  # type: ignore[attr-defined]
-        for processor in self._processors:
-            del processor._apply_head
-        return {"quality": self._reducer.result(), "scored_in": self._scored_in}
-
-    def workbench_forget_peak(self) -> None:
-        """The workspace is of what comes."""
-        import torch
-
-        self._peak = resident.Peak()
-        if self.device.type == "cuda":  # type: ignore[attr-defined]
-            torch.cuda.reset_peak_memory_stats()
-
-    def workbench_memory(self) -> dict[str, int]:
-        """Bytes of weights in this worker, of its key-value cache and its workspace, as far as it knows.
-
-        The workspace is on a GPU all else that is allocated there at the peak, graphs included, and on a CPU what this
-        process, which may not be the engine's, grew by."""
-        import torch
-
-        runner = self.model_runner  # type: ignore[attr-defined]
-        # On a CPU weights are repacked into the kernels' own memory, which no parameter shows.
-        weights = int(getattr(runner, "model_memory_usage", 0))
-        caches = {t.data_ptr(): t.numel() * t.element_size() for t in _tensors(runner.kv_caches)}
-        known = ({"weights": weights} if weights else {}) | {"kv_cache_reserved": sum(caches.values())}
-        if self.device.type == "cuda":  # type: ignore[attr-defined]
-            known["workspace"] = max(0, torch.cuda.max_memory_allocated() - sum(known.values()))
-        elif hasattr(self, "_peak") and (grown := self._peak.grown()) is not None:
-            known["workspace"] = grown
-        return known
-
-
-def _wide(apply_head: Any) -> Any:
-    """vLLM's product with the head, but in float32 where that is a plain matrix (`worker/scoring/head.py`).
-
-    Its own switch for it, `head_dtype`, is for the engine's whole life and holds the head twice on a CPU.
-    """
-    from workbench.worker.scoring import head
-
-    def apply(lm_head: Any, hidden_states: Any, embedding_bias: Any) -> Any:
-        plain = type(lm_head.quant_method).__name__ in ("UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
-        # Of 16 bits and not packed away, as vLLM on a CPU does with some.
-        if plain and head.fits(lm_head.weight):
-            return head.product(hidden_states, lm_head.weight, embedding_bias)
-        return apply_head(lm_head, hidden_states, embedding_bias)
-
-    return apply
-
-
-def _tensors(nest: Any) -> Iterator[Any]:
-    for item in nest:
-        if isinstance(item, list | tuple):
-            yield from _tensors(item)
-        else:
-            yield item
-
-
 def sees_cuda(payload: None, progress: object) -> bool:
     """Worker: see `Backend`."""
     from vllm.platforms import current_platform
@@ -242,6 +145,8 @@ class Engine:
             import torch._dynamo
 
             torch._dynamo.config.disable = True
+        self._original = longrope.original_context(read_json(Path(job.artifact.path) / "config.json"))
+        short = longrope.takes_short(job, self._original)
         self._llm = vllm.LLM(
             model=job.artifact.path,
             dtype=dtype,
@@ -259,6 +164,7 @@ class Engine:
             worker_extension_cls=EXTENSION,
             kv_cache_memory_bytes=_reserved_bytes(job, max(load.most_tokens, longest)),
             gpu_memory_utilization=GPU_SHARE,
+            **({} if short is None else {"hf_overrides": partial(_with_factors, short=short)}),
         )
         self._path = job.artifact.path
         self._requests = 0
@@ -364,13 +270,23 @@ class Engine:
     def settings(self) -> dict[str, object]:
         """Device, dtype, threads."""
         device = "cpu" if self._cpu else "cuda"
-        settings = {
+        settings: dict[str, object] = {
             "device": device,
             "dtype": self._dtype,
             "threads": self._threads,
             "eager": self._options.enforce_eager,
+            "warnings": longrope.warnings(self._job, self._original),
         }
         return settings | ({"scored_logits": self._scored_in} if self._scored_in else {})
+
+
+def _with_factors(config: Any, short: bool) -> Any:
+    """A LongRoPE model's configuration, which has its short or long factors in both places."""
+    rope = getattr(config, "rope_parameters", None)
+    if rope:
+        factors = rope["short_factor" if short else "long_factor"]
+        config.rope_parameters = {**rope, "short_factor": factors, "long_factor": factors}
+    return config
 
 
 def _kv_values(path: str) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ MISTRAL_FORMAT = "consolidated"
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|projector")
+"""Parts of the names of a multimodal model's tensors that no text goes through."""
 NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attention.masked_bias")
 
 
@@ -109,6 +112,14 @@ def context_tokens(config: Mapping[str, Any]) -> int:
     """The longest context a configuration allows, 0 if it does not say."""
     text = text_config(config)
     return next((int(text[key]) for key in CONTEXT_KEYS if text.get(key)), 0)
+
+
+def window_tokens(config: Mapping[str, Any]) -> int:
+    """The sliding window of a configuration's windowed layers, 0 if it has none."""
+    text = text_config(config)
+    kinds = text.get("layer_types") or ["sliding_attention"]
+    used = text.get("use_sliding_window", True) and "sliding_attention" in kinds
+    return int(text.get("sliding_window") or 0) if used else 0
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -213,8 +224,12 @@ def only_pickles(where: str | Path, names: list[str]) -> UserError:
 
 
 def parameters_of(config: Mapping[str, Any], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors that count as parameters: no buffers, and a tied output matrix once."""
-    tied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    """The tensors that count as parameters: no buffers, a tied output matrix once, and of a multimodal model what reads
+    text."""
+    text = text_config(config)
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    if text is not config:
+        tensors = {name: tensor for name, tensor in tensors.items() if not OTHER_SENSES.search(name)}
     has_input = any("embed" in name or name.endswith("wte.weight") for name in tensors)
     return {
         name: tensor

@@ -33,11 +33,13 @@ CONTEXT_STEP = 256
 
 
 class Dequantized(NamedTuple):
-    """`license` that the file names, `warnings`, and which entries transformers' own configuration had wrong."""
+    """`license` that the file names, `warnings`, which entries transformers' own configuration had wrong, and the
+    quantized types of its tensors by bytes, the most first."""
 
     license: str | None
     warnings: list[str]
     carried: list[str]
+    quantized_types: list[str]
 
 
 def dequantized_directory(path: Path, out: Path, progress: Progress) -> Dequantized:
@@ -91,7 +93,8 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> Dequanti
     kinds = ", ".join(sorted(types))
     write_card(out, name, license_name, f"De-quantized from `{path.name}` ({kinds}) to {dtype} by the Workbench.")
     progress(4, 4, f"de-quantized {path.name}")
-    return Dequantized(license_name, warnings, read.carried)
+    quantized = sorted(types.keys() - FLOATS.keys(), key=lambda kind: -types[kind])
+    return Dequantized(license_name, warnings, read.carried, quantized)
 
 
 def _proven(path: Path, model: Any, limit_nats: float) -> list[str]:

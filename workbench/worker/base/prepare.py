@@ -37,6 +37,7 @@ from workbench.worker.base.checkpoint import (
     only_pickles,
     parameters_of,
     text_config,
+    window_tokens,
 )
 from workbench.worker.base.dequantize import Dequantized, dequantized_directory
 from workbench.worker.base.equivalent import write_equivalent
@@ -95,10 +96,13 @@ def prepare(payload: object, progress: Progress) -> object:
         architecture=config["architectures"][0],
         vocab_size=int(text_config(config)["vocab_size"]),
         context_length=context_tokens(config),
+        sliding_window=window_tokens(config),
         tokenizer=any((path / name).is_file() for name in VOCABULARY_FILES),
         license=license_name or stated_licence(path / "README.md"),
         revision=revision,
         warnings=(made.warnings if made else []) + warnings,
+        # An equivalent's weights are other numbers, on nobody's grid.
+        quantized_types=made.quantized_types if made and not equivalent else [],
     )
     return to_json(prepared)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, cannot_import
-from workbench.worker.base.checkpoint import NOT_WEIGHTS, StoredTensor
+from workbench.worker.base.checkpoint import NOT_WEIGHTS, StoredTensor, text_config
 
 SHOWN = 3
 """Names of tensors in a message."""
@@ -79,7 +79,8 @@ def check_whole(path: Path, config: Mapping[str, Any], tensors: dict[str, Stored
             f"{path}: its files hold {_count(unknown)} that a {config['architectures'][0]} has no place "
             f"for: {_names(unknown)}. Its config.json is another model's, or the files hold more than one model"
         )
-    if prefix and stored and not named:
+    # A multimodal model's have always had other names in files than in its class, which every engine knows.
+    if prefix and stored and not named and text_config(config) is config:
         raise UserError(
             f"{path}: its tensors lack the prefix '{prefix}.' of a {config['architectures'][0]} (it has "
             f"{_names(sorted(stored))}): engines would read different models. Save it again with transformers"

@@ -25,6 +25,7 @@ from workbench.errors import UserError, out_of_memory, unknown
 from workbench.records import Calibrated, CalibrationRequest, CheckpointRequest, MadeVariant, from_json, to_json
 from workbench.worker import Progress, Tensors
 from workbench.worker.architectures import LAYERS, Layer, on_cpu
+from workbench.worker.calibration.balance import balanced
 from workbench.worker.calibration.device import (
     choose_device,
     choose_precision,
@@ -39,6 +40,9 @@ from workbench.worker.calibration.weights import Weights, open_weights, read_lay
 from workbench.worker.calibration.windows import Windows, read_windows
 from workbench.worker.ggml import imatrix
 from workbench.worker.methods import METHODS, CalibratedMethod, method_named
+
+LOST_SHARE = 0.2
+"""Part of its output's power from which a linear layer is said to be lost. Four bits lose 0.01, two bits 0.1."""
 
 
 def run(payload: object, progress: Progress) -> object:
@@ -90,7 +94,7 @@ def run(payload: object, progress: Progress) -> object:
                 ) from None
             if request.imatrix_out:
                 work.keep_importance(index, grams)
-            layer = Layer(index, tensors, grams, weights.architecture)
+            layer = balanced(Layer(index, tensors, grams, weights.architecture))
             for variant in variants:
                 bar.text(f"layer {index + 1} of {weights.layers}: {variant.name}")
                 with _timed(seconds, variant.name):
@@ -113,7 +117,7 @@ def run(payload: object, progress: Progress) -> object:
         variant.name: MadeVariant(
             variant.tensor_types,
             tensor_errors=note.errors[variant.name],
-            warnings=note.warnings[variant.name] + too_short,
+            warnings=note.warnings[variant.name] + too_short + _lost(note.errors[variant.name]),
             seconds=seconds.get(variant.name, 0.0),
         )
         for variant in variants
@@ -199,6 +203,19 @@ def _too_short(windows: Windows, weights: Weights) -> list[str]:
     return [
         f"{windows.tokens} calibration tokens are fewer than the widest layer's {weights.widest} inputs: "
         "its Gram matrix is singular and the result leans on the damping; take more"
+    ]
+
+
+def _lost(errors: dict[str, float]) -> list[str]:
+    """A warning of linear layers of which hardly anything is left, the worst first."""
+    lost = sorted((name for name, error in errors.items() if error > LOST_SHARE), key=lambda name: -errors[name])
+    if not lost:
+        return []
+    shown = ", ".join(f"{name.removesuffix('.weight')} ({min(errors[name], 1):.0%})" for name in lost[:3])
+    more = f" and {len(lost) - 3} more" if lost[3:] else ""
+    return [
+        f"{len(lost)} of {len(errors)} linear layers lose more than {LOST_SHARE:.0%} of their output: {shown}{more}. "
+        "Take more bits, smaller groups or another method"
     ]
 
 

@@ -14,12 +14,14 @@ from workbench.errors import UserError
 
 
 class Entry(NamedTuple):
-    """A tensor: llama.cpp's name of its type in capitals (`Q4_K`), and its sizes, the fastest-running first."""
+    """A tensor: llama.cpp's name of its type in capitals (`Q4_K`), its sizes, the fastest-running first, and where it
+    begins in the file."""
 
     name: str
     kind: str
     shape: tuple[int, int, int, int]
     size_bytes: int
+    offset: int
 
 
 class _How(ctypes.Structure):
@@ -44,6 +46,8 @@ def entries(path: str) -> list[Entry]:
         ("gguf_get_tensor_name", ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64),
         ("gguf_get_tensor_type", ctypes.c_int, ctypes.c_void_p, ctypes.c_int64),
         ("gguf_get_tensor_ne", ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p, ctypes.c_int64),
+        ("gguf_get_data_offset", ctypes.c_size_t, ctypes.c_void_p),
+        ("gguf_get_tensor_offset", ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int64),
         ("gguf_get_tensor_size", ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int64),
         ("ggml_type_name", ctypes.c_char_p, ctypes.c_int),
     ):
@@ -59,6 +63,7 @@ def entries(path: str) -> list[Entry]:
                 kind=lib.ggml_type_name(lib.gguf_get_tensor_type(file, place)).decode().upper(),
                 shape=tuple(lib.gguf_get_tensor_ne(file, place)[:4]),
                 size_bytes=lib.gguf_get_tensor_size(file, place),
+                offset=lib.gguf_get_data_offset(file) + lib.gguf_get_tensor_offset(file, place),
             )
             for place in range(lib.gguf_get_n_tensors(file))
         ]

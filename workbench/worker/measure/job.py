@@ -8,6 +8,7 @@ and beside them what the machine did meanwhile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -108,6 +109,12 @@ def measure(payload: object, progress: Any) -> object:
             raise ValueError(f"all {total} scored positions{where} have NaN or infinite logits")
         if bad:
             warnings.append(f"{bad} of {total} scored positions{where} have NaN or infinite logits; left out")
+        nats, guess = sum(window["nll_sum"] for window in each["windows"]) / (total - bad), math.log(each["vocab_size"])
+        if nats > guess:
+            warnings.append(
+                f"{nats:.2f} nats a token{where}, where guessing among all {each['vocab_size']:,} tokens costs "
+                f"{guess:.2f}: the model is broken, was never trained, or knows nothing of such text"
+            )
     warnings += [f"task {name}: {text}" for name, each in answered.items() for text in each.pop("warnings", [])]
     settings |= {"import_s": import_s, "score_s": score_s}
     if meter.counted:

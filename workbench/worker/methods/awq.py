@@ -138,7 +138,7 @@ def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float],
     tensors = dict(layer.tensors)
     for group, scales in folds:
         if scales is not None:
-            _fold(tensors, group, scales)
+            fold(tensors, group, scales)
     for group, scales in folds:
         if set(group.linears) <= set(skipped):
             continue
@@ -267,7 +267,7 @@ def _rounding_error(weight: Any, size: int, options: Options) -> Any:
     return table.sub_(code.sub_(zero).mul_(scale)).view_as(weight)
 
 
-def _fold(tensors: Tensors, group: Group, scales: Any) -> None:
+def fold(tensors: Tensors, group: Group, scales: Any) -> None:
     """Multiply the group's columns by the scales and divide the producer by them; replaces entries of `tensors`."""
     for name in group.linears:
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * scales
@@ -276,14 +276,14 @@ def _fold(tensors: Tensors, group: Group, scales: Any) -> None:
     if producer.kind == "norm":
         tensors[key] = (1 + tensors[key]) / scales - 1 if producer.one_plus else tensors[key] / scales
         return
-    divisor = _producing_rows(producer, scales, tensors[key].shape[0])
+    divisor = producing_rows(producer, scales, tensors[key].shape[0])
     tensors[key] = tensors[key] / divisor[:, None]
     bias = f"{producer.module}.bias"
     if bias in tensors:
         tensors[bias] = tensors[bias] / divisor
 
 
-def _producing_rows(producer: Producer, scales: Any, rows: int) -> Any:
+def producing_rows(producer: Producer, scales: Any, rows: int) -> Any:
     """What each row of a producing linear layer is divided by: [rows]."""
     import torch
 
@@ -301,7 +301,7 @@ def _row_factors(layer: Layer, group: Group, folds: list[tuple[Group, Any]], pow
     for other, scales in folds:
         if scales is not None and other.producer.kind == "linear" and other.producer.module in slices:
             rows = slices[other.producer.module]
-            divisor = _producing_rows(other.producer, scales, rows.stop - rows.start)
+            divisor = producing_rows(other.producer, scales, rows.stop - rows.start)
             power = power.clone()
             power[rows] /= divisor * divisor
     return power

@@ -23,7 +23,7 @@ from workbench.records import MadeVariant, from_json, to_json
 from workbench.shape import DTYPE_CODES, Shape, Stored
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import VOCABULARY_FILES
-from workbench.worker.ggml import encode
+from workbench.worker.ggml import encode, lost
 from workbench.worker.ggml.mixtures import BLOCKS, FALLBACK, main_type, tensor_bytes, types_of
 from workbench.worker.methods import Making
 
@@ -215,13 +215,16 @@ def quantize(payload: object, progress: Progress) -> object:
     except UserError:
         Path(request.out).unlink(missing_ok=True)
         raise
-    made = replace(describe(request.out, request.type), provenance={"encoder": by})
+    made = describe(request.out, request.type)
+    made = replace(
+        made, warnings=made.warnings + lost.warnings(request.source, request.out), provenance={"encoder": by}
+    )
     if isinstance(checked, str):
         return to_json(made)
-    equal, rows, lost = checked.equal, checked.rows, checked.rows - checked.equal
+    equal, rows, other = checked.equal, checked.rows, checked.rows - checked.equal
     told = f"blocks made by workbench's encoders on {by['device']}; {equal} of {rows} rows compared with llama.cpp's "
-    warning = f"{lost} of {rows} rows that were compared are not the bytes that llama.cpp's quantizer makes"
-    return to_json(replace(made, notes=[told + "are the same"], warnings=made.warnings + [warning] * bool(lost)))
+    warning = f"{other} of {rows} rows that were compared are not the bytes that llama.cpp's quantizer makes"
+    return to_json(replace(made, notes=[told + "are the same"], warnings=made.warnings + [warning] * bool(other)))
 
 
 def _by_workbench(request: Request, place: encode.Place, progress: Progress) -> encode.Checked | str:

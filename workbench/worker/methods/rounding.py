@@ -16,6 +16,9 @@ SUB_BLOCK = 16
 CHUNK = 1024
 """Output channels in one step of the scale search: with a group of 128 it stays in a core's cache."""
 
+NEARLY_ALL = 0.999
+"""Part of an error from which what is left beside it is rounding alone."""
+
 TINY_SCALE = 2.0**-14
 """The smallest normal float16. Below it kernels may flush a scale to zero and divide by it."""
 
@@ -292,7 +295,13 @@ def compensate(
         live = diagonal > 0
         share = damping * float(diagonal[live].mean()) if bool(live.any()) else 0.0
         live_error = error[live[order]]
-        channel_error = channel_error - share * live_error.mul_(live_error).sum(0)
+        damped = share * (live_error * live_error).sum(0)
+        if float(damped.sum()) < NEARLY_ALL * float(channel_error.sum()):
+            channel_error = channel_error - damped
+        else:
+            unsorted = torch.empty_like(error)
+            unsorted[order] = error
+            channel_error = quadratic(unsorted, gram)
     return Rounded(back, channel_error, damping)
 
 
