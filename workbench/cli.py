@@ -6,6 +6,7 @@ Nothing heavy is imported here at top level, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ def compare(
 
     _known("format", format, ["terminal", "json"])
     limits = dict(wing.parse_limit(each) for each in fail or [])
-    places = [spec if "://" in spec or Path(spec).exists() else None for spec in (old, new)]
+    places = [spec if "://" in spec or os.path.exists(spec) else None for spec in (old, new)]
     known = [] if all(places) else _stored([results], everything=True)
     if not all(places) and not known:
         raise UserError(f"{results}: nothing measured yet, so no date or commit to choose")

@@ -19,7 +19,7 @@ OUT_OF_MEMORY = re.compile(
 LONGEST = 60
 """Characters of a word, from a file or a command line, that a message repeats."""
 LONGEST_PATH = 160
-LONGEST_LIST = 200
+LONGEST_LIST = 150
 """Characters of a list of known names."""
 
 
@@ -62,7 +62,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         return f"Did you mean '{folded[near[0]]}'?"
     listed = ", ".join(known)
     if len(listed) > LONGEST_LIST:
-        listed = f"{listed[:LONGEST_LIST].rpartition(', ')[0]}, ..."
+        return f"Known: {listed[:LONGEST_LIST].rpartition(', ')[0]}, ..."
     return f"Known: {listed}." if known else ""
 
 

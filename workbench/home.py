@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
-from workbench.disk import disk_faults, write_whole
-from workbench.errors import UserError
+from workbench.disk import disk_faults, expanded, write_whole
+from workbench.errors import UserError, short
 from workbench.records import from_json, to_json
 
 Record = TypeVar("Record")
@@ -37,7 +37,12 @@ def home() -> Path:
     """`$WORKBENCH_HOME`, or `workbench` in the platform's cache folder."""
     chosen = os.environ.get("WORKBENCH_HOME")
     if chosen:
-        return Path(chosen).expanduser().resolve()
+        try:
+            found = expanded(chosen).resolve()
+            found.exists()
+        except OSError as error:
+            raise UserError(f"WORKBENCH_HOME={short(chosen)}: no folder ({error.strerror}): name another") from None
+        return found
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("workbench"))
@@ -53,7 +58,7 @@ def portable(text: str) -> str:
 
 def local(path: str) -> Path:
     """Where a stored row's path, as `portable` writes it, is on this machine; there or not."""
-    return Path(path.replace("$WORKBENCH_HOME", str(home()), 1)).expanduser()
+    return Path(os.path.expanduser(path.replace("$WORKBENCH_HOME", str(home()), 1)))
 
 
 def instance() -> str:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from typer import Argument, Option
 
+from workbench.disk import expanded
 from workbench.report.formats import FILE_FORMATS, FORMATS
+
+Place = TypeVar("Place", Path, str, list[str], Path | None, list[str] | None)
 
 
 def _either(names: Iterable[str]) -> str:
     """`a, b or c`."""
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def _home(value: Place) -> Place:
+    """A path, a URL, or a list of them, with `~` spelt out where a shell did not."""
+    if isinstance(value, list):
+        return [_home(each) for each in value]
+    return value if value is None or "://" in str(value) else type(value)(expanded(value))
 
 
 RESULTS = "results"
@@ -28,11 +38,15 @@ SomeRecipe = Annotated[
 Recipes = Annotated[list[Path], Argument(help="The recipes of the night.", show_default=False)]
 SomeRows = Annotated[
     list[str] | None,
-    Argument(help="Files, folders or URLs of rows; default: the results folder.", show_default=False),
+    Argument(help="Files, folders or URLs of rows; default: the results folder.", show_default=False, callback=_home),
 ]
-Results = Annotated[str, Option("--results", help="The folder, or URL of one, that rows are stored in.")]
-OldRows = Annotated[str, Argument(metavar="A", help="A file, folder or URL of rows, a date or a commit.")]
-NewRows = Annotated[str, Argument(metavar="B", help="The same, for the later ones.")]
+Results = Annotated[
+    str, Option("--results", help="The folder, or URL of one, that rows are stored in.", callback=_home)
+]
+OldRows = Annotated[
+    str, Argument(metavar="A", help="A file, folder or URL of rows, a date or a commit.", callback=_home)
+]
+NewRows = Annotated[str, Argument(metavar="B", help="The same, for the later ones.", callback=_home)]
 
 OnlyBackends = Annotated[
     list[str] | None,
@@ -56,7 +70,8 @@ OnlyMeasurement = Annotated[int | None, Option(help="Only rows measured in this 
 Again = Annotated[bool, Option("--again", help="Measure again what is already measured.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress, only the result.")]
 Output = Annotated[
-    Path | None, Option("--output", "-o", help="Write to this file instead of printing.", show_default=False)
+    Path | None,
+    Option("--output", "-o", help="Write to this file instead of printing.", show_default=False, callback=_home),
 ]
 TableFormat = Annotated[str, Option("--format", "-f", help=f"{_either(FORMATS)}.")]
 RowsFormat = Annotated[str, Option("--format", "-f", help=f"As for run, or {_either(FILE_FORMATS)}.")]
@@ -83,13 +98,14 @@ Context = Annotated[int | None, Option(help="Tokens of a sequence, prompt and ne
 Batch = Annotated[int | None, Option(help="Sequences at once.")]
 Device = Annotated[str | None, Option(help="cpu or cuda; default: what is here.", show_default=False)]
 
-Page = Annotated[Path, Option("--output", "-o", help="The page.")]
+Page = Annotated[Path, Option("--output", "-o", help="The page.", callback=_home)]
 Plots = Annotated[
-    Path | None, Option(help="A folder for each plot as SVG (and PNG, with resvg-py).", show_default=False)
+    Path | None,
+    Option(help="A folder for each plot as SVG (and PNG, with resvg-py).", show_default=False, callback=_home),
 ]
-SiteFolder = Annotated[Path, Argument(metavar="DIR", help="The folder of the site.")]
+SiteFolder = Annotated[Path, Argument(metavar="DIR", help="The folder of the site.", callback=_home)]
 SiteUrl = Annotated[str, Option(help="Where it will be served, for the feed.", show_default=False)]
-NightlySite = Annotated[Path | None, Option(help="Publish the site there.", show_default=False)]
+NightlySite = Annotated[Path | None, Option(help="Publish the site there.", show_default=False, callback=_home)]
 NightlyUrl = Annotated[str, Option(help="Where the site is served, for its feed.", show_default=False)]
 Issue = Annotated[bool, Option("--issue", help="Open an issue (with gh) if something got worse.")]
 Accept = Annotated[bool, Option("--accept", help="Only take the last night's numbers as normal.")]

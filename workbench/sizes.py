@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from workbench.errors import UserError
+from workbench.errors import UserError, short
 
 UNITS = (
     {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -28,7 +28,7 @@ def parse_size(text: str, option: str) -> int:
 
     By hand because `pydantic.ByteSize` takes a bare number for bytes, and reads `8G` as 8e9.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)\s*", text)
     if match is None or match[2] not in UNITS:
-        raise UserError(f"{option} {text}: write a size with its unit, such as 8GiB or 800MB")
+        raise UserError(f"{option} {short(text)}: write a size with its unit, such as 8GiB or 800MB")
     return int(float(match[1]) * UNITS[match[2]])

@@ -18,7 +18,7 @@ import shutil
 from dataclasses import replace
 from typing import Any, cast
 
-from workbench.errors import UserError, WorkFailed
+from workbench.errors import UserError, WorkFailed, short
 from workbench.home import home
 from workbench.machine.work import ask
 from workbench.plan.need import Need, Plan, need_of
@@ -29,6 +29,9 @@ from workbench.records import BaseRequest, Variant, to_json
 from workbench.shape import DTYPE_BYTES, Described, Sequences, Shape
 from workbench.sizes import size_text
 from workbench.worker.methods import BASE
+
+MOST = 2**24
+"""Tokens of a sequence, and sequences at once, that a plan is made for."""
 
 
 def make(
@@ -58,8 +61,8 @@ def make(
     shape = shape or shape_of(_read(recipe), f"{recipe.path}: base")
     load = recipe.workload
     for value, name in ((context, "context"), (batch, "batch")):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: at least 1")
+        if value is not None and not 1 <= value <= MOST:
+            raise UserError(f"--{name} {short(value)}: at least 1, and at most {MOST:,}")
     window = next((test.window for test in recipe.evaluations.values()), 0)
     sizes = [(prompt_tokens + load.new_tokens, many, prompt_tokens) for prompt_tokens, many in load.points]
     first, many = load.points[0]

@@ -72,11 +72,13 @@ def need_of(shape: Shape, variant: Variant, choice: BackendChoice, load: Sequenc
     bits = round(stored.disk_bytes * 8 / shape.parameters, 4)
     need = Need(variant.name, choice.name, choice.options, stored.disk_bytes, bits, fallbacks=stored.fallbacks)
     chosen = backend.Options(**choice.options)
+    most = getattr(backend, "MOST_SEQUENCES", load.batch)
     reason = (
         stored.refused
         or backend.unsupported(Artifact(variant.name, variant.method, form, "", "", 0, 0), cuda)
         or limits_of(variant).get(choice.name)
         or backend.refuses(chosen, cuda)
+        or (f"{choice.name} takes {most} sequences at once at most" if load.batch > most else None)
     )
     if reason:
         return replace(need, unsupported=reason)

@@ -6,19 +6,39 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workbench.errors import UserError, did_you_mean
+from workbench.errors import UserError, did_you_mean, short
 from workbench.shape import Described, NamedShape, Shape, Traits
 from workbench.worker.architectures import ARCHITECTURES, FUSED, SEPARATE, Sizes, sizes_of
+
+COUNTS = {
+    "num_hidden_layers": 1000,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size", "kv_lora_rank"), 2**24),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "qk_rope_head_dim"), 2**16),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 2**16),
+    **dict.fromkeys(("max_position_embeddings", "sliding_window"), 2**40),
+}
+"""What a plan reads of a configuration, and up to how many it takes for a model."""
+DECODER = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+"""Of which every model has one at least."""
 
 
 def shape_of(read: Described, where: str) -> Shape:
     """What `worker/base/headers.py` answered, in the plan's terms. Raises `UserError` for a shape it cannot tell."""
     config = read["config"]
     text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+    for key, most in COUNTS.items():
+        count, least = text.get(key), int(key in DECODER)
+        if count is None:
+            continue
+        if isinstance(count, bool) or not isinstance(count, int | float) or not least <= count <= most or count % 1:
+            said = short(repr(count))
+            raise UserError(f"{where}: its config.json has a {key} that no model has: {least} to {most}, not {said}")
     try:
         sizes = sizes_of(text)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: its config.json does not say {error}: the plan needs a decoder's sizes") from None
+    if not sizes.head_dim:
+        raise UserError(f"{where}: its config.json has more attention heads than channels")
     experts = int(text.get("num_local_experts") or text.get("num_experts") or text.get("n_routed_experts") or 0)
     if read["tensors"] is None:
         tensors = _tensors_of(text, sizes, where)

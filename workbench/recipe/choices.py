@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from workbench.errors import UserError, unknown
+from workbench.errors import UserError, short, unknown
 from workbench.recipe.messages import validate
+from workbench.recipe.words import bad_name, twin
 from workbench.records import Variant, to_json
 from workbench.worker.backends import BACKENDS, backend_named
 from workbench.worker.methods import BASE, METHODS, Making, Method, method_named
+
+MOST_VARIANTS = 200
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def wants_gguf_base(variants: Sequence[Variant], choices: Sequence[BackendChoice
 def parse_variants(raw: Any, where: str) -> tuple[Variant, ...]:
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{where}: variants: a list with at least one entry, such as `- gguf: Q4_K_M`")
+    if len(raw) > MOST_VARIANTS:
+        raise UserError(f"{where}: variants: {MOST_VARIANTS} at most, not {len(raw)}; make a second recipe")
     found = [Variant(BASE, BASE)]
     for i, entry in enumerate(raw):
         place = f"variants[{i}]"
@@ -77,7 +81,7 @@ def parse_variants(raw: Any, where: str) -> tuple[Variant, ...]:
             if word not in METHODS:
                 raise unknown("method", str(word), METHODS, f"{where}: {place}")
         if len(words) != 1:
-            raise UserError(f"{where}: {place}: one method an entry, found {', '.join(words) or 'none'}")
+            raise UserError(f"{where}: {place}: one method an entry, found {short(', '.join(words) or 'none')}")
         word = words[0]
         method = method_named(word)
         value = {} if entry[word] is None else entry[word]
@@ -88,11 +92,11 @@ def parse_variants(raw: Any, where: str) -> tuple[Variant, ...]:
             method.check(options)
         except UserError as error:
             raise UserError(f"{where}: {place}: {error}") from None
-        name = entry.get("name") or method.default_name(options)
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-            raise UserError(f"{where}: {place}.name: letters, digits, '.', '_' and '-' only, not {name!r}")
-        if name in {variant.name for variant in found}:
-            raise UserError(f"{where}: {place}: a variant named '{name}' is already there; give one a `name`")
+        name = entry.get("name", method.default_name(options))
+        if reason := bad_name(name):
+            raise UserError(f"{where}: {place}.name: {reason}")
+        if other := twin(name, [variant.name for variant in found]):
+            raise UserError(f"{where}: {place}: a variant named '{short(other)}' is already there; give one a `name`")
         found.append(Variant(name, word, to_json(options)))
     return tuple(found)
 

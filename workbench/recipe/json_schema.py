@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from workbench.recipe.model import NAME, Document, EvaluationModel
+from workbench.recipe.model import Document, EvaluationModel
+from workbench.recipe.words import NAME
 from workbench.worker.backends import BACKENDS, backend_named
 from workbench.worker.methods import METHODS, method_named
 
@@ -34,7 +35,7 @@ def schema() -> dict[str, object]:
         forms.append(
             {
                 "type": "object",
-                "properties": {word: {"anyOf": forms_of_value}, "name": {"type": "string"}},
+                "properties": {word: {"anyOf": forms_of_value}, "name": {"type": "string", "pattern": NAME}},
                 "required": [word],
                 "additionalProperties": False,
             }
@@ -57,6 +58,7 @@ def schema() -> dict[str, object]:
         "anyOf": [
             {"type": "object", "properties": backends, "additionalProperties": False},
             {"type": "array", "items": {"enum": list(BACKENDS)}, "minItems": 1},
+            {"type": "null"},
         ]
     }
     top["required"] = ["base", "variants"]

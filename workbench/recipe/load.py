@@ -7,20 +7,23 @@ validated as JSON in pydantic's strict mode: "4" is not 4.
 
 from __future__ import annotations
 
-import re
+import math
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from workbench.errors import UserError, did_you_mean, unknown
+from workbench.disk import expanded
+from workbench.errors import LONGEST_PATH, UserError, did_you_mean, short, unknown
 from workbench.recipe.choices import BackendChoice, limits_of, meant_by, method_of, parse_backends, parse_variants
 from workbench.recipe.messages import validate
-from workbench.recipe.model import NAME, Base, Calibration, Document, EvaluationModel, Limits, TaskModel
+from workbench.recipe.model import Base, Calibration, Document, EvaluationModel, Limits, TaskModel
+from workbench.recipe.words import LONGEST_NAME, bad_name, twin
 from workbench.recipe.yaml_text import MAX_BYTES, parse_yaml
 from workbench.records import Variant, Workload, digest, to_json
-from workbench.worker.backends import BACKENDS
+from workbench.worker.backends import BACKENDS, backend_named
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,11 @@ class Recipe:
         for variant in self.variants:
             if variant.name == name:
                 return variant
-        raise unknown("variant", name, [v.name for v in self.variants], str(self.path))
+        raise unknown("variant", name, [v.name for v in self.variants], short(self.path, LONGEST_PATH))
 
     def matching(self, patterns: list[str]) -> set[str]:
         """The variants that any of the names or patterns (`gguf-*`) means; a `UserError` for one that means none."""
-        return meant_by(patterns, self.variants, str(self.path))
+        return meant_by(patterns, self.variants, short(self.path, LONGEST_PATH))
 
     def backend(self, name: str) -> BackendChoice:
         """The backend of that name, with its defaults if the recipe does not list it."""
@@ -68,27 +71,33 @@ class Recipe:
 
 def load(path: str | Path) -> Recipe:
     """Read and check a recipe. Raises `UserError` with file, place and remedy."""
-    file = Path(path)
+    file, said = expanded(path), short(path, LONGEST_PATH)
     try:
+        if stat.S_ISFIFO(file.stat().st_mode):
+            # To open one may wait for ever.
+            raise UserError(f"{said}: a pipe, not a recipe: write it into a file")
         with open(file, "rb") as stream:
             data = stream.read(MAX_BYTES + 1)
         text = data.decode("utf-8") if len(data) <= MAX_BYTES else ""
     except FileNotFoundError:
         folders = (file.parent, file.parent / "recipes")
         near = [str(p) for folder in folders for p in folder.glob("[!.]*.y*ml")]
-        raise UserError(f"{path}: no such recipe. {did_you_mean(str(path), near)}".rstrip()) from None
+        raise UserError(f"{said}: no such recipe. {did_you_mean(str(path), near)}".rstrip()) from None
     except IsADirectoryError:
-        raise UserError(f"{path}: a folder, not a recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
+        raise UserError(f"{said}: a folder, not a recipe") from None
+    except OSError as error:
+        raise UserError(f"{said}: cannot be read as text: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{said}:{line}: cannot be read as text: {error}") from None
     if len(data) > MAX_BYTES:
-        raise UserError(f"{path}: too large for a recipe (at most {MAX_BYTES} bytes)")
-    return parse(parse_yaml(text, str(path)), file)
+        raise UserError(f"{said}: too large for a recipe (at most {MAX_BYTES} bytes)")
+    return parse(parse_yaml(text, said), file)
 
 
 def parse(data: Any, path: Path) -> Recipe:
     """A recipe from its plain data; `path` names it in messages and anchors relative paths."""
-    where = str(path)
+    where = short(path, LONGEST_PATH)
     if not isinstance(data, dict):
         raise UserError(f"{where}: a recipe is a mapping with at least `base` and `variants`")
     data = dict(data)
@@ -96,12 +105,20 @@ def parse(data: Any, path: Path) -> Recipe:
     for key in data:
         if key not in Document.model_fields and key not in extra:
             known = set(Document.model_fields) | extra
-            raise UserError(f"{where}: unknown key '{key}'. {did_you_mean(key, known)}")
+            raise UserError(f"{where}: unknown key '{short(key)}'. {did_you_mean(key, known)}")
     data["evaluation"], further = _evaluations(data.get("evaluation"), where)
     raw_variants, raw_backends = data.pop("variants", None), data.pop("backends", None)
     document = validate(TypeAdapter(Document), data, where, "")
     variants = parse_variants(raw_variants, where)
     backends = parse_backends(raw_backends, where, variants)
+    workload = document.workload.workload()
+    for choice in backends:
+        most = getattr(backend_named(choice.name), "MOST_SEQUENCES", math.inf)
+        if max(workload.batches) > most:
+            raise UserError(
+                f"{where}: workload.batch: {choice.name} takes {most} sequences at once at most, not "
+                f"{max(workload.batches)}: ask for fewer, or leave {choice.name} out of `backends`"
+            )
     sets = {test.name or "evaluation": test for test in (document.evaluation, *further) if test}
     warnings = []
     if document.calibration is None:
@@ -117,7 +134,8 @@ def parse(data: Any, path: Path) -> Recipe:
             if any(choice.name == backend and choice.takes(variant.name) for choice in backends):
                 warnings.append(f"{variant.name} will not run on {backend}: {reason}")
     return Recipe(
-        name=document.name or path.stem,
+        # A file may be called anything.
+        name=document.name or "".join(c if c.isprintable() else "-" for c in path.stem[:LONGEST_NAME]),
         model=document.model or document.base.stem(),
         path=path,
         base=document.base,
@@ -126,7 +144,7 @@ def parse(data: Any, path: Path) -> Recipe:
         calibration=document.calibration,
         evaluations=sets,
         tasks=document.tasks,
-        workload=document.workload.workload(),
+        workload=workload,
         limits=document.limits,
         digest=digest(
             [
@@ -153,11 +171,13 @@ def _evaluations(raw: Any, where: str) -> tuple[Any, list[EvaluationModel]]:
     )
     if not several:
         return raw, []
-    checked = []
+    checked = list[EvaluationModel]()
     for name, value in raw.items():
-        place = f"evaluation.{name}"
-        if not re.fullmatch(NAME, str(name)):
-            raise UserError(f"{where}: {place}: a name has letters, digits, '.', '_' and '-' only, not {name!r}")
+        place = f"evaluation.{short(name)}"
+        if reason := bad_name(name):
+            raise UserError(f"{where}: {place}: a name has {reason}")
+        if other := twin(name, [test.name for test in checked if test.name]):
+            raise UserError(f"{where}: {place}: a set named '{short(other)}' is already there")
         if "name" in value:
             raise UserError(f"{where}: {place}: '{name}' is its name; leave the `name` inside out")
         checked.append(validate(TypeAdapter(EvaluationModel), {**value, "name": str(name)}, where, place))

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from workbench.errors import UserError, did_you_mean
+from workbench.errors import UserError, did_you_mean, short
 
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 """pydantic's names for it, in models and in dataclasses."""
@@ -16,28 +16,26 @@ UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 def validate(adapter: TypeAdapter[Any], value: Any, where: str, place: str, also: set[str] = frozenset()) -> Any:  # type: ignore[assignment]
     try:
-        return adapter.validate_json(json.dumps(value, default=str), strict=True)
+        return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         # A mistyped key is also a missing one; what was mistyped is what the person can see.
         first = min(error.errors(), key=lambda one: one["type"] not in UNKNOWN_KEY)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {place or 'recipe'}: {error}") from None
-    place = _place(place, first["loc"])
-    kind, context = first["type"], first.get("ctx", {})
+    kind, context, location = first["type"], first.get("ctx", {}), first["loc"]
     if kind in UNKNOWN_KEY:
-        holder, _, key = place.rpartition(".")
-        known = _keys(adapter, first["loc"]) | also
-        message = f"unknown key '{key}'. {did_you_mean(key, known)}"
-        place = holder
+        known, key, location = _keys(adapter, location) | also, location[-1], location[:-1]
+        message = f"unknown key '{short(key)}'. {did_you_mean(str(key), known)}"
     elif kind == "literal_error":
         values = re.findall(r"[^\s',]+(?=[',]|$| or )", context["expected"])
-        message = f"unknown value '{first['input']}'. {did_you_mean(str(first['input']), values)}"
+        message = f"unknown value '{short(first['input'])}'. {did_you_mean(str(first['input']), values)}"
     elif kind in ("missing", "missing_argument"):
         message = "missing"
     else:
         message = first["msg"].removeprefix("Value error, ")
         if not isinstance(first["input"], dict | list):
-            message += f" (found {first['input']!r})"
+            message += f" (found {short(repr(first['input']))})"
+    place = _place(place, location)
     raise UserError(f"{where}: {place + ': ' if place else ''}{message}")
 
 
@@ -47,7 +45,7 @@ def _place(prefix: str, location: tuple[int | str, ...]) -> str:
         if isinstance(part, int):
             place += f"[{part}]"
         elif part not in ("str", "dict[str,any]", "one", "several"):
-            place += f".{part}" if place else str(part)
+            place += f".{short(part)}" if place else short(part)
     return place
 
 

@@ -6,25 +6,52 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
+from workbench.disk import expanded
+from workbench.errors import short
+from workbench.recipe.words import (
+    HUB,
+    MODULE,
+    MOST_CUT,
+    MOST_TOKENS,
+    File,
+    Name,
+    Seconds,
+    Seed,
+    Text,
+    Tokens,
+    Window,
+    Windows,
+    Word,
+    known_home,
+    of_64_bits,
+    plain_name,
+    twin,
+)
 from workbench.records import Workload
 from workbench.worker.tokens.conventions import CONVENTIONS, DEFAULT
 
-Word = Annotated[str, Field(min_length=1)]
 if TYPE_CHECKING:
     Score = str
 else:
     Score = Literal[tuple(CONVENTIONS)]
-NAME = r"^[A-Za-z0-9][\w.-]*$"
-"""What a person may call a recipe, a model, an evaluation set or a task."""
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors; objects do not change."""
+    """Unknown keys are errors, and numbers finite; objects do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _exactly_one(record: BaseModel, names: tuple[str, ...]) -> None:
@@ -44,8 +71,8 @@ def _one_of(*names: str) -> JsonDict:
 class Equivalent(Strict):
     """An exact, function-preserving rewrite of a Llama: rescaled off its grid, zero-padded to `hidden`."""
 
-    hidden: int = Field(gt=0)
-    seed: int = 0
+    hidden: int = Field(gt=0, le=2**17)
+    seed: Seed = 0
 
 
 class Base(Strict):
@@ -53,10 +80,10 @@ class Base(Strict):
 
     model_config = ConfigDict(json_schema_extra=_one_of("hub", "path", "package", "config"))
 
-    hub: Word | None = None
+    hub: Annotated[Word, Field(pattern=HUB)] | None = None
     """A repository on the Hugging Face hub, `owner/name`."""
     revision: Word | None = None
-    path: Word | None = None
+    path: File | None = None
     """A Hugging Face directory or a `.gguf` file, relative to the recipe."""
     package: Word | None = None
     """An installed Python package that ships the model as `file`."""
@@ -64,8 +91,8 @@ class Base(Strict):
     config: dict[str, Any] | Word | None = None
     """A `config.json`, or its contents, for random weights of that shape."""
     init: Literal["random"] | None = None
-    tokenizer: str | None = None
-    seed: int = 0
+    tokenizer: File | None = None
+    seed: Seed = 0
     equivalent: Equivalent | None = None
     trust_remote_code: bool = False
 
@@ -74,7 +101,9 @@ class Base(Strict):
     def _numbers(cls, value: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
         """A `config.json` pasted into YAML says 1e-05, which YAML 1.1 takes for a word."""
         if not isinstance(value, dict):
-            return value
+            return known_home(value) if value else value
+        if not of_64_bits(value):
+            raise ValueError("numbers must be finite, and of 64 bits at most")
         return {
             key: float(item) if isinstance(item, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", item) else item
             for key, item in value.items()
@@ -111,7 +140,7 @@ class Base(Strict):
         if name.endswith(".gguf"):
             name = re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", name.removesuffix(".gguf"), flags=re.IGNORECASE)
         # It becomes a file's name: `path: ..` or a model type with a slash must not lead anywhere else.
-        return re.sub(r"[^\w.-]+", "-", name.removesuffix(".json")).lstrip(".-") or "model"
+        return plain_name(name.removesuffix(".json"))
 
 
 class Source(Strict):
@@ -119,14 +148,14 @@ class Source(Strict):
 
     model_config = ConfigDict(json_schema_extra=_one_of("module", "package", "dataset", "text", "file"))
 
-    module: Word | None = None
+    module: Annotated[Word, Field(pattern=MODULE)] | None = None
     package: Word | None = None
-    file: Word | None = None
+    file: File | None = None
     dataset: Word | None = None
-    config: str | None = None
-    split: str | None = None
-    field: str | None = None
-    text: Word | None = None
+    config: Word | None = None
+    split: Word | None = None
+    field: Word | None = None
+    text: Text | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -144,15 +173,29 @@ class Source(Strict):
         return given
 
 
-class EvaluationModel(Strict):
-    """Tokens for perplexity: `windows` windows of `window` tokens, scored by a convention."""
+class Cut(Strict):
+    """`windows` windows of `window` tokens of a text."""
 
-    name: str | None = None
     source: Source
-    window: int = Field(default=512, ge=8)
-    windows: int = Field(default=20, ge=1)
+    window: Window = 512
+    windows: Windows
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.window * self.windows > MOST_CUT:
+            raise ValueError(
+                f"`windows` times `window`: {MOST_CUT:,} tokens at most, not {self.window * self.windows:,}"
+            )
+        return self
+
+
+class EvaluationModel(Cut):
+    """Tokens for perplexity, scored by a convention."""
+
+    name: Name | None = None
+    windows: Windows = 20
     score: Score = DEFAULT
-    stride: int | None = Field(default=None, ge=1)
+    stride: Tokens | None = None
 
     @model_validator(mode="after")
     def _strided(self) -> Self:
@@ -165,13 +208,11 @@ class EvaluationModel(Strict):
         return self
 
 
-class Calibration(Strict):
+class Calibration(Cut):
     """Tokens that methods may look at; never the evaluation's unless `allow_overlap` says so."""
 
-    source: Source
-    window: int = Field(default=512, ge=8)
-    windows: int = Field(default=32, ge=1)
-    seed: int = 0
+    windows: Windows = 32
+    seed: Seed = 0
     allow_overlap: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the pass's matrix products. `auto`: float32 where the recipe makes an importance matrix, whose smallest
@@ -183,16 +224,16 @@ class TaskModel(Strict):
 
     model_config = ConfigDict(json_schema_extra=_one_of("file", "lm_eval"))
 
-    file: Word | None = None
-    """YAML or JSONL, relative to the recipe; `recipes/tasks/everyday.yaml` shows every form."""
+    file: File | None = None
+    """YAML, JSON or JSONL, relative to the recipe; `recipes/tasks/everyday.yaml` shows every form."""
     lm_eval: Word | None = None
     """The name of a task that the harness knows."""
-    include: Word | None = None
+    include: File | None = None
     """A folder of the harness's own YAML files, relative to the recipe."""
-    shots: int | None = Field(default=None, ge=0)
-    limit: int | None = Field(default=None, ge=1)
+    shots: int | None = Field(default=None, ge=0, le=1000)
+    limit: int | None = Field(default=None, ge=1, le=10**6)
     """Only the first so many items."""
-    new_tokens: int | None = Field(default=None, ge=1)
+    new_tokens: Tokens | None = None
     """The longest answer that is let grow, where an item says nothing else (default 32)."""
     chat: bool = False
     """Put each prompt into the model's chat template, as a user's message."""
@@ -216,16 +257,16 @@ class TaskModel(Strict):
 class Limits(Strict):
     """Seconds after which a worker is stopped and its job becomes a failed row."""
 
-    quantize_s: float = Field(default=6 * 3600, gt=0)
-    profile_s: float = Field(default=3600, gt=0)
+    quantize_s: Seconds = 6 * 3600
+    profile_s: Seconds = 3600
 
 
-Count = Annotated[int, Field(ge=1)]
-OneOrSeveral = Annotated[
-    Annotated[Count, Tag("one")] | Annotated[list[Count], Field(min_length=1, max_length=16), Tag("several")],
-    # Told apart before they are checked, so that a wrong number in a list is not answered with "not a number".
-    Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
-]
+# Told apart before they are checked, so that a wrong number in a list is not answered with "not a number".
+_KIND = Discriminator(lambda value: "several" if isinstance(value, list) else "one")
+_List = Field(min_length=1, max_length=16)
+Batch = Annotated[int, Field(ge=1, le=4096)]
+SeveralTokens = Annotated[Annotated[Tokens, Tag("one")] | Annotated[list[Tokens], _List, Tag("several")], _KIND]
+Batches = Annotated[Annotated[Batch, Tag("one")] | Annotated[list[Batch], _List, Tag("several")], _KIND]
 """A number, or a list of numbers."""
 
 
@@ -236,13 +277,13 @@ def _several(value: int | list[int]) -> list[int]:
 class WorkloadModel(Strict):
     """What is run for speed. Of a list the first entry is what tables show; the others are measured beside it."""
 
-    prompt_tokens: OneOrSeveral = 512
-    new_tokens: int = Field(default=64, ge=2)
-    batch: OneOrSeveral = 1
-    repeats: int = Field(default=3, ge=1)
-    warmup: int = Field(default=1, ge=0)
-    seed: int = 0
-    requests: int = Field(default=0, ge=0)
+    prompt_tokens: SeveralTokens = 512
+    new_tokens: int = Field(default=64, ge=2, le=MOST_TOKENS)
+    batch: Batches = 1
+    repeats: int = Field(default=3, ge=1, le=1000)
+    warmup: int = Field(default=1, ge=0, le=1000)
+    seed: Seed = 0
+    requests: int = Field(default=0, ge=0, le=1000)
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
@@ -261,15 +302,23 @@ class WorkloadModel(Strict):
 class Document(Strict):
     """The fixed part of a recipe; variants and backends are checked against their own modules."""
 
-    name: Annotated[str, Field(pattern=NAME)] | None = None
-    model: Annotated[str, Field(pattern=NAME)] | None = None
+    name: Name | None = None
+    model: Name | None = None
     base: Base
     calibration: Calibration | None = None
     evaluation: EvaluationModel | None = None
-    tasks: dict[Annotated[str, Field(pattern=NAME)], TaskModel] = Field(default_factory=dict)
+    tasks: dict[Name, TaskModel] = Field(default_factory=dict, max_length=100)
     workload: WorkloadModel = WorkloadModel()
     limits: Limits = Limits()
 
+    @field_validator("tasks", mode="after")
+    @classmethod
+    def _apart(cls, value: dict[str, TaskModel]) -> dict[str, TaskModel]:
+        for number, name in enumerate(value):
+            if other := twin(name, [*value][:number]):
+                raise ValueError(f"'{short(name)}' and '{short(other)}' would be one file: name them apart")
+        return value
+
 
 def _absolute(path: str, folder: Path) -> Path:
-    return Path(folder, Path(path).expanduser()).absolute()
+    return Path(folder, expanded(path)).absolute()

@@ -6,12 +6,15 @@ import codecs
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from workbench.errors import UserError
+from workbench.home import stored
+from workbench.records import TEXT_VERSION, Tasks, TokenSets
 from workbench.worker.tokens import tasks
 from workbench.worker.tokens.text import read_text, source_of
 from workbench.worker.tokens.windows import build
@@ -113,8 +116,8 @@ def test_pipes_devices_and_folders_are_no_texts(tmp_path: Path) -> None:
         (tmp_path / "pipe.txt" / "a", "does not exist"),
         (tmp_path / ("n" * 300), "cannot be read: File name too long"),
     ):
-        assert said in refusal(lambda path=path: read_text(source_of({"file": str(path)})))
-        assert said in refusal(lambda path=path: tasks.read(path))
+        assert said in refusal(partial(read_text, source_of({"file": str(path)})))
+        assert said in refusal(partial(tasks.read, path))
     said = refusal(lambda: read_text(source_of({"file": "~nobody-here/a.txt"})))
     assert said.startswith("~nobody-here/a.txt: nobody of that name")
     assert "has no file" in refusal(lambda: read_text(source_of({"package": "pytest", "file": "n" * 300})))
@@ -126,7 +129,7 @@ def test_modules_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "corpus_wrong.py").write_text("def\n")
     (tmp_path / "corpus_half.py").write_text("text = 'a \\ud800 b'\n")
     for name in (".relative", "..", "corpus_leaves", "corpus_wrong", "a/b", "n" * 300):
-        assert "cannot be imported here" in refusal(lambda name=name: read_text(source_of({"module": name})))
+        assert "cannot be imported here" in refusal(partial(read_text, source_of({"module": name})))
     assert "half of a character" in refusal(lambda: read_text(source_of({"module": "corpus_half"})))
 
 
@@ -191,6 +194,17 @@ def test_a_tokenizer_that_cannot_spell_one_out_is_told(tiny_llama: Path, tmp_pat
     assert said == "the recipe's own text: this tokenizer takes '<s>' for a special token, not for text: leave it out"
 
 
+def test_tokens_that_were_read_in_no_version_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
+    for kind, record, held in (("tokens", TokenSets, "sets"), ("tasks", Tasks, "tasks")):
+        file = tmp_path / kind / "key" / f"{kind.rstrip('s')}.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({held: {}, "text_version": TEXT_VERSION}))
+        assert stored(kind, "key", record) is not None  # type: ignore[arg-type]
+        file.write_text(json.dumps({held: {}}))
+        assert stored(kind, "key", record) is None  # type: ignore[arg-type]
+
+
 # --- tasks --------------------------------------------------------------------------------------
 
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content | trim }}</s>{% endfor %}<s>model:"
@@ -200,8 +214,8 @@ def items(base: Path, folder: Path, *entries: dict[str, Any], name: str = "t.jso
     (folder / name).write_text(json.dumps(entries))
     payload = {"base": str(base), "tasks": {"t": {"file": str(folder / name), **more}}, "out": str(folder / "out")}
     (folder / "out").mkdir(exist_ok=True)
-    tasks.build(payload, lambda *_: None)
-    found: list[Any] = json.loads((folder / "out" / "t.json").read_text())["items"]
+    made = tasks.build(payload, lambda *_: None)["tasks"]["t"]
+    found: list[Any] = json.loads((folder / "out" / made["path"]).read_text())["items"]
     return found
 
 
@@ -238,6 +252,15 @@ def test_of_a_chat_the_templates_tokens_are_special_and_no_others(tiny_llama: Pa
 
 
 GOOD = {"prompt": "a", "exact": "b"}
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "task"])
+def test_a_task_may_be_called_as_what_lies_beside_it(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "t.json").write_text(json.dumps([GOOD]))
+    payload = {"base": str(tiny_llama), "tasks": {name: {"file": str(tmp_path / "t.json")}}, "out": str(tmp_path)}
+    made = tasks.build(payload, lambda *_: None)["tasks"][name]
+    assert "items" in json.loads((tmp_path / made["path"]).read_text())
+    assert made["path"] != "task.json" and "model" in json.loads((tmp_path / "tokenizer.json").read_text())
 
 
 @pytest.mark.parametrize(

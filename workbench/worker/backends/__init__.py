@@ -62,7 +62,10 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """What a backend's module says."""
+    """What a backend's module says. `MOST_SEQUENCES` may be there too: how many it takes at once at the most.
+
+    An option's limits stand in its field's metadata (`ge`, `le`, as pydantic names them).
+    """
 
     Options: type[Any]
     """The recipe's keys: a frozen dataclass."""

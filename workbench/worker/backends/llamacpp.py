@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from workbench.records import Artifact, Job, Quality, from_json
@@ -34,6 +34,8 @@ MAKES_REFERENCE = False
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 UBATCH_TOKENS = 512
 """Tokens that are computed at once."""
+MOST_SEQUENCES = 256
+"""`LLAMA_MAX_SEQ` of llama.cpp."""
 LOG_WARNING = 3
 
 CONTEXT_STEP = 256
@@ -53,8 +55,8 @@ class Options:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    threads: int | None = None
-    gpu_layers: int = -1
+    threads: int | None = field(default=None, metadata={"ge": 1, "le": 1024})
+    gpu_layers: int = field(default=-1, metadata={"ge": -1, "le": 9999})
     flash_attention: bool | None = None
     mmap: bool = True
     kv_cache: Literal["f16", "q8_0"] | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +58,7 @@ class Options:
     """What computes with AWQ, GPTQ and GGUF weights. `workbench`: they stay packed (`kernels/`), on a CPU slowly.
     `gptqmodel`: AWQ and GPTQ by that package; a GGUF, which it does not read, is de-quantized. `auto`: `gptqmodel`,
     until the kernels have been measured on a GPU."""
-    threads: int | None = None
+    threads: int | None = field(default=None, metadata={"ge": 1, "le": 1024})
     trust_remote_code: bool = False
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -54,9 +54,9 @@ class Options:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     enforce_eager: bool = False
-    tensor_parallel: int = 1
+    tensor_parallel: int = field(default=1, metadata={"ge": 1, "le": 64})
     kv_cache: Literal["auto", "fp8"] | None = None
-    threads: int | None = None
+    threads: int | None = field(default=None, metadata={"ge": 1, "le": 1024})
     trust_remote_code: bool = False
 
 

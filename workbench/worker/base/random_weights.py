@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from workbench.disk import expanded
 from workbench.errors import UserError, unknown
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import TOKENIZER_FILES, context_tokens, read_json, text_config
@@ -113,7 +115,7 @@ def tokenizer_source(value: Mapping[str, Any] | str) -> BaseSource:
     """A tokenizer given as a source, a local path, or a hub repository's name."""
     if not isinstance(value, str):
         return source_of(value)
-    is_path = Path(value).expanduser().exists() or value.startswith((".", "/", "~")) or value.count("/") != 1
+    is_path = os.path.exists(expanded(value)) or value.startswith((".", "/", "~")) or value.count("/") != 1
     return BaseSource(path=value) if is_path else BaseSource(hub=value)
 
 

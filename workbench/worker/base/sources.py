@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, did_you_mean, install_with, unknown
+from workbench.disk import expanded
+from workbench.errors import LONGEST_PATH, UserError, did_you_mean, install_with, short, unknown
 from workbench.worker import Progress
 
 SOURCES = ("hub", "path", "gguf", "package", "config")
@@ -57,9 +58,12 @@ def source_of(given: object) -> BaseSource:
 
 def local_path(value: str | os.PathLike[str]) -> Path:
     """The absolute path of a file or directory; `UserError` with the nearest name if there is none."""
-    path = Path(value).expanduser()
-    if path.exists():
-        return path.resolve()
+    path = expanded(value)
+    try:
+        if path.exists():
+            return path.resolve()
+    except OSError as error:
+        raise UserError(f"base path {short(path, LONGEST_PATH)} cannot be read: {error.strerror}") from None
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, beside) if beside else f"There is no directory {path.parent} either."
     if hint.startswith("Known"):

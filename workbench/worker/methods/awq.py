@@ -72,6 +72,8 @@ def default_name(options: Options) -> str:
 def check(options: Options) -> None:
     """Refuse, when the recipe is read, what no checkpoint of this format can hold."""
     rounding.check_grid("awq", options.group_size, options.damping)
+    if "" in options.modules_to_not_convert:
+        raise UserError("awq: modules_to_not_convert: an empty word is part of every name; leave it out")
     if options.engine == "gptqmodel" and options.rounding == "compensated":
         raise UserError("awq: `rounding: compensated` is the workbench's own; leave out `engine: gptqmodel`")
 

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.errors import UserError
+from workbench.errors import UserError, short
 from workbench.worker.architectures import Group, Layer
 
 BLOCK = 128
 """Columns between two large products that spread the error (the lazy batches of GPTQ)."""
+MOST_GROUP = 2**16
+"""Columns of a group."""
 SUB_BLOCK = 16
 """Columns between two products inside a block, so that a column's own step touches few rows."""
 CHUNK = 1024
@@ -25,9 +27,10 @@ TINY_SCALE = 2.0**-14
 
 def check_grid(method: str, group_size: int, damping: float) -> None:
     """The checks that AWQ's and GPTQ's options share."""
-    if group_size != -1 and (group_size < 16 or group_size % 16):
+    if group_size != -1 and (not 16 <= group_size <= MOST_GROUP or group_size % 16):
         raise UserError(
-            f"{method}: group_size {group_size} cannot be: take a multiple of 16 (32, 64, 128), or -1 for whole rows"
+            f"{method}: group_size {short(group_size)} cannot be: take a multiple of 16 (32, 64, 128) up to "
+            f"{MOST_GROUP}, or -1 for whole rows"
         )
     if not 0 <= damping < 1:
         raise UserError(

@@ -98,7 +98,7 @@ class TaskFile(TypedDict, total=False):
 
 
 def build(payload: object, progress: Progress) -> object:
-    """Worker for a `TasksRequest`: write `NAME.json` for each task, and the tokenizer beside them.
+    """Worker for a `TasksRequest`: write `task-NAME.json` for each task, and the tokenizer beside them.
 
     Returns `Tasks`. Raises `UserError` for what is wrong with a file, with the entry's place.
     """
@@ -125,10 +125,12 @@ def build(payload: object, progress: Progress) -> object:
                 if room and length > room:
                     raise UserError(f"{entry.where}: {length} tokens with its answer, and the model takes {room}")
         text = json.dumps(content, separators=(",", ":"))
-        (out / f"{name}.json").write_text(text, encoding="utf-8")
+        # A task may be called as what else lies there.
+        file = f"task-{name}.json"
+        (out / file).write_text(text, encoding="utf-8")
         made[name] = Task(
             name,
-            f"{name}.json",
+            file,
             hashlib.sha256(text.encode()).hexdigest()[:16],
             len(content["items"]) if "items" in content else None,
             content["longest"],
