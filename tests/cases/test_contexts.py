@@ -75,7 +75,7 @@ def test_a_sliding_window_that_an_engine_leaves_out_is_said_in_each_of_its_rows(
     recipe = case.recipe(**short, name="short", backends={"llamacpp": ONLY})
     assert case("run", recipe).returncode == 0
     row = rows_of(case)["base", "llamacpp"]
-    assert row["kld_mean"] < 0.01 and row["warnings"] == []
+    assert row["kld_mean"] < 0.01 and not any("another model" in text for text in row["warnings"])
 
 
 @pytest.mark.slow

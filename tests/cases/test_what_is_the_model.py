@@ -20,7 +20,7 @@ RECOGNIZABLE_NATS = 0.2
 
 def test_a_head_that_the_configuration_disowns_is_kept_by_every_variant(case: Bench) -> None:
     """Tied by its configuration, but the file holds a head of its own, as mergekit and LoRA merges leave it. Without it
-    the perplexity is five times the base's."""
+    the perplexity would be five times the base's."""
     write_random(case.model, llama())
     file = case.model / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
@@ -35,7 +35,7 @@ def test_a_head_that_the_configuration_disowns_is_kept_by_every_variant(case: Be
 
 
 def test_weights_that_lie_there_twice_are_not_copied_along(case: Bench) -> None:
-    """Mistral's consolidated.safetensors: the model again under other names. An AWQ had 25 bits per weight."""
+    """Mistral's consolidated.safetensors: the model again under other names. An AWQ with it has 25 bits per weight."""
     from safetensors.torch import load_file, save_file
 
     write_random(case.model, llama())

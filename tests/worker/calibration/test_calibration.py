@@ -330,6 +330,9 @@ def out_of_range(folder: Path, change: str) -> Path:
         elif change == "heads":
             attention.v_proj.weight *= 1e-7
             attention.o_proj.weight *= 1e7
+        elif change == "scores":
+            attention.q_proj.weight *= 1e7
+            attention.k_proj.weight *= 1e-7
         else:
             part = slice(None, None, 2) if change == "rows" else slice(None)
             (mlp.gate_proj if change == "gate" else mlp.up_proj).weight[part] *= 1e-7
@@ -338,7 +341,7 @@ def out_of_range(folder: Path, change: str) -> Path:
     return base
 
 
-@pytest.mark.parametrize("change", ["matrix", "rows", "norm", "heads", "gate"])
+@pytest.mark.parametrize("change", ["matrix", "rows", "norm", "heads", "scores", "gate"])
 def test_a_layer_that_float16_does_not_hold_is_brought_into_its_range_or_said_to_be_lost(
     change: str, tmp_path: Path
 ) -> None:

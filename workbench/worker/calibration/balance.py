@@ -5,11 +5,12 @@ base may be far beyond: an up-projection of 1e-7 has scales that float16 rounds 
 the down-projection that reads it is as large as it is small. What AWQ does for precision mends that too: divide what
 produces a channel by a factor and multiply what reads it by the same, here by powers of two, so that no bit is lost.
 
-Rejected: scales in bfloat16. vLLM takes them, GPTQModel converts them to float16, which is where they were lost.
+Rejected: scales in bfloat16. vLLM takes them, but GPTQModel makes float16 of them, and our own kernels want that too.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -26,14 +27,32 @@ FELT = 0.01
 def balanced(layer: Layer) -> Layer:
     """The layer itself, or the same function with groups in float16's range; the grams are of its own activations."""
     tensors, grams = dict(layer.tensors), dict(layer.grams)
+    changed = _queries_and_keys(tensors, layer.architecture.family.head_norms)
     for group in layer.architecture.groups:
         scales = _scales(tensors, group)
         if scales is not None:
             fold(tensors, group, scales)
             first = group.linears[0]
             grams[first] = (grams[first] / scales[:, None]).div_(scales)
-    changed = any(grams[name] is not layer.grams[name] for name in grams)
+            changed = True
     return replace(layer, tensors=tensors, grams=grams, shared={}) if changed else layer
+
+
+def _queries_and_keys(tensors: Any, normed: bool) -> bool:
+    """Give queries and keys the same size where one is beyond float16; whether that was needed. Only their product
+    counts, unless they are normed."""
+    query, key = (tensors.get(f"self_attn.{name}.weight") for name in ("q_proj", "k_proj"))
+    if normed or query is None or key is None:
+        return False
+    sizes = [float(each.abs().amax()) for each in (query, key)]
+    if not min(sizes) or (min(sizes) >= 8 * SMALLEST and max(sizes) <= LARGEST):
+        return False
+    factor = 2.0 ** round(math.log2(sizes[1] / sizes[0]) / 2)
+    for name, by in (("q_proj", factor), ("k_proj", 1 / factor)):
+        for part in ("weight", "bias"):
+            if f"self_attn.{name}.{part}" in tensors:
+                tensors[f"self_attn.{name}.{part}"] = tensors[f"self_attn.{name}.{part}"] * by
+    return True
 
 
 def _scales(tensors: Any, group: Group) -> Any:
