@@ -4,7 +4,7 @@ VENV := .venv
 GPU := .venv-gpu
 READY := $(VENV)/.ready
 
-.PHONY: demo gpu gpu-check image-check test fast check lock lock-cuda clean
+.PHONY: demo gpu gpu-check image-check test fast check mutants lock lock-cuda clean
 demo: $(READY)
 	$(VENV)/bin/workbench run recipes/smollm2-135m.yaml
 
@@ -37,13 +37,21 @@ fast: $(READY)
 check: $(READY)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
+# Whether the tests notice a wrong number: COUNT small changes, those that SEED draws, one at a time (tests/mutants.py).
+COUNT ?= 300
+SEED ?= 1
+mutants: $(READY)
+	$(VENV)/bin/python -c "import cosmic_ray" 2>/dev/null || \
+		$(VENV)/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements/mutants.lock
+	$(VENV)/bin/python tests/mutants.py $(COUNT) $(SEED)
+
 $(READY): requirements/install.sh requirements/cpu.lock requirements/torch.txt pyproject.toml
 	requirements/install.sh $(PYTHON) $(VENV)
 	touch $@
 
 lock:
-	$(VENV)/bin/uv pip compile --no-deps --generate-hashes --no-header --no-annotate --universal \
-		--python-version 3.11 requirements/cpu.in -o requirements/cpu.lock
+	for set in cpu mutants; do $(VENV)/bin/uv pip compile --no-deps --generate-hashes --no-header --no-annotate --universal \
+		--python-version 3.11 requirements/$$set.in -o requirements/$$set.lock || exit 1; done
 
 lock-cuda:
 	for set in cuda cuda-vllm cuda-build; do $(VENV)/bin/uv pip compile --generate-hashes --no-header --no-annotate \

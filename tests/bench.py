@@ -57,7 +57,11 @@ class Bench:
 
     def place(self, words: tuple[str, ...]) -> list[str]:
         """Where rows go, for the commands that read or write some."""
-        return [] if words[0] in ("quantize", "plan", "schema", "doctor", "clean") else ["--results", str(self.results)]
+        return (
+            []
+            if words[0] in ("quantize", "plan", "schema", "doctor", "clean", "cache")
+            else ["--results", str(self.results)]
+        )
 
     def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -60,7 +60,11 @@ def a_row(
         ),
         "backend": backend,
         "workload": Workload(prompt_tokens=[100], new_tokens=3, batches=[batch]),
-        "evaluations": {"prose": Evaluation("prose", "e.json", evaluation, 8, "second-half", 3, 12)}
+        "evaluations": {
+            "prose": Evaluation(
+                "prose", "e.json", evaluation, 8, "second-half", len(windows), sum(count for count, _ in windows)
+            )
+        }
         if evaluation
         else {},
         "measurement": measurement if measured else None,
@@ -116,7 +120,7 @@ def compared(row: Row, kld: float, reference: str = "r1") -> Row:
             "kld_count": window["count"],
             "kld_sum": kld * window["count"],
             "kld_low_sum": 0.9 * kld * window["count"],
-            "same_top_sum": window["count"] / 2,
+            "same_top_sum": window["count"] // 2,
             "dp_square_sum": 0.01 * window["count"],
         }
         for window in row.quality["windows"]

@@ -59,19 +59,17 @@ def test_every_pair_of_the_recipe_has_its_line(lines: Any) -> None:
     assert all(line["error"] is None for line in lines.values())
 
 
-def test_gguf_on_vllm_is_a_pair_that_cannot_run_and_says_why(lines: Any) -> None:
+def test_a_gguf_in_vllm_is_the_model_that_it_is_in_llamacpp(lines: Any) -> None:
     for variant in ("gguf-Q8_0", "gguf-Q4_0"):
         line = lines[variant, "vllm"]
-        assert "GGUF is no longer part of vLLM" in line["unsupported"]
-        assert line["perplexity"] is line["decode_tok_s"] is line["load_s"] is None
-        assert line["bits_per_weight"] > 4, "what is known without running it is there"
-    assert sum(line["unsupported"] is not None for line in lines.values()) == 2
+        assert any("de-quantized to bfloat16" in warning for warning in line["warnings"])
+        assert line["perplexity"] / lines[variant, "llamacpp"]["perplexity"] == pytest.approx(1, abs=0.03)
+        assert line["bits_per_weight"] == lines[variant, "llamacpp"]["bits_per_weight"]
 
 
 def test_everything_that_ran_was_measured(lines: Any) -> None:
     for line in lines.values():
-        if line["unsupported"]:
-            continue
+        assert line["unsupported"] is None
         assert line["load_s"] > 0 and line["prefill_tok_s"] > 1 and line["decode_tok_s"] > 1
         assert 2 < line["perplexity"] < 100 and line["perplexity_se"] > 0
         assert line["peak_rss_bytes"] > 200e6 and line["device"]

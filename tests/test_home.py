@@ -6,20 +6,24 @@ import errno
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-import typing
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from tests.places import ROOT
+from tests.rows import a_row
 from workbench import home as place
 from workbench.errors import UserError
+from workbench.profile.measure import portable_row
 from workbench.records import Cost
 
 
@@ -55,6 +59,30 @@ def test_what_is_published_names_no_folder_of_this_machine(home: Path, monkeypat
     assert place.portable(f"{home}-2 and /someone.else") == f"{home}-2 and /someone.else"
     monkeypatch.setenv("HOME", "/")
     assert place.portable("/a/b") == "/a/b"
+
+
+@pytest.mark.parametrize("name", ["a b", 'o\'brien "x"', "höme ★", "back\\slash", "50%", "$x;y", "[a-z]*"])
+@pytest.mark.parametrize("under", ["home", "cache"])
+def test_a_row_names_no_folder_however_its_home_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, under: str
+) -> None:
+    own = tmp_path / name
+    monkeypatch.setenv("HOME", str(own if under == "home" else tmp_path / "other"))
+    monkeypatch.setenv("WORKBENCH_HOME", str(own / "cache"))
+    path = str(own / "cache" / "artifacts" / "x y.gguf")
+    row = a_row(error=f"{path!r}: no; {json.dumps(path)}; {shlex.quote(path)}; file://{quote(path)} in {own}/cache")
+    source = {"path": str(own / "models" / "m"), "files": [str(own / "cache")]}
+    artifact = replace(row.artifact, path=path, provenance={"source": source}, warnings=[f"kept in {path}"])
+    row = replace(row, artifact=artifact, options={"extra": {"deep": [path]}})
+    told = portable_row(row)
+    assert told.artifact.path == "$WORKBENCH_HOME/artifacts/x y.gguf" == told.options["extra"]["deep"][0]
+    assert place.local(told.artifact.path) == Path(path)
+    assert told.error is not None and told.error.count("$WORKBENCH_HOME") == 5
+    if under == "home":
+        assert told.artifact.provenance["source"]["path"] == "~/models/m"
+        assert place.local("~/models/m") == own / "models" / "m"
+    kept = [told.error, *told.artifact.warnings, told.artifact.path, told.options["extra"]["deep"][0]]
+    assert not any(name in text or repr(name)[1:-1] in text for text in kept)
 
 
 def test_asking_makes_nothing(home: Path) -> None:
@@ -242,6 +270,16 @@ def test_the_installations_name_stays(home: Path) -> None:
     assert [p.name for p in home.iterdir()] == ["instance"]
 
 
+@pytest.mark.parametrize("text", [b"", b"../..", b"\xff\x00", b"abcdef7"])
+def test_a_name_that_is_none_is_made_anew(home: Path, text: bytes) -> None:
+    home.mkdir()
+    (home / "instance").write_bytes(text)
+    name = place.instance()
+    assert len(name) == 6 and int(name, 16) >= 0 and place.instance() == name
+    (home / "last-recipe").write_bytes(text)
+    assert (place.last_recipe() is None) == (not text)
+
+
 def test_two_processes_agree_on_the_installations_name() -> None:
     children = [python("from workbench.home import instance; print(instance())") for _ in range(4)]
     names = {child.communicate(timeout=60)[0].strip() for child in children}
@@ -284,52 +322,3 @@ def test_the_last_recipe_is_remembered_by_its_full_path(
     monkeypatch.chdir("/")
     assert place.last_recipe() == tmp_path / "mine.yaml"
     assert [p.name for p in home.iterdir()] == ["last-recipe"]
-
-
-def test_a_home_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "file" / "home"))
-    with pytest.raises(UserError, match="cannot be written .*: set WORKBENCH_HOME to a folder of yours"):
-        place.remember(Path("r.yaml"))
-
-
-# --- clean --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def filled(home: Path) -> Path:
-    place.entry("artifacts", "whole", dict, lambda folder: {"n": 1})
-    for path in ("artifacts/half.partial/weights", "bases/half.partial/weights", "logs/one/log.txt", "states/s/x"):
-        (home / path).parent.mkdir(parents=True)
-        (home / path).write_bytes(b"x" * 1000)
-    (home / "config.toml").write_text("")
-    place.instance()
-    return home
-
-
-def test_clean_keeps_what_is_finished(filled: Path) -> None:
-    assert place.clean(everything=False) == 4000
-    left = {str(p.relative_to(filled)) for p in filled.rglob("*") if p.is_file() and "locks" not in p.parts}
-    assert left == {"artifacts/whole/artifact.json", "config.toml", "instance"}
-    assert place.clean(everything=False) == 0
-
-
-def test_clean_all_keeps_only_the_machines_facts(filled: Path) -> None:
-    size = len(json.dumps({"n": 1}, indent=1))
-    assert place.clean(everything=True) == 4000 + size
-    left = {p.name for p in filled.rglob("*") if p.is_file() and "locks" not in p.parts}
-    assert left == {"config.toml", "instance"}
-
-
-def test_clean_all_takes_every_folder_that_the_program_makes(home: Path) -> None:
-    """Read off the source; prepared tasks and bandwidths were forgotten once."""
-    source = "\n".join(path.read_text() for path in (ROOT / "workbench").rglob("*.py"))
-    kinds = set(re.findall(r'\bentry\(\s*"(\w+)"', source))
-    folders = kinds | set(re.findall(r'home\(\) / "(\w+)"', source)) - {"instance"}
-    assert kinds == set(typing.get_args(place.Kind)) and folders > kinds
-    for name in folders:
-        (home / name / "one").mkdir(parents=True)
-        (home / name / "one" / "file").write_bytes(b"x" * 1000)
-    (home / "mine").mkdir()
-    assert place.clean(everything=True) == 1000 * len(folders)
-    assert [path.name for path in home.iterdir()] == ["mine"], "and no folder of somebody else's"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
+import struct
 import subprocess
 import sys
 
 import pytest
 
+from tests.places import ROOT
 from workbench.records import (
     Artifact,
     Evaluation,
@@ -16,6 +19,7 @@ from workbench.records import (
     Machine,
     Measurement,
     Row,
+    Served,
     Speed,
     Variant,
     Workload,
@@ -55,6 +59,14 @@ ROW = Row(
 )
 
 
+def measured(*windows: object) -> dict[str, object]:
+    return {"device": "cpu", "qualities": {"e": {"windows": list(windows)}}}
+
+
+def b64(packed: bytes) -> str:
+    return base64.b64encode(packed).decode()
+
+
 @pytest.mark.parametrize(
     "record",
     [
@@ -91,8 +103,74 @@ def test_fields_added_later_are_dropped_and_absent_ones_have_their_defaults() ->
 def test_a_missing_field_without_a_default_is_an_error() -> None:
     stored = to_json(ROW)
     del stored["backend"]
-    with pytest.raises(TypeError, match="backend"):
+    with pytest.raises(ValueError, match="backend"):
         from_json(Row, stored)
+
+
+NAN, HUGE = float("nan"), 10**30
+WINDOW = {"count": 3, "nonfinite": 1, "nll_sum": 6.0}
+COMPARED = {"kld_count": 2, "kld_sum": 0.5, "same_top_sum": 2, "dp_square_sum": 0.1}
+TWO_OF_FOUR = struct.pack("<4e", 0.1, NAN, 0.4, NAN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "place"),
+    [
+        (Workload, {"repeats": "3"}, r"\$.repeats"),
+        (Workload, {"repeats": True}, r"\$.repeats"),
+        (Workload, {"repeats": -1}, r"\$.repeats"),
+        (Workload, {"repeats": HUGE}, r"\$.repeats"),
+        (Workload, {"prompt_tokens": []}, r"\$.prompt_tokens"),
+        (Workload, {"prompt_tokens": [512, 0]}, r"\$.prompt_tokens"),
+        (Workload, [], "object"),
+        (Machine, {"gpus": [{"name": 7}]}, r"\$.gpus"),
+        (Machine, {"copy_bytes_per_s": NAN}, "copy_bytes_per_s"),
+        (Machine, {"copy_bytes_per_s": float("inf")}, "copy_bytes_per_s"),
+        (Machine, {"name": "../x"}, r"\$.name"),
+        (Machine, {"name": "a\nb"}, r"\$.name"),
+        (Artifact, to_json(ARTIFACT) | {"variant": "n" * 300}, r"\$.variant"),
+        (Artifact, to_json(ARTIFACT) | {"variant": ""}, r"\$.variant"),
+        (Artifact, to_json(ARTIFACT) | {"tensor_types": {"a": None}}, r"\$.tensor_types"),
+        (Artifact, to_json(ARTIFACT) | {"provenance": {"versions": ["torch"]}}, "provenance.versions is no object"),
+        (Speed, to_json(SPEED) | {"first_token_s": [0.1]}, "different numbers of repeats"),
+        (Speed, to_json(SPEED) | {"rounds": [1, 2]}, "different numbers of repeats"),
+        (Speed, to_json(SPEED) | {"rounds": [2, 0]}, "different numbers of repeats"),
+        (Speed, to_json(SPEED) | {"step_tokens": [[2, 2], [2, 2]]}, "a time for each step"),
+        (Speed, to_json(SPEED) | {"first_token_s": [0.1, 0.0]}, r"\$.first_token_s"),
+        (Served, to_json(Served(1, 8, [4], [0.5], True)) | {"rounds": [2]}, "different numbers of repeats"),
+        (Measurement, measured(WINDOW | {"nll_sum": NAN}), "nll_sum|windows"),
+        (Measurement, measured(WINDOW | {"nll": [1.0, 2.0, None]}), "contradict"),
+        (Measurement, measured(WINDOW | {"nll": [1.0, 2.0, 3.0, 4.0]}), "contradict"),
+        (Measurement, measured(WINDOW | {"nll": "no base64"}), "base64"),
+        (Measurement, measured(WINDOW | COMPARED, WINDOW), "comparison"),
+        (Measurement, measured(WINDOW | {"kld_count": 2}), "comparison"),
+        (Measurement, measured(WINDOW | COMPARED | {"kld_count": 4}), "contradict"),
+        (Measurement, measured(WINDOW | COMPARED | {"same_top_sum": 3}), "contradict"),
+        (Measurement, measured(WINDOW | COMPARED | {"kld": b64(TWO_OF_FOUR[:-2])}), "contradict"),
+        (Measurement, measured(WINDOW | COMPARED | {"kld_count": 1, "kld": b64(TWO_OF_FOUR)}), "contradict"),
+    ],
+)
+def test_what_no_record_can_be_is_refused_with_its_place(kind: type, value: object, place: str) -> None:
+    with pytest.raises(ValueError, match=place):
+        from_json(kind, value)
+
+
+def test_packed_lists_are_bytes_here_and_base64_in_json() -> None:
+    stored = measured(WINDOW | COMPARED | {"kld": b64(TWO_OF_FOUR)})
+    read = from_json(Measurement, stored)
+    assert read.qualities["e"]["windows"][0]["kld"] == TWO_OF_FOUR
+    assert to_json(read)["qualities"] == stored["qualities"]
+
+
+def test_an_interpreter_without_msgspec_reads_what_it_is_given() -> None:
+    program = (
+        "import json, sys; sys.modules['msgspec'] = None; from workbench.records import *;"
+        "job = from_json(Job, json.load(sys.stdin)); assert job.workload.points and job.artifact.path;"
+        "print(json.dumps(to_json(job)))"
+    )
+    given = json.dumps(to_json(Job("Model", ARTIFACT, "vllm", {}, Workload(), {"topics": EVALUATION})))
+    told = subprocess.run([sys.executable, "-c", program], input=given, capture_output=True, text=True, cwd=ROOT)
+    assert json.loads(told.stdout) == json.loads(given), told.stderr
 
 
 def test_bits_per_weight_by_the_one_convention() -> None:

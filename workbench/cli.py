@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,8 @@ import typer
 
 from workbench import __version__
 from workbench import options as o
-from workbench.console import Console, write
-from workbench.errors import UserError, WorkFailed, unknown
+from workbench.console import Console, command, write
+from workbench.errors import UserError, check_known
 from workbench.report.formats import FILE_FORMATS, FORMATS
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+cache_app = typer.Typer(help="What was made and is kept.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
 
 
 @app.callback(invoke_without_command=True)
@@ -53,15 +56,18 @@ def run(
 ) -> None:
     """Quantize, profile and print the table."""
     from workbench import pipeline
+    from workbench.cache import at_work
     from workbench.recipe.load import load
     from workbench.report.table import build
 
-    _known("format", format, FORMATS)
+    check_known("format", format, FORMATS)
     loaded = load(recipe)
     for name in backend or []:
         loaded.backend(name)  # A misspelt one is refused before any work.
-    made = pipeline.quantize(loaded, Console(quiet), loaded.matching(variant) if variant else None)
-    rows = pipeline.profile(loaded, made, Console(quiet), results, backends=backend, variants=variant, again=again)
+    chosen, show = loaded.matching(variant) if variant else None, Console(quiet)
+    with at_work(show.say):
+        made = pipeline.quantize(loaded, show, chosen)
+        rows = pipeline.profile(loaded, made, show, results, backends=backend, variants=variant, again=again)
     write(None, FORMATS[format](build(rows)))
     raise typer.Exit(1 if made.failures or any(row.error for row in rows) else 0)
 
@@ -70,11 +76,14 @@ def run(
 def quantize(recipe: o.RecipeFile, variant: o.OnlyVariants = None, quiet: o.Quiet = False) -> None:
     """Make every variant of a recipe, and say where it is."""
     from workbench import pipeline
+    from workbench.cache import at_work
     from workbench.recipe.load import load
     from workbench.sizes import mib_text
 
     loaded = load(recipe)
-    made = pipeline.quantize(loaded, Console(quiet), loaded.matching(variant) if variant else None)
+    chosen, show = loaded.matching(variant) if variant else None, Console(quiet)
+    with at_work(show.say):
+        made = pipeline.quantize(loaded, show, chosen)
     for name, artifacts in made.artifacts.items():
         for artifact in artifacts:
             bits = f"{artifact.bits_per_weight:.2f} bits/weight" if artifact.bits_per_weight else ""
@@ -120,7 +129,7 @@ def table(
         found = [row for row in _stored(rows or [results]) if recipe in (None, row.recipe)]
         write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.name)]))
         return
-    _known("format", format, FORMATS)
+    check_known("format", format, FORMATS)
     write(output, FORMATS[format](build(_stored(rows or [results]), machine=machine, recipe=recipe)))
 
 
@@ -140,7 +149,7 @@ def compare(
     """Compare two sets of rows, metric by metric: better, worse, same or undecided."""
     from workbench.report.verdicts import compare as wing
 
-    _known("format", format, ["terminal", "json"])
+    check_known("format", format, ["terminal", "json"])
     limits = dict(wing.parse_limit(each) for each in fail or [])
     places = [spec if "://" in spec or os.path.exists(spec) else None for spec in (old, new)]
     known = [] if all(places) else _stored([results], everything=True)
@@ -184,7 +193,7 @@ def recommend(
     from workbench.sizes import parse_size
     from workbench.worker.backends import serving_command
 
-    _known("format", format, ["terminal", "json"])
+    check_known("format", format, ["terminal", "json"])
     relative, value = wing.parse_share(max_perplexity, "--max-perplexity") if max_perplexity else (None, None)
     constraints = wing.Constraints(
         memory_bytes=parse_size(memory, "--memory") if memory else None,
@@ -221,9 +230,9 @@ def plan(
     from workbench.recipe.load import load
     from workbench.sizes import parse_size
 
-    _known("format", format, formats.FORMATS)
+    check_known("format", format, formats.FORMATS)
     if device is not None:
-        _known("device", device, ["cpu", "cuda"])
+        check_known("device", device, ["cpu", "cuda"])
     memory_bytes = parse_size(memory, "--memory") if memory else None
     cuda = None if device is None else device == "cuda"
     made = wing.make(load(recipe), memory_bytes=memory_bytes, context=context, batch=batch, cuda=cuda)
@@ -331,12 +340,14 @@ def push(
     anyway: o.Anyway = False,
 ) -> None:
     """Upload a variant with its card to the hub, if the base's licence permits it."""
+    from workbench.cache import at_work
     from workbench.hub import card as cards
     from workbench.hub import push as wing
 
     rows = _stored([results])
     row = cards.find(rows, variant, recipe)
-    print(wing.push(rows, row, repository, licence=licence, author=author, private=private, anyway=anyway))
+    with at_work(Console().say):
+        print(wing.push(rows, row, repository, licence=licence, author=author, private=private, anyway=anyway))
 
 
 @app.command()
@@ -357,16 +368,19 @@ def schema() -> None:
 
 @app.command()
 def clean(everything: o.Finished = False) -> None:
-    """Remove unfinished work, logs and (with --all) every artifact from the cache."""
-    from workbench.home import clean as sweep
+    """Remove unfinished work, logs and (with --all) every artifact from the cache; not while a run goes on."""
+    from workbench.cache import clean as sweep
     from workbench.sizes import mib_text
 
     print(f"{mib_text(sweep(everything))} freed")
 
 
-def _known(thing: str, word: str, known: Collection[str]) -> None:
-    if word not in known:
-        raise unknown(thing, word, known)
+@cache_app.command()
+def verify(quiet: o.Quiet = False) -> None:
+    """Read everything in the cache through, and compare it with its checksums; exit with 1 if something changed."""
+    from workbench.cache import verify as read_through
+
+    raise typer.Exit(read_through(Console(quiet)))
 
 
 def _stored(places: Sequence[str], everything: bool = False, quiet: bool = False) -> list[Row]:
@@ -374,26 +388,13 @@ def _stored(places: Sequence[str], everything: bool = False, quiet: bool = False
     from workbench.report import store
 
     found, warnings = (store.history if everything else store.read)(*places)
-    for warning in [] if quiet else warnings:
+    for warning in [] if quiet else store.few(warnings):
         print(f"warning: {warning}", file=sys.stderr)
     return found
 
 
-def main() -> None:
-    """The console script: a `UserError` is one line and exit code 2, an interrupt 130."""
-    try:
-        app(standalone_mode=True)
-    except (UserError, WorkFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except SystemExit as stop:
-        # typer ends an interrupted command with this code and without a word.
-        if stop.code == 130:
-            print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
-        raise
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+def main() -> None:  # the console script
+    command(app)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
-from workbench.errors import UserError
+from workbench.disk import remove_halves, write_whole
+from workbench.errors import UserError, WorkFailed
 
 LINE_EVERY_S = 30.0
+NO_BUG = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EIO", "ENOTDIR", "EISDIR", "EEXIST", "ELOOP"),
+        *("ENAMETOOLONG", "EMFILE", "ENFILE", "ESTALE", "ETXTBSY", "ENOLCK"),
+    )
+)
+"""What a disk, its rights and its limits answer whatever the program does."""
 
 
 class Console:
@@ -24,7 +35,7 @@ class Console:
     def say(self, text: str) -> None:
         """One line."""
         if not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+            _tell(text)
 
     @contextlib.contextmanager
     def task(self, text: str) -> Iterator[Callable[[float, float, str], None]]:
@@ -84,7 +95,11 @@ def write(output: Path | None, content: str | bytes) -> None:
         return
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(data)
+        if output.exists() and not output.is_file():
+            output.write_bytes(data)  # A pipe or a device.
+        else:
+            remove_halves(output.parent)
+            write_whole(output, data)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}). Name another --output") from None
 
@@ -94,3 +109,79 @@ class Show(Protocol):
 
     def say(self, text: str) -> None: ...
     def task(self, text: str) -> Any: ...
+
+
+def command(app: Callable[[], object]) -> None:
+    """Run a command line: a `UserError`, or a disk that refuses, is one line and exit code 2; failed work is 1, an
+    interrupt 130, a pipe that nobody reads 141, as where a signal ends a program."""
+    _open_streams()
+    before = sys.stdout
+    code: int | str | None = 0
+    try:
+        app()
+    except SystemExit as stop:
+        code = stop.code
+        if sys.stdout is not before:  # typer's way to say that a pipe is closed
+            code = 141
+        if code == 130:
+            # typer ends an interrupted command with this code and without a word.
+            _tell("\ninterrupted; what was finished is kept, the same command goes on from there")
+    except (UserError, WorkFailed) as error:
+        _tell(f"error: {error}")
+        code = 2 if isinstance(error, UserError) else 1
+    except OSError as error:
+        code = _refused(error)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = _refused(error)
+    sys.exit(code)
+
+
+def _refused(error: OSError) -> int:
+    """Say what a disk or a pipe refused; the exit code."""
+    if error.errno == errno.EPIPE:
+        _drop(sys.stdout)
+        return 141
+    if error.errno not in NO_BUG:
+        raise error
+    from workbench.home import home
+
+    if not error.filename:
+        _drop(sys.stdout)
+    where = str(error.filename or "standard output")
+    cure = "Set WORKBENCH_HOME to a folder of yours" if where.startswith(str(home())) else "Name another place for it"
+    _tell(f"error: {where}: {error.strerror}. {cure}, or mend that")
+    return 2
+
+
+def _open_streams() -> None:
+    """Standard streams that take any text; a closed one's number must not become that of a file of results."""
+    if sys.stdout is None or sys.stderr is None:
+        for number in range(3):
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the program ends)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:
+        _tell("error: standard output is closed. Send it to /dev/null if it is not wanted")
+        sys.exit(2)
+
+
+def _tell(text: str) -> None:
+    """One line; where it cannot be written there is no reason to lose the work."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _drop(sys.stderr)
+
+
+def _drop(stream: TextIO) -> None:
+    """Let what is written to a stream from here on go nowhere, and what it still holds at the end too."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -72,6 +72,13 @@ def unknown(thing: str, word: str, known: Iterable[str], where: str = "") -> Use
     return UserError(f"{prefix}unknown {thing} '{short(word)}'. {did_you_mean(word, known)}".rstrip())
 
 
+def check_known(thing: str, word: str, known: Iterable[str]) -> None:
+    """Raise `UserError` for a name that is not in a registry or a list."""
+    names = list(known)
+    if word not in names:
+        raise unknown(thing, word, names)
+
+
 def install_with(what: str, command: str) -> UserError:
     """The error for an engine or library that is missing."""
     return UserError(f"{what} is not installed here. Install it with: {command}")

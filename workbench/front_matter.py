@@ -30,7 +30,7 @@ def fields_of(card: Path) -> Mapping[str, object]:
         return {}
     try:
         return metadata_load(card) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # It is not there, not UTF-8, not YAML, or no mapping.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # Not there, not UTF-8, not YAML, or no mapping.
         return {}
 
 

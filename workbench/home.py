@@ -12,25 +12,23 @@ import fcntl
 import json
 import os
 import re
-import shutil
+import shlex
+import sys
 import tempfile
 import tomllib
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
-from workbench.disk import disk_faults, expanded, write_whole
+from workbench.disk import disk_faults, expanded, remove, sync, write_whole
 from workbench.errors import UserError, short
-from workbench.records import from_json, to_json
+from workbench.intact import Changed, NotAFile, as_made, keep, open_file
 
 Record = TypeVar("Record")
 Kind = Literal["artifacts", "bandwidth", "bases", "imatrix", "references", "tasks", "tokens"]
 """What is made once and kept, each kind in a folder of that name."""
-LEFTOVERS = ("logs", "states")
-"""Folders that nobody needs once no run goes on: logs of workers, states of interrupted passes."""
-NOTES = ("locks", "nights")
-"""Folders of notes about runs that go on, or that the next one takes up."""
 
 
 def home() -> Path:
@@ -48,12 +46,29 @@ def home() -> Path:
     return Path(platformdirs.user_cache_dir("workbench"))
 
 
-def portable(text: str) -> str:
-    """`text` with this machine's cache folder written `$WORKBENCH_HOME`, and its user's own folder `~`."""
-    for folder, name in ((home(), "$WORKBENCH_HOME"), (Path.home(), "~")):
+def portable(value: Any) -> Any:
+    """Plain JSON types with this machine's cache folder written `$WORKBENCH_HOME` and its user's own folder `~` in each
+    of their texts, also where a message quotes them."""
+    folders = {home(): "$WORKBENCH_HOME", Path.home(): "~", Path.home().resolve(): "~"}
+    found = []
+    for folder, name in folders.items():
+        plain = str(folder)
+        quoted = [repr(plain)[1:-1], json.dumps(plain)[1:-1], shlex.quote(plain).strip("'")]
+        forms = sorted({plain, *quoted, urllib.parse.quote(os.fsencode(plain))}, key=len, reverse=True)
         if folder != folder.parent:
-            text = name.join(re.split(re.escape(str(folder)) + r"(?![\w.-])", text))
-    return text
+            found.append((re.compile(rf"(?:{'|'.join(map(re.escape, forms))})(?![\w.-])"), name))
+
+    def told(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: told(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [told(item) for item in value]
+        if isinstance(value, str):
+            for pattern, name in found:
+                value = name.join(pattern.split(value))
+        return value
+
+    return told(value)
 
 
 def local(path: str) -> Path:
@@ -64,15 +79,27 @@ def local(path: str) -> Path:
 def instance() -> str:
     """Six hex digits that tell this installation from another on the same kind of machine."""
     file = home() / "instance"
-    if not file.exists():
+    spoiled = os.path.lexists(file)  # Asked first: another run may make it at this moment.
+    if not re.fullmatch("[0-9a-f]{6}", _line(file) or ""):
         file.parent.mkdir(parents=True, exist_ok=True)
+        if spoiled:
+            remove(file)
         # Linked when whole: another run may ask at the same moment and must not read an empty name.
         temporary = file.with_name(f"instance.{os.getpid()}")
         temporary.write_text(uuid.uuid4().hex[:6] + "\n")
         with contextlib.suppress(FileExistsError):
             os.link(temporary, file)
         temporary.unlink()
-    return file.read_text().strip()
+    return _line(file) or ""
+
+
+def _line(file: Path) -> str | None:
+    """What a file of one line says; None if there is none."""
+    try:
+        with open(open_file(file), encoding="utf-8", errors="surrogateescape") as stream:
+            return stream.read().strip()
+    except (FileNotFoundError, NotAFile):
+        return None
 
 
 def interpreter(backend: str, default: str) -> str:
@@ -85,10 +112,12 @@ def interpreter(backend: str, default: str) -> str:
     if chosen:
         return chosen
     file = home() / "config.toml"
-    if not file.exists():
-        return default
     try:
         settings = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}). Give it back its rights, or remove it") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid TOML: {error}") from None
     pythons = settings.get("python", {})
@@ -99,27 +128,52 @@ def interpreter(backend: str, default: str) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold an exclusive lock on a file; `waiting` is called once if somebody else holds it."""
+def lock(path: Path, waiting: Callable[[], None] | None = None, shared: bool = False) -> Iterator[None]:
+    """Hold a lock on a file, alone or with all who share it; `waiting` is called once if somebody else holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    descriptor = _lock_file(path)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if waiting is not None:
                 waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, kind)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock_file(path: Path) -> int:
+    """A descriptor of the file, which is made if need be; another user's will do, though it may only be read."""
+    made = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    # Never O_CREAT for a file that is there: in a folder that everybody writes to, the kernel refuses another's.
+    for flags in (os.O_RDWR, os.O_RDONLY, made, os.O_RDWR):
+        try:
+            descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            problem = error
+            continue
+        if flags == made:
+            os.fchmod(descriptor, 0o666)  # Whatever the umask is: the machine's lock is everybody's.
+        return descriptor
+    raise problem
 
 
 def machine_lock(waiting: Callable[[], None] | None = None) -> contextlib.AbstractContextManager[None]:
-    """One heavy thing at a time on this machine, whatever its `$WORKBENCH_HOME`: measurements are disturbed
-    by anything else."""
-    return lock(Path(tempfile.gettempdir()) / f"workbench-{os.getuid()}.lock", waiting)
+    """One heavy thing at a time on this machine, whoever's it is and whatever its `$WORKBENCH_HOME`: measurements are
+    disturbed by anything else. Where the file for it cannot be opened, one at a time in this home."""
+    with contextlib.suppress(OSError):
+        file = Path(tempfile.gettempdir()) / "workbench.lock"
+        os.close(_lock_file(file))
+        return lock(file, waiting)
+    return lock(home() / "locks" / "machine", waiting)
 
 
 def entry(kind: Kind, key: str, record: type[Record], make: Callable[[Path], Record]) -> tuple[Path, Record]:
-    """The cache folder `kind/key`, made by `make(folder)` if it is not there yet, and its record.
+    """The cache folder `kind/key` and its record, made by `make(folder)` if it is not there yet, or not as it was made,
+    which is told.
 
     `make` writes files into the folder it is given and returns the record stored beside them as
     `<kind's singular>.json`. What fails leaves its folder under a `.partial` name, where work that can be
@@ -127,49 +181,61 @@ def entry(kind: Kind, key: str, record: type[Record], make: Callable[[Path], Rec
     """
     final = home() / kind / key
     with lock(home() / "locks" / f"{kind}-{key}"):
-        found = stored(kind, key, record)
+        found = _found(kind, key, record)
         if found is None:
             partial = final.with_name(f"{key}.partial")
+            if not partial.is_dir():
+                remove(partial)
             partial.mkdir(parents=True, exist_ok=True)
             with disk_faults(partial):
                 found = make(partial)
-                write_whole(partial / _record_name(kind), json.dumps(to_json(found), indent=1))
-                if final.exists():
-                    shutil.rmtree(final)
+                keep(partial / record_name(kind), found)
                 partial.rename(final)
+                sync(final.parent)
     return final, found
 
 
 def stored(kind: Kind, key: str, record: type[Record]) -> Record | None:
-    """The record of the cache folder `kind/key`; None if there is none, or half of one, or one of another shape."""
-    try:
-        found: Record = from_json(record, json.loads((home() / kind / key / _record_name(kind)).read_text()))
-    except (OSError, ValueError, TypeError, AttributeError):
+    """The record of the cache folder `kind/key`; None if there is none, or not as it was made, which is told.
+
+    Raises `UserError` if files of somebody else's, which it is of, changed: they cannot be made anew.
+    """
+    if not os.path.lexists(home() / kind / key):
         return None
-    return found
+    with lock(home() / "locks" / f"{kind}-{key}"):
+        return _found(kind, key, record)
 
 
-def _record_name(kind: Kind) -> str:
+def _found(kind: Kind, key: str, record: type[Record]) -> Record | None:
+    folder = home() / kind / key
+    try:
+        return as_made(folder / record_name(kind), record)
+    except Changed as fault:
+        if fault.theirs:
+            raise UserError(f"{fault}. Restore it; if the change is meant, `touch` it") from None
+        if os.path.lexists(folder):
+            with contextlib.suppress(OSError):
+                print(f"warning: {fault}: made anew", file=sys.stderr, flush=True)
+            remove(folder)
+    return None
+
+
+def record_name(kind: Kind) -> str:
+    """The file of an entry's record."""
     return f"{kind.rstrip('s')}.json"
 
 
 def remember(recipe: Path) -> None:
     """Note the recipe last quantized here, for `workbench profile` without one."""
-    try:
-        with disk_faults(home()):
-            home().mkdir(parents=True, exist_ok=True)
-            write_whole(home() / "last-recipe", f"{recipe.resolve()}\n")
-    except OSError as error:
-        # The first thing a run writes; what is wrong with the place shows here.
-        raise UserError(
-            f"{home()}: cannot be written ({error.strerror}): set WORKBENCH_HOME to a folder of yours"
-        ) from None
+    with disk_faults(home()):
+        home().mkdir(parents=True, exist_ok=True)
+        write_whole(home() / "last-recipe", f"{recipe.resolve()}\n")
 
 
 def last_recipe() -> Path | None:
     """The recipe last quantized on this machine, if any."""
-    file = home() / "last-recipe"
-    return Path(file.read_text().strip()) if file.exists() else None
+    found = _line(home() / "last-recipe")
+    return Path(found) if found else None
 
 
 def recipe_or_last(given: Path | None) -> Path:
@@ -180,15 +246,3 @@ def recipe_or_last(given: Path | None) -> Path:
     if given is None and not last.exists():
         raise UserError(f"{last}: the recipe last quantized here is gone; name a recipe")
     return last
-
-
-def clean(everything: bool) -> int:
-    """Remove unfinished work and leftovers, or every folder that the program makes; the bytes freed."""
-    targets = [home() / name for name in (*LEFTOVERS, *(NOTES + get_args(Kind) if everything else ()))]
-    targets += [path for kind in get_args(Kind) for path in (home() / kind).glob("*.partial")]
-    freed = 0
-    for target in targets:
-        if target.exists():
-            freed += sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-            shutil.rmtree(target)
-    return freed

@@ -18,10 +18,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from workbench import pipeline
+from workbench.cache import at_work
 from workbench.console import Show
-from workbench.disk import write_whole
+from workbench.disk import remove, write_whole
 from workbench.errors import UserError, install_with
 from workbench.home import home, lock
+from workbench.intact import open_file
 from workbench.machine.identity import machine
 from workbench.recipe.load import Recipe
 from workbench.records import Row, digest
@@ -70,11 +72,14 @@ def run(
 ) -> list[Night]:
     """A night of all recipes, in order; each is judged and remembered before the next begins."""
     nights = []
-    with lock(home() / "locks" / "nightly", lambda: show.say("waiting for another night to end")):
+    waiting = "waiting for another night to end"
+    with at_work(show.say), lock(home() / "locks" / "nightly", lambda: show.say(waiting)):
         for recipe in recipes:
             nights.append(_one(recipe, results, show, backends))
         if site is not None:
-            rows, _ = store.history(results)
+            rows, skipped = store.history(results)
+            for warning in store.few(skipped):
+                show.say(f"warning: {warning}")
             publish.publish(rows, site, url)
         for one in nights if issue else []:
             tell(one, show)
@@ -87,7 +92,7 @@ def accept(recipe: Recipe, results: store.Place) -> str:
     Raises `UserError` if there was none.
     """
     here = machine().name
-    notes = _notes(results, here, recipe.name)
+    notes, _ = _notes(results, here, recipe.name)
     if not notes:
         raise UserError(f"{recipe.name}: no night of this recipe on this machine yet, so nothing to accept")
     note: NightNote = {**notes[-1], "accepted": True}
@@ -126,7 +131,9 @@ def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] |
     since = _begun(state, show)
     made = pipeline.quantize(recipe, show)
     pipeline.profile(recipe, made, show, results, backends=backends, since=since)
-    notes = _notes(results, here, recipe.name)
+    notes, skipped = _notes(results, here, recipe.name)
+    for warning in store.few(skipped):
+        show.say(f"warning: {warning}")
     while True:
         rows = _rows(results, here, recipe)
         before = [row for row in rows if row.started_at < since]
@@ -153,24 +160,28 @@ def _rows(results: store.Place, here: str, recipe: Recipe) -> list[Row]:
     return [row for row in rows if row.base == recipe.model and row.recipe == recipe.name]
 
 
-def _notes(results: store.Place, here: str, recipe: str) -> list[NightNote]:
-    return night.notes_of(store.read_notes(results, here, NIGHTS_NOTE), recipe)
+def _notes(results: store.Place, here: str, recipe: str) -> tuple[list[NightNote], list[str]]:
+    notes, skipped = store.read_notes(results, here, NIGHTS_NOTE, NightNote)
+    return [note for note in notes if note["recipe"] == recipe], skipped
 
 
 def _begun(state: Path, show: Show) -> str:
     """When this night began: now, or when the one that was interrupted did."""
     now = _now()
     try:
-        since = str(json.loads(state.read_text())["since"])
-        if datetime.fromisoformat(now) - datetime.fromisoformat(since) < STALE:
+        with open(open_file(state), encoding="utf-8") as stream:
+            since = str(json.load(stream)["since"])
+        if timedelta(0) <= datetime.fromisoformat(now) - datetime.fromisoformat(since) < STALE:
             show.say(f"taking up the night that began at {since}")
             return since
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # None was interrupted, or its note is half a file.
     # Rows know their second, not more: none of the night before may have begun in this one's first.
     time.sleep(1.0)
     now = _now()
     state.parent.mkdir(parents=True, exist_ok=True)
+    if not state.is_file():
+        remove(state)
     write_whole(state, json.dumps({"since": now}))
     return now
 

@@ -55,7 +55,9 @@ def profile(
     """
     here = machine()
     folder = store.under(results, here.name)
-    before = [] if again else store.read(folder)[0]
+    before, skipped = ([], []) if again else store.read(folder)
+    for warning in store.few(skipped):
+        show.say(f"warning: {warning}")
     measured, failed = already_measured(before, since), {(row.key, row.started_at) for row in before if row.error}
     pairs, keys = list(pairs_of(recipe, backends, variants)), reference_keys(recipe, made)
     key = digest([*keys.values()]) if len(keys) > 1 else next(iter(keys.values()), None)

@@ -97,7 +97,7 @@ def test_groups_that_do_not_divide_a_layer_cannot_run() -> None:
         choice = BackendChoice("transformers", {})
         return need.need_of(odd, Variant("v", "awq", options), choice, Sequences(576, 1, 512), False).unsupported
 
-    assert reason() == "group_size 128 does not divide the inputs of every layer; take 16 or 32 or 64 or -1"
+    assert reason() == "group_size 128 does not divide the inputs of every layer; take 32 or 64 or -1"
     assert reason(group_size=64) is reason(group_size=-1) is reason(engine="gptqmodel") is None
 
 
@@ -186,22 +186,24 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 
 def test_both_formats_hold_every_pair_with_its_reason() -> None:
-    made = plan.make(recipe(backends={"llamacpp": {"kv_cache": ["f16", "q8_0"]}, "vllm": None}), cuda=False)
+    made = plan.make(
+        recipe(backends={"llamacpp": {"kv_cache": ["f16", "q8_0"]}, "vllm": {"kv_cache": "fp8"}}), cuda=False
+    )
     listed = json.loads(formats.json_text(made))
     assert [(one["variant"], one["backend"], one["options"].get("kv_cache")) for one in listed] == [
         ("base", "llamacpp", "f16"),
         ("gguf-Q4_K_M", "llamacpp", "f16"),
         ("base", "llamacpp", "q8_0"),
         ("gguf-Q4_K_M", "llamacpp", "q8_0"),
-        ("base", "vllm", None),
-        ("gguf-Q4_K_M", "vllm", None),
+        ("base", "vllm", "fp8"),
+        ("gguf-Q4_K_M", "vllm", "fp8"),
     ]
     for one in listed:
         parts = [one[f"{part}_bytes"] for part in ("weights", "kv_cache", "workspace", "runtime")]
         assert (one["need_bytes"] == sum(parts)) if one["unsupported"] is None else parts == [None] * 4
     assert listed[2]["kv_cache_bytes"] < listed[0]["kv_cache_bytes"]
     text = formats.terminal(made)
-    assert "cannot run" in text and "no longer part of vLLM" in text and "q8_0" in text
+    assert "cannot run" in text and "on GPUs only" in text and "q8_0" in text
 
 
 def test_fp8_on_a_cpu_is_refused_with_the_way_out() -> None:

@@ -22,7 +22,7 @@ import yaml
 from tests.places import ROOT
 from tests.rows import a_row
 from workbench.profile import reference
-from workbench.records import Evaluation, Job, Reference, Workload, from_json, to_json
+from workbench.records import Evaluation, Job, Measurement, Reference, Workload, from_json, to_json
 from workbench.report import estimates as statistics
 from workbench.worker.backends import BACKENDS
 from workbench.worker.measure import job as profile
@@ -73,7 +73,8 @@ def test_each_convention_scores_the_positions_it_says(
         workload=Workload(prompt_tokens=[8], new_tokens=2, repeats=1),
         evaluations={"e": from_json(Evaluation, made)},
     )
-    measured = profile.measure(to_json(job), lambda *_: None)["qualities"]["e"]
+    answered: Measurement = from_json(Measurement, profile.measure(to_json(job), lambda *_: None))
+    measured = answered.qualities["e"]
 
     stored = json.loads((tmp_path / "e.json").read_text())
     assert stored["score_from"] == first
@@ -126,7 +127,8 @@ def reduced(windows: int = 10, tokens: int = 255, lost: tuple[int, int] | None =
 def test_a_row_of_2550_tokens_is_small_and_says_the_same() -> None:
     full, base = reduced(seed=1), reduced(seed=2)
     size = {
-        is_base: len(json.dumps(compact(full, is_base), separators=(",", ":"), allow_nan=False)) for is_base in (0, 1)
+        is_base: len(json.dumps(to_json(compact(full, is_base)), separators=(",", ":"), allow_nan=False))
+        for is_base in (0, 1)
     }
     assert len(json.dumps(full, separators=(",", ":"))) > 70_000
     assert size[0] < 10_000 and size[1] < 17_000
@@ -153,7 +155,7 @@ def test_a_lost_token_is_paired_as_it_was_before() -> None:
     delta, expected = statistics.perplexity_delta(small, small_base), statistics.perplexity_delta(full, base)
     assert delta.windows == expected.windows == 10
     assert delta.value == pytest.approx(expected.value, abs=1e-3 * (expected.se or 0))
-    json.dumps(small, allow_nan=False)
+    json.dumps(to_json(small), allow_nan=False)
 
 
 def test_a_broken_models_divergence_still_fits() -> None:

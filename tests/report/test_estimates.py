@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from workbench.report import estimates as statistics
@@ -150,19 +151,81 @@ def test_nothing_finite_says_nothing():
         statistics.perplexity_delta(nothing, quality([[1.0, 1.0], [1.0, 1.0]]))
 
 
+@pytest.mark.parametrize("p", [0.6, 0.95, 0.975, 0.995])
+def test_t_quantile_leaves_the_share_that_it_says(p):
+    """The density integrated by Simpson's rule, with t = sqrt(v) tan(x), which makes it cos(x)^(v - 1)."""
+    for degrees in (1, 2, 3, 4, 5, 9, 19, 100, 10_000):
+        end, steps = math.atan(statistics.t_quantile(p, degrees) / math.sqrt(degrees)), 2000
+        heights = [math.cos(end * i / steps) ** (degrees - 1) for i in range(steps + 1)]
+        area = end / steps / 3 * (heights[0] + 4 * sum(heights[1::2]) + 2 * sum(heights[2:-1:2]) + heights[-1])
+        scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.log(math.pi) / 2
+        assert 0.5 + math.exp(scale) * area == pytest.approx(p, abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("p", "degrees", "tabled"),
-    [
-        (0.975, 1, 12.706),
-        (0.975, 2, 4.303),
-        (0.975, 3, 3.182),
-        (0.975, 9, 2.262),
-        (0.975, 19, 2.093),
-        (0.995, 4, 4.604),
-    ],
+    [(0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 4, 2.776), (0.975, 9, 2.262), (0.995, 4, 4.604)],
 )
 def test_t_quantile_is_the_table_s(p, degrees, tabled):
-    assert statistics.t_quantile(p, degrees) == pytest.approx(tabled, rel=5e-3)
+    assert round(statistics.t_quantile(p, degrees), 3) == tabled
+
+
+def test_t_quantile_needs_a_degree_of_freedom():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        statistics.t_quantile(0.975, 0)
+
+
+def test_an_interval_has_the_level_and_the_degrees_that_it_says():
+    estimate = statistics.Estimate(10.0, 2.0, 5)
+    assert statistics.interval(estimate) == pytest.approx((10 - 2.776445 * 2, 10 + 2.776445 * 2))
+    assert statistics.interval(estimate, 0.99) == pytest.approx((10 - 4.604095 * 2, 10 + 4.604095 * 2))
+
+
+def test_quantiles_are_numpys():
+    rng = random.Random(2)
+    for count in (1, 2, 3, 10, 11):
+        values = sorted(rng.uniform(-5, 5) for _ in range(count))
+        for p in (0.0, 0.1, 0.5, 0.77, 0.99, 1.0):
+            assert statistics.quantile(values, p) == pytest.approx(np.quantile(values, p))
+    with pytest.raises(ValueError, match="no values"):
+        statistics.quantile([], 0.5)
+
+
+def test_packed_lists_are_half_precision_and_none_where_they_were_no_number():
+    values = np.array([0.5, math.nan, 65504.0, 1e-7], dtype="<f2")
+    found = statistics.unpacked(values.tobytes())
+    assert found[:3] == [0.5, None, 65504.0] and found[3] == pytest.approx(1.19e-7, rel=0.01)
+    assert statistics.unpacked([1.0, None]) == [1.0, None]
+
+
+def test_beyond_exp_300_a_perplexity_stays_a_number():
+    assert statistics.perplexity(quality([[299.0]])).value == pytest.approx(math.exp(299))
+    assert statistics.perplexity(quality([[301.0]])).value == pytest.approx(math.exp(300))
+
+
+def test_a_delta_where_each_lost_a_token_of_its_own_is_over_what_both_have():
+    rng = random.Random(4)
+    own, base = ([[rng.uniform(1, 3) for _ in range(6)] for _ in range(4)] for _ in range(2))
+    own[0][2] = base[0][4] = base[2][1] = None
+    own[3] = [None] * 6
+    pairs = [
+        [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+        for a, b in zip(own, base, strict=True)
+    ]
+    pairs = [pair for pair in pairs if pair]
+    assert [len(pair) for pair in pairs] == [4, 6, 5]
+    sums, counts = np.array([np.sum(pair, 0) for pair in pairs]), np.array([len(pair) for pair in pairs])
+    ratios = sums.sum(0) / counts.sum()
+    ppl = np.exp(ratios)
+    z = (ppl * (sums - counts[:, None] * ratios)) @ [1, -1]
+    found = statistics.perplexity_delta(quality(own), quality(base))
+    assert (found.value, found.windows) == (pytest.approx(ppl[0] - ppl[1]), 3)
+    assert found.se == pytest.approx(math.sqrt(3 / 2 * (z**2).sum()) / 15)
+    # A window whose list one of the two lacks is left out, whichever it is.
+    for side in (0, 1):
+        bare = [quality(own), quality(base)]
+        del bare[side]["windows"][0]["nll"]
+        assert statistics.perplexity_delta(*bare).windows == 2
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "perplexity_delta", "kld_mean", "top1_agreement", "rms_dp"])

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 
 import fsspec
 import pytest
@@ -124,41 +125,53 @@ def test_history_keeps_what_read_supersedes(tmp_path: Path) -> None:
     assert [row.started_at[8:10] for row in store.history(tmp_path)[0]] == ["01", "02", "03"]
 
 
+SUMS = {"kld_count": 4, "kld_sum": 0.0, "same_top_sum": 4, "dp_square_sum": 0.0}
+
+
 def test_history_is_lean_but_for_the_newest_and_keeps_what_a_paired_difference_needs(tmp_path: Path) -> None:
     row = a_row()
     assert row.measurement is not None and row.quality is not None
-    windows = [window | {"nll": "AAAA", "kld": "AAAA"} for window in row.quality["windows"]]
-    windows[1]["nonfinite"] = 1
+    windows = [window | {"nll": bytes(2 * 4), "kld": bytes(2 * 4), **SUMS} for window in row.quality["windows"]]
+    windows[1] |= {"nonfinite": 1, "nll": bytes(2 * 4) + b"\x00\x7e", "kld": bytes(2 * 4) + b"\x00\x7e"}
     row = replace(
         row,
         measurement=replace(row.measurement, qualities={"prose": {"windows": windows}}),
+        evaluations={name: replace(test, scored_tokens=13) for name, test in row.evaluations.items()},
         artifact=replace(row.artifact, tensor_types={"a": "Q4_K"}),
     )
     newer = replace(row, started_at="2026-11-22T10:00:00Z")
     for each in (row, newer):
         store.append(tmp_path, "desk", each)
     (lean, whole), _ = store.history(tmp_path)
-    assert whole == newer
+    assert whole == replace(newer, artifact=replace(row.artifact, tensor_types={}))
     assert lean.measurement is not None and lean.quality is not None
     assert [sorted({"nll", "kld"} & set(window)) for window in lean.quality["windows"]] == [[], ["nll"], []]
     assert lean.artifact.tensor_types == {}
+
+
+class Note(TypedDict):
+    night: int
 
 
 def test_notes_are_lines_of_their_own(tmp_path: Path, bucket: str) -> None:
     for place in (tmp_path, bucket):
         store.append_note(place, "desk", "nights", {"night": 1}, "2026-11-21T10:00:00Z")
         store.append_note(place, "desk", "nights", {"night": 2}, "2026-11-22T10:00:00Z")
-        assert store.read_notes(place, "desk", "nights") == [{"night": 1}, {"night": 2}]
+        assert store.read_notes(place, "desk", "nights", Note) == ([{"night": 1}, {"night": 2}], [])
         assert store.read(place) == ([], [])
     with (tmp_path / "desk" / "nights.jsonl").open("a") as file:
-        file.write('{"night": 3')
-    assert store.read_notes(tmp_path, "desk", "nights") == [{"night": 1}, {"night": 2}]
+        file.write('{"night": "three"}\n{"night": 3')
+    notes, warnings = store.read_notes(tmp_path, "desk", "nights", Note)
+    assert notes == [{"night": 1}, {"night": 2}]
+    told = [f"nights.jsonl:{line}: not a whole note, skipped (" for line in (3, 4)]
+    assert all(words in warning for words, warning in zip(told, warnings, strict=True))
 
 
 S3 = """
 import os, subprocess, sys, uuid
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 sys.path[:0] = [{root!r}]
 import boto3, fsspec
 from moto.server import ThreadedMotoServer

@@ -137,8 +137,8 @@ def test_an_older_schema_is_migrated_step_by_step(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setitem(migrate.MIGRATIONS, SCHEMA_VERSION - 1, renamed)
     assert store.read(file) == ([a_row(key="a")], [])
-    steps = {1: lambda r: r | {"a": 1}, 2: lambda r: r | {"b": r["a"] + 1}}
-    assert migrate.migrate({}, 1, 3, steps) == {"a": 1, "b": 2, "schema_version": 3}
+    steps = {1: lambda r: r | {"a": b"1"}, 2: lambda r: r | {"b": r["a"] + b"0"}}
+    assert migrate.migrate({}, 1, 3, steps) == {"a": b"1", "b": b"10", "schema_version": b"3"}
     with pytest.raises(ValueError, match="no migration from schema version 3"):
         migrate.migrate({}, 1, 4, steps)
 

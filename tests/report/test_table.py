@@ -324,11 +324,6 @@ def test_a_base_with_tokens_that_are_not_finite_is_told_where_it_matters() -> No
     assert line.warnings == ("the delta leaves out tokens whose logits of the base on llamacpp are not finite (1)",)
 
 
-def test_times_that_cannot_be_read_are_the_oldest() -> None:
-    rows = [a_row(machine="desk", started_at="yesterday"), a_row(machine="lab", started_at="2020-01-01T00:00:00")]
-    assert build(rows).machine == "lab"
-
-
 def test_nothing_measured_yet() -> None:
     with pytest.raises(UserError, match=r"nothing measured yet: run `workbench run RECIPE`"):
         build([])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Generator
@@ -17,6 +16,7 @@ from workbench.home import home, machine_lock
 from workbench.machine import isolate
 from workbench.machine.monitor import Monitor
 from workbench.records import Cost, digest, from_json, to_json
+from workbench.scratch import held, temporary
 
 Answer = TypeVar("Answer")
 
@@ -26,11 +26,11 @@ def ask(function: str, payload: object, *, python: str = sys.executable, limit_s
 
     Raises as `work` does.
     """
-    folder = _log_folder(function)
-    value: object = isolate.answer(
-        isolate.call(function, payload, workdir=folder, python=python, time_limit_s=limit_s), folder
-    )
-    shutil.rmtree(folder, ignore_errors=True)
+    with held(_log_folder(function)) as folder, temporary() as place:
+        told = isolate.call(
+            function, payload, workdir=folder, python=python, time_limit_s=limit_s, environment=_places(place)
+        )
+        value: object = _answer(told, folder)
     return value
 
 
@@ -73,9 +73,18 @@ def in_rounds(
 
     The machine is its own only while it works.
     """
-    folder = _log_folder(function)
     monitor, reply, round_ = Monitor(watched=gpus(os.environ | (environment or {}))), None, 1
-    with isolate.Worker(function, to_json(request), workdir=folder, python=python, environment=environment) as worker:
+    with (
+        held(_log_folder(function)) as folder,
+        temporary() as place,
+        isolate.Worker(
+            function,
+            to_json(request),
+            workdir=folder,
+            python=python,
+            environment={**(environment or {}), **_places(place)},
+        ) as worker,
+    ):
         while reply is None:
             if round_ > 1:
                 yield
@@ -89,8 +98,7 @@ def in_rounds(
             ):
                 reply = worker.resume(time_limit_s=limit_s, on_progress=progress, on_sample=monitor)
             round_ += 1
-    value: Answer = from_json(answer, isolate.answer(reply, folder))
-    shutil.rmtree(folder, ignore_errors=True)
+        value: Answer = from_json(answer, _answer(reply, folder))
     memory = monitor.memory()
     repeats_s = getattr(value, "conditions", {}).get("repeats_s")
     return value, Cost(round(reply.duration_s, 3), memory.get("peak_rss"), memory, monitor.conditions(repeats_s))
@@ -98,4 +106,20 @@ def in_rounds(
 
 def _log_folder(function: str) -> Path:
     """A folder of its own for a worker, which goes with it unless it fails."""
-    return home() / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{digest([function, time.time_ns()])[:8]}"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return home() / "logs" / f"{stamp}-{digest([function, time.time_ns()])[:8]}.partial"
+
+
+def _places(temporary_files: Path) -> dict[str, str]:
+    """Where a worker's engine leaves what: what it compiled is for the next one."""
+    kept = {} if "TORCHINDUCTOR_CACHE_DIR" in os.environ else {"TORCHINDUCTOR_CACHE_DIR": str(home() / "compiled")}
+    return {"TMPDIR": str(temporary_files), **kept}
+
+
+def _answer(reply: isolate.Reply, folder: Path) -> object:
+    """A reply's value; a failure's folder is kept, under its final name."""
+    final = folder.with_suffix("")
+    if reply.error is not None:
+        folder.rename(final)
+    value: object = isolate.answer(reply, final)
+    return value

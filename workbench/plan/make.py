@@ -23,7 +23,7 @@ from workbench.home import home
 from workbench.machine.work import ask
 from workbench.plan.need import Need, Plan, need_of
 from workbench.plan.tensors import shape_of
-from workbench.recipe.choices import BackendChoice, method_of, wants_gguf_base
+from workbench.recipe.choices import BackendChoice, form_for, method_of, wants_gguf_base
 from workbench.recipe.load import Recipe
 from workbench.records import BaseRequest, Variant, to_json
 from workbench.shape import DTYPE_BYTES, Described, Sequences, Shape
@@ -171,13 +171,14 @@ def _fitted(
 
 
 def _all_disk(recipe: Recipe, shape: Shape) -> int:
-    """Everything a recipe writes: the base where it is rewritten, one conversion, each variant once."""
+    """Everything a recipe writes: the base where it is rewritten, one conversion, each variant in each form."""
     base_bytes = shape.parameters * DTYPE_BYTES[shape.dtype]
     total = 0 if recipe.base.hub is None and recipe.base.path else base_bytes
     for variant in recipe.variants:
         method, options = method_of(variant)
         if variant.method != BASE and method.making(options, cuda=False).stage != "load":
-            total += method.sizes(shape, options, method.WRITES[0]).disk_bytes
+            forms = {form_for(variant, choice.name) for choice in recipe.backends if choice.takes(variant.name)}
+            total += sum(method.sizes(shape, options, form).disk_bytes for form in {method.WRITES[0], *forms})
         elif variant.method == BASE and wants_gguf_base(recipe.variants, recipe.backends):
             total += base_bytes
             total += method.sizes(shape, options, "gguf").disk_bytes if shape.dtype == "float32" else 0

@@ -13,7 +13,7 @@ from workbench.gpus import for_a_job
 from workbench.home import interpreter
 from workbench.machine.identity import machine, program, versions
 from workbench.quantize.make import Made
-from workbench.recipe.choices import BackendChoice, limits_of
+from workbench.recipe.choices import BackendChoice, form_for, limits_of
 from workbench.recipe.load import Recipe
 from workbench.records import MEASUREMENT_VERSION, Artifact, Row, Workload, digest, to_json
 from workbench.worker.backends import backend_named
@@ -79,7 +79,11 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
         reasons = [module.unsupported(artifact, uses_gpu(choice.name)) for artifact in artifacts]
         best = reasons.index(None) if None in reasons else 0
         artifact = artifacts[best]
-        unsupported = reasons[best] or limits_of(recipe.variant(name)).get(choice.name)
+        limit, carried = limits_of(recipe.variant(name)).get(choice.name), made.refused.get(name)
+        if form_for(recipe.variant(name), choice.name) in module.LOADS:
+            # There could be a form for this engine: why there is none says more than that it does not read the others.
+            unsupported = reasons[best] and (limit or carried or reasons[best])
+        unsupported = unsupported or reasons[best] or limit
         if unsupported is None:
             unsupported = module.refuses(module.Options(**choice.options), uses_gpu(choice.name))
         if unsupported and name in made.failures:

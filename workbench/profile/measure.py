@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -21,6 +20,7 @@ from workbench.profile.jobs import all_options, environment_of, now
 from workbench.profile.reference import REFERENCE_MAKER
 from workbench.profile.rounds import ROUNDS, Rounds
 from workbench.quantize.make import Made
+from workbench.quantize.record import check
 from workbench.recipe.choices import BackendChoice
 from workbench.recipe.load import Recipe
 from workbench.records import (
@@ -58,6 +58,7 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
     doubts: list[str] = []
     here = replace(row.machine, copy_bytes_per_s=_copy_bandwidth(show))
     try:
+        check(recipe, made.base, row.artifact)
         measurement, cost = yield from in_rounds(
             "workbench.worker.measure.job:measure",
             job,
@@ -90,7 +91,7 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
 
 def portable_row(row: Row) -> Row:
     """The row as others may read it: rows are published, and the folders of this machine are nobody's business."""
-    plain: Row = from_json(Row, json.loads(portable(json.dumps(to_json(row)))))
+    plain: Row = from_json(Row, portable(to_json(row)))
     return plain
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from workbench.console import Show
+from workbench.disk import remove
 from workbench.engines import uses_gpu
 from workbench.errors import UserError, WorkFailed
 from workbench.home import entry, interpreter
@@ -14,6 +15,7 @@ from workbench.machine.identity import versions
 from workbench.machine.work import work
 from workbench.profile.jobs import all_options, environment_of
 from workbench.quantize.make import Made
+from workbench.quantize.record import check
 from workbench.recipe.load import Recipe
 from workbench.records import REFERENCE_VERSION, Job, Reference, ReferRequest, Row, digest
 from workbench.worker.backends import BACKENDS, backend_named
@@ -71,8 +73,9 @@ def _reference(recipe: Recipe, made: Made, evaluation: str, key: str, show: Show
     name = "reference.safetensors"
 
     def build(folder: Path) -> Reference:
+        check(recipe, made.base)
         for leftover in folder.iterdir():
-            leftover.unlink()
+            remove(leftover)
         found, cost = work(
             "workbench.worker.measure.job:refer",
             ReferRequest(job, str(folder / name)),

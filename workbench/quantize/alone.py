@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from workbench.console import Show
-from workbench.disk import need_room
+from workbench.disk import need_room, remove
 from workbench.errors import WorkFailed
 from workbench.machine.work import work
-from workbench.quantize.record import artifact_key, checkpoint_bytes, provenance_of, python_of, stored_artifact
+from workbench.quantize.record import artifact_key, check, checkpoint_bytes, provenance_of, python_of, stored_artifact
 from workbench.recipe.load import Recipe
 from workbench.records import (
     Artifact,
@@ -36,19 +35,23 @@ def make_alone(
     looks_at: CalibrationTokens | ImportanceMatrix | None = None,
     title: str = "",
 ) -> Artifact:
-    """The artifact, of format `form`; `looks_at`: what it takes of the calibration, `title`: what progress calls it.
+    """The artifact, of format `form`; `source`: the file or directory that it starts from, if not the base's directory,
+    `looks_at`: what it takes of the calibration, `title`: what progress calls it.
 
     Raises `UserError` and `WorkFailed` for what the worker refuses and what it cannot.
     """
     seen = looks_at.digest if looks_at else None
     # What is a single file holds its model's name.
     more: list[object] = [recipe.model, seen] if making.file_name else [seen] if seen else []
+    if making.stage == "carry" and source:
+        more.append(source.digest)
     key = artifact_key(base, variant, making, more)
 
     def build(folder: Path) -> Artifact:
+        check(recipe, base, source)
         need_room(folder, source.disk_bytes if source else base.weight_bytes)
         out = folder / f"{recipe.model}-{making.file_name or variant.name}"
-        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        remove(out)
         request = VariantRequest(
             base=base.path,
             out=str(out),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 from workbench.console import Show
-from workbench.home import entry
+from workbench.disk import remove
+from workbench.home import entry, home
+from workbench.intact import Changed, change, contents
 from workbench.machine.work import work
 from workbench.quantize.alone import make_alone
-from workbench.quantize.record import artifact_key, provenance_of
+from workbench.quantize.record import artifact_key, base_key, provenance_of
 from workbench.recipe.load import Recipe
 from workbench.records import Artifact, BaseRequest, PreparedBase, Variant, digest, to_json
 from workbench.shape import DTYPE_CODES
@@ -20,15 +22,12 @@ from workbench.worker.methods import base as forms
 
 def prepare(recipe: Recipe, show: Show) -> PreparedBase:
     """The base, downloaded, de-quantized, rewritten, or just found."""
-    from workbench.worker.base.prepare import identify
-
     source = recipe.base.source(recipe.path.parent)
     equivalent = recipe.base.equivalent.model_dump() if recipe.base.equivalent else None
-    key = digest([identify(source), equivalent, recipe.base.trust_remote_code])
 
     def build(folder: Path) -> PreparedBase:
         for leftover in folder.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            remove(leftover)
         out = folder / recipe.model
         out.mkdir()
         made, cost = work(
@@ -39,16 +38,25 @@ def prepare(recipe: Recipe, show: Show) -> PreparedBase:
             f"base: {recipe.model}",
             limit_s=recipe.limits.quantize_s,
         )
+        for name in sorted(_changed(source)):
+            show.say(f"note: {name} is not what it was: this is another base, and what is made of it is made anew")
         # Inside the entry, whatever the cache folder is called later.
         path = recipe.model if Path(made.path) == out else made.path
         return replace(made, path=path, source=source, cost=cost)
 
-    folder, base = entry("bases", key, PreparedBase, build)
-    path = folder / base.path
-    if not path.exists():
-        shutil.rmtree(folder)
-        return prepare(recipe, show)
-    return replace(base, path=str(path), digest=digest([base.digest, equivalent]))
+    folder, base = entry("bases", base_key(recipe), PreparedBase, build)
+    return replace(base, path=str(folder / base.path), digest=digest([base.digest, equivalent]))
+
+
+def _changed(source: object) -> set[str]:
+    """Files of a source that are not what they were when it was last prepared, where it is used in place."""
+    found = set[str]()
+    for file in sorted((home() / "bases").glob("*/base.json"), key=lambda file: file.lstat().st_mtime_ns):
+        with contextlib.suppress(Changed):
+            told, prints = contents(file)
+            if told.get("source") == source:
+                found = {name for name, was in (prints or {}).items() if change(file.parent / name, was)[0]}
+    return found
 
 
 def as_gguf(recipe: Recipe, base: PreparedBase, show: Show) -> tuple[Artifact, Artifact]:

@@ -12,7 +12,7 @@ from workbench.disk import need_room
 from workbench.errors import UserError, WorkFailed
 from workbench.home import entry, home, lock, stored
 from workbench.machine.work import work
-from workbench.quantize.record import artifact_key, checkpoint_bytes, located, provenance_of
+from workbench.quantize.record import artifact_key, check, checkpoint_bytes, located, provenance_of
 from workbench.recipe.choices import making_of
 from workbench.recipe.load import Recipe
 from workbench.records import (
@@ -94,6 +94,7 @@ def _pass(
         imatrix_key = None
     if not missing and not imatrix_key:
         return {}
+    check(recipe, base)
     outs = {}
     for name in missing:
         outs[name] = root / f"{keys[name]}.partial" / f"{recipe.model}-{name}"

@@ -8,7 +8,8 @@ What is already there is not made again; what fails is told and the others go on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from workbench.console import Show
 from workbench.errors import UserError, WorkFailed
@@ -18,10 +19,10 @@ from workbench.quantize.alone import make_alone
 from workbench.quantize.base import as_gguf, as_loaded, base_artifact, prepare
 from workbench.quantize.calibrated import run_calibration
 from workbench.quantize.tokens import tasks, tokenize
-from workbench.recipe.choices import making_of, wants_gguf_base
+from workbench.recipe.choices import form_for, limits_of, making_of, wants_gguf_base
 from workbench.recipe.load import Recipe
-from workbench.records import Artifact, Evaluation, PreparedBase, Task
-from workbench.worker.methods import BASE, method_named
+from workbench.records import Artifact, Evaluation, PreparedBase, Task, Variant
+from workbench.worker.methods import BASE, Making, method_named
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Made:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """Evaluation sets by name, in the recipe's order."""
     tasks: dict[str, Task] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    """Why a variant that was made has no form for an engine that reads no other."""
 
 
 def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
@@ -76,4 +79,34 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
         except (WorkFailed, UserError) as problem:
             failures[name] = str(problem)
             show.say(f"{name} failed: {problem}")
-    return Made(base, artifacts, failures, evaluations, asked)
+    refused: dict[str, str] = {}
+    for name, form in _carried(recipe, artifacts, wanted, named=names is not None):
+        variant, making = wanted[name]
+        how = replace(making.carried[form], source=making, file_name=f"{name}.{form}")
+        try:
+            carried = make_alone(recipe, base, variant, how, show, form=form, source=artifacts[name][0])
+            artifacts[name].append(carried)
+        except UserError as problem:
+            refused[name] = str(problem)
+        except WorkFailed as problem:
+            failures[name] = str(problem)
+            show.say(f"{name} as {form} failed: {problem}")
+    return Made(base, artifacts, failures, evaluations, asked, refused)
+
+
+def _carried(
+    recipe: Recipe,
+    artifacts: Mapping[str, list[Artifact]],
+    wanted: Mapping[str, tuple[Variant, Making]],
+    named: bool,
+) -> list[tuple[str, str]]:
+    """Variants that were made, and further forms of them for the engines that the recipe sends them to (all engines, if
+    they are `named`)."""
+    found: dict[tuple[str, str], None] = {}
+    for name, (variant, making) in wanted.items():
+        for choice in recipe.backends:
+            form = form_for(variant, choice.name)
+            sent = (named or choice.takes(name)) and choice.name not in limits_of(variant)
+            if sent and form in making.carried and artifacts.get(name):
+                found[name, form] = None
+    return list(found)

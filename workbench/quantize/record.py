@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from workbench.home import entry, home, interpreter
+from workbench.errors import UserError
+from workbench.home import entry, home, interpreter, stored
 from workbench.machine.identity import program, versions
 from workbench.recipe.load import Recipe
 from workbench.records import Artifact, Cost, PreparedBase, Variant, digest, to_json
@@ -29,6 +30,28 @@ def versions_of(making: Making) -> dict[str, str]:
     """Versions of what the bytes depend on, where the work is done; and of what made the file they are made from."""
     source = versions_of(making.source) if making.source else {}
     return source | versions(making.packages, python_of(making))
+
+
+def base_key(recipe: Recipe) -> str:
+    """Of the base in the cache, as its source is now."""
+    from workbench.worker.base.prepare import identify
+
+    equivalent = recipe.base.equivalent.model_dump() if recipe.base.equivalent else None
+    source = recipe.base.source(recipe.path.parent)
+    return digest([identify(source), equivalent, recipe.base.trust_remote_code])
+
+
+def check(recipe: Recipe, base: PreparedBase, artifact: Artifact | None = None) -> None:
+    """Raise `UserError` if the base's files, or those made of it, are not what they were when they were taken up: a run
+    may last for days."""
+    if artifact is not None and Path(artifact.path).is_relative_to(home() / "artifacts"):
+        if stored("artifacts", artifact.digest, Artifact) is None:
+            raise UserError(f"{artifact.path}: changed while the run went on; the next one makes it anew")
+        return
+    found = stored("bases", base_key(recipe), PreparedBase)
+    equivalent = recipe.base.equivalent.model_dump() if recipe.base.equivalent else None
+    if found is None or digest([found.digest, equivalent]) != base.digest:
+        raise UserError(f"{base.path}: the base changed while the run went on. Run it again to take it as it is")
 
 
 def artifact_key(base: PreparedBase, variant: Variant, making: Making, more: list[object]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import hashlib
@@ -10,6 +11,11 @@ import types
 import typing
 from collections.abc import Callable
 from typing import Any
+
+try:
+    import msgspec
+except ImportError:  # an engine's own interpreter, which is given only what the parent has checked
+    msgspec = None  # type: ignore[assignment]
 
 
 def digest(value: Any) -> str:
@@ -26,22 +32,27 @@ def to_json(value: Any) -> Any:
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
-    return value
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else value
 
 
 def from_json(kind: Any, value: Any) -> Any:
-    """The inverse of `to_json` for a type built of the records above.
+    """The inverse of `to_json` for a type built of the records here.
 
-    Unknown keys are dropped, so that a row with fields added later can still be read; a missing field
-    without a default raises `TypeError`.
+    Unknown keys are dropped, so that a row with fields added later can still be read. Raises `ValueError` with the
+    place for a missing field without a default, a wrong type, and what is not within its limits (`limits.py`).
     """
-    reader = _reader(kind)
-    return value if reader is None else reader(value)
+    if msgspec is not None:
+        return msgspec.convert(value, kind)
+    try:
+        reader = _reader(kind)
+        return value if reader is None else reader(value)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
 
 
 @functools.cache
 def _reader(kind: Any) -> Callable[[Any], Any] | None:
-    """How a type is read; None where its JSON is it already. Made once a type: a history has 10,000 rows."""
+    """How a type is read without a check; None where its JSON is it already."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
         fields = {f.name: _reader(hints[f.name]) for f in dataclasses.fields(kind)}

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Required, TypedDict
+from typing import Annotated, Any, TypedDict
+
+from workbench.records.limits import (
+    Count,
+    Folder,
+    Moment,
+    Name,
+    Number,
+    Positive,
+    Seconds,
+    Size,
+    Timed,
+    Title,
+    Whole,
+    limit,
+)
+from workbench.records.scores import Answers, Quality, check_quality
 
 SCHEMA_VERSION = 2
 """Version of a stored row's form. Raise it when a field changes, and teach `report/migrate.py` to read the old one."""
@@ -30,22 +45,27 @@ class Variant:
 class Artifact:
     """The files a method wrote, and what is true of them."""
 
-    variant: str
-    method: str
+    variant: Name
+    method: Name
     format: str
     """What a backend must be able to load: `safetensors`, `gguf`, `awq`, `gptq`."""
     path: str
     """A Hugging Face directory, or a `.gguf` file."""
     digest: str
     """Digest of everything that determined the bytes: base, method, options, calibration, versions."""
-    disk_bytes: int
+    disk_bytes: Count
     """All weight tensors as stored, without headers; tied embeddings once."""
-    parameters: int
+    parameters: Count
     """The base's weights, tied embeddings once."""
     tensor_types: dict[str, str] = field(default_factory=dict)
     """The type each tensor really got, by its name in the file."""
     warnings: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("source", "options", "versions", "encoder"):
+            if not isinstance(self.provenance.get(name) or {}, dict):
+                raise ValueError(f"provenance.{name} is no object")
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -58,15 +78,15 @@ class Workload:
     """What is run for speed: prompts of each length in batches of the first size, and the first length in batches
     of each further size. The first length in the first size is what tables show."""
 
-    prompt_tokens: list[int] = field(default_factory=lambda: [512])
+    prompt_tokens: Annotated[list[Positive], limit(min_length=1)] = field(default_factory=lambda: [512])
     """Prompt lengths: prefill at that length, decode at that depth."""
-    new_tokens: int = 64
-    batches: list[int] = field(default_factory=lambda: [1])
+    new_tokens: Positive = 64
+    batches: Annotated[list[Positive], limit(min_length=1)] = field(default_factory=lambda: [1])
     """Sequences at once."""
-    repeats: int = 3
-    warmup: int = 1
-    seed: int = 0
-    requests: int = 0
+    repeats: Count = 3
+    warmup: Count = 1
+    seed: Whole = 0
+    requests: Count = 0
     """Requests a sequence slot that are also served with continuous batching, at every batch size; 0: none."""
 
     @property
@@ -96,16 +116,16 @@ class Workload:
 class Evaluation:
     """The tokens a variant is scored on, made once a recipe and the same for every engine."""
 
-    name: str
+    name: Name
     path: str
     """A JSON file `{"windows": [[id, ...], ...], "score_from": [position, ...]}`."""
     digest: str
-    window: int
+    window: Positive
     score: str
     """The convention: `second-half`, `all` or `strided`."""
-    windows: int
-    scored_tokens: int
-    scored_bytes: int | None = None
+    windows: Count
+    scored_tokens: Count
+    scored_bytes: Count | None = None
     """UTF-8 bytes of the text the scored tokens spell, for bits a byte."""
 
 
@@ -113,13 +133,13 @@ class Evaluation:
 class Task:
     """Prompts with expected answers, tokenized once a recipe and the same for every engine."""
 
-    name: str
+    name: Name
     path: str
     """A JSON file of token ids as `worker/tokens/tasks.py` writes it."""
     digest: str
-    items: int | None
+    items: Count | None
     """How many; None where only the harness knows."""
-    longest: int
+    longest: Count
     """Tokens of the longest prompt with its answer."""
     harness: bool = False
     """Whether it is one of lm-evaluation-harness's own tasks."""
@@ -158,106 +178,73 @@ class Job:
 class Speed:
     """Raw samples of one workload point: one entry a repeat."""
 
-    prompt_tokens: int
-    new_tokens: int
-    batch: int
-    first_token_s: list[float]
+    prompt_tokens: Positive
+    new_tokens: Positive
+    batch: Positive
+    first_token_s: list[Timed]
     """From submitting the prompts to the first new token of all sequences."""
-    step_s: list[list[float]]
+    step_s: list[list[Timed]]
     """Seconds of each decoding step after the first token, a list a repeat."""
-    step_tokens: list[list[int]]
+    step_tokens: list[list[Count]]
     """Tokens gained in each of those steps over the whole batch, a list a repeat."""
-    energy_j: list[float | None] = field(default_factory=list)
+    energy_j: list[Size | None] = field(default_factory=list)
     """Joules in each repeat, prompt and answer, over the counters that the settings name (`energy_of`); None without
     any."""
-    rounds: list[int] = field(default_factory=list)
+    rounds: list[Count] = field(default_factory=list)
     """How many repeats each round had: between two rounds of a job, others were at work. Empty: there was one."""
+
+    def __post_init__(self) -> None:
+        repeats = len(self.first_token_s)
+        _check_repeats(self.rounds, repeats, len(self.step_s), len(self.step_tokens), len(self.energy_j) or repeats)
+        if [*map(len, self.step_s)] != [*map(len, self.step_tokens)]:
+            raise ValueError("a repeat has not a time for each step")
 
 
 @dataclass(frozen=True)
 class Served:
     """Raw samples of requests served together: one entry of `seconds` a repeat."""
 
-    slots: int
+    slots: Positive
     """Sequences at once."""
-    prompt_tokens: int
-    new_tokens: list[int]
+    prompt_tokens: Positive
+    new_tokens: list[Count]
     """New tokens of each request."""
-    seconds: list[float]
+    seconds: list[Timed]
     """From the first request to the last one's end."""
     continuous: bool
     """Whether a free slot takes the next request at once; else a group ends before the next begins."""
-    rounds: list[int] = field(default_factory=list)
+    rounds: list[Count] = field(default_factory=list)
     """As in `Speed`."""
 
-
-class WindowScores(TypedDict, total=False):
-    """What `worker/scoring/reducer.py` counts in one window; `kld_*`, `same_top*` and `dp*` only where the base's
-    reference was compared with."""
-
-    count: Required[int]
-    """Tokens with finite logits, which all sums are over."""
-    nonfinite: Required[int]
-    nll_sum: Required[float]
-    """Nats."""
-    kld_count: int
-    """Tokens for which the base too had finite logits."""
-    kld_sum: float
-    kld_low_sum: float
-    """Its lower bound that no sampling enters."""
-    same_top_sum: int
-    dp_square_sum: float
-    greedy_sum: int
-    """Tokens that were the likeliest, where that was asked for."""
-    nll: str | list[float | None]
-    """A value a token, None for one whose logits are not finite; in a row base64 of float16 (`reducer.compact`)."""
-    kld: str | list[float | None]
-    same_top: list[int | None]
-    dp: list[float | None]
-    """The correct token's probability less the base's."""
+    def __post_init__(self) -> None:
+        _check_repeats(self.rounds, len(self.seconds))
 
 
-class Quality(TypedDict, total=False):
-    """What was measured on an evaluation set; JSON as it is, since a history holds 10,000 of them."""
-
-    windows: Required[list[WindowScores]]
-    top_k: int | None
-    tail_draws: int | None
-    reference_digest: str | None
-    vocab_size: int
-    made_reference_digest: str | None
-
-
-class Answers(TypedDict, total=False):
-    """How a task was answered."""
-
-    correct: Required[Sequence[float]]
-    """1 or 0 an item, in the order of the task's file, or the harness's own score."""
-    given: Sequence[object]
-    metric: str
-    """By which the harness judged."""
-    warnings: list[str]
+def _check_repeats(rounds: list[int], *lengths: int) -> None:
+    """Raises `ValueError` where rounds and lists of samples are not of the same repeats."""
+    if {*lengths} != {sum(rounds) if rounds else lengths[0]} or (0 in rounds and any(lengths)):
+        raise ValueError("samples of different numbers of repeats")
 
 
 class Conditions(TypedDict, total=False):
     """What the machine did while a job ran (`machine/monitor.py`, `worker/measure/`); None where it cannot be read."""
 
-    others_cores: float | None
+    others_cores: Number | None
     """Others' work, in cores on average."""
-    stolen_fraction: float | None
+    stolen_fraction: Number | None
     """Part of the processors' time that a hypervisor gave to others."""
-    clock_hz: list[float] | None
+    clock_hz: list[Number] | None
     """Lowest, median, highest in timed repeats."""
     throttled: bool | None
-    gpu_clock_hz: list[float] | None
+    gpu_clock_hz: list[Number] | None
     gpu_throttled: bool | None
-    gpu_strangers: int | None
+    gpu_strangers: Count | None
     """Processes of others on the GPU, at the most."""
-    probe_s: list[float]
+    probe_s: list[Seconds]
     """A fixed piece of work before each repeat."""
-    repeats_s: list[list[float]]
+    repeats_s: list[list[Number]]
     """When each repeat began and ended, by the machine's clock; for what the parent saw then, and in no row."""
-    page_cache_before: float | None
+    page_cache_before: Number | None
     """How much of the weight files was in the page cache."""
     environment: dict[str, str]
     """Variables that configure engines, as they were set for the whole program."""
@@ -268,23 +255,23 @@ class Accelerator:
     """A GPU as rows name it."""
 
     name: str = ""
-    memory_bytes: int = 0
+    memory_bytes: Count = 0
 
 
 @dataclass(frozen=True)
 class Machine:
     """Where a number was measured."""
 
-    name: str = ""
+    name: Folder = ""
     """The folder that its results go to."""
     cpu: str = ""
-    threads: int = 0
-    memory_bytes: int = 0
+    threads: Count = 0
+    memory_bytes: Count = 0
     gpus: list[Accelerator] = field(default_factory=list)
     driver: str | None = None
     system: str = ""
     python: str = ""
-    copy_bytes_per_s: float | None = None
+    copy_bytes_per_s: Size | None = None
     """What its memory copies, read and written both counted."""
 
 
@@ -294,11 +281,11 @@ class Measurement:
 
     device: str
     """`cpu` or the accelerator's name."""
-    load_s: float | None = None
+    load_s: Seconds | None = None
     speeds: list[Speed] = field(default_factory=list)
     qualities: dict[str, Quality] = field(default_factory=dict)
     """By evaluation set, as the reducer's `compact` gives it."""
-    memory: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, Count] = field(default_factory=dict)
     """Bytes: what the engine itself says (`weights`, `kv_cache`, ...) and, from the parent, `peak_*`."""
     settings: dict[str, object] = field(default_factory=dict)
     """Dtype, threads, kernel: what the engine really ran with."""
@@ -307,37 +294,40 @@ class Measurement:
     conditions: Conditions = field(default_factory=lambda: Conditions())
     tasks: dict[str, Answers] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, quality in self.qualities.items():
+            check_quality(name, quality)
+
 
 @dataclass(frozen=True)
 class Row:
     """One line of a results file: everything needed to read it alone, years later."""
 
-    key: str
-    base: str
-    recipe: str
+    key: Title
+    base: Title
+    recipe: Name
     recipe_digest: str
     artifact: Artifact
-    backend: str
+    backend: Name
     workload: Workload
     measurement: Measurement | None
     machine: Machine
     versions: dict[str, str]
-    started_at: str
-    """RFC 3339, UTC."""
-    duration_s: float
+    started_at: Moment
+    duration_s: Seconds
     options: dict[str, object] = field(default_factory=dict)
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    evaluations: dict[Name, Evaluation] = field(default_factory=dict)
     """Evaluation sets by name; the first is what tables show."""
-    tasks: dict[str, Task] = field(default_factory=dict)
+    tasks: dict[Name, Task] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
     unsupported: str | None = None
     """The reason why this pair cannot run at all; not a failure."""
-    schema_version: int = SCHEMA_VERSION
-    measurement_version: int = MEASUREMENT_VERSION
+    schema_version: Count = SCHEMA_VERSION
+    measurement_version: Count = MEASUREMENT_VERSION
     base_types: list[str] = field(default_factory=list)
     """Quantized types that the base's own weights were stored in before (`PreparedBase.quantized_types`)."""
-    place: int = 0
+    place: Count = 0
     """Where the pair stands in its recipe; jobs run in another order."""
 
     @property

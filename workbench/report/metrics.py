@@ -19,7 +19,6 @@ from typing import Literal
 from workbench.records import Row
 from workbench.report import estimates, quality, speeds
 from workbench.report.estimates import Estimate
-from workbench.report.speeds import finite_number
 from workbench.report.units import MIB
 
 
@@ -82,7 +81,7 @@ class Metric:
 
 def _memory(key: str) -> Callable[[Row], float | None]:
     def value(row: Row) -> float | None:
-        return finite_number(row.measurement.memory.get(key)) if row.measurement else None
+        return row.measurement.memory.get(key) if row.measurement else None
 
     return value
 
@@ -92,7 +91,7 @@ def _median(samples: Callable[[Row], list[float]]) -> Callable[[Row], float | No
 
 
 def _load_s(row: Row) -> float | None:
-    return finite_number(row.measurement.load_s) if row.measurement else None
+    return row.measurement.load_s if row.measurement else None
 
 
 def _disk_bytes(row: Row) -> float | None:
@@ -106,8 +105,7 @@ def _bits_per_weight(row: Row) -> float | None:
 
 def _divergence(p: float) -> Callable[[Row], float | None]:
     """The p-quantile over tokens of the divergence from the base."""
-    quantile = quality.compared(partial(estimates.divergence_quantile, p=p))
-    return lambda row: finite_number(quantile(row))
+    return quality.compared(partial(estimates.divergence_quantile, p=p))
 
 
 def _estimated(
@@ -117,11 +115,11 @@ def _estimated(
 
     def value(row: Row) -> float | None:
         found = estimate(row)
-        return finite_number(found.value) if found else None
+        return found.value if found else None
 
     def error(row: Row) -> float | None:
         found = estimate(row)
-        return finite_number(found.se) if found else None
+        return found.se if found else None
 
     return value, error
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import NamedTuple
 
 from workbench.errors import unknown
@@ -117,7 +115,7 @@ def latest_of_each_pair(rows: list[Row], notes: list[str]) -> list[Row]:
     for row in rows:
         pair = pair_of(row)
         for newest in (pairs, measured) if row.measurement else (pairs,):
-            if pair not in newest or age_of(row) >= age_of(newest[pair]):
+            if pair not in newest or row.started_at >= newest[pair].started_at:
                 newest[pair] = row
     for pair, row in pairs.items():
         good = measured.get(pair)
@@ -153,12 +151,3 @@ def in_order(rows: list[Row]) -> list[Row]:
 
 def _places(names: Iterable[str]) -> dict[str, int]:
     return {name: place for place, name in enumerate(dict.fromkeys(names))}
-
-
-def age_of(row: Row) -> float:
-    """Seconds since 1970; a row without a readable time is the oldest."""
-    try:
-        moment = datetime.fromisoformat(row.started_at)
-    except ValueError:
-        return -math.inf
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from workbench.records import Row, Speed
 from workbench.report import estimates
@@ -95,7 +94,7 @@ def further_rates(row: Row) -> list[Rate]:
     for served in row.measurement.served:
         tokens = sum(served.new_tokens)
         how = "" if served.continuous else " by groups"
-        rates = [rate for each in served.seconds if (rate := _rate(tokens, finite_number(each)))]
+        rates = [tokens / each for each in served.seconds if tokens]
         found.append((f"served b{served.slots}{how}", rates, served.rounds))
     return [Rate(name, statistics.median(rates), interval(rates, rounds)) for name, rates, rounds in found if rates]
 
@@ -107,9 +106,9 @@ def itl(share: float) -> Callable[[Row], float | None]:
         speed = headline(row)
         steps = sorted(
             seconds
-            for step_s, step_tokens in (zip(speed.step_s, speed.step_tokens, strict=False) if speed else ())
-            for each, gained in zip(step_s, step_tokens, strict=False)
-            if gained and (seconds := finite_number(each)) is not None
+            for step_s, step_tokens in (zip(speed.step_s, speed.step_tokens, strict=True) if speed else ())
+            for seconds, gained in zip(step_s, step_tokens, strict=True)
+            if gained
         )
         return estimates.quantile(steps, share) if steps else None
 
@@ -119,14 +118,14 @@ def itl(share: float) -> Callable[[Row], float | None]:
 def ttft_samples(row: Row) -> list[float]:
     """Seconds from submitting the prompts to the first new token of all sequences, of each repeat."""
     speed = headline(row)
-    return [seconds for each in speed.first_token_s if (seconds := finite_number(each))] if speed else []
+    return speed.first_token_s if speed else []
 
 
 def energy_j_per_token(row: Row) -> float | None:
     """Joules a new token, prompt included, by the counters that the row's settings name (`energy_of`): the median over
     repeats; None where nothing counts."""
     speed = headline(row)
-    joules = [value for each in (speed.energy_j if speed else []) if (value := finite_number(each)) is not None]
+    joules = [each for each in (speed.energy_j if speed else []) if each is not None]
     return statistics.median(joules) / (speed.new_tokens * speed.batch) if speed and joules else None
 
 
@@ -138,17 +137,13 @@ def bandwidth_fraction(row: Row) -> float | None:
     row of it up. The roofline of S. Williams et al., Communications of the ACM 52 (2009), for a memory-bound step.
     """
     speed = headline(row)
-    copied = finite_number(row.machine.copy_bytes_per_s)
+    copied = row.machine.copy_bytes_per_s
     if speed is None or row.measurement is None or not copied:
         return None
-    weights = finite_number(row.measurement.memory.get("weights"))
-    looked_up = finite_number(row.measurement.memory.get("embedding")) or 0
-    cache = finite_number(row.measurement.memory.get("kv_cache"))
-    rates = [
-        rate
-        for step_s, gained in zip(speed.step_s, speed.step_tokens, strict=False)
-        if (rate := _rate(len(gained), math.fsum(step_s)))
-    ]
+    memory = row.measurement.memory
+    weights, cache = memory.get("weights"), memory.get("kv_cache")
+    looked_up = memory.get("embedding") or 0
+    rates = [len(step_s) / math.fsum(step_s) for step_s in speed.step_s if step_s]
     if not weights or cache is None or not rates:
         return None
     depth = (speed.prompt_tokens + speed.new_tokens / 2) / (speed.prompt_tokens + speed.new_tokens)
@@ -158,29 +153,14 @@ def bandwidth_fraction(row: Row) -> float | None:
 def _prefill(speed: Speed | None) -> list[float]:
     if speed is None:
         return []
-    tokens = speed.prompt_tokens * speed.batch
-    return [rate for seconds in speed.first_token_s if (rate := _rate(tokens, finite_number(seconds)))]
+    return [speed.prompt_tokens * speed.batch / seconds for seconds in speed.first_token_s]
 
 
 def _decode(speed: Speed | None) -> list[float]:
     if speed is None:
         return []
-    samples = []
-    for step_s, step_tokens in zip(speed.step_s, speed.step_tokens, strict=False):
-        seconds = [finite_number(step) for step in step_s]
-        if len(step_s) != len(step_tokens) or None in seconds:
-            continue  # half a repeat has a time, but not that of its tokens
-        rate = _rate(sum(step_tokens), math.fsum(step for step in seconds if step is not None))
-        if rate:
-            samples.append(rate)
-    return samples
-
-
-def _rate(tokens: int, seconds: float | None) -> float | None:
-    return finite_number(tokens / seconds) if seconds and seconds > 0 and tokens > 0 else None
-
-
-def finite_number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
+    return [
+        tokens / math.fsum(seconds)
+        for seconds, gained in zip(speed.step_s, speed.step_tokens, strict=True)
+        if (tokens := sum(gained))
+    ]

@@ -17,26 +17,30 @@ are there whole, some perhaps twice. Copied to a local folder, these files are r
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
+import gc
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlparse
 
+import msgspec
+
 from workbench.errors import UserError
-from workbench.records import SCHEMA_VERSION, Row, digest, from_json, to_json
-from workbench.report.migrate import migrate
+from workbench.records import Row, digest, to_json
+from workbench.report.border import row_of
 from workbench.report.remote import append_remote, brief, remote_contents
 
 FILE_NAME = "rows.jsonl"
 SEGMENTS = "rows-*.jsonl"
 """Files of single writers, as they are in object storage."""
+MOST_WARNINGS = 10
 
+Found = TypeVar("Found")
 Place = Path | str
 """A folder of results, one of its files, or a URL of either."""
 
@@ -60,23 +64,22 @@ def append_note(results: Place, machine: str, name: str, note: Mapping[str, obje
     _append(results, machine, f"{name}.jsonl", note, stamp)
 
 
-def read_notes(results: Place, machine: str, name: str) -> list[dict[str, Any]]:
-    """The lines of `append_note`, oldest first; a half or foreign line is left out."""
-    notes = []
-    folder = f"{str(results).rstrip('/')}/{machine}"
-    for _, content in _contents(folder if _is_url(results) else Path(folder), f"{name}.jsonl", f"{name}-*.jsonl"):
-        for line in content.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                note = json.loads(line)
-                if isinstance(note, dict) and note not in notes:
-                    notes.append(note)
-    return notes
+def read_notes(results: Place, machine: str, name: str, kind: type[Found]) -> tuple[list[Found], list[str]]:
+    """The lines of `append_note` as `kind`, each once, oldest first; and a warning for each that is none."""
+    warnings: list[str] = []
+
+    def note_of(line: bytes) -> tuple[bytes, Found]:
+        return line.strip(), msgspec.json.decode(line, type=kind)
+
+    contents = _contents(under(results, machine), f"{name}.jsonl", f"{name}-*.jsonl")
+    return [*dict(_found(contents, note_of, "note", warnings)).values()], warnings
 
 
 def _append(results: Place, machine: str, name: str, record: Any, stamp: str) -> None:
     if not machine or machine in (".", "..") or any(mark in machine for mark in "/\\\0\n"):
         raise UserError(f"machine name {machine!r} cannot name a folder: use letters, digits, '-', '_' and '.'")
-    line = json.dumps(_finite(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    text = json.dumps(_finite(record), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    line = text.encode("utf-8", "replace") + b"\n"  # the name of a file may hold what is no letter at all
     if _is_url(results):
         append_remote(f"{str(results).rstrip('/')}/{machine}", name, line, stamp)
         return
@@ -113,31 +116,39 @@ def read(*places: Place) -> tuple[list[Row], list[str]]:
     """
     rows: dict[tuple[str, str], Row] = {}
     warnings: list[str] = []
-    for row in _rows(places, warnings):
-        rows[machine_of(row), row.key] = row
+    with _unwatched():
+        for row in _rows(places, warnings):
+            rows[machine_of(row), row.key] = row
     return list(rows.values()), warnings
 
 
 def history(*places: Place) -> tuple[list[Row], list[str]]:
     """Every measurement ever stored, oldest first, and the warnings of `read`.
 
-    A job measured on many nights has a row for each. All but the newest of each are lean: without the names of
-    tensors, and without per-token lists where none is needed, since ten thousand rows are held at once.
+    A job measured on many nights has a row for each. All but the newest of each are lean: without further workload
+    points, and without per-token lists where none is needed, since ten thousands of rows are held at once.
     """
     rows: dict[tuple[str, str, str], Row] = {}
     newest: dict[tuple[str, str], Row] = {}
     warnings: list[str] = []
-    for row in _rows(places, warnings):
-        job = (machine_of(row), row.key)
-        last = newest.get(job)
-        if last is None or row.started_at >= last.started_at:
-            newest[job] = row
-            if last is not None:
-                _slim(last)
-        else:
-            _slim(row)
-        rows[*job, row.started_at] = row
+    with _unwatched():
+        for row in _rows(places, warnings):
+            job = (machine_of(row), row.key)
+            last = newest.get(job)
+            if last is None or row.started_at >= last.started_at:
+                newest[job] = row
+                if last is not None:
+                    _slim(last)
+            else:
+                _slim(row)
+            rows[*job, row.started_at] = row
     return sorted(rows.values(), key=lambda row: row.started_at), warnings
+
+
+def few(warnings: list[str]) -> list[str]:
+    """As many of the warnings of `read` as somebody reads, and how many more there are."""
+    more = len(warnings) - MOST_WARNINGS
+    return [*warnings[:MOST_WARNINGS], *([f"and {more} more lines that were skipped"] if more > 0 else [])]
 
 
 def under(results: Place, machine: str) -> Place:
@@ -145,17 +156,35 @@ def under(results: Place, machine: str) -> Place:
     return f"{str(results).rstrip('/')}/{machine}" if _is_url(results) else Path(results) / machine
 
 
+@contextlib.contextmanager
+def _unwatched() -> Iterator[None]:
+    """Rows hold no cycles: to look for some among millions of objects takes a quarter of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _rows(places: tuple[Place, ...], warnings: list[str]) -> Iterator[Row]:
     for place in places:
-        for file, content in _contents(place, FILE_NAME, SEGMENTS):
-            for number, line in enumerate(content.split(b"\n"), start=1):
-                if not line.strip():
-                    continue
-                where = f"{file}:{number}"
-                try:
-                    yield _parse(line, where)
-                except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-                    warnings.append(f"{where}: not a whole row, skipped ({brief(error)})")
+        yield from _found(_contents(place, FILE_NAME, SEGMENTS), row_of, "row", warnings)
+
+
+def _found(
+    contents: Iterable[tuple[str, Iterable[bytes]]], read: Callable[[bytes], Found], what: str, warnings: list[str]
+) -> Iterator[Found]:
+    """What `read` makes of each line; a warning for each of which it raises `ValueError`."""
+    for file, lines in contents:
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.strip():
+                    yield read(line)
+            except UserError as error:
+                raise UserError(f"{file}:{number}: {error}") from None
+            except (ValueError, RecursionError) as error:
+                warnings.append(f"{file}:{number}: not a whole {what}, skipped ({brief(error)})")
 
 
 def _is_url(place: Place) -> bool:
@@ -168,70 +197,51 @@ def _local(place: Place) -> Path:
     return Path(place)
 
 
-def _contents(place: Place, name: str, segments: str) -> Iterator[tuple[str, bytes]]:
-    """(where, bytes) of every file that a place stands for."""
+def _contents(place: Place, name: str, segments: str) -> Iterator[tuple[str, Iterable[bytes]]]:
+    """(where, lines) of every file that a place stands for."""
     if _is_url(place):
-        yield from remote_contents(str(place), name, segments)
+        yield from ((where, content.split(b"\n")) for where, content in remote_contents(str(place), name, segments))
         return
     try:
         files = _files(_local(place), name, segments)
     except OSError as error:
         raise UserError(f"{place}: cannot read rows ({error.strerror}). Check the path and its permissions") from error
     for path in files:
-        yield str(path), _content(path)
+        yield str(path), _lines(path)
 
 
 def _files(path: Path, name: str, segments: str) -> list[Path]:
     if path.is_dir():
         patterns = (name, segments, f"*/{name}", f"*/{segments}")
-        return [file for pattern in patterns for file in sorted(path.glob(pattern))]
-    if path.exists():
+        return [file for pattern in patterns for file in sorted(path.glob(pattern)) if file.is_file()]
+    if path.is_file():
         return [path]
+    if path.exists():
+        raise UserError(f"{path}: neither a folder nor a file of rows")
     if path.suffix == ".jsonl":
         raise UserError(f"{path}: no such file. Name a results folder or one of its {name} files")
     return []
 
 
-def _content(path: Path) -> bytes:
+def _lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
             _lock(file.fileno(), fcntl.LOCK_SH)
-            return file.read()
+            yield from file
     except OSError as error:
         raise UserError(f"{path}: cannot read rows ({error.strerror}). Check the path and its permissions") from error
 
 
-def _parse(line: bytes, where: str) -> Row:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError("not an object")
-    version = record.get("schema_version")
-    if type(version) is not int:
-        raise ValueError("no schema_version")
-    if version > SCHEMA_VERSION:
-        raise UserError(
-            f"{where}: written by a newer workbench (row schema {version}; this one reads up to {SCHEMA_VERSION}). "
-            "Upgrade the workbench, or name results without this file"
-        )
-    row: Row = from_json(Row, migrate(record, version))
-    # from_json trusts its input; a name that is no text would surface much later, far from this line.
-    for part in (row, row.artifact, row.workload):
-        for field in dataclasses.fields(part):
-            kind = {"str": str, "int": int}.get(str(field.type))
-            if kind and not isinstance(getattr(part, field.name), kind):
-                raise ValueError(f"{field.name} is not {kind.__name__}")
-    return row
-
-
 def _slim(row: Row) -> None:
     """Free what only the newest measurement of a job is asked for; nothing else holds the row yet."""
-    row.artifact.tensor_types.clear()
-    row.artifact.provenance.pop("tensor_errors", None)
     measurement = row.measurement
-    for quality in measurement.qualities.values() if measurement else ():
-        for window in quality.get("windows", ()):
+    if measurement is None:
+        return
+    del measurement.speeds[1:], measurement.served[:]
+    for quality in measurement.qualities.values():
+        for window in quality["windows"]:
             window.pop("kld", None)
-            if not window.get("nonfinite"):  # else a paired difference needs to know which tokens
+            if not window["nonfinite"]:  # else a paired difference needs to know which tokens
                 window.pop("nll", None)
 
 

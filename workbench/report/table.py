@@ -18,9 +18,10 @@ few dozen lines), and one table a backend (the question is which backend, too).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 from workbench.errors import UserError
 from workbench.records import Evaluation, Row, Task
@@ -29,7 +30,6 @@ from workbench.report.estimates import Estimate
 from workbench.report.metrics import METRICS, OF_THE_REFERENCE
 from workbench.report.selection import (
     BASE,
-    age_of,
     comparable_rows,
     evaluation_digest,
     in_order,
@@ -40,9 +40,37 @@ from workbench.report.selection import (
 )
 from workbench.report.store import machine_of
 
+ERRORS = {name: metric.error for name, metric in METRICS.items() if metric.error}
+SAMPLES = {name: metric.samples for name, metric in METRICS.items() if metric.samples}
 ANOTHER_MODEL_NATS = 0.02
 """Mean divergence of the base from its own reference from which an engine is said to run another model: bfloat16 costs
 up to 0.001 nats a token, a sliding window or a rope scaling that is left out 0.1 to 2."""
+
+
+Value = TypeVar("Value")
+Bases = dict[tuple[str, str], list[Row]]
+"""By base and backend, the base's rows that have some value."""
+
+
+class Lazily(Mapping[str, Value]):
+    """What `read` says of each name, asked once and only if somebody wants it: a table shows a few columns."""
+
+    def __init__(self, names: Sequence[str], read: Callable[[str], Value]) -> None:
+        self._names, self._read = names, read
+        self._found: dict[str, Value] = {}
+
+    def __getitem__(self, name: str) -> Value:
+        if name not in self._found:
+            if name not in self._names:
+                raise KeyError(name)
+            self._found[name] = self._read(name)
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -61,15 +89,15 @@ class Line:
     """One row with what follows from its neighbours."""
 
     row: Row
-    values: dict[str, float | None]
+    values: Mapping[str, float | None]
     """Values by name of the metric."""
-    errors: dict[str, float | None]
+    errors: Mapping[str, float | None]
     """One standard error of each value that has one, by name of the metric."""
     delta: Estimate | None
     """Difference of perplexity to the base on the same backend; zero for the base itself."""
     below_noise_floor: bool | None
     """Whether the delta is (module docstring); None without a delta, or where it cannot be said."""
-    intervals: dict[str, tuple[float, float] | None]
+    intervals: Mapping[str, tuple[float, float] | None]
     """95 % interval of each value that is a median of repeats, by name of the metric."""
     warnings: tuple[str, ...]
     footnotes: tuple[int, ...]
@@ -167,7 +195,7 @@ def build(
         own = named_rows(own, "recipe", recipe, lambda row: row.recipe)
     if evaluation is not None:
         own = named_rows(own, "evaluation", evaluation, evaluation_digest)
-    lead = max(own, key=age_of)
+    lead = max(own, key=lambda row: row.started_at)
     rows = of_recipe(rows, own) if recipe is not None else list(rows)
     rows = comparable_rows(rows, lead, "machine", machine_of, notes)
     rows = comparable_rows(rows, lead, "measurement version", lambda row: str(row.measurement_version), notes)
@@ -177,13 +205,15 @@ def build(
 
     footnotes: dict[str, int] = {}
     lines, floors = _lines(rows, footnotes)
-    lines = tuple(replace(line, tasks=_scores(line.row, lead, rows)) for line in lines)
+    asked = {name: _bases(rows, partial(quality.task_accuracy, name=name)) for name in lead.tasks}
+    lines = tuple(replace(line, tasks=_scores(line.row, lead, asked)) for line in lines)
     shown = next((row.evaluation for row in rows if row.evaluation), None)
     sets = {next(iter(lead.evaluations), shown.name if shown else ""): TableOnSet(shown, lines, floors)}
     for name, test in [*lead.evaluations.items()][1:]:
         sets[name] = TableOnSet(test, *_lines([_on(row, name, test) for row in rows], {}))
+    known = {floor.base for floor in floors}
     for base in dict.fromkeys(line.row.base for line in lines if line.values["perplexity"] is not None):
-        if base not in {floor.base for floor in floors}:
+        if base not in known:
             notes.append(f"noise floor unknown: {base} itself was not scored on two backends")
     return Table(
         machine=machine_of(rows[0]),
@@ -230,8 +260,9 @@ def _lines(rows: Sequence[Row], footnotes: dict[str, int]) -> tuple[tuple[Line, 
     references = _references(rows)
     values = [_values(row, references.get(row.base)) for row in rows]
     floors = _noise_floors(rows, values)
+    bases, spreads = _bases(rows, quality.perplexity), {floor.base: floor for floor in floors}
     lines = tuple(
-        _line(row, own, rows, references.get(row.base), floors, footnotes)
+        _line(row, own, _base_of(row, bases), references.get(row.base), spreads.get(row.base), footnotes)
         for row, own in zip(rows, values, strict=True)
     )
     return lines, floors
@@ -243,14 +274,14 @@ def _on(row: Row, name: str, test: Evaluation) -> Row:
     return replace(row, evaluations={name: own} if own is not None and own.digest == test.digest else {})
 
 
-def _scores(row: Row, lead: Row, rows: Sequence[Row]) -> dict[str, Score]:
-    """The row's tasks by name, of those that `lead` has, with the same items."""
+def _scores(row: Row, lead: Row, bases: dict[str, Bases]) -> dict[str, Score]:
+    """The row's tasks by name, of those that `lead` has, with the same items; `bases` by task."""
     found = {}
     for name, task in lead.tasks.items():
         accuracy = quality.task_accuracy(row, name)
         if accuracy is None or row.tasks[name].digest != task.digest:
             continue
-        base = _base_of(row, rows, partial(quality.task_accuracy, name=name))
+        base = _base_of(row, bases[name])
         delta = quality.task_delta(row, base, name) if base else None
         interval = estimates.interval(delta) if delta else None
         below = interval[0] <= 0 <= interval[1] if interval else None
@@ -258,15 +289,16 @@ def _scores(row: Row, lead: Row, rows: Sequence[Row]) -> dict[str, Score]:
     return found
 
 
-def _values(row: Row, reference: str | None) -> dict[str, float | None]:
+def _values(row: Row, reference: str | None) -> Mapping[str, float | None]:
     """A row's values by metric, without divergences from another reference than the table's."""
     other = quality.reference(row) != reference
-    return {name: None if other and name in OF_THE_REFERENCE else metric.value(row) for name, metric in METRICS.items()}
+    return Lazily(tuple(METRICS), lambda name: None if other and name in OF_THE_REFERENCE else METRICS[name].value(row))
 
 
 def _references(rows: Sequence[Row]) -> dict[str, str]:
     """The reference that divergences of each base are from: that of the newest row compared with any."""
-    return {row.base: found for row in sorted(rows, key=age_of) if (found := quality.reference(row))}
+    ordered = sorted(rows, key=lambda row: row.started_at)
+    return {row.base: found for row in ordered if (found := quality.reference(row))}
 
 
 def _below(delta: Estimate | None, floor: NoiseFloor | None) -> bool | None:
@@ -281,13 +313,12 @@ def _below(delta: Estimate | None, floor: NoiseFloor | None) -> bool | None:
 
 def _line(
     row: Row,
-    values: dict[str, float | None],
-    rows: Sequence[Row],
+    values: Mapping[str, float | None],
+    base: Row | None,
     reference: str | None,
-    floors: Sequence[NoiseFloor],
+    floor: NoiseFloor | None,
     footnotes: dict[str, int],
 ) -> Line:
-    base = _base_of(row, rows)
     delta = quality.perplexity_delta(row, base) if base else None
     warnings = _warnings(row, values["perplexity"], base, delta)
     if reference and quality.reference(row) not in (None, reference):
@@ -299,16 +330,10 @@ def _line(
     return Line(
         row=row,
         values=values,
-        errors={
-            name: metric.error(row) if values[name] is not None else None
-            for name, metric in METRICS.items()
-            if metric.error
-        },
+        errors=Lazily(tuple(ERRORS), lambda name: ERRORS[name](row) if values[name] is not None else None),
         delta=delta,
-        below_noise_floor=_below(delta, next((floor for floor in floors if floor.base == row.base), None)),
-        intervals={
-            name: speeds.median_interval(row, metric.samples) for name, metric in METRICS.items() if metric.samples
-        },
+        below_noise_floor=_below(delta, floor),
+        intervals=Lazily(tuple(SAMPLES), lambda name: speeds.median_interval(row, SAMPLES[name])),
         warnings=warnings,
         footnotes=tuple(footnotes.setdefault(text, len(footnotes) + 1) for text in reasons if text),
     )
@@ -337,18 +362,25 @@ def _warnings(row: Row, own: float | None, base: Row | None, delta: Estimate | N
     return tuple(dict.fromkeys(text for text in found if text))
 
 
-def _base_of(row: Row, rows: Sequence[Row], value: Callable[[Row], object] = quality.perplexity) -> Row | None:
-    """The base's row on the same backend that has the value, with the same options if there is one."""
+def _bases(rows: Sequence[Row], value: Callable[[Row], object]) -> Bases:
+    found: Bases = {}
+    for row in rows:
+        if row.artifact.method == BASE and value(row) is not None:
+            found.setdefault((row.base, row.backend), []).append(row)
+    return found
+
+
+def _base_of(row: Row, bases: Bases) -> Row | None:
+    """The base's row on the same backend, with the same options if there is one."""
+    candidates = bases.get((row.base, row.backend), [])
     if row.artifact.method == BASE:
-        return row if value(row) is not None else None
-    alike = [other for other in rows if other.base == row.base and other.backend == row.backend]
-    candidates = [other for other in alike if other.artifact.method == BASE and value(other) is not None]
+        return next((other for other in candidates if other is row), None)
     return min(
         candidates, key=lambda other: (other.options != row.options, other.workload != row.workload), default=None
     )
 
 
-def _noise_floors(rows: Sequence[Row], values: Sequence[dict[str, float | None]]) -> tuple[NoiseFloor, ...]:
+def _noise_floors(rows: Sequence[Row], values: Sequence[Mapping[str, float | None]]) -> tuple[NoiseFloor, ...]:
     scores: dict[str, dict[str, list[float]]] = {}
     divergences: dict[str, list[tuple[str, float]]] = {}
     for row, own in zip(rows, values, strict=True):

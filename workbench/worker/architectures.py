@@ -22,7 +22,7 @@ from workbench.worker import Tensors
 LAYERS = "model.layers"
 """Where every architecture below keeps its decoder layers."""
 
-WAY_OUT = "Give the variant `engine: gptqmodel`, which covers more architectures"
+WAY_OUT = "AWQ and GPTQ variants: `engine: gptqmodel` covers more architectures; GGUF: leave `imatrix` out"
 
 EXPERTS = frozenset(
     {"mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3", "llama4"}
@@ -30,6 +30,16 @@ EXPERTS = frozenset(
 """Known to have experts: each would need its own Gram matrix, over the tokens routed to it."""
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Where configurations say how many they have."""
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("n_embd", "n_embed", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "num_key_value_heads": ("num_kv_heads",),
+    "intermediate_size": ("n_inner", "ffn_dim"),
+    "max_position_embeddings": ("n_positions", "n_ctx", "max_sequence_length", "seq_length", "max_seq_len"),
+}
+"""A size's usual name -> other names for it (GPT-2's, Bloom's, MPT's, OPT's)."""
 
 
 class Linear(NamedTuple):
@@ -137,18 +147,29 @@ class Sizes:
         }
 
 
+def stated(config: Mapping[str, Any], name: str) -> Any:
+    """A configuration's entry by any of the names that it has; None if it says nothing."""
+    return next((config[key] for key in (name, *ALIASES.get(name, ())) if config.get(key) is not None), None)
+
+
 def sizes_of(config: Mapping[str, Any]) -> Sizes:
     """The sizes of a configuration; `KeyError`, `TypeError` or `ValueError` where it does not say them."""
-    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    heads = int(config["num_attention_heads"])
+
+    def needed(name: str) -> int:
+        value = stated(config, name)
+        if value is None:
+            raise KeyError(name)
+        return int(value)
+
+    hidden, heads = needed("hidden_size"), needed("num_attention_heads")
     return Sizes(
         model_type=str(config.get("model_type", "?")),
         hidden=hidden,
-        layers=layers,
+        layers=needed("num_hidden_layers"),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
+        kv_heads=int(stated(config, "num_key_value_heads") or heads),
         head_dim=int(config.get("head_dim") or hidden // heads),
-        inner=int(config.get("intermediate_size") or 4 * hidden),
+        inner=int(stated(config, "intermediate_size") or 4 * hidden),
         vocab_size=int(config.get("vocab_size") or 0),
     )
 
@@ -229,7 +250,7 @@ def describe(config: Mapping[str, Any]) -> Architecture:
     """A model by its `config.json`. Raises `UserError` for an architecture that the table does not have."""
     kind = str(config.get("model_type", "?"))
     if kind in EXPERTS or any(config.get(key) for key in EXPERT_COUNTS):
-        raise UserError(f"model_type '{kind}': AWQ and GPTQ of experts are not supported yet. {WAY_OUT}.")
+        raise UserError(f"model_type '{kind}': the calibration pass takes no experts yet. {WAY_OUT}.")
     if kind not in ARCHITECTURES:
         text = config.get("text_config")
         if isinstance(text, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import json
 import os
@@ -90,5 +91,15 @@ def test_hub_snapshot_from_the_cache(base_dir: Path, tmp_path: Path) -> None:
     for revision in ("main", sha):
         reply = json.loads(hub({"hub": "owner/name", "revision": revision}, tmp_path, HF_HUB_OFFLINE="1"))
         assert reply["revision"] == sha and reply["path"] == str(repo / "snapshots" / sha)
-    (repo / "snapshots" / sha / "model.safetensors").unlink()
+    weights = repo / "snapshots" / sha / "model.safetensors"
+    content = weights.read_bytes()
+    blob = repo / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.parent.mkdir()
+    weights.replace(blob)
+    weights.symlink_to(blob)
+    assert json.loads(hub({"hub": "owner/name"}, tmp_path, offline=True))["revision"] == sha
+    blob.write_bytes(content[:-1000] + bytes(1000))
+    said = hub({"hub": "owner/name"}, tmp_path, offline=True)
+    assert f"{blob} is not what the hub holds (cut short, or spoiled): delete it, and run again" in said
+    weights.unlink()
     assert "holds no *.safetensors" in hub({"hub": "owner/name"}, tmp_path, offline=True)

@@ -32,7 +32,7 @@ def test_bad_random_shapes(tmp_path: Path, tokenizer_dir: Path) -> None:
 
     assert "Did you mean 'llama'?" in said({**CONFIG, "model_type": "lama"})
     assert "no `model_type`" in said({"hidden_size": 4})
-    assert "transformers can build" in said({**CONFIG, "hidden_size": -4})
+    assert "`hidden_size` is -4, not a whole number" in said({**CONFIG, "hidden_size": -4})
     assert "unknown init 'zeros'" in said(CONFIG, init="zeros")
     assert "does not exist" in said(str(tmp_path / "no.json"))
     assert "smaller than the tokenizer's 258" in said({**CONFIG, "vocab_size": 100}, tokenizer=str(tokenizer_dir))

@@ -148,3 +148,13 @@ def test_a_head_of_its_own_in_a_tied_configuration(model: Path, tmp_path: Path) 
     same = run({"path": str(model)}, tmp_path / "same")
     assert same["path"] == str(model) and same["warnings"] == []
     assert same["parameters"] < other["parameters"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers(model: Path, tmp_path: Path, value: float) -> None:
+    def change(weights: Weights) -> Weights:
+        weights["model.layers.1.mlp.down_proj.weight"][3, 4] = value
+        return weights
+
+    rewrite(model, change)
+    assert "down_proj.weight has NaN or infinite weights" in refusal({"path": str(model)}, tmp_path / "o")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import sys
 from collections.abc import Iterator
@@ -269,5 +270,5 @@ def test_a_row_of_the_first_version_still_reads() -> None:
         "step_tokens": [[1]],
     }
     assert from_json(Speed, old).energy_j == []
-    row = from_schema_1({"workload": {"prompt_tokens": 5}, "measurement": None})
-    assert from_json(Workload, row["workload"]).points == [(5, 1)]
+    row = from_schema_1({"workload": b'{"prompt_tokens": 5}', "measurement": b"null"})
+    assert from_json(Workload, json.loads(row["workload"])).points == [(5, 1)]

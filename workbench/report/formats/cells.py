@@ -44,10 +44,10 @@ def shown_columns(table: Table, detail: int) -> list[TextColumn]:
     for column in table.varying:
         cells = tuple(_plain(column.text(line.row)) or MISSING for line in lines)
         columns.append(TextColumn((_plain(column.name),), cells, number=False))
-    measured = {name for line in lines for name, value in line.values.items() if value}
     for metric in METRICS.values():
         if metric.column and (
-            metric.column.printed == "always" or (metric.column.printed == "where measured" and metric.name in measured)
+            metric.column.printed == "always"
+            or (metric.column.printed == "where measured" and any(line.values[metric.name] for line in lines))
         ):
             columns.append(_plain_metric(lines, metric, metric.column, detail > 2))
     for name, own in table.sets.items():

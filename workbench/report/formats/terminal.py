@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from workbench.records import Row
-from workbench.report.formats.cells import remarks_of, short_text, shown_columns, subtitle, title_of
+from workbench.report.formats.cells import TextColumn, remarks_of, short_text, shown_columns, subtitle, title_of
 from workbench.report.selection import BASE
 from workbench.report.table import Line, Table
 
@@ -18,9 +20,8 @@ def terminal(table: Table, width: int | None = None) -> str:
     divergence and agreement, then the perplexity's error.
     Numbers are never cut or wrapped, so a still narrower terminal gets longer lines.
     """
-    from rich import box
+    from rich.cells import cell_len
     from rich.console import Console
-    from rich.measure import Measurement
     from rich.table import Table as Grid
     from rich.text import Text
 
@@ -28,18 +29,8 @@ def terminal(table: Table, width: int | None = None) -> str:
     if width is None:
         width = console.width if console.is_terminal else 1000
     for detail in (3, 2, 1, 0):
-        columns = shown_columns(table, detail)
-        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-        for column in columns:
-            heading = Text("\n".join(column.heading))
-            grid.add_column(heading, justify="right" if column.number else "left", no_wrap=True, vertical="bottom")
-        for place, line in enumerate(table.lines):
-            cells = [Text(column.cells[place]) for column in columns]
-            if place and _group(table.lines[place - 1].row) == _group(line.row):
-                cells[0] = Text("")
-            grid.add_row(*cells, style=_style(line))
-        console.width = 100_000  # the measure is clipped to the console
-        needed = Measurement.get(console, console.options, grid).maximum
+        grid = _grid(table, shown_columns(table, detail))
+        needed = cell_len(grid[0][0])
         if needed <= width:
             break
 
@@ -53,7 +44,8 @@ def terminal(table: Table, width: int | None = None) -> str:
             console.print(Text(text, style="dim"))
         console.print()
         console.width = max(width, needed)
-        console.print(grid)
+        for text, style in grid:
+            console.print(Text(text, style=style or "", no_wrap=True, overflow="ignore"), crop=False)
         console.width = min(width, WIDEST_TEXT)
         console.print()
         for text in remarks_of(table):
@@ -61,6 +53,32 @@ def terminal(table: Table, width: int | None = None) -> str:
         if table.footnotes:
             console.print(reasons)
     return "\n".join(text.rstrip() for text in captured.get().rstrip().split("\n")) + "\n"
+
+
+def _grid(table: Table, columns: Sequence[TextColumn]) -> list[tuple[str, str | None]]:
+    """The table's lines with their styles, heading first. By hand: rich takes a millisecond a line for its own grid."""
+    from rich.cells import cell_len
+
+    height = max(len(column.heading) for column in columns)
+    stacked = []
+    for place, column in enumerate(columns):
+        cells = [*[""] * (height - len(column.heading)), *column.heading, *column.cells]
+        if place == 0:  # a variant is named once, above its further engines
+            groups = [_group(line.row) for line in table.lines]
+            for i in range(len(groups) - 1, 0, -1):
+                if groups[i] == groups[i - 1]:
+                    cells[height + i] = ""
+        breadths = [cell_len(cell) for cell in cells]
+        most = max(breadths)
+        padded = [
+            " " * (most - breadth) + cell if column.number else cell + " " * (most - breadth)
+            for cell, breadth in zip(cells, breadths, strict=True)
+        ]
+        stacked.append(padded)
+    lines = ["  ".join(cells) for cells in zip(*stacked, strict=True)]
+    styles = ["bold"] * height + [_style(line) for line in table.lines]
+    styled = list(zip(lines, styles, strict=True))
+    return [*styled[:height], ("─" * cell_len(lines[0]), None), *styled[height:]]
 
 
 def _group(row: Row) -> tuple[str, str]:

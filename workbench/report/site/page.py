@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from workbench.report.site.columns import columns
-from workbench.report.site.plots import groups_of, is_count, plots, row_ids
+from workbench.report.site.plots import groups_of, plots, row_ids
 from workbench.report.site.templates import fill
 from workbench.report.table import Table, shared_settings, workload
 from workbench.report.verdicts.steps import Series, Step
@@ -52,7 +52,7 @@ def _origin(table: Table) -> list[tuple[str, str]]:
     machine = newest.machine
     items: list[tuple[str, str]] = [("machine", table.machine)]
     if machine.cpu:
-        memory = f", {machine.memory_bytes / 2**30:.0f} GiB" if is_count(machine.memory_bytes) else ""
+        memory = f", {machine.memory_bytes / 2**30:.0f} GiB" if machine.memory_bytes else ""
         items.append(("processor", f"{machine.cpu}, {machine.threads or '?'} threads{memory}"))
     items += [("GPU", f"{gpu.name}, driver {machine.driver}") for gpu in machine.gpus]
     if machine.system:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
-from typing import TypeGuard
 
 from workbench.report import estimates
 from workbench.report.metrics import JUDGED, METRICS
@@ -105,15 +103,15 @@ def groups_of(table: Table) -> list[str]:
 def memory_parts(line: Line) -> dict[str, float] | None:
     """Bytes by part: what the engine says of its own, and what its processes hold on the host."""
     memory = line.row.measurement.memory if line.row.measurement else {}
-    own = {k: float(v) for k, v in memory.items() if k not in NOT_PARTS and is_count(v) and not k.startswith("peak")}
-    host = {part: float(memory[part]) for part in HOST_PARTS if is_count(memory.get(part))}
+    own = {k: float(v) for k, v in memory.items() if v and k not in NOT_PARTS and not k.startswith("peak")}
+    host = {part: float(memory[part]) for part in HOST_PARTS if memory.get(part)}
     return own | host or None
 
 
 def latencies(line: Line) -> dict[str, float] | None:
     """Percentiles of the seconds of all decoding steps at the first workload point; None for fewer than five."""
     speeds = line.row.measurement.speeds if line.row.measurement else []
-    steps = sorted(step for repeat in (speeds[0].step_s if speeds else []) for step in repeat if is_count(step))
+    steps = sorted(step for repeat in (speeds[0].step_s if speeds else []) for step in repeat)
     if len(steps) < 5:
         return None
     return {f"p{p}": estimates.quantile(steps, p / 100) for p in (5, 25, 50, 75, 95)}
@@ -128,12 +126,8 @@ def divergences(line: Line) -> dict[str, float] | None:
 
 
 def days_of(at: str) -> float:
-    """Days since 1970 of a row's time; 0 if it cannot be read."""
-    try:
-        moment = datetime.fromisoformat(at)
-    except ValueError:
-        return 0.0
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() / 86400
+    """Days since 1970 of a row's time."""
+    return datetime.fromisoformat(at).timestamp() / 86400
 
 
 def _name(table: Table, line: Line) -> str:
@@ -206,7 +200,3 @@ def _curves(metric: str, series: Sequence[Series], steps: Sequence[Step], table:
         )
     found.sort(key=lambda curve: not curve.steps)
     return found[:MOST_CURVES]
-
-
-def is_count(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from workbench.disk import write_whole
+from workbench.disk import remove_halves, write_whole
 from workbench.errors import UserError
 from workbench.records import Row, digest
 from workbench.report.formats.data import objects
@@ -59,6 +59,8 @@ def publish(rows: Sequence[Row], folder: Path, home_url: str = "") -> list[Step]
         [{"machine": m, "recipe": r, "rows": objects(table)} for (m, r), table in tables.items()], allow_nan=False
     )
     files["index.html"] = index(tables, series, worse)
+    for place in {(folder / name).parent for name in files}:
+        remove_halves(place)
     for name, content in files.items():
         _write(folder / name, content)
     return still

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict
 
-from workbench.records import Row
+from workbench.records import Moment, Row
 from workbench.report import quality
 from workbench.report.metrics import JUDGED, METRICS
 from workbench.report.selection import Pair, by_pair, evaluation_digest, labels_of, pair_of
@@ -77,10 +77,10 @@ class NightNote(TypedDict):
     """What is remembered of a night: a line of the notes."""
 
     recipe: str
-    since: str
-    until: str
+    since: Moment
+    until: Moment
     verdict: str
-    alarmed: list[list[str]]
+    alarmed: list[tuple[str, str]]
     """Variant and backend of each alarm."""
     alarms: list[str]
     accepted: NotRequired[bool]
@@ -134,7 +134,7 @@ def good_nights(rows: Sequence[Row], notes: Sequence[NightNote]) -> dict[Pair, l
         for note in notes:
             if not note.get("accepted") and note["since"] <= row.started_at <= note["until"]:
                 name = note["since"]
-                bad = name != accepted and [pair.variant, pair.backend] in note["alarmed"]
+                bad = name != accepted and (pair.variant, pair.backend) in note["alarmed"]
         if not bad:
             nights.setdefault(pair, {}).setdefault(name, []).append(row)
     return {pair: [found[name] for name in sorted(found)][-NIGHTS:] for pair, found in nights.items()}
@@ -147,17 +147,9 @@ def note_of(recipe: str, since: str, until: str, verdict: NightVerdict) -> Night
         "since": since,
         "until": until,
         "verdict": verdict.word,
-        "alarmed": [[alarm.pair.variant, alarm.pair.backend] for alarm in verdict.alarms],
+        "alarmed": [(alarm.pair.variant, alarm.pair.backend) for alarm in verdict.alarms],
         "alarms": [alarm.reason for alarm in verdict.alarms],
     }
-
-
-def notes_of(stored: Sequence[Mapping[str, object]], recipe: str) -> list[NightNote]:
-    """The stored notes of a recipe; a foreign line is left out."""
-    wanted = ("since", "until", "alarmed")
-    return [
-        cast(NightNote, note) for note in stored if note.get("recipe") == recipe and all(key in note for key in wanted)
-    ]
 
 
 def text(verdict: NightVerdict, recipe: str, machine: str) -> str:

@@ -15,7 +15,7 @@ quantizer cannot be replaced), an own table of GGUF names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from workbench.shape import FLOATS
 from workbench.worker import Tensors
 from workbench.worker.base.checkpoint import checked_weights, read_json
 from workbench.worker.base.gguf_config import read_gguf
-from workbench.worker.base.gguf_file import field_of, parsed_once
+from workbench.worker.base.gguf_weights import Mapped
 from workbench.worker.kernels import import_kernels
 
 PACKED_FORMATS = ("awq", "gptq", "gguf")
@@ -41,7 +41,13 @@ class PackedModel:
 
 
 def load(
-    path: Path, format: str, *, dtype: str | None, device: str, attention: str = "sdpa", trust_remote_code: bool = False
+    path: Path,
+    format: str,
+    *,
+    dtype: str | None,
+    device: str,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PackedModel:
     """The model of a checkpoint directory (`awq`, `gptq`) or of a GGUF file, its weights packed, on `device`.
 
@@ -49,21 +55,29 @@ def load(
     architecture is safe in. Raises `UserError` that names the tensor for what is not covered or not whole.
     """
     import_kernels()
-    read = _read_gguf if format == "gguf" else _read_checkpoint
+    read = _read_gguf if format == "gguf" else read_checkpoint
     return read(path, dtype, device, attention, trust_remote_code)
 
 
 # --- safetensors --------------------------------------------------------------------------------
 
 
-def _read_checkpoint(path: Path, dtype: str | None, device: str, attention: str, remote_code: bool) -> PackedModel:
+def read_checkpoint(
+    path: Path,
+    dtype: str | None,
+    device: str,
+    attention: str | None,
+    remote_code: bool,
+    layer_of: Callable[[str, Any], Any] | None = None,
+) -> PackedModel:
+    """The model of a directory; `layer_of(name, bias)` gives its packed layers, by default those of `kernels/`."""
     from safetensors import safe_open
     from transformers import AutoConfig
     from workbench_kernels.modules import AwqLinear, GptqLinear
 
     left, opened = checked_weights(path), dict[Path, Any]()
     # Before transformers: it fills in, and warns of, what it will not be asked to do.
-    bits = _gptq_bits(path)
+    bits = gptq_bits(path)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=remote_code, local_files_only=True)
     del config.quantization_config
     stems = sorted(name.removesuffix(".qweight") for name in left if name.endswith(".qweight"))
@@ -83,6 +97,11 @@ def _read_checkpoint(path: Path, dtype: str | None, device: str, attention: str,
     for stem in stems:
         _linear(model, path, stem)
         bias = take(f"{stem}.bias").to(kind) if f"{stem}.bias" in left else None
+        if layer_of:
+            for part in ("qweight", "qzeros", "scales", "g_idx"):
+                left.pop(f"{stem}.{part}", None)
+            _replace(model, path, stem, layer_of(stem, bias))
+            continue
         qweight, qzeros, scales = (take(f"{stem}.{part}") for part in ("qweight", "qzeros", "scales"))
         try:
             if bits is None:
@@ -97,7 +116,7 @@ def _read_checkpoint(path: Path, dtype: str | None, device: str, attention: str,
     return _finished(model, path, device, len(stems))
 
 
-def _gptq_bits(path: Path) -> int | None:
+def gptq_bits(path: Path) -> int | None:
     """The bits of a GPTQ checkpoint, None of an AWQ one; `UserError` for a layout that there are no kernels for."""
     file = path / "config.json"
     found = read_json(file).get("quantization_config") or {}
@@ -120,56 +139,37 @@ def _gptq_bits(path: Path) -> int | None:
 # --- GGUF ---------------------------------------------------------------------------------------
 
 
-def _read_gguf(path: Path, dtype: str | None, device: str, attention: str, remote_code: bool) -> PackedModel:
+def _read_gguf(path: Path, dtype: str | None, device: str, attention: str | None, remote_code: bool) -> PackedModel:
     import torch
-    from gguf.quants import dequantize
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
     from workbench_kernels.gguf.types import block_type
     from workbench_kernels.modules import BlockEmbedding, BlockLinear
 
     try:
-        reader, config, _ = read_gguf(path)
+        read = read_gguf(path)
     except UserError as error:
         cut = _first_cut_tensor(path)
         raise UserError(f"{error} The first tensor beyond its end is {cut}.") if cut else error from None
-    architecture = str(field_of(reader, "general.architecture"))
-    model, kind = _empty(config, dtype or _safe_dtype(config), attention, remote_code)
-    kind_of: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-    processor = kind_of(config=config.to_dict())
-    with parsed_once(path, reader):
-        names = get_gguf_hf_weights_map(model, processor)
-
-    def dense(tensor: Any) -> Any:
-        """As transformers has it: de-quantized, rearranged, of the model's dtype."""
-        values = dequantize(tensor.data, tensor.tensor_type)
-        done = processor.process(
-            weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
-        )
-        return torch.from_numpy(done.weights.copy()).to(device=device, dtype=kind)
-
+    model, kind = _empty(read.config, dtype or _safe_dtype(read.config), attention, remote_code)
+    mapped = Mapped(path, read, model)
     packed: dict[str, tuple[Any, str]] = {}
     values: Tensors = {}
-    for tensor in reader.tensors:
+    for tensor in read.reader.tensors:
         if "_exps." in tensor.name:
             raise UserError(
                 f"{path}: tensor {tensor.name} is of experts, which `kernel: workbench` does not support. Leave it out."
             )
-        if tensor.name not in names:
+        if tensor.name not in mapped.names:
             continue
-        name, type_name = names[tensor.name], tensor.tensor_type.name
+        name, type_name = mapped.names[tensor.name], tensor.tensor_type.name
         order = None
         if type_name not in FLOATS:
             try:
                 block_type(type_name, tensor.name)
             except ValueError as error:
                 raise UserError(f"{path}: {error}. Leave `kernel: workbench` out: it is then de-quantized.") from None
-            order = _row_order(processor, tensor) if _packable(model, name) else None
+            order = _row_order(mapped.processor, tensor) if _packable(model, name) else None
         if order is None:
-            values[name] = dense(tensor)
+            values[name] = mapped.dense(tensor).to(device=device, dtype=kind)
         else:
             packed[name] = torch.from_numpy(tensor.data[order]).to(device), type_name
     for name, (data, type_name) in packed.items():
@@ -240,7 +240,7 @@ def _row_order(processor: Any, tensor: Any) -> Any:
 # --- shared -------------------------------------------------------------------------------------
 
 
-def _empty(config: Any, dtype: str, attention: str, remote_code: bool) -> tuple[Any, Any]:
+def _empty(config: Any, dtype: str, attention: str | None, remote_code: bool) -> tuple[Any, Any]:
     """The model without weights (its buffers are real), and its dtype."""
     import torch
     from accelerate import init_empty_weights

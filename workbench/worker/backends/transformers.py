@@ -52,6 +52,7 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["sdpa", "eager"] = "sdpa"
+    """`sdpa`: where the model's code has it (Bloom's has not)."""
     kv_cache: Literal["auto"] | None = None
     """Of the model's dtype: its quantized caches need a library more, and de-quantize at every step."""
     kernel: Literal["auto", "workbench", "gptqmodel"] = "auto"
@@ -117,6 +118,11 @@ def load_engine() -> Any:
     return torch
 
 
+def _attention(options: Options) -> str | None:
+    """As transformers takes it: by its name it insists on sdpa, without it takes it where there is one."""
+    return None if options.attention == "sdpa" else options.attention
+
+
 def _keep_bfloat16() -> None:
     """Where a GPU is in sight transformers casts AWQ to float16, whose range Gemma's activations leave. GPTQModel's
     kernels, which it chooses itself, compute in both."""
@@ -164,7 +170,7 @@ class Engine:
             chosen = "bfloat16" if self._format in ("awq", "gptq") else "float32"
         arguments: dict[str, object] = {
             "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
-            "attn_implementation": options.attention,
+            "attn_implementation": _attention(options),
             "trust_remote_code": options.trust_remote_code,
             "local_files_only": True,
             **({"device_map": "cuda"} if self._device == "cuda" else {}),
@@ -187,7 +193,7 @@ class Engine:
             self._format,
             dtype=by_itself if options.dtype == "auto" else options.dtype,
             device=self._device,
-            attention=options.attention,
+            attention=_attention(options),
             trust_remote_code=options.trust_remote_code,
         )
         self._model = loaded.model

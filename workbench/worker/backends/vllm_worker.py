@@ -20,11 +20,13 @@ class Extension:
     """Methods that vLLM adds to its worker; called by name with `collective_rpc`."""
 
     def workbench_begin(self, asked: object) -> None:
-        """Wrap the model's `compute_logits` so that a `Reducer` sees the logits of all scored rows, in float32."""
+        """Wrap the model's `compute_logits` so that a `Reducer` sees the logits of all scored rows, in float32; nothing
+        `asked`: so that they are kept."""
         from workbench.worker.scoring.reducer import Reducer
 
         model = self.model_runner.model  # type: ignore[attr-defined]
-        self._reducer, self._scored_in = Reducer(from_json(Scoring, asked)), ""
+        self._reducer: Any = Kept() if asked is None else Reducer(from_json(Scoring, asked))
+        self._scored_in = ""
         self._window: tuple[int, int, int] | None = None
         self._compute = model.compute_logits
         self._processors = [module for module in model.modules() if hasattr(module, "_apply_head")]
@@ -84,6 +86,22 @@ class Extension:
         elif hasattr(self, "_peak") and (grown := self._peak.grown()) is not None:
             known["workspace"] = grown
         return known
+
+
+class Kept:
+    """In the place of a `Reducer`: the logits themselves."""
+
+    def __init__(self) -> None:
+        self._rows: list[Any] = []
+
+    def __call__(self, index: int, first_position: int, logits: Any) -> None:
+        self._rows.append(logits.float().cpu())
+
+    def result(self) -> Any:
+        """[rows, vocabulary] float32."""
+        import torch
+
+        return torch.cat(self._rows)
 
 
 def _wide(apply_head: Any) -> Any:

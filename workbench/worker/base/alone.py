@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workbench.worker.base.checkpoint import PICKLES, StoredTensor, text_config
+from workbench.worker.base.checkpoint import PICKLES, StoredTensor
+from workbench.worker.base.config_json import text_config
 from workbench.worker.base.saving import write_json
 
 ADAPTER = "adapter_config.json"
@@ -41,7 +42,7 @@ def alone(path: Path, config: Mapping[str, Any], tensors: dict[str, StoredTensor
     if not said:
         return path, []
     out.mkdir(parents=True, exist_ok=True)
-    for file in path.iterdir():
+    for file in path.iterdir() if path != out else ():
         if file.is_file() and file.name not in strays and not (head and file.name == "config.json"):
             link = out / file.name
             link.unlink(missing_ok=True)

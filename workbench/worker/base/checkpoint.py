@@ -5,7 +5,7 @@ configuration that asks for the model's own code. Sizes, types and completeness 
 so checking a 16 GB base reads a few kilobytes of it, and a download that was cut short is named here and not by
 an engine an hour later.
 
-Rejected: safetensors' own reader for the headers. It says that a file is bad but not by how many bytes.
+Rejected: safetensors' own reader alone for the headers. It says that a file is bad but not by how many bytes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from workbench.disk import readable
 from workbench.errors import UserError
 from workbench.shape import DTYPES, FLOATS
+from workbench.worker.architectures import stated
+from workbench.worker.base.config_json import check_config, text_config
 
 CONFIG_FILES = ("config.json", "generation_config.json", "README.md")
 TOKENIZER_FILES = (
@@ -36,15 +39,24 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "tekken.json",
 )
+FILES = frozenset((*CONFIG_FILES, *TOKENIZER_FILES, "model.safetensors.index.json", "adapter_config.json"))
+"""What is read of a folder beside its weights."""
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+SIDE_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Those of these that are there hold JSON objects."""
+INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MISTRAL_FORMAT = "consolidated"
 """Prefix of weight files that repeat the model in Mistral's own layout."""
 
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+JSON_BYTES = 1 << 28
+"""Of the largest JSON file that a model has (an index of a million tensors), and more."""
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|projector")
 """Parts of the names of a multimodal model's tensors that no text goes through."""
+FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+FLOAT8_SCALES = (".weight_scale_inv", ".weight_scale")
+"""Ends of the names of what FP8 weights are to be multiplied by, whatever the first is called."""
 NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attention.masked_bias")
 
 
@@ -57,11 +69,39 @@ class StoredTensor:
     shape: tuple[int, ...]
     size_bytes: int
 
+    def of_type(self, dtype: str) -> StoredTensor:
+        """The same in another type of `DTYPES`."""
+        return replace(self, dtype=dtype, size_bytes=DTYPES[dtype].size_bytes * math.prod(self.shape))
+
+
+def read_model(path: Path, remote_code: bool) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """A directory's config.json and the tensors of its model by name, checked as far as headers go.
+
+    Raises `UserError` for whatever is no unquantized causal language model's.
+    """
+    with readable(path):
+        for file in path.iterdir():
+            # A pipe would be waited for, a device read for ever.
+            if (file.name in FILES or file.suffix == ".safetensors") and not file.is_file():
+                raise UserError(f"{file} is no regular file. Put the model's own there, or remove it.")
+        config = checked_config(path, remote_code)
+        for name in SIDE_FILES:
+            if (path / name).exists():
+                read_json(path / name)
+        tensors = checked_weights(path)
+        check_types(path, config, tensors)
+    layers = stated(text_config(config), "num_hidden_layers") or 0
+    if layers > len(tensors):
+        raise UserError(f"{path / 'config.json'} names {layers} layers, its files hold {len(tensors)} tensors in all.")
+    return config, tensors
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; `UserError` if the file holds anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > JSON_BYTES:
+            raise ValueError("it is larger than any model's")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not valid JSON ({error}): the file is damaged or cut short. Fetch it again."
@@ -69,6 +109,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, not an object. Fetch it again.")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys say one thing each: readers differ in which of two values they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise ValueError(f"it says two things of '{key[:80]}'")
+    return found
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)
 
 
 def checked_config(path: Path, remote_code: bool) -> dict[str, Any]:
@@ -91,35 +147,13 @@ def checked_config(path: Path, remote_code: bool) -> dict[str, Any]:
                     f"{name} asks to run the model's own Python code (`auto_map`), which is off. If you "
                     "trust it, set `trust_remote_code: true` under `base` in the recipe."
                 )
-    quantized = next(filter(None, (c.get(k) for c in (config, text_config(config)) for k in QUANTIZATION_KEYS)), None)
-    if quantized:
-        method = quantized.get("quant_method", "some method") if isinstance(quantized, dict) else "some method"
-        raise UserError(f"{file}: this model is already quantized ({method}). Give the unquantized model as the base.")
-    if not config.get("architectures"):
+    named = config.get("architectures")
+    if not named or not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise UserError(f"{file} names no `architectures`: it is not a causal language model's configuration.")
-    if "vocab_size" not in text_config(config):
+    if text_config(config).get("vocab_size") is None:
         raise UserError(f"{file} has no `vocab_size`: it is not a causal language model's configuration.")
+    check_config(config, file)
     return config
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where a multimodal configuration keeps its language model's sizes."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) and "vocab_size" not in config else config
-
-
-def context_tokens(config: Mapping[str, Any]) -> int:
-    """The longest context a configuration allows, 0 if it does not say."""
-    text = text_config(config)
-    return next((int(text[key]) for key in CONTEXT_KEYS if text.get(key)), 0)
-
-
-def window_tokens(config: Mapping[str, Any]) -> int:
-    """The sliding window of a configuration's windowed layers, 0 if it has none."""
-    text = text_config(config)
-    kinds = text.get("layer_types") or ["sliding_attention"]
-    used = text.get("use_sliding_window", True) and "sliding_attention" in kinds
-    return int(text.get("sliding_window") or 0) if used else 0
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -128,6 +162,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Layout: eight bytes of little-endian header length, that much JSON, then the data; a tensor's
     `data_offsets` count from the end of the header, and the data fill the file exactly.
     """
+    from safetensors import safe_open
+
     size_bytes = path.stat().st_size
     damaged = f"{path} is not a whole safetensors file"
     with path.open("rb") as handle:
@@ -136,18 +172,23 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if not 2 <= length <= min(size_bytes - 8, 100_000_000):
             raise UserError(f"{damaged}: its header does not fit into its {size_bytes} bytes. Fetch it again.")
         try:
-            header = json.loads(handle.read(length))
+            header = json.loads(handle.read(length), object_pairs_hook=_once)
             header.pop("__metadata__", None)
             tensors = {
                 name: StoredTensor(path, h["dtype"], tuple(h["shape"]), h["data_offsets"][1] - h["data_offsets"][0])
                 for name, h in header.items()
             }
             end = max((h["data_offsets"][1] for h in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise UserError(f"{damaged}: its header cannot be read. Fetch it again.") from None
     if 8 + length + end != size_bytes:
         state = "truncated" if size_bytes < 8 + length + end else "longer than its header says"
         raise UserError(f"{path} is {state}: {size_bytes} bytes, should be {8 + length + end}. Fetch it again.")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except Exception as error:  # safetensors' own type, which is not exported everywhere
+        raise UserError(f"{damaged}: {str(error)[:120]}. Fetch it again.") from None
     return tensors
 
 
@@ -173,7 +214,7 @@ def lay_out(
 
 def checked_weights(path: Path) -> dict[str, StoredTensor]:
     """All tensors of a model directory by name, every shard present and whole."""
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if (path / "model.safetensors").is_file():
         named = set((read_json(index).get("weight_map") or {}).values()) if index.is_file() else set()
         if named - {"model.safetensors"}:
@@ -186,19 +227,29 @@ def checked_weights(path: Path) -> dict[str, StoredTensor]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no `weight_map`. Fetch it again.")
-        shards = sorted(set(weight_map.values()))
         # A shard's name comes from a file: it may not lead out of the directory.
+        shards = sorted(set(map(str, weight_map.values())))
         missing = [s for s in shards if Path(s).name != s or not (path / s).is_file()]
         if missing:
             raise UserError(
-                f"{path} is incomplete: {len(missing)} of {len(shards)} shards are missing "
-                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Fetch them again."
+                f"{path} is incomplete: {len(missing)} of {len(shards)} shards are missing ({missing[0]}). "
+                "Fetch it again."
             )
-        tensors = {name: t for shard in shards for name, t in read_header(path / shard).items()}
-        absent = sorted(set(weight_map) - set(tensors))
+        tensors: dict[str, StoredTensor] = {}
+        for shard in shards:
+            for name, tensor in read_header(path / shard).items():
+                if name in tensors:
+                    raise UserError(f"{path}: {tensors[name].file.name} and {shard} both hold {name}. Fetch it again.")
+                tensors[name] = tensor
+        absent = sorted(name for name, shard in weight_map.items() if name not in tensors)
         if absent:
             raise UserError(
                 f"{path}: its index names {len(absent)} tensors that no shard holds ({absent[0]}, ...). Fetch it again."
+            )
+        moved = sorted(name for name, tensor in tensors.items() if weight_map.get(name) != tensor.file.name)
+        if moved:
+            raise UserError(
+                f"{path}: its index does not say that {moved[0]} is in {tensors[moved[0]].file.name}. Fetch it again."
             )
         return tensors
     loose = sorted(p for p in path.glob("*.safetensors") if not p.name.startswith(MISTRAL_FORMAT))
@@ -247,11 +298,27 @@ def main_dtype(tensors: dict[str, StoredTensor]) -> str:
     return FLOATS[main].name if main in FLOATS else main.lower()
 
 
-def check_types(path: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Refuse matrices of a type that is no plain floating point: they are quantized, whatever config.json says."""
+def scale_of(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
+    """The name of what an FP8 weight is to be multiplied by."""
+    names = (name.removesuffix(".weight") + end for end in FLOAT8_SCALES)
+    return next((scale for scale in names if scale in tensors), None)
+
+
+def check_types(path: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a model that is already quantized, by what its config.json says or by the types of its tensors, but for
+    FP8 with scales."""
+    float8 = [name for name, tensor in tensors.items() if tensor.dtype in FLOAT8]
+    scaled = bool(float8) and all(scale_of(name, tensors) for name in float8)
+    quantized = next(filter(None, (c.get(k) for c in (config, text_config(config)) for k in QUANTIZATION_KEYS)), None)
+    if quantized and not scaled:
+        method = quantized.get("quant_method", "some method") if isinstance(quantized, dict) else "some method"
+        where = path / "config.json"
+        raise UserError(f"{where}: this model is already quantized ({method}). Give the unquantized model as the base.")
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS and len(tensor.shape) > 1 and tensor.dtype not in ("I64", "BOOL"):
+        kind = tensor.dtype
+        mask = kind in ("I64", "BOOL", "U8") and (len(tensor.shape) != 1 or name.endswith(NOT_WEIGHTS))
+        if kind not in FLOATS and not mask and not (scaled and kind in FLOAT8):
             raise UserError(
-                f"{path}: {name} is stored as {tensor.dtype}: the model is already quantized. Give the "
+                f"{path}: {name} is stored as {kind}: the model is already quantized. Give the "
                 f"unquantized model as the base ({', '.join(sorted(dtype.name for dtype in FLOATS.values()))})."
             )

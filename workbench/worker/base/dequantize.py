@@ -19,7 +19,8 @@ from workbench.errors import UserError
 from workbench.shape import FLOATS
 from workbench.worker import Progress, proof
 from workbench.worker.base import sentencepiece
-from workbench.worker.base.checkpoint import context_tokens, read_json
+from workbench.worker.base.checkpoint import read_json
+from workbench.worker.base.config_json import context_tokens
 from workbench.worker.base.gguf_config import USE_SAFETENSORS, load_gguf, read_gguf
 from workbench.worker.base.gguf_file import bytes_by_type, field_of, parsed_once
 from workbench.worker.base.saving import SHARD_BYTES, for_both_readers, write_card, write_json

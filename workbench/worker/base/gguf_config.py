@@ -87,15 +87,14 @@ def read_gguf(path: Path) -> GgufModel:
     reader = open_gguf(path)
     architecture = str(field_of(reader, "general.architecture"))
     try:
-        _check_keys(path, reader, architecture)
+        check_keys(path, reader, architecture)
         with parsed_once(path, reader):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         before = config.to_dict()
         _carry(path, reader, architecture, config)
         _check_tensors(path, reader, architecture, config)
-    except UserError as error:
-        # Names of a damaged file may hold anything.
-        raise UserError("".join(letter if letter.isprintable() else "?" for letter in str(error))) from None
+    except UserError:
+        raise
     except Exception as error:  # transformers raises whatever an impossible configuration led to
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise UserError(
@@ -122,7 +121,7 @@ def lost(path: Path, what: str) -> UserError:
     return UserError(f"{path}: {what} cannot be carried into a Hugging Face configuration. {USE_SAFETENSORS}")
 
 
-def _check_keys(path: Path, reader: Any, architecture: str) -> None:
+def check_keys(path: Path, reader: Any, architecture: str) -> None:
     """Refuse a file for a key that nobody reads, a size that its tensors contradict, or one that is not there."""
     for key, field in reader.fields.items():
         first, _, rest = key.partition(".")

@@ -19,8 +19,10 @@ from workbench.errors import UserError
 from workbench.records import BaseRequest, from_json
 from workbench.shape import FLOATS, Described
 from workbench.worker import Progress
-from workbench.worker.base.checkpoint import StoredTensor, checked_weights, main_dtype, parameters_of, read_json
+from workbench.worker.base.checkpoint import StoredTensor, main_dtype, parameters_of, read_model
 from workbench.worker.base.equivalent import equivalent_sizes
+from workbench.worker.base.floats import as_plain
+from workbench.worker.base.gguf_config import check_keys, lost
 from workbench.worker.base.gguf_file import bytes_by_type, field_of, open_gguf
 from workbench.worker.base.hub import fetch_headers, is_offline
 from workbench.worker.base.random_weights import config_of
@@ -33,12 +35,13 @@ def read(payload: object, progress: Progress) -> Described:
     source = source_of(request.source)
     progress(0, 1, "reading the shape")
     if source.hub:
-        found = _of_files(*fetch_headers(source.hub, source.revision, request.offline or is_offline()))
+        offline = request.offline or is_offline()
+        found = _of_files(*fetch_headers(source.hub, source.revision, offline, request.allow_remote_code))
     elif source.config:
         found = Described(config=config_of(source.config), dtype="bfloat16", tensors=None, naming="hf")
     else:
         path, _ = source.located()
-        found = _of_files(read_json(path / "config.json"), checked_weights(path)) if path.is_dir() else _of_gguf(path)
+        found = _of_files(*read_model(path, request.allow_remote_code)) if path.is_dir() else _of_gguf(path)
     if request.equivalent:
         _, new = equivalent_sizes(found["config"], request.equivalent["hidden"])
         config = {**found["config"], **new.in_config()}
@@ -49,7 +52,7 @@ def read(payload: object, progress: Progress) -> Described:
 
 def _of_files(config: Mapping[str, Any], tensors: dict[str, StoredTensor]) -> Described:
     """From a `config.json` and the headers of safetensors files."""
-    counted = parameters_of(config, tensors)
+    counted = parameters_of(config, as_plain(config, tensors))
     shapes = {name: list(tensor.shape) for name, tensor in counted.items()}
     return Described(config=config, dtype=main_dtype(counted), tensors=shapes, naming="hf")
 
@@ -60,9 +63,13 @@ def _of_gguf(path: Path) -> Described:
         raise UserError(f"{path} is a file but not a GGUF file. Name a Hugging Face directory or a .gguf file.")
     reader = open_gguf(path)
     kind = str(field_of(reader, "general.architecture"))
+    check_keys(path, reader, kind)
 
     def number(key: str, default: int | None = None) -> int:
-        return int(field_of(reader, f"{kind}.{key}", default))
+        value = field_of(reader, f"{kind}.{key}", default)
+        if not isinstance(value, int):
+            raise lost(path, f"its '{kind}.{key}' ({str(value)[:40]})")
+        return value
 
     tensors = {tensor.name: [int(n) for n in reversed(tensor.shape.tolist())] for tensor in reader.tensors}
     sizes = bytes_by_type(reader)

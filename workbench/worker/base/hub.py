@@ -9,6 +9,7 @@ Rejected: fetching whole repositories (many hold the weights two or three times,
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -23,9 +24,9 @@ from workbench.worker.base.checkpoint import (
     PICKLES,
     TOKENIZER_FILES,
     StoredTensor,
-    checked_weights,
+    checked_config,
     only_pickles,
-    read_json,
+    read_model,
 )
 
 
@@ -49,8 +50,12 @@ def download(repo: str, revision: str, offline: bool, progress: Progress, weight
             ignore_patterns=["*/*", f"{MISTRAL_FORMAT}*"],
             local_files_only=offline,
         )
-    progress(1, 1, f"fetched {repo}")
     found = Path(path)
+    files = sorted(found.glob("*.safetensors")) if weights else []
+    for number, file in enumerate(files):
+        progress(number, len(files), f"reading {file.name}")
+        _check_blob(file.resolve())
+    progress(1, 1, f"fetched {repo}")
     if weights and not any(found.glob("*.safetensors")):
         held = _hub_files(repo, revision, offline)
         pickled = [n for n in held if n.endswith(PICKLES)]
@@ -66,6 +71,17 @@ def download(repo: str, revision: str, offline: bool, progress: Progress, weight
     return found
 
 
+def _check_blob(blob: Path) -> None:
+    """The hub names large files by their SHA-256, and its client's cache keeps the name; nobody else looks at it again.
+
+    Raises `UserError` for a file that is not what it is called.
+    """
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        with open(blob, "rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != blob.name:
+                raise UserError(f"{blob} is not what the hub holds (cut short, or spoiled): delete it, and run again")
+
+
 def _hub_files(repo: str, revision: str, offline: bool) -> list[str]:
     try:
         return [] if offline else list(_client().HfApi().list_repo_files(repo, revision=revision))
@@ -73,7 +89,9 @@ def _hub_files(repo: str, revision: str, offline: bool) -> list[str]:
         return []
 
 
-def fetch_headers(repo: str, revision: str, offline: bool) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+def fetch_headers(
+    repo: str, revision: str, offline: bool, remote_code: bool
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """A repository's `config.json`, and what its headers say of every tensor, without its weights.
 
     What a snapshot in the hub's cache holds is read from there; else the headers are fetched by range requests, a
@@ -82,9 +100,9 @@ def fetch_headers(repo: str, revision: str, offline: bool) -> tuple[dict[str, An
     huggingface_hub = _client()
     with _hub_faults(repo, revision, offline):
         file = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision, local_files_only=offline))
-        config = read_json(file)
         if any(file.parent.glob("*.safetensors")):
-            return config, checked_weights(file.parent)
+            return read_model(file.parent, remote_code)
+        config = checked_config(file.parent, remote_code)
         if offline:
             raise UserError(
                 f"hub repository '{repo}': its config.json is in the local cache but no safetensors header, and the "

@@ -29,27 +29,25 @@ from workbench.worker.base.checkpoint import (
     PICKLES,
     TOKENIZER_FILES,
     VOCABULARY_FILES,
-    check_types,
     checked_config,
-    checked_weights,
-    context_tokens,
     main_dtype,
     only_pickles,
     parameters_of,
-    text_config,
-    window_tokens,
+    read_model,
 )
+from workbench.worker.base.config_json import context_tokens, text_config, window_tokens
 from workbench.worker.base.dequantize import Dequantized, dequantized_directory
 from workbench.worker.base.equivalent import write_equivalent
+from workbench.worker.base.floats import plain_dtype, write_plain
 from workbench.worker.base.hub import download, is_offline
 from workbench.worker.base.random_weights import config_of, random_directory, tokenizer_source
 from workbench.worker.base.sources import BaseSource, content_digest, distribution_of, source_of, stamps
-from workbench.worker.base.whole import check_whole
+from workbench.worker.base.whole import check_finite, check_tokenizer, check_whole
 
 PREPARE_VERSION = 1
 """Version of the bytes that `prepare` writes for a given source. Raise it when they change."""
 
-CHECKS_VERSION = 3
+CHECKS_VERSION = 4
 """Version of what `prepare` refuses. Raise it, and every base is looked at anew, though its bytes and digest stay."""
 
 
@@ -69,9 +67,12 @@ def prepare(payload: object, progress: Progress) -> object:
         path, revision, license_name, made = _directory(
             source_of(request.source), plain, remote_code, offline, progress
         )
-        config = checked_config(path, remote_code)
-        tensors = checked_weights(path)
-        check_types(path, tensors)
+        config, tensors = read_model(path, remote_code)
+        dtype, rewritten = plain_dtype(config, tensors), list[str]()
+        if dtype:
+            rewritten = write_plain(path, config, tensors, plain, progress)
+            path = plain
+            config, tensors = read_model(path, remote_code)
         path, warnings = alone(path, config, tensors, plain)
         config = checked_config(path, remote_code)
         if equivalent:
@@ -79,14 +80,19 @@ def prepare(payload: object, progress: Progress) -> object:
             license_name = license_name or stated_licence(path / "README.md")
             shutil.rmtree(plain, ignore_errors=True)
             path = out
-            config, tensors = checked_config(out, remote_code), checked_weights(out)
+            config, tensors = read_model(out, remote_code)
+        vocab_size = int(text_config(config)["vocab_size"])
         check_whole(path, config, tensors, remote_code)
+        check_tokenizer(path, vocab_size, remote_code)
+        check_finite(tensors, progress)
 
     counted = parameters_of(config, tensors)
     identity = {"version": PREPARE_VERSION, "content": revision, "equivalent": equivalent}
     if made and made.carried:
         # What version 1 made of such a file was another model.
         identity["carried"] = made.carried
+    if dtype:
+        identity["dtype"] = dtype
     prepared = PreparedBase(
         path=str(path),
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
@@ -94,13 +100,13 @@ def prepare(payload: object, progress: Progress) -> object:
         parameters=sum(math.prod(t.shape) for t in counted.values()),
         weight_bytes=sum(t.size_bytes for t in counted.values()),
         architecture=config["architectures"][0],
-        vocab_size=int(text_config(config)["vocab_size"]),
+        vocab_size=vocab_size,
         context_length=context_tokens(config),
         sliding_window=window_tokens(config),
         tokenizer=any((path / name).is_file() for name in VOCABULARY_FILES),
         license=license_name or stated_licence(path / "README.md"),
         revision=revision,
-        warnings=(made.warnings if made else []) + warnings,
+        warnings=(made.warnings if made else []) + rewritten + warnings,
         # An equivalent's weights are other numbers, on nobody's grid.
         quantized_types=made.quantized_types if made and not equivalent else [],
     )
@@ -141,8 +147,7 @@ def _directory(
         return *random_directory(source, out, remote_code, offline, progress), None
     path, license_name = source.located()
     if path.is_dir():
-        checked_config(path, remote_code)
-        files = sorted({t.file for t in checked_weights(path).values()})
+        files = sorted({tensor.file for tensor in read_model(path, remote_code)[1].values()})
         files += [path / n for n in (*CONFIG_FILES[:2], *TOKENIZER_FILES) if (path / n).is_file()]
         return path, content_digest(files, progress), license_name, None
     if path.suffix.lower() in PICKLES:

@@ -20,7 +20,8 @@ from typing import Any
 from workbench.disk import expanded
 from workbench.errors import UserError, unknown
 from workbench.worker import Progress
-from workbench.worker.base.checkpoint import TOKENIZER_FILES, context_tokens, read_json, text_config
+from workbench.worker.base.checkpoint import TOKENIZER_FILES, read_json
+from workbench.worker.base.config_json import check_config, context_tokens, text_config
 from workbench.worker.base.dequantize import save_tokenizer
 from workbench.worker.base.gguf_file import open_gguf
 from workbench.worker.base.hub import download
@@ -108,6 +109,7 @@ def config_of(value: Mapping[str, Any] | str) -> Mapping[str, Any]:
         config = read_json(path / "config.json" if path.is_dir() else path)
     if not config.get("model_type"):
         raise UserError("base.config has no `model_type` (such as llama): transformers cannot tell what to build.")
+    check_config(config, "base.config")
     return config
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from workbench.disk import expanded
-from workbench.errors import LONGEST_PATH, UserError, did_you_mean, install_with, short, unknown
+from workbench.disk import expanded, readable
+from workbench.errors import LONGEST_PATH, UserError, did_you_mean, install_with, unknown
+from workbench.errors import short as shortened
 from workbench.worker import Progress
 
 SOURCES = ("hub", "path", "gguf", "package", "config")
@@ -59,11 +60,11 @@ def source_of(given: object) -> BaseSource:
 def local_path(value: str | os.PathLike[str]) -> Path:
     """The absolute path of a file or directory; `UserError` with the nearest name if there is none."""
     path = expanded(value)
-    try:
-        if path.exists():
+    with readable(path):
+        if path.is_file() or path.is_dir():
             return path.resolve()
-    except OSError as error:
-        raise UserError(f"base path {short(path, LONGEST_PATH)} cannot be read: {error.strerror}") from None
+        if path.exists():
+            raise UserError(f"base path {shortened(path, LONGEST_PATH)} is neither a file nor a folder.")
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, beside) if beside else f"There is no directory {path.parent} either."
     if hint.startswith("Known"):
@@ -73,8 +74,9 @@ def local_path(value: str | os.PathLike[str]) -> Path:
 
 def stamps(path: Path) -> list[tuple[str, int, int]]:
     """Name, size in bytes and time of change of a file, or of each file in a directory, without reading any."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    with readable(path):
+        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+        return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
 def content_digest(files: list[Path], progress: Progress) -> str:

@@ -11,14 +11,23 @@ Rejected: comparing with a table of names an architecture. It would know yesterd
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, cannot_import
-from workbench.worker.base.checkpoint import NOT_WEIGHTS, StoredTensor, text_config
+from workbench.worker import Progress
+from workbench.worker.architectures import stated
+from workbench.worker.base.checkpoint import NOT_WEIGHTS, StoredTensor
+from workbench.worker.base.config_json import text_config
 
+OLDER = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "torch_dtype")
+"""Entries that transformers' classes do not list but read."""
+NEARLY = 0.9
+"""How much two names have in common (`difflib`) of which one is a slip of the other."""
 SHOWN = 3
 """Names of tensors in a message."""
 
@@ -30,7 +39,7 @@ def check_whole(path: Path, config: Mapping[str, Any], tensors: dict[str, Stored
     """
     try:
         import torch
-        from transformers import AutoConfig
+        from transformers import AutoConfig, GenerationConfig
     except ImportError as error:
         raise cannot_import("transformers, which knows the architectures,", error, "pip install transformers") from None
     # Only where the model itself is code: a folder may carry code that a class of transformers has long replaced.
@@ -38,6 +47,7 @@ def check_whole(path: Path, config: Mapping[str, Any], tensors: dict[str, Stored
     kind = _model_class(path, config, remote_code)
     try:
         settings = AutoConfig.from_pretrained(str(path), trust_remote_code=remote_code)
+        check_names(path, config, settings)
         stored = {
             name: torch.empty(tensor.shape, dtype=torch.float32, device="meta")
             for name, tensor in tensors.items()
@@ -52,9 +62,12 @@ def check_whole(path: Path, config: Mapping[str, Any], tensors: dict[str, Stored
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+        if (path / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(str(path))
+    except UserError:
+        raise
     except Exception as error:  # transformers raises whatever an impossible configuration led to
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: no model can be built from its config.json: {first}") from None
+        raise UserError(f"{path}: no model can be built from its config.json: {_reason(error)}") from None
     missing = sorted(set(report["missing_keys"]))
     unknown = sorted(set(report["unexpected_keys"]))
     other = sorted((str(name), list(there), list(wanted)) for name, there, wanted in report["mismatched_keys"])
@@ -114,6 +127,63 @@ def _model_class(path: Path, config: Mapping[str, Any], remote_code: bool) -> An
     return getattr(transformers, name)
 
 
+def check_names(path: Path, config: Mapping[str, Any], settings: Any) -> None:
+    """Refuse a configuration that leaves out what shapes do not tell, or nearly names an entry: a default would take
+    its place. `settings`: transformers' own of it."""
+    text = settings.get_text_config()
+    if text is not settings:
+        if not isinstance(config.get("text_config"), dict):
+            return  # A wrapper that has another name for its language model.
+        config, settings = config["text_config"], text
+    fields = {field.name for field in dataclasses.fields(settings)} if dataclasses.is_dataclass(settings) else set()
+    other = {name: key for key, name in settings.attribute_map.items()} | settings.attribute_map
+    heads = stated(config, "num_attention_heads") or config.get(other.get("num_attention_heads", ""))
+    if heads is None and "num_attention_heads" in {*fields, *other}:
+        raise UserError(f"{path / 'config.json'} has no `num_attention_heads`. Fetch it again.")
+    known = fields | set(other) | set(OLDER)
+    for key in config.keys() - known:
+        near = difflib.get_close_matches(key, known - config.keys(), 1, NEARLY)
+        if near:
+            raise UserError(f"{path / 'config.json'}: unknown entry '{key[:80]}'. Did you mean '{near[0]}'?")
+
+
+def check_finite(tensors: Mapping[str, StoredTensor], progress: Progress) -> None:
+    """Refuse a model with a weight that is no number: engines fail on it, or only in the texts that meet it, and what
+    is quantized with it is another model. Every weight is read once."""
+    import torch
+    from safetensors import safe_open
+
+    total, done = sum(tensor.size_bytes for tensor in tensors.values()) or 1, 0
+    for path in dict.fromkeys(tensor.file for tensor in tensors.values()):
+        with safe_open(path, framework="pt") as file:
+            for name in (name for name, tensor in tensors.items() if tensor.file == path):
+                tensor = file.get_tensor(name)
+                # Both ends of a range with a NaN in it are NaN.
+                if tensor.is_floating_point() and not all(end.isfinite() for end in torch.aminmax(tensor)):
+                    raise UserError(f"{path}: {name} has NaN or infinite weights. Fetch it again.")
+                done += tensors[name].size_bytes
+                progress(done, total, "checking the weights")
+
+
+def check_tokenizer(path: Path, vocab_size: int, remote_code: bool) -> None:
+    """Refuse a directory whose tokenizer cannot be loaded, or has more tokens than the model, special ones apart (some
+    models have no row for an image's)."""
+    from transformers import AutoTokenizer
+
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return
+    load: Any = AutoTokenizer.from_pretrained
+    try:
+        with _silent():
+            tokenizer = load(str(path), trust_remote_code=remote_code, local_files_only=True)
+            tokenizer("a")
+        size = int(tokenizer.vocab_size)
+    except Exception as error:  # transformers raises whatever a broken file led to
+        raise UserError(f"{path}: its tokenizer cannot be loaded: {_reason(error)}. Fetch it again.") from None
+    if size > vocab_size:
+        raise UserError(f"{path}: its tokenizer has {size} tokens, its model {vocab_size}: it is another model's.")
+
+
 @contextmanager
 def _silent() -> Iterator[None]:
     """transformers' report and progress bar, which would say the same in more words, left out."""
@@ -127,6 +197,11 @@ def _silent() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()
+
+
+def _reason(error: Exception) -> str:
+    """An error's words on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _count(names: Sized) -> str:

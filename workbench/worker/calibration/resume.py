@@ -101,6 +101,13 @@ def open_work(
     return work
 
 
+def _boot() -> str:
+    """What changes when the machine starts anew: after a power cut, what was written last need not be on the disk."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    return ""
+
+
 def key_of(request: CalibrationRequest, weights: Weights, device: Any, precision: str) -> str:
     """A digest of everything that determines the bytes: work noted under another key is not gone on with."""
     import torch
@@ -117,6 +124,7 @@ def key_of(request: CalibrationRequest, weights: Weights, device: Any, precision
             torch.get_num_threads(),
             [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
             [[each.name, each.method, each.options] for each in request.variants],
+            _boot(),
             request.imatrix_out is not None,
             torch.__version__,
             transformers.__version__,

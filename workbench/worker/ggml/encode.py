@@ -128,7 +128,7 @@ def write(
         name: _importance(means.get(name), tensors[name], wanted, mixture) for name, wanted in types.items() if wanted
     }
     writer = gguf.GGUFWriter(str(out), reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
-    _copy_metadata(reader, writer)
+    copy_metadata(reader, writer)
     writer.add_uint32(SET_BY_THE_QUANTIZER[0], gguf.GGML_QUANT_VERSION)
     writer.add_uint32(SET_BY_THE_QUANTIZER[1], gguf.LlamaFileType[f"MOSTLY_{mixture}"])
     for name, wanted in types.items():
@@ -180,7 +180,7 @@ def same_as_llama_cpp(kind: str, rows: Any, importance: Any, made: Any) -> int:
     return int((theirs == made).all(1).sum())
 
 
-def _copy_metadata(reader: Any, writer: Any) -> None:
+def copy_metadata(reader: Any, writer: Any) -> None:
     """Every field of the source but those that the quantizer sets or leaves out; strings by their bytes, which in a
     vocabulary need not be text."""
     import gguf

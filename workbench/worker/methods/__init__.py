@@ -28,9 +28,9 @@ BASE = "base"
 class Making:
     """How the bytes of a variant with certain options come about, and what they depend on."""
 
-    stage: Literal["base", "gguf", "pass", "load"]
-    """Where: in a worker of its own from the base's directory, or from the base's GGUF file; in the calibration pass;
-    or nowhere, because the engine quantizes the base as it loads it."""
+    stage: Literal["base", "gguf", "pass", "load", "carry"]
+    """Where: in a worker of its own from the base's directory, from the base's GGUF file, or from another form of the
+    variant; in the calibration pass; or nowhere, because the engine quantizes the base as it loads it."""
     calibration: Literal["", "tokens", "imatrix"] = ""
     """What it looks at: nothing, the calibration's tokens (in the pass: their Gram matrices), or the importance matrix
     that the pass makes of them."""
@@ -55,6 +55,8 @@ class Making:
     label: str = ""
     """Before the variant's name, where progress is shown."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    carried: Mapping[str, Making] = field(default_factory=dict)
+    """How its further forms are made of it (stage `carry`, `source` included): format -> how."""
 
 
 @runtime_checkable
@@ -66,7 +68,8 @@ class Method(Protocol):
     SHORTHAND: str
     """The option that a bare value stands for (`gguf: Q8_0`), if any."""
     WRITES: tuple[str, ...]
-    """The format of its artifacts, as backends know it; the base has several."""
+    """The formats of its artifacts, as backends know them: what is made, and then what that is carried to for engines
+    that read nothing else."""
     LIBRARY: str
     """What opens an artifact, in the hub's words, for a model card."""
     TAGS: tuple[str, ...]

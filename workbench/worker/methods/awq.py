@@ -28,7 +28,7 @@ from workbench.worker.architectures import Group, Layer, Producer
 from workbench.worker.methods import Making, grouped, rounding
 
 SHORTHAND = ""
-WRITES: tuple[str, ...] = ("awq",)
+WRITES: tuple[str, ...] = ("awq", "gguf")
 LIBRARY = "transformers"
 TAGS: tuple[str, ...] = ("awq", "4-bit")
 CONFIG_FILE = ""
@@ -79,8 +79,13 @@ def check(options: Options) -> None:
 
 
 def limits(options: Options) -> dict[str, str]:
-    """Backend name -> why that engine cannot load a checkpoint with these options."""
-    return {} if options.zero_point else {"vllm": "vLLM loads AWQ only with zero points"}
+    """Backend name -> why that engine cannot load a checkpoint with these options, nor the GGUF file of it."""
+    if options.zero_point:
+        return grouped.carried_limits(options)
+    return {
+        "vllm": "vLLM loads AWQ only with zero points",
+        "llamacpp": "AWQ without zero points is not carried to GGUF; take GPTQ, or leave `zero_point` out",
+    }
 
 
 def making(options: Options, cuda: bool) -> Making:
@@ -89,7 +94,9 @@ def making(options: Options, cuda: bool) -> Making:
 
 
 def sizes(shape: Shape, options: Options, form: str) -> Stored:
-    """What the checkpoint will hold."""
+    """What the checkpoint will hold, or the GGUF file of it."""
+    if form == "gguf":
+        return grouped.carried_sizes(shape, options, quantizes, "Q4_1")
     return grouped.sizes(shape, options, quantizes, stored)
 
 

@@ -125,7 +125,7 @@ class Request:
     base: str = ""
     dtype: str = ""
     name: str = ""
-    source: str = ""
+    source: str | None = None
     type: str = ""
     imatrix: str | None = None
     threads: int | None = None
@@ -217,7 +217,7 @@ def quantize(payload: object, progress: Progress) -> object:
         raise
     made = describe(request.out, request.type)
     made = replace(
-        made, warnings=made.warnings + lost.warnings(request.source, request.out), provenance={"encoder": by}
+        made, warnings=made.warnings + lost.warnings(str(request.source), request.out), provenance={"encoder": by}
     )
     if isinstance(checked, str):
         return to_json(made)
@@ -232,7 +232,11 @@ def _by_workbench(request: Request, place: encode.Place, progress: Progress) -> 
 
     Blocks that are not llama.cpp's count as made only where the encoders were asked for by name.
     """
-    source, out, matrix = Path(request.source), Path(request.out), Path(request.imatrix) if request.imatrix else None
+    source, out, matrix = (
+        Path(request.source or ""),
+        Path(request.out),
+        Path(request.imatrix) if request.imatrix else None,
+    )
     checked = encode.write(source, out, request.type, matrix, place, _threads(request), progress)
     if isinstance(checked, str) or checked.equal == checked.rows or request.encoder != "auto":
         return checked
@@ -271,7 +275,9 @@ def _by_llamacpp(request: Request, progress: Progress) -> None:
 
         keep = imatrix.as_quantize_pointer(request.imatrix)
         params.imatrix = keep.pointer
-    status = llama_cpp.llama_model_quantize(request.source.encode(), request.out.encode(), ctypes.byref(params))
+    status = llama_cpp.llama_model_quantize(
+        os.fsencode(request.source or ""), os.fsencode(request.out), ctypes.byref(params)
+    )
     del keep
     # What listens is about to go.
     llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))

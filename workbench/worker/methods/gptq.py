@@ -40,7 +40,7 @@ from workbench.worker.methods.rounding import (
 )
 
 SHORTHAND = ""
-WRITES: tuple[str, ...] = ("gptq",)
+WRITES: tuple[str, ...] = ("gptq", "gguf")
 LIBRARY = "transformers"
 TAGS: tuple[str, ...] = ("gptq",)
 CONFIG_FILE = "quantize_config.json"
@@ -80,14 +80,16 @@ def check(options: Options) -> None:
 
 
 def limits(options: Options) -> dict[str, str]:
-    """Backend name -> why that engine cannot load a checkpoint with these options."""
-    if options.bits not in (4, 8) or not options.sym:
-        return {
-            "vllm": f"vLLM loads GPTQ only as symmetric 4 or 8 bits, not {options.bits} bits with sym={options.sym}"
-        }
+    """Backend name -> why that engine cannot load a checkpoint with these options, nor the GGUF file of it."""
+    found = grouped.carried_limits(options)
+    if options.bits == 8 and not options.sym:
+        found["llamacpp"] = "no type of llama.cpp's holds 8 bits with zero points; set `sym: true`"
     if options.desc_act and options.group_size != -1:
-        return {"vllm": "vLLM no longer loads GPTQ with desc_act and groups; leave `desc_act` out"}
-    return {}
+        found["vllm"] = "vLLM no longer loads GPTQ with desc_act and groups; leave `desc_act` out"
+        found["llamacpp"] = "llama.cpp's blocks are runs of inputs, desc_act's groups are not; leave `desc_act` out"
+    if options.bits not in (4, 8) or not options.sym:
+        found["vllm"] = f"vLLM loads GPTQ only as symmetric 4 or 8 bits, not {options.bits} bits with sym={options.sym}"
+    return found
 
 
 def making(options: Options, cuda: bool) -> Making:
@@ -96,8 +98,17 @@ def making(options: Options, cuda: bool) -> Making:
 
 
 def sizes(shape: Shape, options: Options, form: str) -> Stored:
-    """What the checkpoint will hold."""
+    """What the checkpoint will hold, or the GGUF file of it."""
+    if form == "gguf":
+        return grouped.carried_sizes(shape, options, quantizes, container_of(options))
     return grouped.sizes(shape, options, quantizes, stored)
+
+
+def container_of(options: Options) -> str:
+    """llama.cpp's type with the same codes; empty if there is none."""
+    zero = 2 ** (options.bits - 1)
+    least, largest = (zero, zero) if options.sym else (0, 2**options.bits - 1)
+    return grouped.container(options.bits, least, largest) or ""
 
 
 # --- what the pass asks of a method -------------------------------------------------------------
@@ -214,3 +225,20 @@ def pack(codes: Any, bits: int) -> Any:
         if shift + bits > 32:
             packed[:, word + 1] |= value >> (32 - shift)
     return packed.reshape(-1, m)
+
+
+def unpack(packed: Any, bits: int) -> Any:
+    """The inverse of `pack`: int32 [n x bits / 32, m] -> uint8 [n, m]."""
+    import torch
+
+    common = math.gcd(bits, 32)
+    values, words = 32 // common, bits // common
+    table = packed.reshape(-1, words, packed.shape[1]).long() & 0xFFFFFFFF
+    codes = []
+    for i in range(values):
+        word, shift = divmod(i * bits, 32)
+        value = table[:, word] >> shift
+        if shift + bits > 32:
+            value = value | table[:, word + 1] << (32 - shift)
+        codes.append((value & (2**bits - 1)).to(torch.uint8))
+    return torch.stack(codes, 1).reshape(-1, packed.shape[1])

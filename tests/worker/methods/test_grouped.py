@@ -1,0 +1,106 @@
+"""What AWQ's and GPTQ's checkpoints share: names, words, layouts and bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from workbench.errors import UserError
+from workbench.shape import NamedShape, Shape, Traits
+from workbench.worker.methods import awq, gptq, grouped
+
+torch = pytest.importorskip("torch")
+
+
+def test_what_configurations_say() -> None:
+    assert awq.quantization_config(awq.Options()) == {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+    }
+    assert awq.quantization_config(awq.Options(modules_to_not_convert=("a",)))["modules_to_not_convert"] == ["a"]
+    config = gptq.quantization_config(gptq.Options())
+    assert config["meta"] == {"damp_percent": 0.01, "act_group_aware": True} and config["lm_head"] is False
+    for options in (gptq.Options(desc_act=True), gptq.Options(order="natural")):
+        assert gptq.quantization_config(options)["meta"] == {"damp_percent": 0.01, "act_group_aware": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (awq.Options(group_size=-1, zero_point=False), "awq-4bit-row-sym"),
+        (awq.Options(engine="gptqmodel"), "awq-4bit-g128-gptqmodel"),
+        (gptq.Options(group_size=-1, order="natural"), "gptq-4bit-row-natural"),
+        (gptq.Options(order="natural", desc_act=True), "gptq-4bit-g128-act-order"),
+        (gptq.Options(bits=8, engine="gptqmodel"), "gptq-8bit-g128-gptqmodel"),
+    ],
+)
+def test_names_have_what_differs(options: Any, name: str) -> None:
+    method = awq if isinstance(options, awq.Options) else gptq
+    assert method.default_name(options) == name
+    assert grouped.tensor_type(options) == f"I{options.bits}-" + ("row" if options.group_size == -1 else "g128")
+
+
+def test_whole_words_only() -> None:
+    assert gptq.pack(torch.zeros(32, 1, dtype=torch.uint8), 3).shape == (3, 1)
+    with pytest.raises(ValueError, match="20 codes of 3 bits"):
+        gptq.pack(torch.zeros(20, 1, dtype=torch.uint8), 3)
+    # A code above its bits loses what does not fit, and the last word's high bit is a sign.
+    assert gptq.pack(torch.tensor([[19]] + [[0]] * 6 + [[15]], dtype=torch.uint8), 4).item() == 3 - (1 << 28)
+
+
+def test_what_a_layers_shape_must_be() -> None:
+    for rows, columns, bits in ((8, 32, 4), (32, 64, 3), (16, 32, 2), (4, 32, 8)):
+        grouped.check_linear(gptq.Options(bits=bits, group_size=32), "here", rows, columns, [])  # type: ignore[arg-type]
+    grouped.check_linear(gptq.Options(group_size=-1), "here", 8, 72, [])
+    with pytest.raises(UserError, match="^here: group_size 32 does not divide its 48 inputs; take 16 or -1$"):
+        grouped.check_linear(gptq.Options(group_size=32), "here", 8, 48, ["16"])
+    with pytest.raises(UserError, match=r"48 inputs; take -1 \(whole rows\)$"):
+        grouped.check_linear(gptq.Options(group_size=32), "here", 8, 48, [])
+    for rows, columns in ((12, 32), (8, 36)):
+        with pytest.raises(UserError, match="^here: 4 bits are stored 8 at a time"):
+            grouped.check_linear(gptq.Options(group_size=-1), "here", rows, columns, [])
+    assert grouped.group_sizes([96, 64]) == [32] and grouped.group_sizes([1024]) == [32, 64, 128]
+
+
+def test_the_bytes_of_a_checkpoint_by_hand() -> None:
+    """Two matrices of a layer, an embedding and a norm in 16 bits; names of no layer are not packed."""
+    shape = Shape(
+        (
+            NamedShape("token_embd.weight", (100, 64)),
+            NamedShape("blk.0.attn_q.weight", (64, 64)),
+            NamedShape("blk.0.ffn_down.weight", (64, 128)),
+            NamedShape("blk.0.attn_norm.weight", (64,)),
+            NamedShape("blk.0.attn_q.bias", (64,)),
+            NamedShape("blk.0.other.weight", (8, 40)),
+        ),
+        Traits(1, 4, 2),
+        64,
+        16,
+        128,
+        100,
+        0,
+        "float16",
+    )
+    plain = 2 * (100 * 64 + 64 + 64 + 8 * 40)
+    packed = sum(
+        rows * columns // 2 + columns // 32 * (rows // 2 + 2 * rows) for rows, columns in ((64, 64), (64, 128))
+    )
+    assert awq.sizes(shape, awq.Options(group_size=32), "awq").disk_bytes == plain + packed
+    assert gptq.sizes(shape, gptq.Options(group_size=32), "gptq").disk_bytes == plain + packed + 4 * (64 + 128)
+    left = awq.sizes(shape, awq.Options(group_size=32, modules_to_not_convert=("layers.0.self_attn",)), "awq")
+    assert left.disk_bytes == plain + 2 * 64 * 64 + 64 * 128 // 2 + 4 * (32 + 128)
+    assert left.refused is awq.sizes(shape, awq.Options(group_size=64), "awq").refused is None
+    assert awq.sizes(shape, awq.Options(), "awq").refused == (
+        "group_size 128 does not divide the inputs of every layer; take 32 or 64 or -1"
+    )
+
+
+def test_how_each_is_made() -> None:
+    ours, theirs = (grouped.making("awq", awq.Options(engine=engine)) for engine in ("workbench", "gptqmodel"))  # type: ignore[arg-type]
+    assert (ours.stage, ours.calibration) == ("pass", "tokens") and theirs.stage == "base"
+    assert theirs.arguments == {"method": "awq"} and theirs.python == "gptqmodel"

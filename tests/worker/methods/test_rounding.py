@@ -1,0 +1,150 @@
+"""Grids, factors and what rounding leaves against their definitions, in float64 and one column at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.worker.layers import half, problem
+from workbench.errors import UserError
+from workbench.worker.methods import rounding
+
+torch = pytest.importorskip("torch")
+
+
+def best_grid(column: Any, block: Any, bits: int, symmetric: bool, lowest_zero: int) -> tuple[float, float]:
+    """One column of one group: shrunken ranges, then twice finer, then two least-squares steps."""
+    top, middle = 2**bits - 1, 2 ** (bits - 1)
+    low, high = min(column.min(), 0), max(column.max(), 0)
+    reach = max(-low, high) / middle if symmetric else (high - low) / top
+    best = (math.inf, 1.0, 1.0, float(middle))  # error, shrink, scale, zero
+
+    def codes(scale: float, zero: float) -> Any:
+        ends = (-middle, top - middle) if symmetric else (-zero, top - zero)
+        return np.clip(np.round(column / scale), *ends)
+
+    def consider(scale: float, zero: float, shrink: float) -> None:
+        nonlocal best
+        left = column - codes(scale, zero) * scale
+        error = float(left @ block @ left)
+        if error < best[0] * (1 - 1e-6):
+            best = (error, shrink, scale, zero)
+
+    def shrunk(by: float) -> None:
+        scale = float(half(reach * by))
+        consider(scale, best[3] if symmetric else float(np.clip(np.round(-low * by / scale), lowest_zero, top)), by)
+
+    for i in range(-1 if symmetric else 0, 6 if bits > 3 else 9):
+        shrunk(1 - 0.08 * i)
+    coarse = best[1]
+    for step in (0.04, -0.04):
+        shrunk(coarse + step)
+    for _ in range(2):
+        q = codes(best[2], best[3])
+        fitted = (q @ block @ column) / (q @ block @ q)
+        consider(float(half(fitted)) if fitted > 0 else best[2], best[3], best[1])
+    return best[2], best[3]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_the_grid_is_the_one_that_the_search_is_said_to_find(bits: int, symmetric: bool, blocks: bool) -> None:
+    weight, gram = problem(48, 12, bits)
+    weight[16:32] = weight[16:32].abs() + 0.2  # a group whose best zero lies below its range
+    weight[3] *= 4
+    for lowest_zero in (0, 1):
+        grid = rounding.search_grid(weight, gram, 16, bits, symmetric=symmetric, blocks=blocks, lowest_zero=lowest_zero)
+        assert grid.bits == bits
+        same = 0
+        for group in range(3):
+            inside = slice(16 * group, 16 * group + 16)
+            block = gram[inside, inside].double().numpy()
+            for channel in range(12):
+                column = weight[inside, channel].double().numpy()
+                found = best_grid(column, block if blocks else np.diag(np.diag(block)), bits, symmetric, lowest_zero)
+                same += found == (float(grid.scale[group, channel]), float(grid.zero[group, channel]))
+        # Two candidates may differ by less than float32 can tell.
+        assert same >= 34
+
+
+def test_a_grid_of_many_channels_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = problem(32, 20, 5)
+    whole = rounding.search_grid(weight, gram, 16, 4, symmetric=False)
+    monkeypatch.setattr(rounding, "CHUNK", 7)
+    parts = rounding.search_grid(weight, gram, 16, 4, symmetric=False)
+    assert torch.equal(whole.scale, parts.scale) and torch.equal(whole.zero, parts.zero)
+
+
+def test_a_channel_without_weights_has_scale_one_and_the_middle_zero() -> None:
+    weight, gram = problem(32, 4, 6)
+    weight[:16, 1] = 0.0
+    weight[16:, 2] = weight[16:, 2].abs()
+    for symmetric in (True, False):
+        grid = rounding.search_grid(weight, gram, 16, 3, symmetric=symmetric)
+        assert (float(grid.scale[0, 1]), float(grid.zero[0, 1])) == (1.0, 4.0)
+        assert float(grid.scale[1, 1]) != 1.0
+        assert float(grid.zero[1, 2]) == (4.0 if symmetric else 1.0)
+
+
+def test_float16_has_an_end_on_either_side() -> None:
+    """65504 is the largest number of float16, 2^-14 the smallest that is normal."""
+    assert float(torch.finfo(torch.float16).max) == 65504 and torch.finfo(torch.float16).tiny == rounding.TINY_SCALE
+    found = rounding.as_half(torch.tensor([1e9, 65505.0, 65500.0, 1.0, 2.0**-14, 1e-9, 0.0]))
+    assert found.tolist() == [65504.0, 65504.0, 65504.0, 1.0, 2.0**-14, 2.0**-14, 2.0**-14]
+    assert found.dtype == torch.float32
+
+
+def test_the_factor_gives_the_damped_matrix_back() -> None:
+    _, gram = problem(24, 1, 7)
+    gram[5], gram[:, 5] = 0, 0
+    upper, spread, damping = rounding._factor(gram.clone(), 0.03, "here")
+    mean = float(gram.diagonal().sum()) / 23
+    damped = gram.double() + 0.03 * mean * torch.eye(24, dtype=torch.float64)
+    damped[5, 5] = mean
+    unit = upper.double()
+    assert damping == 0.03 and float(spread[5]) == 0.0
+    spread = spread.double()
+    spread[5] = mean
+    torch.testing.assert_close(unit @ torch.diag(spread) @ unit.t(), damped, rtol=1e-4, atol=1e-5)
+    assert torch.equal(upper.diagonal(), torch.ones(24)) and not upper.tril(-1).any()
+    # A matrix of one input's products takes ten times as much until it can be factored, from 1e-4 on.
+    x = torch.randn(1, 24, generator=torch.Generator().manual_seed(0))
+    assert rounding._factor(x.t() @ x - 1e-3 * torch.eye(24), 0.0, "here")[2] in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    assert rounding._factor(torch.eye(4) - 0.05 * torch.ones(4, 4) * 5, 0.02, "here")[2] == 0.02
+    tight = torch.eye(8) + 1.5 * (torch.ones(8, 8) - torch.eye(8))  # its least eigenvalue is -0.5
+    assert rounding._factor(tight, 0.06, "here")[2] == pytest.approx(0.6)
+
+
+def test_what_the_damping_added_is_not_told_as_error() -> None:
+    weight, gram = problem(40, 12, 8)
+    gram[7], gram[:, 7] = 0, 0
+    grid = rounding.search_grid(weight, gram, 20, 3, symmetric=False)
+    group_of = torch.arange(40) // 20
+    for order in (torch.arange(40), torch.randperm(40, generator=torch.Generator().manual_seed(1))):
+        made = rounding.compensate(weight, gram, grid, group_of, order, 0.5)
+        left = (weight - (made.codes.float() - grid.zero[group_of]) * grid.scale[group_of]).double()
+        torch.testing.assert_close(made.error.double(), ((gram.double() @ left) * left).sum(0), rtol=1e-3, atol=1e-4)
+
+
+def test_shares_are_of_something() -> None:
+    assert rounding.ratio(torch.tensor(1.0), torch.tensor(4.0)) == 0.25
+    assert rounding.ratio(torch.tensor(-1e-9), torch.tensor(4.0)) == rounding.ratio(1.0, 0.0) == 0.0
+    assert rounding.singular("here", 0.1) == "here: the Gram matrix is singular; damping raised to 0.1"
+
+
+@pytest.mark.parametrize("size", [-1, 16, 32, 128, 1024])
+def test_grids_that_can_be(size: int) -> None:
+    rounding.check_grid("awq", size, 0.0)
+    rounding.check_grid("awq", size, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("size", "damping"), [(8, 0.1), (0, 0.1), (-16, 0.1), (15, 0.1), (17, 0.1), (32, -0.1), (32, 1.0)]
+)
+def test_grids_that_cannot_be(size: int, damping: float) -> None:
+    with pytest.raises(UserError, match="^gptq: (group_size|damping) "):
+        rounding.check_grid("gptq", size, damping)

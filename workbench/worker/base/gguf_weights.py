@@ -1,0 +1,53 @@
+"""A GGUF file's tensors as transformers' model has them: de-quantized, by its names, in its order of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError
+from workbench.worker.base.gguf_config import GgufModel, read_gguf
+from workbench.worker.base.gguf_file import field_of, parsed_once
+
+
+class Mapped:
+    """The `names` of a file's tensors in a model, and transformers' `processor`, which undoes what was rearranged."""
+
+    def __init__(self, path: Path, read: GgufModel, model: Any) -> None:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+        kind_of: Any = TENSOR_PROCESSORS.get(str(field_of(read.reader, "general.architecture")), TensorProcessor)
+        self.processor = kind_of(config=read.config.to_dict())
+        with parsed_once(path, read.reader):
+            self.names: dict[str, str] = get_gguf_hf_weights_map(model, self.processor)
+
+    def dense(self, tensor: Any) -> Any:
+        """One of the reader's tensors, float32 in torch."""
+        import torch
+        from gguf.quants import dequantize
+
+        done = self.processor.process(
+            weights=dequantize(tensor.data, tensor.tensor_type),
+            name=tensor.name,
+            tensor_key_mapping=self.names,
+            parsed_parameters={"tensors": {}},
+        )
+        return torch.from_numpy(done.weights.copy())
+
+
+def weights_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """Name and float32 values of each weight of a file, one at a time. `UserError` for experts, which transformers puts
+    together from several tensors."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    read = read_gguf(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read.config)
+    mapped = Mapped(path, read, model)
+    for tensor in read.reader.tensors:
+        if "_exps." in tensor.name:
+            raise UserError(f"{path}: tensor {tensor.name} is of experts, which are not read one at a time")
+        if tensor.name in mapped.names:
+            yield mapped.names[tensor.name], mapped.dense(tensor)
