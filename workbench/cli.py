@@ -33,8 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-cache_app = typer.Typer(help="What was made and is kept.", no_args_is_help=True)
-app.add_typer(cache_app, name="cache")
+app.add_typer(cache_app := typer.Typer(help="What was made and is kept.", no_args_is_help=True), name="cache")
 
 
 @app.callback(invoke_without_command=True)
