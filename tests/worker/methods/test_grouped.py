@@ -104,3 +104,61 @@ def test_how_each_is_made() -> None:
     ours, theirs = (grouped.making("awq", awq.Options(engine=engine)) for engine in ("workbench", "gptqmodel"))  # type: ignore[arg-type]
     assert (ours.stage, ours.calibration) == ("pass", "tokens") and theirs.stage == "base"
     assert theirs.arguments == {"method": "awq"} and theirs.python == "gptqmodel"
+
+
+@pytest.mark.parametrize(
+    ("bits", "zeros", "kind"),
+    [
+        (4, (8, 8), "Q4_0"),
+        (3, (4, 4), "Q4_0"),
+        (3, (0, 7), "Q4_0"),
+        (4, (7, 8), "Q4_1"),
+        (4, (8, 9), "Q4_1"),
+        (4, (0, 15), "Q4_1"),
+        (8, (128, 128), "Q8_0"),
+        (8, (127, 128), None),
+        (8, (128, 129), None),
+        (8, (0, 255), None),
+    ],
+)
+def test_the_type_that_holds_codes_less_their_zeros(bits: int, zeros: tuple[int, int], kind: str | None) -> None:
+    """Q4_0 has -8 to 7 and Q8_0 -128 to 127; Q4_1 has any four bits, with a least value of its own."""
+    values = [code - zero for zero in range(zeros[0], zeros[1] + 1) for code in range(2**bits)]
+    signed = "Q4_0" if min(values) >= -8 and max(values) <= 7 else "Q8_0"
+    fits = min(values) >= -128 and max(values) <= 127
+    assert grouped.container(bits, *zeros) == kind
+    assert kind in (signed, "Q4_1") or not fits
+
+
+def test_groups_of_whole_blocks_can_be_carried() -> None:
+    for size in (32, 64, 128, -1):
+        assert grouped.carried_limits(gptq.Options(group_size=size)) == {}
+    for size in (16, 48):
+        assert "blocks are of 32 weights" in grouped.carried_limits(gptq.Options(group_size=size))["llamacpp"]
+
+
+@pytest.mark.parametrize(("kind", "block_bytes"), [("Q4_0", 18), ("Q4_1", 20), ("Q8_0", 34)])
+def test_the_bytes_of_a_carried_file_by_hand(kind: str, block_bytes: int) -> None:
+    shape = Shape(
+        (
+            NamedShape("token_embd.weight", (100, 64)),
+            NamedShape("blk.0.attn_q.weight", (64, 64)),
+            NamedShape("blk.0.ffn_down.weight", (64, 128)),
+            NamedShape("blk.0.attn_norm.weight", (64,)),
+        ),
+        Traits(1, 4, 2),
+        64,
+        16,
+        128,
+        100,
+        0,
+        "bfloat16",
+    )
+    all_packed = grouped.carried_sizes(shape, gptq.Options(group_size=32), gptq.quantizes, kind)
+    assert all_packed.disk_bytes == 100 * 64 * 2 + 64 * 4 + 64 * (64 + 128) // 32 * block_bytes
+    assert list(all_packed.types.values()) == ["BF16", kind, kind, "F32"]
+    kept = awq.Options(group_size=32, modules_to_not_convert=("down_proj",))
+    some = grouped.carried_sizes(shape, kept, awq.quantizes, kind)
+    assert some.types["blk.0.ffn_down.weight"] == "BF16"
+    refused = grouped.carried_sizes(shape, gptq.Options(group_size=48), gptq.quantizes, "")
+    assert refused.disk_bytes == 0 and refused.refused
