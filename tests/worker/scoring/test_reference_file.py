@@ -125,6 +125,16 @@ def test_the_divergence_is_the_three_terms(tmp_path: Path) -> None:
     assert (found["top_k"], found["tail_draws"]) == (8, reference_shape(VOCAB, 8)[1])
 
 
+def test_a_base_that_leaves_nothing_to_its_tail_has_no_divergence_there(tmp_path: Path) -> None:
+    """Logits 300 below the likeliest are a probability of zero in float32."""
+    spec, base = asked(top_k=8), drawn()
+    base[..., 5] += 300.0
+    score(replace(spec, make_reference=str(tmp_path / "r")), base)
+    assert read(tmp_path / "r")["tail_mass"].max() == 0.0
+    for window in score(replace(spec, reference=str(tmp_path / "r")), base)["windows"]:
+        assert window["kld_sum"] == pytest.approx(0.0, abs=1e-9)
+
+
 def test_pieces_of_any_size_are_put_in_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, variant = drawn(), drawn() + 0.3 * drawn(seed=1)
     spec = asked(top_k=8)
