@@ -84,7 +84,7 @@ def logits(folder: Path) -> Any:
 def settings(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    ignored = ("_name_or_path", "dtype", "torch_dtype", *IDS)
+    ignored = ("_name_or_path", "architectures", "dtype", "torch_dtype", *IDS)
     return {key: value for key, value in AutoConfig.from_pretrained(folder).to_dict().items() if key not in ignored}
 
 
