@@ -53,7 +53,10 @@ BELONGING: dict[str, dict[str, str]] = {
         "steps": "levels steps",
     },
     "workbench/worker": {"proof": "proof"},
-    "workbench/worker/calibration": {"gram layout resume run walk weights windows": "pieces calibration"},
+    "workbench/worker/calibration": {
+        "balance": "balance",
+        "gram layout resume run walk weights windows": "pieces calibration",
+    },
     "workbench/worker/measure": {
         "answers likelihoods": "../tokens/tasks",
         "bandwidth energy timing": "clocks timing",

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypedDict
 
 
@@ -105,7 +106,7 @@ class Shape:
     latent: int | None = None
     """Values a token and layer, where keys and values are kept compressed (multi-head latent attention)."""
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Weights, tied embeddings once."""
         return sum(tensor.weights for tensor in self.tensors)

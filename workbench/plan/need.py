@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from workbench.recipe.choices import BackendChoice, form_for, limits_of, method_of
 from workbench.records import Artifact, Variant
-from workbench.shape import Sequences, Shape
+from workbench.shape import Sequences, Shape, Stored
 from workbench.worker.backends import backend_named
 
 CUDA_CONTEXT_BYTES = 600e6
@@ -67,8 +69,7 @@ class Plan:
 def need_of(shape: Shape, variant: Variant, choice: BackendChoice, load: Sequences, cuda: bool) -> Need:
     """What one variant needs in one engine for those sequences at once, and to score windows."""
     backend, form = backend_named(choice.name), form_for(variant, choice.name)
-    method, options = method_of(variant)
-    stored = method.sizes(shape, options, form)
+    stored = _stored(variant.method, json.dumps(variant.options), shape, form)
     bits = round(stored.disk_bytes * 8 / shape.parameters, 4)
     need = Need(variant.name, choice.name, choice.options, stored.disk_bytes, bits, fallbacks=stored.fallbacks)
     chosen = backend.Options(**choice.options)
@@ -97,3 +98,10 @@ def need_of(shape: Shape, variant: Variant, choice: BackendChoice, load: Sequenc
         notes=tuple(notes),
         devices=found.devices,
     )
+
+
+@lru_cache(maxsize=1000)
+def _stored(method: str, options: str, shape: Shape, form: str) -> Stored:
+    """What a variant's files hold: the same for every engine, point and context that is tried. `options`: as JSON."""
+    how, chosen = method_of(Variant("", method, json.loads(options)))
+    return how.sizes(shape, chosen, form)

@@ -8,7 +8,7 @@ from typing import Any
 
 from workbench.errors import UserError, did_you_mean, short
 from workbench.shape import Described, NamedShape, Shape, Traits
-from workbench.worker.architectures import ARCHITECTURES, FUSED, SEPARATE, Sizes, sizes_of
+from workbench.worker.architectures import ARCHITECTURES, FUSED, SEPARATE, Sizes, sizes_of, stated
 
 COUNTS = {
     "num_hidden_layers": 1000,
@@ -55,7 +55,7 @@ def shape_of(read: Described, where: str) -> Shape:
         head_dim=sizes.head_dim,
         inner=sizes.inner,
         vocab_size=sizes.vocab_size,
-        context_tokens=int(text.get("max_position_embeddings") or 0),
+        context_tokens=int(stated(text, "max_position_embeddings") or 0),
         dtype=read["dtype"],
         sliding_window=int(window) if window else None,
         latent=int(compressed) + int(text.get("qk_rope_head_dim") or 0) if compressed else None,

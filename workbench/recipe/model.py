@@ -25,6 +25,7 @@ from workbench.recipe.words import (
     MODULE,
     MOST_CUT,
     MOST_TOKENS,
+    PACKAGE,
     File,
     Name,
     Seconds,
@@ -68,6 +69,13 @@ def _one_of(*names: str) -> JsonDict:
     return {"oneOf": [*forms, alone] if "file" in names else forms}
 
 
+def _in_package(package: str | None, file: str | None, what: str) -> None:
+    if package and not file:
+        raise ValueError(f"a package also needs `file`, {what} inside it")
+    if package and file and (not Path(file).parts or {"..", "/"} & {*Path(file).parts}):
+        raise ValueError(f"`file` is a path inside the package, not '{short(file)}'")
+
+
 class Equivalent(Strict):
     """An exact, function-preserving rewrite of a Llama: rescaled off its grid, zero-padded to `hidden`."""
 
@@ -85,7 +93,7 @@ class Base(Strict):
     revision: Word | None = None
     path: File | None = None
     """A Hugging Face directory or a `.gguf` file, relative to the recipe."""
-    package: Word | None = None
+    package: Annotated[Word, Field(pattern=PACKAGE)] | None = None
     """An installed Python package that ships the model as `file`."""
     file: Word | None = None
     config: dict[str, Any] | Word | None = None
@@ -102,18 +110,18 @@ class Base(Strict):
         """A `config.json` pasted into YAML says 1e-05, which YAML 1.1 takes for a word."""
         if not isinstance(value, dict):
             return known_home(value) if value else value
-        if not of_64_bits(value):
-            raise ValueError("numbers must be finite, and of 64 bits at most")
-        return {
+        read = {
             key: float(item) if isinstance(item, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", item) else item
             for key, item in value.items()
         }
+        if not of_64_bits(read):
+            raise ValueError("numbers must be finite, and of 64 bits at most")
+        return read
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         _exactly_one(self, ("hub", "path", "package", "config"))
-        if self.package and not self.file:
-            raise ValueError("a package also needs `file`, the model inside it")
+        _in_package(self.package, self.file, "the model")
         if self.config and self.init != "random":
             raise ValueError("a config alone has no weights: add `init: random`")
         return self
@@ -149,7 +157,7 @@ class Source(Strict):
     model_config = ConfigDict(json_schema_extra=_one_of("module", "package", "dataset", "text", "file"))
 
     module: Annotated[Word, Field(pattern=MODULE)] | None = None
-    package: Word | None = None
+    package: Annotated[Word, Field(pattern=PACKAGE)] | None = None
     file: File | None = None
     dataset: Word | None = None
     config: Word | None = None
@@ -161,8 +169,7 @@ class Source(Strict):
     def _one_source(self) -> Self:
         names = ("module", "package", "dataset", "text")
         _exactly_one(self, names if self.package else (*names, "file"))
-        if self.package and not self.file:
-            raise ValueError("a package also needs `file`, the text inside it")
+        _in_package(self.package, self.file, "the text")
         return self
 
     def resolved(self, folder: Path) -> dict[str, str]:

@@ -18,6 +18,8 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.(json)?", re.IG
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 """Of a recipe, a model, a variant, an evaluation set or a task, as editors check it; `bad_name` says the rest."""
 HUB = r"^\w[\w.-]*(/\w[\w.-]*)?$"
+PACKAGE = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$"
+"""A distribution's name, as PEP 508 has it."""
 MODULE = r"^[^\W\d]\w*(\.[^\W\d]\w*)*$"
 """A module's full name."""
 MOST_TOKENS = 2**20

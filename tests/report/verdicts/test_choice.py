@@ -215,6 +215,16 @@ def test_a_divergence_gives_way_by_its_error() -> None:
     }
 
 
+def test_a_divergence_of_one_window_has_no_error_to_give_way_by() -> None:
+    row = compared(a_row("q", windows=[(400, 900.0)]), 0.1)
+    assert ask([row], max_kld=0.1).choice is not None and ask([row], max_kld=0.099).choice is None
+
+
+def test_speeds_that_are_the_same_to_the_last_digit_are_the_same() -> None:
+    fast, good = made("fast", nats=5, scatter=0.0), made("good", nats=1, scatter=0.0)
+    assert chosen([fast, good]) == chosen([good, fast]) == "good"
+
+
 @pytest.mark.parametrize("limit", ["min_decode_tok_s", "min_prefill_tok_s"])
 def test_a_speed_gives_way_by_its_interval(limit: str) -> None:
     name = limit.removeprefix("min_")

@@ -14,6 +14,7 @@ from tests.worker.small_models import write_model
 from workbench.machine import isolate
 from workbench.records import Artifact, Job, Workload, from_json, to_json
 from workbench.worker.backends import vllm as backend
+from workbench.worker.backends import vllm_inside
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 PROMPT, NEW = 40, 8
@@ -45,7 +46,7 @@ def test_a_gpu_that_is_partly_in_use_is_not_refused(tmp_path: Path, monkeypatch:
     config = CacheConfig(**{name: asked[name] for name in names if name in asked})
     half_full: Any = SimpleNamespace(total_memory=80 << 30, free_memory=40 << 30, device_="cuda:0")
     assert request_memory(half_full, config) < 1 << 30
-    assert config.kv_cache_memory_bytes == backend._reserved_bytes(a_job(tmp_path), 2 * (PROMPT + NEW))
+    assert config.kv_cache_memory_bytes == backend._reserved_bytes(a_job(tmp_path), str(tmp_path), 2 * (PROMPT + NEW))
 
 
 def child(payload: Any, progress: Any) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def test_on_a_gpu_the_allocator_of_the_worker_is_asked(monkeypatch: pytest.Monke
     """With counts in the place of a GPU's: what was allocated at the peak and is neither weights nor cache."""
     import torch
 
-    worker: Any = backend.Extension()
+    worker: Any = vllm_inside.Extension()
     worker.device = torch.device("cuda")
     caches = [torch.zeros(4, dtype=torch.int8), (torch.zeros(3, dtype=torch.int8), torch.zeros(1, dtype=torch.int8))]
     worker.model_runner = SimpleNamespace(kv_caches=caches, model_memory_usage=100)

@@ -71,6 +71,12 @@ def test_incomplete_directories(model: Path, tmp_path: Path) -> None:
     assert "x.Q4_0.gguf" in refusal({"path": str(model)}, out)
 
 
+def test_a_configuration_larger_than_any_is_not_read(model: Path, tmp_path: Path) -> None:
+    with (model / "config.json").open("ab") as file:
+        file.truncate(1 << 40)  # of holes
+    assert "config.json is not valid JSON (it is larger than any" in refusal({"path": str(model)}, tmp_path / "o")
+
+
 def test_truncated_shard_is_named(model: Path, tmp_path: Path) -> None:
     file = model / "model.safetensors"
     whole = file.read_bytes()

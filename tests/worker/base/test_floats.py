@@ -70,8 +70,8 @@ def test_fp8_with_scales_is_multiplied_out(model: Path, tmp_path: Path, kind: st
     assert after.keys() == before.keys() and made["dtype"] == "bfloat16"
     assert all(bool((after[name] == expected[name]).all()) for name in after)
     assert "quantization_config" not in json.loads((Path(made["path"]) / "config.json").read_text())
-    (said,) = made["warnings"]
-    assert said.startswith("its weights are FP8 with scales") and "They sit on FP8's grid" in said
+    assert made["warnings"] == ["its weights are FP8 with scales: made and measured multiplied out, in bfloat16"]
+    assert made["quantized_types"] == ["F8_E4M3"]
     read = headers.read({"source": {"path": str(model)}}, lambda *_: None)
     assert read["dtype"] == "bfloat16" and read["tensors"].keys() == before.keys()
 

@@ -54,9 +54,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {**LOCAL, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
     ),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3-tied": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "gemma2-2b": ("gemma2", {"sliding_window": 32}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 100, "sliding_window": 32}),
     "gemma2-27b": ("gemma2", {"num_hidden_layers": 46, "head_dim": 32, "query_pre_attn_scalar": 16}),
     "gemma3": ("gemma3_text", {"num_hidden_layers": 6, "query_pre_attn_scalar": 100, "sliding_window": 32}),
+    "gemma3-1b": ("gemma3_text", {"num_hidden_layers": 6, "sliding_window": 32}),
     "gemma3-linear": (
         "gemma3_text",
         {"num_hidden_layers": 6, "rope_parameters": {"full_attention": GLOBAL8, "sliding_attention": LOCAL}},

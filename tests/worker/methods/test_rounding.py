@@ -56,6 +56,8 @@ def test_the_grid_is_the_one_that_the_search_is_said_to_find(bits: int, symmetri
     weight, gram = problem(48, 12, bits)
     weight[16:32] = weight[16:32].abs() + 0.2  # a group whose best zero lies below its range
     weight[3] *= 4
+    weight[40] *= 30  # large where it hardly counts: the best range is far inside
+    gram[40], gram[:, 40] = 1e-3 * gram[40], 1e-3 * gram[:, 40]
     for lowest_zero in (0, 1):
         grid = rounding.search_grid(weight, gram, 16, bits, symmetric=symmetric, blocks=blocks, lowest_zero=lowest_zero)
         assert grid.bits == bits
@@ -117,6 +119,8 @@ def test_the_factor_gives_the_damped_matrix_back() -> None:
     assert rounding._factor(torch.eye(4) - 0.05 * torch.ones(4, 4) * 5, 0.02, "here")[2] == 0.02
     tight = torch.eye(8) + 1.5 * (torch.ones(8, 8) - torch.eye(8))  # its least eigenvalue is -0.5
     assert rounding._factor(tight, 0.06, "here")[2] == pytest.approx(0.6)
+    with pytest.raises(UserError, match="^here: the Gram matrix cannot be factored even with damping 1"):
+        rounding._factor(tight, 0.2, "here")  # 2 would do
 
 
 def test_what_the_damping_added_is_not_told_as_error() -> None:

@@ -7,6 +7,7 @@ forward), and `prompt_logprob_token_ids` (refuses to start on the CPU).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,9 @@ from workbench.worker.backends import vllm_gguf
 from workbench.worker.measure import resident
 from workbench.worker.scoring.reducer import Scoring
 
-# vLLM imports this module, by the extension's name, in each of its processes and before it loads a model.
-vllm_gguf.register()
+if "vllm" in sys.modules:
+    # Which imports this module, by the extension's name, in each of its processes and before it loads a model.
+    vllm_gguf.register()
 
 
 class Extension:

@@ -89,7 +89,4 @@ def write_plain(
     copy_side_files(path, out, ("generation_config.json", "README.md", *TOKENIZER_FILES))
     if not any(tensor.dtype in FLOAT8 for tensor in tensors.values()):
         return ["its weights are float64, which no engine computes in: made and measured in float32"]
-    return [
-        f"its weights are FP8 with scales: made and measured multiplied out, in {dtype}. They sit on FP8's grid, and "
-        "formats that share it look better than they are"
-    ]
+    return [f"its weights are FP8 with scales: made and measured multiplied out, in {dtype}"]

@@ -26,6 +26,7 @@ from workbench.worker import Progress
 from workbench.worker.base.alone import alone
 from workbench.worker.base.checkpoint import (
     CONFIG_FILES,
+    FLOAT8,
     PICKLES,
     TOKENIZER_FILES,
     VOCABULARY_FILES,
@@ -69,6 +70,7 @@ def prepare(payload: object, progress: Progress) -> object:
         )
         config, tensors = read_model(path, remote_code)
         dtype, rewritten = plain_dtype(config, tensors), list[str]()
+        float8 = sorted({tensor.dtype for tensor in tensors.values()} & FLOAT8)
         if dtype:
             rewritten = write_plain(path, config, tensors, plain, progress)
             path = plain
@@ -108,7 +110,7 @@ def prepare(payload: object, progress: Progress) -> object:
         revision=revision,
         warnings=(made.warnings if made else []) + rewritten + warnings,
         # An equivalent's weights are other numbers, on nobody's grid.
-        quantized_types=made.quantized_types if made and not equivalent else [],
+        quantized_types=[] if equivalent else made.quantized_types if made else float8,
     )
     return to_json(prepared)
 

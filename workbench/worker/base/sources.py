@@ -116,7 +116,7 @@ def package_file(package: str, file: str | None) -> tuple[Path, str | None]:
             )
         file = ggufs[0]
     path = Path(str(distribution.locate_file(file)))
-    if not path.exists():
+    if not os.path.exists(path):
         raise unknown("file", file, names, f"package '{package}' {distribution.version}")
     facts = distribution.metadata
     license_name = next((facts[key] for key in ("License-Expression", "License") if key in facts and facts[key]), None)

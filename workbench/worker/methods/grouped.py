@@ -38,7 +38,7 @@ def sizes(
     size = options.group_size
     if options.engine != "workbench" or size == -1 or all(count % size == 0 for count in columns):
         return Stored(total)
-    possible = " or ".join([*map(str, group_sizes(columns)), "-1"])
+    possible = " or ".join(map(str, group_sizes(columns) or [-1]))
     return Stored(total, refused=f"group_size {size} does not divide the inputs of every layer; take {possible}")
 
 
@@ -79,7 +79,7 @@ def check_linear(options: Any, where: str, rows: int, columns: int, possible: li
     """Refuse a group size and a shape that do not go together, saying what would."""
     size, bits = options.group_size, options.bits
     if size != -1 and columns % size:
-        advice = f"take {', '.join(possible)} or -1" if possible else "take -1 (whole rows)"
+        advice = f"take {' or '.join(possible)}" if possible else "take -1 (whole rows)"
         raise UserError(f"{where}: group_size {size} does not divide its {columns} inputs; {advice}")
     unit = 32 // math.gcd(bits, 32)
     if rows % unit or columns % unit:
@@ -123,7 +123,8 @@ def making(method: str, options: Any) -> Making:
 
 
 def group_sizes(columns: Iterable[int]) -> list[int]:
-    """The group sizes that every engine's kernels load and that divide the inputs of all these layers."""
+    """The group sizes that every engine's kernels load (whole rows not everywhere: GPTQModel's kernel for CPUs has its
+    own four sizes), as far as they divide the inputs of all these layers."""
     common = math.gcd(*columns)
     return [size for size in (32, 64, 128) if common % size == 0]
 
