@@ -1,4 +1,5 @@
-"""What long histories cost: time and peak memory of each command over N and 2 N rows, and their ratio.
+"""What long histories cost: time and peak memory of each command over N and 2 N rows, and their ratio (of processor
+time, which neighbours on the machine do not change).
 
     .venv/bin/python benchmarks/many_rows.py                  # 25,000 and 50,000 rows: 1.2 GB in a temporary folder
     .venv/bin/python benchmarks/many_rows.py --different --rows 5000
@@ -61,8 +62,8 @@ def write(file: Path, count: int, different: bool) -> None:
             out.write(json.dumps(row, separators=(",", ":")) + "\n")
 
 
-def measured(words: list[str], folder: Path) -> tuple[float, float]:
-    """Seconds and MB (10^6 bytes) of peak memory of a command of this program."""
+def measured(words: list[str], folder: Path) -> tuple[float, float, float]:
+    """Seconds, processor seconds and MB (10^6 bytes) of peak memory of a command of this program."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "WORKBENCH_HOME": str(folder / "home")}
     command = [sys.executable, "-P", "-m", "workbench.cli", *words]
     began = time.monotonic()
@@ -75,7 +76,7 @@ def measured(words: list[str], folder: Path) -> tuple[float, float]:
     _, status, used = os.wait4(child, 0)
     if os.waitstatus_to_exitcode(status) not in (0, 1):
         raise SystemExit(f"{' '.join(words)} ended with {status}")
-    return time.monotonic() - began, used.ru_maxrss * 1024 / 1e6
+    return time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6
 
 
 def main() -> None:
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--different", action="store_true", help="each row a variant of its own")
     parser.add_argument("--commands", default="table,compare,report,publish")
     asked = parser.parse_args()
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[tuple[float, float, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="many-rows-") as name:
         folder = Path(name)
         for count in (asked.rows // 2, asked.rows):
@@ -101,9 +102,12 @@ def main() -> None:
                     "publish": ["publish", str(folder / "site"), *where],
                 }[command]
                 found.setdefault(command, []).append(measured(words, folder))
-                print("  {:8} {:6.2f} s {:7.0f} MB".format(command, *found[command][-1]), flush=True)
+                print(
+                    "  {:8} {:6.2f} s, {:6.2f} s of a processor, {:5.0f} MB".format(command, *found[command][-1]),
+                    flush=True,
+                )
             file.unlink()
-    for command, ((first_s, first_mb), (second_s, second_mb)) in found.items():
+    for command, ((_, first_s, first_mb), (_, second_s, second_mb)) in found.items():
         print(
             f"{command:8} twice the rows: {second_s / first_s:.2f} x the time, {second_mb / first_mb:.2f} x the memory"
         )

@@ -14,7 +14,7 @@ from tests.bench import Bench
 from tests.cases.models import MEASURED, SIZES, llama, rows_of, write_random
 
 ONLY = {"variants": ["base"]}
-EVERY: dict[str, Any] = {"transformers": ONLY, "vllm": {**ONLY, "enforce_eager": True}, "llamacpp": {}}
+EVERY: dict[str, Any] = {"transformers": ONLY, "vllm": {**ONLY, "enforce_eager": True}, "llamacpp": ONLY}
 
 
 def longrope(folder: Path, original: int) -> Path:

@@ -60,6 +60,18 @@ def shape_read(path: Path) -> object:
         return error
 
 
+@pytest.mark.parametrize("word", [b"general.architecture", b"general.name"])
+def test_a_text_that_is_none(tmp_path: Path, word: bytes) -> None:
+    file = tmp_path / "x.gguf"
+    write_gguf(file, "F32")
+    data = bytearray(file.read_bytes())
+    data[data.index(word) + len(word) + 12] = 0xD0
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="truncated or damaged"):
+        read_gguf(file)
+    assert "truncated or damaged" in str(shape_read(file))
+
+
 @pytest.mark.slow
 def test_changed_headers_are_refused_or_what_they_say(tmp_path: Path) -> None:
     """Half of the changes anywhere, half outside the vocabulary; two of three in one byte, the others in four."""

@@ -47,6 +47,9 @@ def open_gguf(path: Path) -> Any:
         # The last tensor's padding may be missing.
         if not 0 <= reader.data_offset + end - size_bytes < reader.alignment and reader.tensors:
             raise cut
+        for field in reader.fields.values():
+            if len(field.types) == 1:
+                field.contents()  # a text that is none
         split = reader.get_field("split.count")
         parts = 1 if split is None else int(split.contents())
     except Exception:  # of a parser that trusts its input: whatever a wrong byte led to
