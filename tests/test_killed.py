@@ -164,14 +164,14 @@ def place(tmp_path: Path, model: Path) -> Iterator[Bench]:
 
 
 def test_a_run_that_is_killed_in_every_step(place: Bench, quiet: Quiet) -> None:
-    chance, step_s = random.Random(3), max(quiet.steps.values())
-    assert len(quiet.steps) >= 10, quiet.steps
-    seen: list[str] = [""]
-    wanted = 0
+    chance, names = random.Random(3), list(quiet.steps)
+    assert len(names) >= 10, quiet.steps
+    hit, finished, first, wanted = list[str](), set[str](), "", 0
     while True:
         run = Running(place, "run", place.recipe(**PARTS))
         if run.until(lambda run=run, wanted=wanted: len(run.steps()) >= wanted and run.worker()):
-            moment = time.monotonic() + chance.uniform(0, step_s)
+            hit.append(next((name for name in names if name not in finished | set(run.steps())), names[-1]))
+            moment = time.monotonic() + quiet.steps[hit[-1]] * chance.uniform(0.2, 0.9)
             run.until(lambda moment=moment: time.monotonic() > moment)
         rows = place.rows()
         if run.child.poll() == 0:
@@ -181,13 +181,13 @@ def test_a_run_that_is_killed_in_every_step(place: Bench, quiet: Quiet) -> None:
         nobody_left(place)
         nothing_half(place)
         assert place.rows()[: len(rows)] == rows, "what was stored stays"
-        # At least a step further each time; where nothing of it was kept, two more.
-        first = [*run.steps(), ""][0]
-        wanted = wanted + 2 if first == seen[-1] else 1
-        seen.append(first)
-        assert len(seen) < 40, seen
+        # A step further each time; where nothing of it was kept, more.
+        before, first = first, [*run.steps(), ""][0]
+        wanted = wanted + 2 if first == before else 1
+        finished |= set(run.steps())
+        assert len(hit) < 40, hit
     run.end()
-    assert len(set(seen)) > 5, seen
+    assert len(set(hit)) >= 8, hit
     completes(place, quiet)
 
 

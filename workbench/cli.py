@@ -54,8 +54,7 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Quantize, profile and print the table."""
-    from workbench import pipeline
-    from workbench.cache import at_work
+    from workbench import cache, pipeline
     from workbench.recipe.load import load
     from workbench.report.table import build
 
@@ -64,7 +63,7 @@ def run(
     for name in backend or []:
         loaded.backend(name)  # A misspelt one is refused before any work.
     chosen, show = loaded.matching(variant) if variant else None, Console(quiet)
-    with at_work(show.say):
+    with cache.at_work(show.say):
         made = pipeline.quantize(loaded, show, chosen)
         rows = pipeline.profile(loaded, made, show, results, backends=backend, variants=variant, again=again)
     write(None, FORMATS[format](build(rows)))
@@ -74,14 +73,13 @@ def run(
 @app.command()
 def quantize(recipe: o.RecipeFile, variant: o.OnlyVariants = None, quiet: o.Quiet = False) -> None:
     """Make every variant of a recipe, and say where it is."""
-    from workbench import pipeline
-    from workbench.cache import at_work
+    from workbench import cache, pipeline
     from workbench.recipe.load import load
     from workbench.sizes import mib_text
 
     loaded = load(recipe)
     chosen, show = loaded.matching(variant) if variant else None, Console(quiet)
-    with at_work(show.say):
+    with cache.at_work(show.say):
         made = pipeline.quantize(loaded, show, chosen)
     for name, artifacts in made.artifacts.items():
         for artifact in artifacts:
