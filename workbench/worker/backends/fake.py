@@ -68,10 +68,13 @@ def load_engine() -> None:
 
 
 class Clock:
-    """A clock that goes on by what is slept, a little more or less, and by 0.1 ms each time it is read."""
+    """A clock that goes on by what is slept, a little more or less, and by 0.1 ms each time it is read.
+
+    It begins at the time that it is: what began before it was set must not end before that.
+    """
 
     def __init__(self) -> None:
-        self._time_s, self._chance = 0.0, random.Random(0)
+        self._time_s, self._chance = time.perf_counter(), random.Random(0)
 
     def now(self) -> float:
         self._time_s += 1e-4
