@@ -27,7 +27,8 @@ from workbench.report.verdicts.compare import compare
 from workbench.report.verdicts.compare import text as compared_text
 from workbench.worker.backends import serving_command
 
-OLD = [json.loads(line) for line in REAL[0].read_text().splitlines()]
+OLD = [json.loads(line) for path in REAL for line in path.read_text().splitlines() if '"more_prompt_tokens"' in line]
+"""Of schema 1."""
 
 
 def todays() -> list[dict[str, Any]]:

@@ -14,7 +14,10 @@ from workbench.report import store
 from workbench.report.formats.data import objects
 from workbench.report.table import build
 
-PUBLISHED = sorted((ROOT / "results").glob("*/rows.jsonl"))
+PUBLISHED = [
+    path for path in sorted((ROOT / "results").glob("*/rows.jsonl")) if '"more_prompt_tokens"' in path.read_text()
+]
+"""Stored rows of schema 1."""
 
 
 def read_one(folder: Path, row: dict[str, Any]) -> Row:

@@ -70,11 +70,11 @@ def load_engine() -> None:
 class Clock:
     """A clock that goes on by what is slept, a little more or less, and by 0.1 ms each time it is read.
 
-    It begins at the time that it is: what began before it was set must not end before that.
+    `right` is the one that it is set by: what began before must not end before that.
     """
 
-    def __init__(self) -> None:
-        self._time_s, self._chance = time.perf_counter(), random.Random(0)
+    def __init__(self, right: Callable[[], float]) -> None:
+        self._time_s, self._chance = right(), random.Random(0)
 
     def now(self) -> float:
         self._time_s += 1e-4
@@ -99,7 +99,7 @@ class Engine:
         self._sleep: Callable[[float], None] = time.sleep
         if os.environ.get("WORKBENCH_FAKE_CLOCK"):
             # What is measured is then the same on a busy machine: only the engine's steps turn this worker's clock.
-            clock = Clock()
+            clock = Clock(time.perf_counter)
             time.perf_counter, self._sleep = clock.now, clock.sleep
         if self._do == "hang":
             time.sleep(3600)
