@@ -342,7 +342,7 @@ def _prove(source: Path, out: Path, matrices: Mapping[str, tuple[Packed, str]]) 
         raise UserError("llama.cpp cannot load what was written; see the log for its words")
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-    found = proof.compare(logits, expected, proof.ROUNDED_NATS)
+    found = proof.compare(logits, expected, proof.COARSE_NATS)
     if not found.same:
         raise UserError(
             f"llama.cpp makes another model of it (KL divergence {found.kld_nats:.2g} nats on {len(ids)} tokens, at "
