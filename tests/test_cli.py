@@ -276,6 +276,7 @@ def test_a_pair_that_cannot_run_is_a_line_with_its_reason(bench: Bench) -> None:
 # --- interrupts and company ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(bench: Bench) -> None:
     load = {"prompt_tokens": 8, "new_tokens": 50, "repeats": 2}
     recipe = bench.recipe(variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}], workload=load)
@@ -340,6 +341,7 @@ def test_two_runs_at_once_share_the_work(fresh: Bench) -> None:
     assert set(steps) >= {"base: Tiny", "tokens", "GGUF conversion (F32)", "gguf-Q8_0", "fake: base", "fake: gguf-Q8_0"}
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_do_not_fail_twice(bench: Bench) -> None:
     """The one that waited for a job takes its failure as it takes its success."""
     recipe = bench.recipe(backends={"fake": {"do": "hang", "only": "base"}}, limits={"profile_s": 2})
