@@ -79,11 +79,11 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
         reasons = [module.unsupported(artifact, uses_gpu(choice.name)) for artifact in artifacts]
         best = reasons.index(None) if None in reasons else 0
         artifact = artifacts[best]
-        limit, carried = limits_of(recipe.variant(name)).get(choice.name), made.refused.get(name)
-        if form_for(recipe.variant(name), choice.name) in module.LOADS:
+        limit = limits_of(recipe.variant(name)).get(choice.name)
+        unsupported = reasons[best] or limit
+        if reasons[best] and form_for(recipe.variant(name), choice.name) in module.LOADS:
             # There could be a form for this engine: why there is none says more than that it does not read the others.
-            unsupported = reasons[best] and (limit or carried or reasons[best])
-        unsupported = unsupported or reasons[best] or limit
+            unsupported = limit or made.refused.get(name) or reasons[best]
         if unsupported is None:
             unsupported = module.refuses(module.Options(**choice.options), uses_gpu(choice.name))
         if unsupported and name in made.failures:

@@ -186,31 +186,35 @@ class Engine:
 
     def _prove(self) -> None:
         """See once that it is the model that llama.cpp makes of a GGUF file; after loading, which is timed."""
-        from vllm import SamplingParams
-
         if not self._unproven:
             return
         self._unproven = False
         ids = vllm_gguf.probe(self._job, Path(self._path))
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        self._llm.collective_rpc("workbench_begin", args=(None,))
-        self._llm.collective_rpc("workbench_window", args=(0, 0))
-        self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
-        logits = self._llm.collective_rpc("workbench_end")[0]["quality"]
+        logits = self._seen(None, [(0, ids, 0)])["quality"]
         self._not_proven = vllm_gguf.prove(Path(self._job.artifact.path), ids, logits)
 
-    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
-        """One prompt a window; the reduction happens where the logits are."""
+    def _seen(
+        self,
+        asked: object,
+        windows: list[tuple[int, list[int], int]],
+        progress: Callable[[int], object] = lambda index: None,
+    ) -> dict[str, Any]:
+        """What vLLM's worker has to say of the windows' logits, a prompt each (`vllm_inside.py`)."""
         from vllm import SamplingParams
 
-        self._prove()
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        self._llm.collective_rpc("workbench_begin", args=(to_json(asked),))
-        for index, ids, first in asked.windows:
+        self._llm.collective_rpc("workbench_begin", args=(asked,))
+        for index, ids, first in windows:
             progress(index)
             self._llm.collective_rpc("workbench_window", args=(index, first))
             self._llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
-        answer = self._llm.collective_rpc("workbench_end")[0]
+        answer: dict[str, Any] = self._llm.collective_rpc("workbench_end")[0]
+        return answer
+
+    def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
+        """One prompt a window; the reduction happens where the logits are."""
+        self._prove()
+        answer = self._seen(to_json(asked), asked.windows, progress)
         self._scored_in = str(answer["scored_in"])
         quality: Quality = answer["quality"]
         return quality

@@ -9,6 +9,7 @@ keys in GGUF's order, which vLLM no longer undoes: perplexity 408 instead of 17.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from workbench.worker.base.saving import for_both_readers, write_json
 from workbench.worker.tokens.file import read_tokens
 
 LOAD_FORMAT = "workbench-gguf"
+_read = lru_cache(1)(read_gguf)
+"""Once for the configuration and the weights; not held longer, since the file is mapped while it is."""
 NOTE = "GGUF de-quantized to {dtype} at load: size in memory and speed are those of {dtype}"
 
 
@@ -45,7 +48,8 @@ def register() -> None:
         def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
             """Hand over every weight; `UserError` if a parameter got none."""
             path = Path(self.load_config.model_loader_extra_config["file"])
-            loaded = model.load_weights(weights_of(path))  # type: ignore[operator]
+            loaded = model.load_weights(weights_of(path, _read(path)))  # type: ignore[operator]
+            _read.cache_clear()
             missing = sorted({name for name, _ in model.named_parameters()} - set(loaded)) if loaded else []
             if missing:
                 raise UserError(f"{path}: vLLM's {type(model).__name__} got no {missing[0]} from it")
@@ -56,7 +60,7 @@ def write_config(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = read_gguf(path).config
+    config = _read(path).config
     with torch.device("meta"):
         config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
     write_json(folder / "config.json", for_both_readers(config.to_dict() | {"dtype": "float32"}))

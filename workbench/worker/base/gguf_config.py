@@ -116,6 +116,17 @@ def load_gguf(path: Path, arguments: Mapping[str, object], read: GgufModel | Non
         return kind.from_pretrained(str(path.parent), **where, **arguments)
 
 
+def names_in(model: Any, path: Path, reader: Any, config: Any) -> tuple[dict[str, str], Any]:
+    """The names that a file's tensors have in transformers' model, and its processor, which undoes what was rearranged
+    in them."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    kind_of: Any = TENSOR_PROCESSORS.get(str(field_of(reader, "general.architecture")), TensorProcessor)
+    processor = kind_of(config=config.to_dict())
+    with parsed_once(path, reader):
+        return get_gguf_hf_weights_map(model, processor), processor
+
+
 def lost(path: Path, what: str) -> UserError:
     """The refusal of a file for something that would be left out."""
     return UserError(f"{path}: {what} cannot be carried into a Hugging Face configuration. {USE_SAFETENSORS}")
@@ -319,13 +330,10 @@ def _check_tensors(path: Path, reader: Any, architecture: str, config: Any) -> N
     """Refuse a file unless its tensors are all of transformers' model of the configuration, and no others."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    kind_of: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-    with parsed_once(path, reader):
-        names = get_gguf_hf_weights_map(model, kind_of(config=config.to_dict()))
+    names, _ = names_in(model, path, reader, config)
     places, filled = model.state_dict(), set[str]()
     for tensor in reader.tensors:
         name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))

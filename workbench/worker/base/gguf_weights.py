@@ -7,20 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
-from workbench.worker.base.gguf_config import GgufModel, read_gguf
-from workbench.worker.base.gguf_file import field_of, parsed_once
+from workbench.worker.base.gguf_config import GgufModel, names_in
 
 
 class Mapped:
     """The `names` of a file's tensors in a model, and transformers' `processor`, which undoes what was rearranged."""
 
     def __init__(self, path: Path, read: GgufModel, model: Any) -> None:
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
-        kind_of: Any = TENSOR_PROCESSORS.get(str(field_of(read.reader, "general.architecture")), TensorProcessor)
-        self.processor = kind_of(config=read.config.to_dict())
-        with parsed_once(path, read.reader):
-            self.names: dict[str, str] = get_gguf_hf_weights_map(model, self.processor)
+        self.names, self.processor = names_in(model, path, read.reader, read.config)
 
     def dense(self, tensor: Any) -> Any:
         """One of the reader's tensors, float32 in torch."""
@@ -36,13 +30,12 @@ class Mapped:
         return torch.from_numpy(done.weights.copy())
 
 
-def weights_of(path: Path) -> Iterator[tuple[str, Any]]:
-    """Name and float32 values of each weight of a file, one at a time. `UserError` for experts, which transformers puts
-    together from several tensors."""
+def weights_of(path: Path, read: GgufModel) -> Iterator[tuple[str, Any]]:
+    """Name and float32 values of each weight of a file that was `read`, one at a time. `UserError` for experts, which
+    transformers puts together from several tensors."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    read = read_gguf(path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read.config)
     mapped = Mapped(path, read, model)
