@@ -50,7 +50,7 @@ ROOMS = (
         "engines",
         "recipe",
     ],
-    ["report", "hub", "plan", "quantize", "profile", "pipeline", "doctor", "nightly", "options", "cli"],
+    ["report", "hub", "plan", "quantize", "profile", "pipeline", "doctor", "nightly", "cli"],
 )
 """Top-level modules and folders, the lowest first."""
 FROM_WORKER = {

@@ -1,0 +1,100 @@
+"""What makes and measures: `run`, `quantize`, `profile`, `plan`."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from workbench.cli import options as o
+from workbench.console import Console, write
+from workbench.errors import check_known
+from workbench.report.formats import FORMATS
+
+
+def run(
+    recipe: o.RecipeFile,
+    results: o.Results = o.RESULTS,
+    backend: o.OnlyBackends = None,
+    variant: o.OnlyVariants = None,
+    again: o.Again = False,
+    format: o.TableFormat = "terminal",
+    quiet: o.Quiet = False,
+) -> None:
+    """Quantize, profile and print the table."""
+    from workbench import cache, pipeline
+    from workbench.recipe.load import load
+    from workbench.report.table import build
+
+    check_known("format", format, FORMATS)
+    loaded = load(recipe)
+    for name in backend or []:
+        loaded.backend(name)  # A misspelt one is refused before any work.
+    chosen, show = loaded.matching(variant) if variant else None, Console(quiet)
+    with cache.at_work(show.say):
+        made = pipeline.quantize(loaded, show, chosen)
+        rows = pipeline.profile(loaded, made, show, results, backends=backend, variants=variant, again=again)
+    write(None, FORMATS[format](build(rows)))
+    raise typer.Exit(1 if made.failures or any(row.error for row in rows) else 0)
+
+
+def quantize(recipe: o.RecipeFile, variant: o.OnlyVariants = None, quiet: o.Quiet = False) -> None:
+    """Make every variant of a recipe, and say where it is."""
+    from workbench import cache, pipeline
+    from workbench.recipe.load import load
+    from workbench.sizes import mib_text
+
+    loaded = load(recipe)
+    chosen, show = loaded.matching(variant) if variant else None, Console(quiet)
+    with cache.at_work(show.say):
+        made = pipeline.quantize(loaded, show, chosen)
+    for name, artifacts in made.artifacts.items():
+        for artifact in artifacts:
+            bits = f"{artifact.bits_per_weight:.2f} bits/weight" if artifact.bits_per_weight else ""
+            print(f"{name:32} {bits:22} {mib_text(artifact.disk_bytes):>13}  {artifact.path}")
+            for warning in artifact.warnings:
+                print(f"{'':32} warning: {warning}")
+    for name, reason in made.refused.items():
+        print(f"{name:32} {reason}")
+    for name, reason in made.failures.items():
+        print(f"{name:32} failed: {reason}", file=sys.stderr)
+    raise typer.Exit(1 if made.failures else 0)
+
+
+def profile(
+    recipe: o.SomeRecipe = None,
+    results: o.Results = o.RESULTS,
+    backend: o.OnlyBackends = None,
+    variant: o.OnlyVariants = None,
+    again: o.Again = False,
+    format: o.TableFormat = "terminal",
+    quiet: o.Quiet = False,
+) -> None:
+    """Run every variant in every engine and store what is measured."""
+    from workbench.home import recipe_or_last
+
+    run(recipe_or_last(recipe), results, backend, variant, again, format, quiet)
+
+
+def plan(
+    recipe: o.RecipeFile,
+    memory: o.Memory = None,
+    context: o.Context = None,
+    batch: o.Batch = None,
+    device: o.Device = None,
+    format: o.TextFormat = "terminal",
+) -> None:
+    """What each variant will need in each engine, and what fits, before anything is made; exit 1 if nothing fits."""
+    from workbench.plan import formats
+    from workbench.plan import make as wing
+    from workbench.recipe.load import load
+    from workbench.sizes import parse_size
+
+    check_known("format", format, formats.FORMATS)
+    if device is not None:
+        check_known("device", device, ["cpu", "cuda"])
+    memory_bytes = parse_size(memory, "--memory") if memory else None
+    cuda = None if device is None else device == "cuda"
+    made = wing.make(load(recipe), memory_bytes=memory_bytes, context=context, batch=batch, cuda=cuda)
+    sys.stdout.write(formats.FORMATS[format](made))
+    raise typer.Exit(0 if any(need.fits for need in made.needs) else 1)
