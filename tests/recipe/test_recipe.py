@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,25 @@ print(touched == [("open", {str(path)!r})] and not loaded, touched, loaded)
 def test_the_published_schema_is_the_present_one() -> None:
     published = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text())
     assert published == json.loads(json.dumps(schema())), "run `workbench schema > recipes/recipe.schema.json`"
+
+
+def keys_of(part: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key that an object in a schema may have, with its own schema."""
+    if isinstance(part, dict):
+        for key, value in part.get("properties", {}).items():
+            yield f"{place}/{key}", value
+        for name, value in part.items():
+            yield from keys_of(value, f"{place}/{name}" if name != "properties" else place)
+    elif isinstance(part, list):
+        for number, value in enumerate(part):
+            yield from keys_of(value, f"{place}[{number}]")
+
+
+def test_every_key_says_what_it_means() -> None:
+    keys = dict(keys_of(schema()))
+    assert len({key.rpartition("/")[2] for key in keys}) > 60
+    silent = [place for place, value in keys.items() if len(value.get("description", "")) < 8]
+    assert not silent, "give these keys a docstring (workbench/recipe/model.py, or the options of the method or engine)"
 
 
 def test_the_schema_is_a_schema() -> None:

@@ -1,4 +1,5 @@
-"""The JSON Schema of a recipe, for editors."""
+"""The JSON Schema of a recipe, for editors, with what each key means: the docstrings of its fields in `model.py` and in
+the options of methods and engines."""
 
 from __future__ import annotations
 
@@ -10,6 +11,12 @@ from workbench.recipe.model import Document, EvaluationModel
 from workbench.recipe.words import NAME
 from workbench.worker.backends import BACKENDS, backend_named
 from workbench.worker.methods import METHODS, method_named
+
+VARIANTS = "What is made of the base, in order: a method each, with its options. The base itself is always measured."
+VARIANT_NAME = "What the variant is called in tables and on the command line (default: made of its options)."
+BACKENDS_KEY = "The engines that run the variants, each with its options, or a list of their names (default: all)."
+PATTERNS = "Which variants this engine runs, by names or patterns such as `gguf-*` (default: all)."
+SEVERAL = " A list of values measures every variant with each."
 
 
 def schema() -> dict[str, object]:
@@ -35,7 +42,10 @@ def schema() -> dict[str, object]:
         forms.append(
             {
                 "type": "object",
-                "properties": {word: {"anyOf": forms_of_value}, "name": {"type": "string", "pattern": NAME}},
+                "properties": {
+                    word: {"anyOf": forms_of_value, "description": options["description"]},
+                    "name": {"type": "string", "pattern": NAME, "description": VARIANT_NAME},
+                },
                 "required": [word],
                 "additionalProperties": False,
             }
@@ -43,24 +53,37 @@ def schema() -> dict[str, object]:
     backends = {}
     for word, backend in {word: backend_named(word) for word in BACKENDS}.items():
         options = options_of(backend.Options, f"{word} options")
-        options["properties"]["variants"] = {"type": "array", "items": {"type": "string"}}
+        listed = {"type": "array", "items": {"type": "string"}, "description": PATTERNS}
+        options["properties"]["variants"] = listed
         for axis in backend.AXES:
             single = options["properties"][axis]
             several = {"type": "array", "items": single, "minItems": 1, "uniqueItems": True}
-            options["properties"][axis] = {"anyOf": [single, several]}
-        backends[word] = {"anyOf": [options, {"type": "null"}]}
+            said = single.pop("description") + SEVERAL
+            options["properties"][axis] = {"anyOf": [single, several], "description": said}
+        backends[word] = {"anyOf": [options, {"type": "null"}], "description": options["description"]}
     one_set = {"$ref": "#/$defs/EvaluationModel"}
     several = {"type": "object", "additionalProperties": one_set, "minProperties": 1}
     several |= {"propertyNames": {"pattern": NAME, "not": {"enum": list(EvaluationModel.model_fields)}}}
-    top["properties"]["evaluation"] = {"anyOf": [one_set, several, {"type": "null"}], "default": None}
-    top["properties"]["variants"] = {"type": "array", "items": {"anyOf": forms}, "minItems": 1}
+    top["properties"]["evaluation"] |= {"anyOf": [one_set, several, {"type": "null"}]}
+    variants = {"type": "array", "items": {"anyOf": forms}, "minItems": 1, "description": VARIANTS}
+    top["properties"]["variants"] = variants
     top["properties"]["backends"] = {
+        "description": BACKENDS_KEY,
         "anyOf": [
             {"type": "object", "properties": backends, "additionalProperties": False},
             {"type": "array", "items": {"enum": list(BACKENDS)}, "minItems": 1},
             {"type": "null"},
-        ]
+        ],
     }
     top["required"] = ["base", "variants"]
     top["title"] = "Workbench recipe"
+    _unwrap(top)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top}
+
+
+def _unwrap(part: object) -> None:
+    """Make each description one line: an editor would break it where the source's lines end."""
+    for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        _unwrap(value)
+    if isinstance(part, dict) and isinstance(part.get("description"), str):
+        part["description"] = " ".join(part["description"].split())

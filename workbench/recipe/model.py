@@ -1,4 +1,7 @@
-"""A recipe's fixed parts as pydantic models: what may stand in each, and what each key means."""
+"""A recipe's fixed parts as pydantic models: what may stand in each, and what each key means.
+
+A key's docstring is its description, here and in the options of methods and engines: editors show it, by the schema.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ else:
 class Strict(BaseModel):
     """Unknown keys are errors, and numbers finite; objects do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 def _exactly_one(record: BaseModel, names: tuple[str, ...]) -> None:
@@ -80,7 +83,9 @@ class Equivalent(Strict):
     """An exact, function-preserving rewrite of a Llama: rescaled off its grid, zero-padded to `hidden`."""
 
     hidden: int = Field(gt=0, le=2**17)
+    """The hidden size after padding; a multiple of 256 lets every K-quant hold every tensor."""
     seed: Seed = 0
+    """The seed of the random factors by which channels are rescaled."""
 
 
 class Base(Strict):
@@ -91,18 +96,26 @@ class Base(Strict):
     hub: Annotated[Word, Field(pattern=HUB)] | None = None
     """A repository on the Hugging Face hub, `owner/name`."""
     revision: Word | None = None
+    """A branch, tag or commit of the hub's repository (default `main`)."""
     path: File | None = None
     """A Hugging Face directory or a `.gguf` file, relative to the recipe."""
     package: Annotated[Word, Field(pattern=PACKAGE)] | None = None
     """An installed Python package that ships the model as `file`."""
     file: Word | None = None
+    """The model's path inside `package`."""
     config: dict[str, Any] | Word | None = None
     """A `config.json`, or its contents, for random weights of that shape."""
     init: Literal["random"] | None = None
+    """`random`, beside `config`: weights of that shape made up, for speed and memory only."""
     tokenizer: File | None = None
+    """Beside `config`: whose tokenizer is taken, a directory, a `.gguf` file or a hub repository. Without one,
+    no tasks and no perplexity."""
     seed: Seed = 0
+    """The seed of random weights."""
     equivalent: Equivalent | None = None
+    """Rewrite the base into another with the same function before anything is made of it."""
     trust_remote_code: bool = False
+    """Let Python code that comes with the model run."""
 
     @field_validator("config", mode="after")
     @classmethod
@@ -157,13 +170,21 @@ class Source(Strict):
     model_config = ConfigDict(json_schema_extra=_one_of("module", "package", "dataset", "text", "file"))
 
     module: Annotated[Word, Field(pattern=MODULE)] | None = None
+    """A Python module that holds one text, or a mapping of texts, such as `pydoc_data.topics`."""
     package: Annotated[Word, Field(pattern=PACKAGE)] | None = None
+    """An installed Python package that ships the text as `file`."""
     file: File | None = None
+    """A UTF-8 file, relative to the recipe: plain text, or records (`.json`, `.jsonl`). With `package`: inside it."""
     dataset: Word | None = None
+    """A dataset on the Hugging Face hub, read by the library `datasets`."""
     config: Word | None = None
+    """The configuration of `dataset`, where it has several."""
     split: Word | None = None
+    """The split of `dataset` (default `train`)."""
     field: Word | None = None
+    """Which key of a record holds the text (default `text`)."""
     text: Text | None = None
+    """The text itself, in the recipe."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -184,8 +205,11 @@ class Cut(Strict):
     """`windows` windows of `window` tokens of a text."""
 
     source: Source
+    """Where the text is."""
     window: Window = 512
+    """Tokens of a window, at most the model's context."""
     windows: Windows
+    """How many windows are taken."""
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -200,9 +224,14 @@ class EvaluationModel(Cut):
     """Tokens for perplexity, scored by a convention."""
 
     name: Name | None = None
+    """What the set is called in tables (default `evaluation`)."""
     windows: Windows = 20
+    """How many windows are scored, from the text's beginning."""
     score: Score = DEFAULT
+    """Which tokens of a window are scored: its `second-half`, as llama.cpp does; `all`, as papers do; `strided`: of
+    windows that overlap, the last `stride` tokens."""
     stride: Tokens | None = None
+    """How many tokens further each window begins, for `score: strided`; less than `window`."""
 
     @model_validator(mode="after")
     def _strided(self) -> Self:
@@ -219,10 +248,13 @@ class Calibration(Cut):
     """Tokens that methods may look at; never the evaluation's unless `allow_overlap` says so."""
 
     windows: Windows = 32
+    """How many windows are drawn, at random."""
     seed: Seed = 0
+    """The seed of that draw."""
     allow_overlap: bool = False
+    """Let calibration and evaluation share passages of text, which flatters every method that calibrates."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the pass's matrix products. `auto`: float32 where the recipe makes an importance matrix, whose smallest
+    """What the pass multiplies matrices in. `auto`: float32 where the recipe makes an importance matrix, whose smallest
     entries bfloat16 would move by a tenth; else bfloat16 where the processor has it, in two thirds of the time."""
 
 
@@ -238,6 +270,7 @@ class TaskModel(Strict):
     include: File | None = None
     """A folder of the harness's own YAML files, relative to the recipe."""
     shots: int | None = Field(default=None, ge=0, le=1000)
+    """Solved examples before each question of `lm_eval` (default: the task's own)."""
     limit: int | None = Field(default=None, ge=1, le=10**6)
     """Only the first so many items."""
     new_tokens: Tokens | None = None
@@ -265,7 +298,9 @@ class Limits(Strict):
     """Seconds after which a worker is stopped and its job becomes a failed row."""
 
     quantize_s: Seconds = 6 * 3600
+    """Seconds for the base, the calibration pass and each variant (default 6 hours)."""
     profile_s: Seconds = 3600
+    """Seconds for each job, loading included (default 1 hour)."""
 
 
 # Told apart before they are checked, so that a wrong number in a list is not answered with "not a number".
@@ -285,12 +320,19 @@ class WorkloadModel(Strict):
     """What is run for speed. Of a list the first entry is what tables show; the others are measured beside it."""
 
     prompt_tokens: SeveralTokens = 512
+    """Length of a prompt, or a list of lengths."""
     new_tokens: int = Field(default=64, ge=2, le=MOST_TOKENS)
+    """Tokens that are generated after each prompt."""
     batch: Batches = 1
+    """Sequences at once, or a list of such numbers."""
     repeats: int = Field(default=3, ge=1, le=1000)
+    """How often each speed is measured; more make its interval narrower."""
     warmup: int = Field(default=1, ge=0, le=1000)
+    """Repeats before those that count."""
     seed: Seed = 0
+    """The seed of where prompts are cut from the evaluation's text, and of the order of jobs."""
     requests: int = Field(default=0, ge=0, le=1000)
+    """Served requests a slot, with continuous batching, for each `batch` (default: none)."""
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
@@ -310,13 +352,21 @@ class Document(Strict):
     """The fixed part of a recipe; variants and backends are checked against their own modules."""
 
     name: Name | None = None
+    """What the recipe is called in tables and rows (default: the file's name)."""
     model: Name | None = None
+    """What the model is called in tables and file names (default: the base's name)."""
     base: Base
+    """The unquantized model that every variant is made from."""
     calibration: Calibration | None = None
+    """The text that AWQ, GPTQ and importance matrices look at; needed if any variant does."""
     evaluation: EvaluationModel | None = None
+    """The text for perplexity and divergence: one set, or a mapping from names to sets. Without it, speed only."""
     tasks: dict[Name, TaskModel] = Field(default_factory=dict, max_length=100)
+    """Tasks by name; each adds a column of accuracy."""
     workload: WorkloadModel = WorkloadModel()
+    """What is run for speed and memory."""
     limits: Limits = Limits()
+    """How long work may take."""
 
     @field_validator("tasks", mode="after")
     @classmethod

@@ -30,11 +30,12 @@ ENVIRONMENT: dict[str, str] = {}
 
 @dataclass(frozen=True)
 class Options:
-    """`do`: what goes wrong, and where: while loading."""
+    """An engine that misbehaves."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
 
     do: Literal["nothing", "hang", "die", "kill", "raise", "garbage", "nan", "one-nan", "memory"] = "nothing"
+    """What goes wrong while loading."""
     only: str = ""
     """The variant that it goes wrong for; default: all."""
 

@@ -50,16 +50,20 @@ RUNTIME_BYTES = 285e6
 
 @dataclass(frozen=True)
 class Options:
-    """`threads`: default all this process may use; `gpu_layers`: -1 for all, where the build has a GPU; `kv_cache`:
-    what keys and values are stored as, default f16."""
+    """llama.cpp, by llama-cpp-python."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
 
     threads: int | None = field(default=None, metadata={"ge": 1, "le": 1024})
+    """Threads of the processor (default: all that the program may use)."""
     gpu_layers: int = field(default=-1, metadata={"ge": -1, "le": 9999})
+    """Decoder layers on the GPU, where the build has one; -1: all."""
     flash_attention: bool | None = None
+    """Compute attention without storing its scores (default: as llama.cpp decides)."""
     mmap: bool = True
+    """Map the file into memory; `false`: read it."""
     kv_cache: Literal["f16", "q8_0"] | None = None
+    """What keys and values are stored as (default f16)."""
 
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:

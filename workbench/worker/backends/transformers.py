@@ -44,23 +44,28 @@ PLAIN_RUNTIME_BYTES = 480e6
 
 @dataclass(frozen=True)
 class Options:
-    """`dtype: auto` is the checkpoint's own on a GPU; on a CPU float32, but for AWQ and GPTQ, whose kernels there
-    compute in bfloat16."""
+    """Hugging Face transformers, by PyTorch."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What is computed in. `auto`: the checkpoint's own on a GPU; on a CPU float32, but for AWQ and GPTQ, whose
+    kernels there compute in bfloat16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where; `auto`: on the GPU if there is one."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """`sdpa`: where the model's code has it (Bloom's has not)."""
+    """PyTorch's fused attention (`sdpa`, where the model's code has it; Bloom's has not), or step by step."""
     kv_cache: Literal["auto"] | None = None
-    """Of the model's dtype: its quantized caches need a library more, and de-quantize at every step."""
+    """What keys and values are stored as: the model's dtype. (Its quantized caches need a library more, and
+    de-quantize at every step.)"""
     kernel: Literal["auto", "workbench", "gptqmodel"] = "auto"
     """What computes with AWQ, GPTQ and GGUF weights. `workbench`: they stay packed (`kernels/`), on a CPU slowly.
     `gptqmodel`: AWQ and GPTQ by that package; a GGUF, which it does not read, is de-quantized. `auto`: `gptqmodel`,
     until the kernels have been measured on a GPU."""
     threads: int | None = field(default=None, metadata={"ge": 1, "le": 1024})
+    """Threads of the processor (default: all that the program may use)."""
     trust_remote_code: bool = False
+    """Let Python code that comes with the model run."""
 
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:

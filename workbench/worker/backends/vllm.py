@@ -50,17 +50,23 @@ RUNTIME_BYTES = 1050e6
 
 @dataclass(frozen=True)
 class Options:
-    """`dtype: auto` is bfloat16 on a CPU (for AWQ and GPTQ on a GPU float16, or their checkpoint's bfloat16);
-    `kv_cache` is that dtype unless it is fp8."""
+    """vLLM, in its own processes."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What is computed in. `auto`: bfloat16 on a CPU; on a GPU the checkpoint's own, for AWQ and GPTQ float16 or their
+    checkpoint's bfloat16."""
     enforce_eager: bool = False
+    """Neither compile the model nor record CUDA graphs: loads sooner, decodes slower."""
     tensor_parallel: int = field(default=1, metadata={"ge": 1, "le": 64})
+    """GPUs that share the model."""
     kv_cache: Literal["auto", "fp8"] | None = None
+    """What keys and values are stored as: `dtype`, or `fp8` on a GPU."""
     threads: int | None = field(default=None, metadata={"ge": 1, "le": 1024})
+    """Threads of the processor (default: all that the program may use)."""
     trust_remote_code: bool = False
+    """Let Python code that comes with the model run."""
 
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:

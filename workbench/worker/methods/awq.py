@@ -45,19 +45,24 @@ NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True)
 class Options:
-    """`rounding: compensated` adds GPTQ's error feedback. `modules_to_not_convert` names linear layers (parts of
-    their names) that stay float16. `damping` is used by `compensated` alone.
-    """
+    """A safetensors checkpoint with 4-bit groups, scaled by what the calibration pass finds important."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
 
     bits: Literal[4] = 4
+    """The format's only width."""
     group_size: int = 128
+    """Inputs that share a scale; -1: a whole row."""
     zero_point: bool = True
+    """Asymmetric groups; vLLM and llama.cpp load no others."""
     rounding: Literal["nearest", "compensated"] = "nearest"
+    """`compensated` adds GPTQ's error feedback."""
     modules_to_not_convert: tuple[str, ...] = ()
+    """Linear layers that stay in 16 bits, by parts of their names."""
     damping: float = 0.05
+    """Added to the diagonal of the inputs' Gram matrix, as a fraction of its mean; for `rounding: compensated`."""
     engine: Literal["workbench", "gptqmodel"] = "workbench"
+    """Who makes it; `gptqmodel`: the library GPTQModel, also for architectures that the workbench does not know."""
 
 
 def default_name(options: Options) -> str:

@@ -50,14 +50,17 @@ NEEDS_IMATRIX = frozenset({"Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2
 
 @dataclass(frozen=True)
 class Options:
-    """`type` names the mixture as `llama-quantize` does; `imatrix` weights it by the calibration pass; `encoder` makes
-    the blocks: llama.cpp's quantizer, or this project's encoders (the same bytes), by itself where a CUDA GPU is."""
+    """A GGUF file of llama.cpp's types; the type alone may stand in place of the options."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
 
     type: TypeName
+    """The mixture of types, as `llama-quantize` names it."""
     imatrix: bool = False
+    """Weigh rounding errors by an importance matrix, which the calibration pass makes."""
     encoder: Literal["auto", "llamacpp", "workbench"] = "auto"
+    """What makes the blocks: llama.cpp's quantizer, or this project's encoders (the same bytes). `auto`: these where a
+    CUDA GPU is."""
 
 
 def default_name(options: Options) -> str:

@@ -48,20 +48,24 @@ CONFIG_FILE = "quantize_config.json"
 
 @dataclass(frozen=True)
 class Options:
-    """`bits`, `group_size` (-1: one group a row), `sym`, `desc_act` (act-order), `order` of the columns.
+    """A safetensors checkpoint whose rounding errors are made good by the columns still to come."""
 
-    `damping` is added to the Gram's diagonal, as a fraction of its mean.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
 
     bits: Literal[2, 3, 4, 8] = 4
+    """Width of a weight; engines load 4 and 8, and 8 in vLLM on a GPU only."""
     group_size: int = 128
+    """Inputs that share a scale; -1: a whole row."""
     sym: bool = True
+    """Symmetric groups, without zero points; vLLM loads no others."""
     desc_act: bool = False
+    """Act-order: columns by importance across groups. Neither vLLM nor llama.cpp loads it with groups."""
     order: Literal["group-aware", "natural"] = "group-aware"
+    """In which order columns are rounded: the important first, group by group, or as they stand."""
     damping: float = 0.01
+    """Added to the diagonal of the inputs' Gram matrix, as a fraction of its mean."""
     engine: Literal["workbench", "gptqmodel"] = "workbench"
+    """Who makes it; `gptqmodel`: the library GPTQModel, also for architectures that the workbench does not know."""
 
 
 def default_name(options: Options) -> str:
