@@ -51,7 +51,9 @@ class Engine(backend.Engine):
         yield from new_tokens
 
 
-def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> tuple[list[Any], dict[str, Any]]:
+def measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, compiled: list[str] | None = None
+) -> tuple[list[Any], dict[str, Any]]:
     path = write_model(folder / "llama", "llama")
     tokens = folder / "tokens.json"
     windows = [[1, *range(10, 40)], [1, *range(50, 80)]]
@@ -68,7 +70,12 @@ def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> tupl
         made.append(engine)
         return engine
 
-    monkeypatch.setattr(job, "_engine", lambda given: SimpleNamespace(Engine=load_one))
+    def compile_for(given: Job) -> None:
+        assert not made and compiled is not None
+        compiled.append(given.artifact.variant)
+
+    extra = {} if compiled is None else {"compile_for": compile_for}
+    monkeypatch.setattr(job, "_engine", lambda given: SimpleNamespace(Engine=load_one, **extra))
     monkeypatch.setattr(job, "check_spelling", lambda *_: None)
     answer: Any = job.measure(to_json(asked), lambda *_: None)
     return made[0].notes, answer
@@ -103,3 +110,9 @@ def test_a_row_names_the_counters_its_joules_are_of(tmp_path: Path, monkeypatch:
     _, answer = measured(tmp_path, monkeypatch, "cuda")
     assert answer["settings"]["energy_of"] == "NVIDIA H100 80GB HBM3"
     assert answer["speeds"][0]["energy_j"] == [0.0, 0.0]
+
+
+def test_kernels_are_compiled_before_loading_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    _, answer = measured(tmp_path, monkeypatch, "cpu", compiled)
+    assert compiled == ["v"] and answer["settings"]["compile_s"] >= 0

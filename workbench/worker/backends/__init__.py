@@ -62,7 +62,8 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """What a backend's module says. `MOST_SEQUENCES` may be there too: how many it takes at once at the most.
+    """What a backend's module says. Two more may be there: `MOST_SEQUENCES`, how many it takes at once at the most, and
+    `compile_for(job)`, which compiles what a job's kernels need before loading it is timed.
 
     An option's limits stand in its field's metadata (`ge`, `le`, as pydantic names them).
     """

@@ -10,6 +10,7 @@ processors that differ between models; the loop is what all of them share.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from workbench.errors import install_with
 from workbench.records import Artifact, Job, Quality, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
-from workbench.worker.backends import graphs, packed
+from workbench.worker.backends import gptqmodel_kernels, graphs, packed
 from workbench.worker.base.gguf_config import load_gguf
 from workbench.worker.scoring.reducer import Scoring
 
@@ -121,6 +122,15 @@ def load_engine() -> Any:
     import transformers  # noqa: F401
 
     return torch
+
+
+def compile_for(job: Job) -> None:
+    """Compile GPTQModel's kernels where a job will use them on a GPU."""
+    options: Options = from_json(Options, job.options)
+    by_it = job.artifact.format in ("awq", "gptq") and options.kernel != "workbench" and options.device != "cpu"
+    if by_it and load_engine().cuda.is_available():
+        said = json.loads((Path(job.artifact.path) / "config.json").read_text())["quantization_config"]
+        gptqmodel_kernels.ready(int(said["bits"]))
 
 
 def _attention(options: Options) -> str | None:
@@ -352,6 +362,9 @@ class Engine:
             settings["warnings"] = [
                 f"GGUF de-quantized to {dtype} at load: size in memory and speed are those of {dtype}"
             ]
+        elif self._device == "cuda" and self._format in ("awq", "gptq") and not self._packed:
+            slow = gptqmodel_kernels.why_slow(self._kernel().removeprefix("gptqmodel").strip())
+            settings["warnings"] = [slow] if slow else []
         return settings
 
     def _kernel(self) -> str:

@@ -46,6 +46,10 @@ def measure(payload: object, progress: Any) -> object:
     start = timing.now()
     module = _engine(job)
     import_s = timing.now() - start
+    start = timing.now()
+    if hasattr(module, "compile_for"):
+        module.compile_for(job)
+    compile_s = timing.now() - start
     memory = {"runtime": resident.resident_bytes()}
     cached = resident.cached_fraction(job.artifact.path)
 
@@ -116,7 +120,7 @@ def measure(payload: object, progress: Any) -> object:
                 f"{guess:.2f}: the model is broken, was never trained, or knows nothing of such text"
             )
     warnings += [f"task {name}: {text}" for name, each in answered.items() for text in each.pop("warnings", [])]
-    settings |= {"import_s": import_s, "score_s": score_s}
+    settings |= {"import_s": import_s, "compile_s": compile_s, "score_s": score_s}
     if meter.counted:
         settings["energy_of"] = " and ".join(meter.counted)
     measurement = Measurement(
