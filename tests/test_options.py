@@ -64,6 +64,10 @@ def test_a_cache_folder_that_cannot_be(tmp_path: Path, command_: list[str]) -> N
         (["run", SHAPE, "--variant", LONG], "unknown variant 'nnn"),
         (["compare", LONG, LONG], "nothing measured yet"),
         (["table", "--format", LONG], "unknown format 'nnn"),
+        (["table", "--format", "parket"], "unknown format 'parket'. Did you mean 'parquet'?"),
+        (["recommend", "--min-decode", "-5"], "--min-decode -5: a limit is zero or more"),
+        (["recommend", "--min-prefill", "nan"], "--min-prefill nan: a limit is zero or more"),
+        (["recommend", "--max-kld", "-0.1"], "--max-kld -0.1: a limit is zero or more"),
     ],
     ids=lambda words: " ".join(words)[-40:] if isinstance(words, list) else None,
 )

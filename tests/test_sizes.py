@@ -10,11 +10,10 @@ from workbench.sizes import UNITS, mib_text, parse_size, size_text
 
 
 def test_units_are_the_powers_that_their_names_say() -> None:
-    for power, letter in enumerate("KMGT", 1):
-        assert UNITS[f"{letter}iB"] == 1024**power
-        assert UNITS[f"{letter}B"] == 1000**power
-        assert UNITS.get(letter, 1024**power) == 1024**power
-    assert (UNITS["B"], UNITS["kB"], len(UNITS)) == (1, 1000, 13)
+    for power, letter in enumerate("kmgt", 1):
+        assert UNITS[f"{letter}ib"] == UNITS[letter] == 1024**power
+        assert UNITS[f"{letter}b"] == 1000**power
+    assert (UNITS["b"], len(UNITS)) == (1, 13)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +32,11 @@ def test_one_unit_where_two_are_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size_bytes"), [("8GiB", 2**33), (" 1.5 GB ", 1_500_000_000), ("800M", 800 * 2**20), ("12B", 12)]
+    ("text", "size_bytes"),
+    [
+        *(("8GiB", 2**33), (" 1.5 GB ", 1_500_000_000), ("800M", 800 * 2**20), ("12B", 12)),
+        *(("24gb", 24_000_000_000), ("24gib", 24 * 2**30), ("24 Gb", 24_000_000_000), ("1t", 2**40)),
+    ],
 )
 def test_sizes_are_read_back(text: str, size_bytes: int) -> None:
     assert parse_size(text, "--memory") == size_bytes

@@ -7,10 +7,11 @@ import re
 from workbench.errors import UserError, short
 
 UNITS = (
-    {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-    | {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-    | {"K": 2**10, "M": 2**20, "G": 2**30}
+    {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+    | {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    | {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 )
+"""Bytes of each unit, by its name in small letters: nobody means bits."""
 
 
 def size_text(size_bytes: float) -> str:
@@ -24,11 +25,11 @@ def mib_text(size_bytes: float, digits: int = 1) -> str:
 
 
 def parse_size(text: str, option: str) -> int:
-    """`8GiB`, `8 GB`, `800M` in bytes; a bare number is refused, because nobody knows what it means.
+    """`8GiB`, `8 gb`, `800M` in bytes; a bare number is refused, because nobody knows what it means.
 
     By hand because `pydantic.ByteSize` takes a bare number for bytes, and reads `8G` as 8e9.
     """
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)\s*", text)
-    if match is None or match[2] not in UNITS:
+    if match is None or match[2].lower() not in UNITS:
         raise UserError(f"{option} {short(text)}: write a size with its unit, such as 8GiB or 800MB")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(float(match[1]) * UNITS[match[2].lower()])

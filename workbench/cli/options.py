@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from typer import Argument, Option
+from typer import Argument, CallbackParam, Option
 
 from workbench.disk import expanded
+from workbench.errors import UserError
 from workbench.report.formats import FILE_FORMATS, FORMATS
 
 Place = TypeVar("Place", Path, str, list[str], Path | None, list[str] | None)
@@ -25,6 +27,13 @@ def _home(value: Place) -> Place:
     if isinstance(value, list):
         return [_home(each) for each in value]
     return value if value is None or "://" in str(value) else type(value)(expanded(value))
+
+
+def _limit(param: CallbackParam, value: float | None) -> float | None:
+    """A limit that something measured may keep. Raises `UserError` for one below zero, or that is no number."""
+    if value is not None and not 0 <= value < math.inf:
+        raise UserError(f"{param.opts[0]} {value:g}: a limit is zero or more")
+    return value
 
 
 RESULTS = "results"
@@ -88,9 +97,9 @@ AtMostSize = Annotated[str | None, Option(help="At most this much on disk.", sho
 AtMostPerplexity = Annotated[
     str | None, Option(help="1% (more than the base's) or the value itself.", show_default=False)
 ]
-AtMostKld = Annotated[float | None, Option(help="Mean divergence, nats a token.", show_default=False)]
-AtLeastDecode = Annotated[float | None, Option(help="New tokens a second.", show_default=False)]
-AtLeastPrefill = Annotated[float | None, Option(help="Prompt tokens a second.", show_default=False)]
+AtMostKld = Annotated[float | None, Option(help="Mean divergence, nats a token.", show_default=False, callback=_limit)]
+AtLeastDecode = Annotated[float | None, Option(help="New tokens a second.", show_default=False, callback=_limit)]
+AtLeastPrefill = Annotated[float | None, Option(help="Prompt tokens a second.", show_default=False, callback=_limit)]
 Sort = Annotated[str, Option(help="speed, quality, memory or size.")]
 
 Memory = Annotated[str | None, Option(help="Fit into this much, as 24GiB; default: this machine's.")]

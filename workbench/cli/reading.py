@@ -32,7 +32,7 @@ def table(
         found = [row for row in stored(rows or [results]) if recipe in (None, row.recipe)]
         write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.name)]))
         return
-    check_known("format", format, FORMATS)
+    check_known("format", format, [*FORMATS, *FILE_FORMATS])
     write(output, FORMATS[format](build(stored(rows or [results]), machine=machine, recipe=recipe)))
 
 

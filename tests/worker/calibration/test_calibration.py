@@ -144,7 +144,9 @@ def test_interrupted_work_of_other_tokens_is_not_gone_on_with(tmp_path: Path) ->
 
 def test_what_is_written_beside_the_weights(tmp_path: Path, tiny_llama: Path) -> None:
     tokens = write_tokens(tmp_path / "tokens.json", [40] * 24)
-    run(tiny_llama, tmp_path / "work", VARIANTS, tokens=tokens)
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: mit\nmodel_name: Tiny\n---\n# Tiny, a model in float32\n")
+    run(base, tmp_path / "work", VARIANTS, tokens=tokens)
     for name, (method, _) in VARIANTS.items():
         out = tmp_path / "work" / name
         config = json.loads((out / "config.json").read_text())
@@ -153,6 +155,9 @@ def test_what_is_written_beside_the_weights(tmp_path: Path, tiny_llama: Path) ->
         assert config["torch_dtype"] == config["dtype"] == "float16"
         assert (out / "tokenizer.json").read_bytes() == (tiny_llama / "tokenizer.json").read_bytes()
         assert (out / "quantize_config.json").exists() == (method == "gptq")
+        card = (out / "README.md").read_text()
+        assert card.startswith("---\nlicense: mit\nmodel_name: Tiny\n---\n") and "float32" not in card
+        assert f"{method}) of Tiny, made by the Workbench" in card
         assert not list(out.glob("*.new"))
 
 

@@ -89,7 +89,7 @@ def copy_side_files(source: Path, out: Path, names: tuple[str, ...]) -> None:
             shutil.copyfile(source / name, out / name)
 
 
-def write_card(out: Path, name: str, license_name: str | None, text: str) -> None:
+def write_card(out: Path, name: str | None, license_name: str | None, text: str) -> None:
     """A model card: converters take the model's name and license from it."""
     head = block({"license": license_name.lower() if license_name else None, "model_name": name})
     (out / "README.md").write_text(f"{head}\n{text}\n", encoding="utf-8")

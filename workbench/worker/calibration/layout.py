@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
+from workbench.front_matter import fields_of, stated_licence
 from workbench.shape import DTYPE_CODES, DTYPES
 from workbench.worker.architectures import LAYERS, WAY_OUT
-from workbench.worker.base.checkpoint import CONFIG_FILES, TOKENIZER_FILES, lay_out
-from workbench.worker.base.saving import copy_side_files, for_both_readers, write_json
+from workbench.worker.base.checkpoint import TOKENIZER_FILES, lay_out
+from workbench.worker.base.saving import copy_side_files, for_both_readers, write_card, write_json
 from workbench.worker.calibration.weights import Weights
 from workbench.worker.methods import CalibratedMethod
 from workbench.worker.methods.grouped import group_sizes
@@ -125,7 +126,8 @@ def check_shapes(weights: Weights, name: str, method: CalibratedMethod, options:
 
 
 def finish(checkpoint: Checkpoint, weights: Weights, method: CalibratedMethod, options: Any) -> None:
-    """Write what no layer holds: embeddings, norms, configuration, tokenizer, index."""
+    """Write what no layer holds: embeddings, norms, configuration, tokenizer, index, and a card: the base's own speaks
+    of another model."""
     import torch
     from safetensors import safe_open
 
@@ -143,7 +145,7 @@ def finish(checkpoint: Checkpoint, weights: Weights, method: CalibratedMethod, o
         weight_map = dict(sorted(checkpoint.shards.tensor_to_filename.items()))
         index = {"metadata": checkpoint.shards.metadata, "weight_map": weight_map}
         write_json(out / "model.safetensors.index.json", index)
-    copy_side_files(weights.folder, out, (*TOKENIZER_FILES, *CONFIG_FILES))
+    copy_side_files(weights.folder, out, (*TOKENIZER_FILES, "generation_config.json"))
     config = {key: value for key, value in weights.config.items() if key not in ("dtype", "torch_dtype")}
     config["dtype"] = weights.architecture.family.dtype
     quantization = method.quantization_config(options)
@@ -151,6 +153,15 @@ def finish(checkpoint: Checkpoint, weights: Weights, method: CalibratedMethod, o
     if weights.tied:
         config["tie_word_embeddings"] = True
     write_json(out / "config.json", for_both_readers(config))
+    card = weights.folder / "README.md"
+    called = fields_of(card).get("model_name")
+    write_card(
+        out,
+        called if isinstance(called, str) else None,
+        stated_licence(card),
+        f"A quantized form ({method.tensor_type(options)}, {quantization['quant_method']}) of "
+        f"{called or 'its base'}, made by the Workbench. `workbench card` writes what was measured of it.",
+    )
     if method.CONFIG_FILE:
         write_json(out / method.CONFIG_FILE, quantization)
 
