@@ -6,8 +6,9 @@ import sys
 
 import typer
 
+from workbench import api
 from workbench.cli import options as o
-from workbench.console import Console, write
+from workbench.console import write
 from workbench.errors import check_known
 from workbench.report.formats import FORMATS
 
@@ -22,32 +23,17 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Quantize, profile and print the table."""
-    from workbench import cache, pipeline
-    from workbench.recipe.load import load
-    from workbench.report.table import build
-
     check_known("format", format, FORMATS)
-    loaded = load(recipe)
-    for name in backend or []:
-        loaded.backend(name)  # A misspelt one is refused before any work.
-    chosen, show = loaded.matching(variant) if variant else None, Console(quiet)
-    with cache.at_work(show.say):
-        made = pipeline.quantize(loaded, show, chosen)
-        rows = pipeline.profile(loaded, made, show, results, backends=backend, variants=variant, again=again)
-    write(None, FORMATS[format](build(rows)))
-    raise typer.Exit(1 if made.failures or any(row.error for row in rows) else 0)
+    done = api.run(recipe, results, backends=backend, variants=variant, again=again, quiet=quiet)
+    write(None, FORMATS[format](done.table))
+    raise typer.Exit(1 if done.failures else 0)
 
 
 def quantize(recipe: o.RecipeFile, variant: o.OnlyVariants = None, quiet: o.Quiet = False) -> None:
     """Make every variant of a recipe, and say where it is."""
-    from workbench import cache, pipeline
-    from workbench.recipe.load import load
     from workbench.sizes import mib_text
 
-    loaded = load(recipe)
-    chosen, show = loaded.matching(variant) if variant else None, Console(quiet)
-    with cache.at_work(show.say):
-        made = pipeline.quantize(loaded, show, chosen)
+    made = api.quantize(recipe, variants=variant, quiet=quiet)
     for name, artifacts in made.artifacts.items():
         for artifact in artifacts:
             bits = f"{artifact.bits_per_weight:.2f} bits/weight" if artifact.bits_per_weight else ""
@@ -86,15 +72,8 @@ def plan(
 ) -> None:
     """What each variant will need in each engine, and what fits, before anything is made; exit 1 if nothing fits."""
     from workbench.plan import formats
-    from workbench.plan import make as wing
-    from workbench.recipe.load import load
-    from workbench.sizes import parse_size
 
     check_known("format", format, formats.FORMATS)
-    if device is not None:
-        check_known("device", device, ["cpu", "cuda"])
-    memory_bytes = parse_size(memory, "--memory") if memory else None
-    cuda = None if device is None else device == "cuda"
-    made = wing.make(load(recipe), memory_bytes=memory_bytes, context=context, batch=batch, cuda=cuda)
+    made = api.plan(recipe, memory=memory, context=context, batch=batch, device=device)
     sys.stdout.write(formats.FORMATS[format](made))
     raise typer.Exit(0 if any(need.fits for need in made.needs) else 1)

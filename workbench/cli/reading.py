@@ -8,8 +8,9 @@ from pathlib import Path
 
 import typer
 
+from workbench import api
 from workbench.cli import options as o
-from workbench.cli.rows import stored
+from workbench.cli.rows import stored, tell
 from workbench.console import write
 from workbench.errors import UserError, check_known
 from workbench.report.formats import FILE_FORMATS, FORMATS
@@ -24,8 +25,6 @@ def table(
     output: o.Output = None,
 ) -> None:
     """Print the comparison table of stored rows; as Parquet, the rows of all machines and evaluations."""
-    from workbench.report.table import build
-
     if format in FILE_FORMATS:
         if output is None and sys.stdout.isatty():
             raise UserError(f"{format.capitalize()} is not for a terminal: name a file with --output rows.{format}")
@@ -33,7 +32,7 @@ def table(
         write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.name)]))
         return
     check_known("format", format, [*FORMATS, *FILE_FORMATS])
-    write(output, FORMATS[format](build(stored(rows or [results]), machine=machine, recipe=recipe)))
+    write(output, FORMATS[format](api.table(stored(rows or [results]), machine=machine, recipe=recipe)))
 
 
 def compare(
@@ -53,16 +52,8 @@ def compare(
 
     check_known("format", format, ["terminal", "json"])
     limits = dict(wing.parse_limit(each) for each in fail or [])
-    places = [spec if "://" in spec or os.path.exists(spec) else None for spec in (old, new)]
-    known = [] if all(places) else stored([results], everything=True)
-    if not all(places) and not known:
-        raise UserError(f"{results}: nothing measured yet, so no date or commit to choose")
-    before, after = (
-        stored([place], everything=True) if place else wing.select(known, spec)
-        for place, spec in zip(places, (old, new), strict=True)
-    )
     only = {"machine": machine, "evaluation": evaluation, "recipe": recipe}
-    found = wing.compare(before, after, thresholds=limits, measurement_version=measurement_version, **only)
+    found = api.compare(old, new, results, thresholds=limits, measurement_version=measurement_version, say=tell, **only)
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found, everything))
     for line in wing.doubts(found, limits):
         print(f"undecided, measure more: {line}", file=sys.stderr)
@@ -88,27 +79,23 @@ def recommend(
     format: o.TextFormat = "terminal",
 ) -> None:
     """Choose a variant and an engine under limits; exit with 1 if nothing fits."""
-    from workbench.home import home, local
-    from workbench.report.table import build
+    from workbench.home import local
     from workbench.report.verdicts import recommend as wing
-    from workbench.sizes import parse_size
-    from workbench.worker.backends import serving_command
 
     check_known("format", format, ["terminal", "json"])
-    relative, value = wing.parse_share(max_perplexity, "--max-perplexity") if max_perplexity else (None, None)
-    constraints = wing.Constraints(
-        memory_bytes=parse_size(memory, "--memory") if memory else None,
-        size_bytes=parse_size(max_size, "--max-size") if max_size else None,
-        max_perplexity=relative,
-        max_perplexity_value=value,
+    found = api.recommend(
+        stored(rows or [results]),
+        memory=memory,
+        max_size=max_size,
+        max_perplexity=max_perplexity,
         max_kld=max_kld,
-        min_decode_tok_s=min_decode,
-        min_prefill_tok_s=min_prefill,
+        min_decode=min_decode,
+        min_prefill=min_prefill,
         backend=backend,
         sort=sort,
+        machine=machine,
+        recipe=recipe,
     )
-    table = build(stored(rows or [results]), machine=machine, recipe=recipe)
-    found = wing.recommend(table, constraints, lambda row: serving_command(row, str(home())))
     sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
     row = found.choice.line.row if found.choice else None
     if row and not os.path.exists(local(row.artifact.path)):
@@ -128,11 +115,10 @@ def report(
     from workbench.report.site.page import page
     from workbench.report.site.plots import plots as plots_of
     from workbench.report.site.svg import png, standalone
-    from workbench.report.table import build
     from workbench.report.verdicts.steps import series_like, series_of, steps_of
 
     places = rows or [results]
-    table = build(stored(places), machine=machine, recipe=recipe)
+    table = api.table(stored(places), machine=machine, recipe=recipe)
     series = series_like(table, series_of(stored(places, everything=True, quiet=True)))
     steps = [step for one in series for step in steps_of(one)]
     write(output, page(table, series, steps))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from workbench.plan.need import Need, Plan
 from workbench.records import to_json
 from workbench.sizes import size_text
 from workbench.worker.backends import backend_named
+
+if TYPE_CHECKING:
+    from workbench.plan.need import Need, Plan
 
 
 def objects(plan: Plan) -> list[dict[str, Any]]:

@@ -65,6 +65,11 @@ class Plan:
     """Each at the point that needs most."""
     points: tuple[Sequences, ...] = ()
 
+    def __str__(self) -> str:
+        from workbench.plan.formats import terminal
+
+        return terminal(self)
+
 
 def need_of(shape: Shape, variant: Variant, choice: BackendChoice, load: Sequences, cuda: bool) -> Need:
     """What one variant needs in one engine for those sequences at once, and to score windows."""

@@ -12,8 +12,8 @@ alone would change as much. Or zero lies in its 95 % interval (paired, by Studen
 errors for many windows): then another text might turn it round. Where neither is so but one of the two is not
 known (the base scored on one engine only, or in one window), the answer is not known either (None).
 
-A table is data; what it looks like is `formats/`. Rejected: a data frame (an import of a second for a
-few dozen lines), and one table a backend (the question is which backend, too).
+A table is data; what it looks like is `formats/`. Rejected: to be a data frame (an import of a second for a few dozen
+lines; `to_pandas` makes one), and one table a backend (the question is which backend, too).
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from workbench.errors import UserError
 from workbench.records import Evaluation, Row, Task
 from workbench.report import estimates, quality, speeds
 from workbench.report.estimates import Estimate
+from workbench.report.formats import FORMATS, data_frame
 from workbench.report.lazily import Lazily
 from workbench.report.metrics import METRICS, OF_THE_REFERENCE
 from workbench.report.selection import (
@@ -39,6 +41,9 @@ from workbench.report.selection import (
     of_recipe,
 )
 from workbench.report.store import machine_of
+
+if TYPE_CHECKING:
+    import pandas
 
 ERRORS = {name: metric.error for name, metric in METRICS.items() if metric.error}
 SAMPLES = {name: metric.samples for name, metric in METRICS.items() if metric.samples}
@@ -151,6 +156,16 @@ class Table:
     def lines(self) -> tuple[Line, ...]:
         """The rows on the first evaluation set."""
         return self.first.lines
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row a line, SI units, NaN where not measured. Raises `UserError` without pandas."""
+        return data_frame(self)
+
+    def __str__(self) -> str:
+        return FORMATS["terminal"](self)
+
+    def _repr_markdown_(self) -> str:
+        return FORMATS["markdown"](self)  # what notebooks show
 
 
 def build(

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas
+
     from workbench.records import Row
     from workbench.report.table import Table
 
@@ -30,6 +32,7 @@ FORMATS: dict[str, Callable[[Table], str]] = {
     "csv": _writer("data", "comma_separated"),
     "json": _writer("data", "json_text"),
 }
+data_frame: Callable[[Table], pandas.DataFrame] = _writer("frame", "data_frame")
 FILE_FORMATS: dict[str, Callable[[Sequence[Row]], bytes]] = {
     "parquet": _writer("parquet", "parquet"),
 }

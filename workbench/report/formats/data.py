@@ -15,7 +15,7 @@ from workbench.report.table import Line, Score, Table, quality_missing, workload
 
 def comma_separated(table: Table) -> str:
     """CSV with a header: one record a line, empty where not measured, a pair as two columns."""
-    records = [_flat(record) for record in objects(table)]
+    records = [flattened(record) for record in objects(table)]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()
@@ -28,7 +28,8 @@ def json_text(table: Table) -> str:
     return json.dumps(objects(table), indent=2, allow_nan=False) + "\n"
 
 
-def _flat(record: dict[str, object]) -> dict[str, object]:
+def flattened(record: dict[str, object]) -> dict[str, object]:
+    """One of `objects` with a plain value a key: no pairs, lists or mappings."""
     flat = paired_ends(record)
     for key, value in record.items():
         if key == "points" and isinstance(value, dict):

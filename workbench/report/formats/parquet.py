@@ -40,7 +40,7 @@ def parquet(rows: Sequence[Row]) -> bytes:
             return pyarrow.bool_()
         if name in WHOLE:
             return pyarrow.int64()
-        return pyarrow.float64() if name in METRICS or name.endswith(NUMBERS) else pyarrow.string()
+        return pyarrow.float64() if is_number(name) else pyarrow.string()
 
     # Explicit types: a column in which nothing was measured yet is still one of numbers.
     schema = pyarrow.schema([pyarrow.field(name, kind_of(name)) for name in columns])
@@ -48,6 +48,11 @@ def parquet(rows: Sequence[Row]) -> bytes:
     file = io.BytesIO()
     pyarrow.parquet.write_table(whole, file, compression="zstd")
     return file.getvalue()
+
+
+def is_number(name: str) -> bool:
+    """Whether a column holds numbers that need not be whole."""
+    return name in METRICS or name.endswith(NUMBERS)
 
 
 def records(rows: Sequence[Row]) -> list[dict[str, object]]:

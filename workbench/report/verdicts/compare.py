@@ -68,6 +68,9 @@ class Comparison:
     labels: dict[Pair, str] = field(default_factory=dict)
     """What people read of each pair."""
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def compare(
     old: Sequence[Row],

@@ -90,6 +90,9 @@ class Recommendation:
     tied: tuple[str, ...] = ()
     """Names of candidates from which the choice differs by noise alone in what was asked for."""
 
+    def __str__(self) -> str:
+        return text(self)
+
 
 def recommend(
     table: Table, constraints: Constraints, command: Callable[[Row], str | None] = lambda row: None

@@ -1,0 +1,258 @@
+"""What a program calls: each subcommand that makes, measures or reads as a function with typed results.
+
+    import workbench as wb
+
+The command line calls the same functions. Whatever a person can mend raises `UserError`, in one line that says what
+to do. Stored rows are named by folder, file or URL, or given as rows. What a function needs is imported
+when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from workbench.errors import UserError, check_known
+
+if TYPE_CHECKING:
+    from workbench.plan.need import Plan
+    from workbench.quantize.make import Made
+    from workbench.recipe.load import Recipe
+    from workbench.records import Row
+    from workbench.report.table import Table
+    from workbench.report.verdicts.compare import Comparison
+    from workbench.report.verdicts.recommend import Recommendation
+
+RESULTS = "results"
+"""The folder that rows are stored in by default."""
+Place = Path | str
+"""A file, folder or URL of stored rows."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run made and measured."""
+
+    made: Made
+    rows: tuple[Row, ...]
+    """A row for each variant in each engine, those measured before among them."""
+
+    @property
+    def table(self) -> Table:
+        """The rows seen together."""
+        return table(self.rows)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Reasons, by variant that could not be made and by `variant on engine` that could not be measured."""
+        jobs = {f"{row.artifact.variant} on {row.backend}": row.error for row in self.rows if row.error}
+        return self.made.failures | jobs
+
+
+def load(recipe: Place | Recipe) -> Recipe:
+    """A recipe, read and checked; nothing else is touched."""
+    from workbench.recipe.load import Recipe
+    from workbench.recipe.load import load as read
+
+    return recipe if isinstance(recipe, Recipe) else read(recipe)
+
+
+def run(
+    recipe: Place | Recipe,
+    results: Place = RESULTS,
+    *,
+    backends: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+    again: bool = False,
+    quiet: bool = True,
+) -> Run:
+    """Make every variant of a recipe, measure each in every engine, store the rows under `results`.
+
+    `backends`: only these engines; `variants`: only these (or patterns, `gguf-*`), and the base to compare them with.
+    What was made or measured before is not done again; with `again` it is measured again. Unless `quiet`, progress is
+    told on standard error. A job that fails is a row with its error, and the others go on.
+    """
+    from workbench import cache, pipeline
+    from workbench.console import Console
+
+    loaded = load(recipe)
+    for name in backends or []:
+        loaded.backend(name)  # A misspelt one is refused before any work.
+    chosen, only = loaded.matching(list(variants)) if variants else None, list(variants) if variants else None
+    show = Console(quiet)
+    with cache.at_work(show.say):
+        made = pipeline.quantize(loaded, show, chosen)
+        engines = list(backends) if backends else None
+        measured = pipeline.profile(loaded, made, show, results, backends=engines, variants=only, again=again)
+    return Run(made, tuple(measured))
+
+
+def profile(
+    recipe: Place | Recipe | None = None,
+    results: Place = RESULTS,
+    *,
+    backends: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+    again: bool = False,
+    quiet: bool = True,
+) -> Run:
+    """`run`, of the recipe last quantized on this machine if none is named."""
+    from workbench.home import recipe_or_last
+
+    chosen = recipe_or_last(None) if recipe is None else recipe
+    return run(chosen, results, backends=backends, variants=variants, again=again, quiet=quiet)
+
+
+def quantize(recipe: Place | Recipe, *, variants: Sequence[str] | None = None, quiet: bool = True) -> Made:
+    """Make the variants of a recipe (`variants`: only these, or patterns); `artifacts` says where each is."""
+    from workbench import cache, pipeline
+    from workbench.console import Console
+
+    loaded, show = load(recipe), Console(quiet)
+    chosen = loaded.matching(list(variants)) if variants else None
+    with cache.at_work(show.say):
+        return pipeline.quantize(loaded, show, chosen)
+
+
+def rows(*results: Place, history: bool = False, say: Callable[[str], None] = warnings.warn) -> list[Row]:
+    """Stored rows (default: of the folder `results`), the latest of each job; with `history` all of them.
+
+    `say` is told of lines that are none.
+    """
+    from workbench.report import store
+
+    found, bad = (store.history if history else store.read)(*(results or (RESULTS,)))
+    for warning in store.few(bad):
+        say(warning)
+    return found
+
+
+def table(
+    results: Place | Sequence[Place] | Sequence[Row] = RESULTS,
+    *,
+    machine: str | None = None,
+    recipe: str | None = None,
+    evaluation: str | None = None,
+) -> Table:
+    """The newest comparable rows as one table, or those of the machine, recipe or evaluation named."""
+    from workbench.report.table import build
+
+    return build(_rows(results), machine=machine, recipe=recipe, evaluation=evaluation)
+
+
+def compare(
+    old: Place | Sequence[Row],
+    new: Place | Sequence[Row],
+    results: Place | Sequence[Row] = RESULTS,
+    *,
+    thresholds: Mapping[str, float] | None = None,
+    machine: str | None = None,
+    recipe: str | None = None,
+    evaluation: str | None = None,
+    measurement_version: int | None = None,
+    say: Callable[[str], None] = warnings.warn,
+) -> Comparison:
+    """Two sets of rows, metric by metric: better, worse, same or undecided.
+
+    Each set: rows, a file, folder or URL of them, or a date or a commit, which is looked for in `results`.
+    `thresholds`: the relative change that matters, by metric, as `{"decode_tok_s": 0.05}`. `say` is told
+    of lines that are no rows.
+    """
+    from workbench.report.verdicts import compare as wing
+
+    known = _rows(results, True, say) if _is_word(old) or _is_word(new) else []
+    if not known and (_is_word(old) or _is_word(new)):
+        raise UserError(f"{results}: nothing measured yet, so no date or commit to choose")
+    before, after = (wing.select(known, str(spec)) if _is_word(spec) else _rows(spec, True, say) for spec in (old, new))
+    limits = dict(thresholds or {})
+    only = {"machine": machine, "evaluation": evaluation, "recipe": recipe}
+    return wing.compare(before, after, thresholds=limits, measurement_version=measurement_version, **only)
+
+
+def recommend(
+    results: Place | Sequence[Place] | Sequence[Row] = RESULTS,
+    *,
+    memory: str | int | None = None,
+    max_size: str | int | None = None,
+    max_perplexity: str | float | None = None,
+    max_kld: float | None = None,
+    min_decode: float | None = None,
+    min_prefill: float | None = None,
+    backend: str | None = None,
+    sort: Literal["speed", "quality", "memory", "size"] | str = "speed",
+    machine: str | None = None,
+    recipe: str | None = None,
+) -> Recommendation:
+    """The variant and engine to use under limits, the command that serves it, and why not the others.
+
+    `memory`, `max_size`: bytes, or as `"8GiB"`; `max_perplexity`: `"1%"` more than the base's, or the value itself;
+    `max_kld`: nats a token; `min_decode`, `min_prefill`: tokens a second. `choice` is None if nothing fits.
+    """
+    from workbench.home import home
+    from workbench.report.verdicts import recommend as wing
+    from workbench.worker.backends import serving_command
+
+    limit = None if max_perplexity is None else str(max_perplexity)
+    relative, value = wing.parse_share(limit, "--max-perplexity") if limit else (None, None)
+    constraints = wing.Constraints(
+        memory_bytes=_bytes(memory, "--memory"),
+        size_bytes=_bytes(max_size, "--max-size"),
+        max_perplexity=relative,
+        max_perplexity_value=value,
+        max_kld=max_kld,
+        min_decode_tok_s=min_decode,
+        min_prefill_tok_s=min_prefill,
+        backend=backend,
+        sort=sort,
+    )
+    seen = table(results, machine=machine, recipe=recipe)
+    return wing.recommend(seen, constraints, lambda row: serving_command(row, str(home())))
+
+
+def plan(
+    recipe: Place | Recipe,
+    *,
+    memory: str | int | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    device: Literal["cpu", "cuda"] | str | None = None,
+) -> Plan:
+    """What each variant will need in each engine, and what fits, before anything is made.
+
+    `memory`: bytes, or as `"24GiB"`, default: this machine's; `context`: tokens of a sequence, prompt and new ones;
+    `batch`: sequences at once; `device`: default what is here.
+    """
+    from workbench.plan import make as wing
+
+    if device is not None:
+        check_known("device", device, ["cpu", "cuda"])
+    cuda = None if device is None else device == "cuda"
+    return wing.make(load(recipe), memory_bytes=_bytes(memory, "--memory"), context=context, batch=batch, cuda=cuda)
+
+
+def _rows(
+    results: Place | Sequence[Place] | Sequence[Row],
+    history: bool = False,
+    say: Callable[[str], None] = warnings.warn,
+) -> list[Row]:
+    from workbench.records import Row
+
+    either = [results] if isinstance(results, Path | str) else results
+    given = [each for each in either if isinstance(each, Row)]
+    places = [each for each in either if not isinstance(each, Row)]
+    return given + (rows(*places, history=history, say=say) if places else [])
+
+
+def _is_word(spec: Place | Sequence[Row]) -> bool:
+    """Whether it is a date or a commit, not rows or a place of them."""
+    return isinstance(spec, Path | str) and "://" not in str(spec) and not os.path.exists(spec)
+
+
+def _bytes(size: str | int | None, option: str) -> int | None:
+    from workbench.sizes import parse_size
+
+    return parse_size(size, option) if isinstance(size, str) else size
