@@ -274,3 +274,26 @@ def test_intervals_of_random_halves_cover_the_whole_as_often_as_they_claim(metri
 def test_imports_no_engine():
     code = "import sys, workbench.report.estimates; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_share_of_none_or_all_of_a_few_is_not_certain():
+    """Wilson's ends are where the share lies 1.96 of its own standard errors away: no error of 0 for 0 of 10."""
+    for right, n in ((0, 10), (10, 10), (3, 10), (400, 1000)):
+        share, ends = right / n, statistics.share_interval([1] * right + [0] * (n - right))
+        for end in ends:
+            if end not in (0.0, 1.0):
+                assert abs(end - share) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), rel=1e-5)
+        assert ends[0] <= share <= ends[1]
+    assert statistics.share_interval([0] * 10) == (0.0, pytest.approx(0.2775, abs=1e-4))
+    assert statistics.share_interval([1] * 10) == (pytest.approx(0.7225, abs=1e-4), 1.0)
+
+
+def test_a_difference_of_shares_is_not_certain_either():
+    """All lost of ten: told apart, but not by exactly 100 points. One lost of one: not told apart."""
+    low, high = statistics.share_delta_interval([0] * 10, [1] * 10)
+    assert low == -1.0 and high == pytest.approx(-1 + math.sqrt(2) * 0.2775, abs=1e-3)
+    assert statistics.share_delta_interval([0], [1])[1] > 0
+    own, base = [1, 1, 0, 0], [1, 1, 1, 0]
+    low, high = statistics.share_delta_interval(own, base)
+    assert (-high, -low) == pytest.approx(statistics.share_delta_interval(base, own))
+    assert low < -0.25 < 0 < high

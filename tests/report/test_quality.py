@@ -141,9 +141,10 @@ def test_accuracies_by_hand() -> None:
     found = quality.task_accuracy(own, "quiz")
     assert found is not None and found.windows == 10
     assert (found.value, found.se) == pytest.approx((0.6, math.sqrt(0.6 * 0.4 / 9)))
-    delta = quality.task_delta(own, other, "quiz")
+    both = quality.task_delta(own, other, "quiz")
     changes = np.subtract(correct, base)
-    assert delta is not None and delta.windows == 10
+    assert both is not None and both[0].windows == 10 and both[1] == estimates.share_delta_interval(correct, base)
+    delta = both[0]
     assert (delta.value, delta.se) == pytest.approx((changes.mean(), changes.std(ddof=1) / math.sqrt(10)))
     assert quality.task_accuracy(own, "other") is None
     with pytest.raises(ValueError):
@@ -185,3 +186,19 @@ def test_guessing_is_better_than_a_perplexity_above_the_vocabularys_size() -> No
 
     assert (guessed(501, 500), guessed(499, 500), guessed(501, None)) == (500, None, None)
     assert quality.guessing(a_row(measured=False)) is None
+
+
+def test_a_divergence_far_from_zero_tells_a_variant_from_its_base_though_the_perplexity_does_not() -> None:
+    """As GPTQ on the published rows: 2.3 standard errors of its perplexity, 12 of its divergence."""
+    noise = quality.Noise(perplexity=0.01, divergence=1e-3)
+    nats = [(400, 900.0), (400, 960.0), (400, 880.0), (400, 930.0)]
+    lucky = [(400, 930.0), (400, 932.0), (400, 900.0), (400, 920.0)]
+    base, plain = a_row(windows=nats), a_row("q", windows=lucky)
+    assert quality.alike(plain, base, noise) is True and not quality.worse(plain, base, noise)
+    near, far = compared(base, 2e-4), compared(plain, 0.14)
+    assert quality.alike(far, near, noise) is False
+    assert quality.worse(far, near, noise) and not quality.worse(near, far, noise)
+    # Within what engines make of the base, and from another reference, where the perplexity is all there is.
+    assert quality.alike(compared(plain, 1e-3), near, noise) is True
+    assert quality.alike(compared(plain, 0.14, reference="r2"), near, noise) is True
+    assert quality.alike(a_row(evaluation="e2"), base, noise) is None

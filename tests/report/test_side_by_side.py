@@ -184,7 +184,7 @@ def test_tasks_have_scores_with_deltas_by_item() -> None:
     close = build([answering("base", right), answering("q", [0, *right[1:]])]).lines[1].tasks["quiz"]
     assert close.below_noise_floor is True
     one = build([answering("base", [1]), answering("q", [0])]).lines[1].tasks["quiz"]
-    assert one.delta is not None and one.delta.se is None and one.below_noise_floor is None
+    assert one.delta is not None and one.delta.se is None and one.below_noise_floor is True
     alone = build([answering("q", right)]).lines[0].tasks["quiz"]
     assert alone.delta is None and alone.below_noise_floor is None
     assert build([answering("base", right, backend="vllm"), answering("q", right)]).lines[1].tasks["quiz"].delta is None

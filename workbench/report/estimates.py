@@ -33,6 +33,8 @@ from workbench.records import Quality
 
 Total = Literal["nll_sum", "kld_sum", "same_top_sum", "dp_square_sum"]
 Count = Literal["count", "kld_count"]
+Z = NormalDist().inv_cdf(0.975)
+"""Standard errors of a normal distribution to either side that hold 95 % of it."""
 
 
 class Estimate(NamedTuple):
@@ -125,6 +127,33 @@ def accuracy(correct: Sequence[float]) -> Estimate | None:
 def accuracy_delta(correct: Sequence[float], base: Sequence[float]) -> Estimate | None:
     """Difference of two accuracies, item by item: what both get wrong cancels. Raises `ValueError` for other items."""
     return accuracy([own - other for own, other in zip(correct, base, strict=True)])
+
+
+def share_interval(scores: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a share by E. B. Wilson (J. American Statistical Association 22, 1927): of none or all of a few
+    items, too, where the standard error is 0. Scores between 0 and 1 scatter less than ones and zeros of their mean."""
+    n, share = len(scores), math.fsum(scores) / len(scores)
+    middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
+    return min(max(0.0, middle - half), share), max(min(1.0, middle + half), share)
+
+
+def share_delta_interval(scores: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the difference of two shares over the same items, from Wilson's of each and their correlation
+    (R. G. Newcombe, Statistics in Medicine 17, 1998, p. 2635, method 10 without its correction for continuity)."""
+    (low, high), (base_low, base_high) = share_interval(scores), share_interval(base)
+    n, share, base_share = len(scores), math.fsum(scores) / len(scores), math.fsum(base) / len(base)
+    scatter = math.sqrt(
+        math.fsum((each - share) ** 2 for each in scores) * math.fsum((each - base_share) ** 2 for each in base)
+    )
+    joint = math.fsum(one * other for one, other in zip(scores, base, strict=True)) - n * share * base_share
+    correlation = joint / scatter if scatter else 0.0
+
+    def half(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one * one - 2 * correlation * one * other + other * other))
+
+    below, above = half(share - low, base_high - base_share), half(high - share, base_share - base_low)
+    return share - base_share - below, share - base_share + above
 
 
 def bits_per_byte(q: Quality, scored_bytes: int) -> Estimate:

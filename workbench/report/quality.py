@@ -7,13 +7,21 @@ reference of the base.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from workbench.records import Quality, Row
 from workbench.report import estimates
 from workbench.report.estimates import Count, Estimate, Total
 
 Found = TypeVar("Found")
+
+
+class Noise(NamedTuple):
+    """How far engines alone move one base, each of which saw the same tokens; None where that is not known."""
+
+    perplexity: float | None = None
+    divergence: float | None = None
+    """Nats a token."""
 
 
 def perplexity(row: Row) -> float | None:
@@ -76,18 +84,59 @@ def mean_delta(total: Total, count: Count) -> Callable[[Row, Row], Estimate | No
     return difference
 
 
+divergence_delta = mean_delta("kld_sum", "kld_count")
+"""Mean divergence of the first row less the second's, nats a token."""
+
+
+def alike(row: Row, other: Row, noise: Noise) -> bool | None:
+    """Whether the quality of two rows cannot be told apart; None where it is not known.
+
+    Their paired divergences are asked first, where both were compared with one reference, then their paired
+    perplexities: a variant far from the base may have its perplexity by luck. Alike is a difference that engines alone
+    make, or in whose 95 % interval (Student's t over the windows) zero lies.
+    """
+    found = [_alike(difference, spread) for difference, spread in _differences(row, other, noise)]
+    return False if False in found else None if None in found or not found else True
+
+
+def worse(row: Row, other: Row, noise: Noise) -> bool:
+    """Whether the quality of a row is worse than another's, by the first of the two that tells them apart."""
+    told = [each for each, spread in _differences(row, other, noise) if not _alike(each, spread)]
+    return bool(told) and told[0].value > 0
+
+
+def _differences(row: Row, other: Row, noise: Noise) -> list[tuple[Estimate, float | None]]:
+    found = (divergence_delta(row, other), noise.divergence), (perplexity_delta(row, other), noise.perplexity)
+    return [(difference, spread) for difference, spread in found if difference is not None]
+
+
+def _alike(difference: Estimate, spread: float | None) -> bool | None:
+    interval = estimates.interval(difference)
+    if (spread is not None and abs(difference.value) <= spread) or (interval and interval[0] <= 0 <= interval[1]):
+        return True
+    return False if spread is not None and interval else None
+
+
 def task_accuracy(row: Row, name: str) -> Estimate | None:
     """Share of a task's items that were right; None if the row was not asked."""
     return estimates.accuracy(_correct(row, name))
 
 
-def task_delta(row: Row, base: Row, name: str) -> Estimate | None:
-    """The row's accuracy less the base's, paired by item; None if not both were asked the same."""
+def task_interval(row: Row, name: str) -> tuple[float, float] | None:
+    """95 % interval of a task's accuracy; None if the row was not asked."""
+    correct = _correct(row, name)
+    return estimates.share_interval(correct) if correct else None
+
+
+def task_delta(row: Row, base: Row, name: str) -> tuple[Estimate, tuple[float, float]] | None:
+    """The row's accuracy less the base's, paired by item, and its 95 % interval; None if not both were asked the
+    same."""
     own, other = _correct(row, name), _correct(base, name)
     task, base_task = row.tasks.get(name), base.tasks.get(name)
     if task is None or base_task is None or task.digest != base_task.digest or len(own) != len(other):
         return None
-    return estimates.accuracy_delta(own, other)
+    delta = estimates.accuracy_delta(own, other)
+    return (delta, estimates.share_delta_interval(own, other)) if delta else None
 
 
 def same_tokens(row: Row, base: Row) -> bool:

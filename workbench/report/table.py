@@ -6,11 +6,11 @@ the base on the same backend, over the same windows. Divergences are from one re
 that was compared with another shows none. Nothing is dropped silently: a pair that cannot run and a job
 that failed keep their lines, with the reason as a footnote.
 
-**Below the noise floor** is a perplexity delta that two doubts do not leave standing. Either its size is at
-most the spread of the base's own perplexity over the engines, which saw the same tokens: then another engine
-alone would change as much. Or zero lies in its 95 % interval (paired, by Student's t, which is 1.96 standard
-errors for many windows): then another text might turn it round. Where neither is so but one of the two is not
-known (the base scored on one engine only, or in one window), the answer is not known either (None).
+**Below the noise floor** is the delta of a variant whose quality two doubts do not let be told from the base's
+(`quality.alike`). Either they differ by no more than the base itself does over the engines, which saw the same tokens:
+then another engine alone would change as much. Or zero lies in the 95 % interval of the difference: then another text
+might turn it round. Asked are the divergences, where there are any, and the perplexities. Where one of the doubts is
+not known (the base scored on one engine only, or in one window), the answer is not known either (None).
 
 A table is data; what it looks like is `formats/`. Rejected: to be a data frame (an import of a second for a few dozen
 lines; `to_pandas` makes one), and one table a backend (the question is which backend, too).
@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING
 
 from workbench.errors import UserError
 from workbench.records import Evaluation, Row, Task
-from workbench.report import estimates, quality, speeds
+from workbench.report import quality, speeds
 from workbench.report.estimates import Estimate
 from workbench.report.formats import FORMATS, data_frame
 from workbench.report.lazily import Lazily
 from workbench.report.metrics import METRICS, OF_THE_REFERENCE
+from workbench.report.quality import Noise
 from workbench.report.selection import (
     BASE,
     comparable_rows,
@@ -61,10 +62,17 @@ class Score:
     """How a row did at a task."""
 
     accuracy: Estimate
+    interval: tuple[float, float]
+    """95 % interval of the accuracy."""
     delta: Estimate | None
     """Difference to the base on the same backend, paired by item; zero for the base itself."""
-    below_noise_floor: bool | None
-    """Whether zero lies in the delta's 95 % interval: other items might turn it round."""
+    delta_interval: tuple[float, float] | None
+    """95 % interval of the delta."""
+
+    @property
+    def below_noise_floor(self) -> bool | None:
+        """Whether zero lies in the delta's interval: other items might turn it round."""
+        return self.delta_interval and self.delta_interval[0] <= 0 <= self.delta_interval[1]
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Line:
     delta: Estimate | None
     """Difference of perplexity to the base on the same backend; zero for the base itself."""
     below_noise_floor: bool | None
-    """Whether the delta is (module docstring); None without a delta, or where it cannot be said."""
+    """Whether the delta is (module docstring); None where it cannot be said."""
     intervals: Mapping[str, tuple[float, float] | None]
     """95 % interval of each value that is a median of repeats, by name of the metric."""
     warnings: tuple[str, ...]
@@ -119,6 +127,12 @@ class NoiseFloor:
     def relative(self) -> float:
         """The spread as a fraction of the lowest."""
         return self.high / self.low - 1
+
+    @property
+    def noise(self) -> Noise:
+        """Both spreads."""
+        apart = [value for _, value in self.divergences]
+        return Noise(self.spread, max(apart) - min(apart) if len(apart) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -270,14 +284,11 @@ def _scores(row: Row, lead: Row, bases: dict[str, Bases]) -> dict[str, Score]:
     """The row's tasks by name, of those that `lead` has, with the same items; `bases` by task."""
     found = {}
     for name, task in lead.tasks.items():
-        accuracy = quality.task_accuracy(row, name)
-        if accuracy is None or row.tasks[name].digest != task.digest:
+        accuracy, interval = quality.task_accuracy(row, name), quality.task_interval(row, name)
+        if accuracy is None or interval is None or row.tasks[name].digest != task.digest:
             continue
         base = _base_of(row, bases[name])
-        delta = quality.task_delta(row, base, name) if base else None
-        interval = estimates.interval(delta) if delta else None
-        below = interval[0] <= 0 <= interval[1] if interval else None
-        found[name] = Score(accuracy, delta, below)
+        found[name] = Score(accuracy, interval, *(base and quality.task_delta(row, base, name) or (None, None)))
     return found
 
 
@@ -291,16 +302,6 @@ def _references(rows: Sequence[Row]) -> dict[str, str]:
     """The reference that divergences of each base are from: that of the newest row compared with any."""
     ordered = sorted(rows, key=lambda row: row.started_at)
     return {row.base: found for row in ordered if (found := quality.reference(row))}
-
-
-def _below(delta: Estimate | None, floor: NoiseFloor | None) -> bool | None:
-    """Whether a delta is below the noise floor, as the module docstring defines it."""
-    if delta is None:
-        return None
-    interval = estimates.interval(delta)
-    if (floor and abs(delta.value) <= floor.spread) or (interval and interval[0] <= 0 <= interval[1]):
-        return True
-    return False if floor and interval else None
 
 
 def _line(
@@ -324,7 +325,7 @@ def _line(
         values=values,
         errors=Lazily(ERRORS, lambda name: ERRORS[name](row) if values[name] is not None else None),
         delta=delta,
-        below_noise_floor=_below(delta, floor),
+        below_noise_floor=quality.alike(row, base, floor.noise if floor else Noise()) if base else None,
         intervals=Lazily(SAMPLES, lambda name: speeds.median_interval(row, SAMPLES[name])),
         warnings=warnings,
         footnotes=tuple(footnotes.setdefault(text, len(footnotes) + 1) for text in reasons if text),

@@ -164,7 +164,7 @@ def test_a_delta_in_the_noise_is_marked_and_the_mark_explained() -> None:
     rows = [a_row(windows=[(400, 900.0)] * 3), a_row("q", windows=[(400, 901.0), (400, 899.0), (400, 900.5)])]
     text = FORMATS["terminal"](build(rows))
     assert re.search(r"q +llamacpp .* ~\+0\.004 ±0\.014$", text, re.MULTILINE)
-    assert "~: below the noise floor, within the base's spread over the engines or not distinct from 0" in text
+    assert "~: not to be told from the base, by divergence or perplexity: engines or texts differ as much" in text
     rows[1] = a_row("q", windows=[(400, 901.0), (400, 901.01), (400, 901.02)])
     text = FORMATS["terminal"](build(rows))
     assert "~" not in text and " +0.024 ±0.000" in text

@@ -157,19 +157,24 @@ def _agreement(line: Line, with_error: bool) -> str:
     return f"{100 * value:.2f}{_error(line.errors['top1_agreement'] if with_error else None, '.2f', 100)}"
 
 
-def _accuracy(score: Score | None, with_error: bool) -> str:
+def _accuracy(score: Score | None, with_interval: bool) -> str:
     if score is None:
         return MISSING
-    return f"{100 * score.accuracy.value:.1f}{_error(score.accuracy.se if with_error else None, '.1f', 100)}"
+    return f"{100 * score.accuracy.value:.1f}{_between(score.interval, '.1f') if with_interval else ''}"
+
+
+def _between(interval: tuple[float, float], spec: str) -> str:
+    """An interval of a share in brackets: of a few items it is lopsided, and wide where all or none are right."""
+    return " ({:{spec}}..{:{spec}})".format(*(100 * end for end in interval), spec=spec)
 
 
 def _accuracy_delta(line: Line, score: Score | None) -> str:
-    if score is None or score.delta is None:
+    if score is None or score.delta is None or score.delta_interval is None:
         return MISSING
     if line.row.artifact.method == BASE:
         return "0"
     mark = "~" if score.below_noise_floor else ""
-    return f"{mark}{100 * score.delta.value:+.1f}{_error(score.delta.se, '.1f', 100)}"
+    return f"{mark}{100 * score.delta.value:+.1f}{_between(score.delta_interval, '+.1f')}"
 
 
 def _spec(value: float) -> str:
@@ -202,13 +207,13 @@ def subtitle(table: Table) -> list[str]:
             for name in table.tasks
         }
         counts = ", ".join(f"{name}, {count} items" for name, count in asked.items())
-        texts.append(f"accuracy: {counts}; Δ acc: to the base, paired by item")
+        texts.append(f"accuracy: {counts}; Δ acc: to the base, paired by item; 95 % intervals in brackets")
     texts.append("± after a speed: 95 % interval of the median; elsewhere: one standard error, by windows")
     if any(line.values["kld_mean"] is not None for line in table.lines):
         texts.append("KLD: mean divergence from the base, nats a token; same top: its likeliest token is the base's")
     rest = [line for own in table.sets.values() for line in own.lines if line.row.artifact.method != BASE]
     if any(line.below_noise_floor or any(score.below_noise_floor for score in line.tasks.values()) for line in rest):
-        texts.append("~: below the noise floor, within the base's spread over the engines or not distinct from 0")
+        texts.append("~: not to be told from the base, by divergence or perplexity: engines or texts differ as much")
     return [_plain(text) for text in texts]
 
 

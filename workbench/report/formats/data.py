@@ -105,6 +105,8 @@ def _score(score: Score | None, task: Task) -> dict[str, object]:
     return {
         "accuracy": score.accuracy.value if score else None,
         "accuracy_se": score.accuracy.se if score else None,
+        "accuracy_low": score.interval[0] if score else None,
+        "accuracy_high": score.interval[1] if score else None,
         "accuracy_delta": delta.value if delta else None,
         "accuracy_delta_se": delta.se if delta else None,
         "below_noise_floor": score.below_noise_floor if score else None,

@@ -60,7 +60,7 @@ def _perplexity_delta() -> PageColumn:
         lambda line: line.delta.value if line.delta else None,
         lambda value: f"{value:+.3f}",
         error,
-        "To the base on the same engine, paired; ~ is below the noise floor",
+        "To the base on the same engine, paired; ~ is not to be told from the base",
     )
 
 
@@ -77,8 +77,8 @@ def _on_set(column: PageColumn, name: str, table: Table) -> PageColumn:
 
 def _task(name: str) -> PageColumn:
     def error(line: Line) -> str:
-        se = line.tasks[name].accuracy.se
-        return f"±{100 * se:.1f}" if se is not None else ""
+        low, high = line.tasks[name].interval
+        return f"{100 * low:.1f} to {100 * high:.1f}"
 
     return PageColumn(
         name,
@@ -86,5 +86,5 @@ def _task(name: str) -> PageColumn:
         lambda line: line.tasks[name].accuracy.value if name in line.tasks else None,
         lambda value: f"{100 * value:.1f}",
         error,
-        "Share of items answered rightly; ± one standard error",
+        "Share of items answered rightly; 95 % interval",
     )
