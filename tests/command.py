@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 from tests.places import ROOT
 from workbench import cli
-from workbench.machine.identity import machine
 from workbench.worker.backends import BACKENDS
 
 
@@ -40,13 +39,10 @@ def command(
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        machine.cache_clear()  # Its name is of the cache that `WORKBENCH_HOME` names.
         try:
             cli.main()
         except SystemExit as stop:
             assert stop.code is None or isinstance(stop.code, int), stop.code
             code = stop.code or 0
-        finally:
-            machine.cache_clear()
     told = (stream.buffer.getvalue().decode() for stream in (out, err))
     return subprocess.CompletedProcess(words, code, *told)

@@ -68,7 +68,6 @@ def filled(home: Path) -> Path:
     for path in ("artifacts/half.partial/weights", "bases/half.partial/weights", "logs/one/log.txt", "states/s/x"):
         write(home / path)
     (home / "config.toml").write_text("")
-    place.instance()
     return home
 
 
@@ -78,21 +77,21 @@ def left_in(home: Path) -> set[str]:
 
 def test_clean_keeps_what_is_finished(filled: Path) -> None:
     assert cache.clean(everything=False) == 4000
-    assert left_in(filled) == {"artifacts/whole/artifact.json", "artifacts/whole/m.gguf", "config.toml", "instance"}
+    assert left_in(filled) == {"artifacts/whole/artifact.json", "artifacts/whole/m.gguf", "config.toml"}
     assert cache.clean(everything=False) == 0
 
 
 def test_clean_all_keeps_only_the_machines_facts(filled: Path) -> None:
     size = (filled / "artifacts" / "whole" / "artifact.json").stat().st_size
     assert cache.clean(everything=True) == 1_004_000 + size
-    assert left_in(filled) == {"config.toml", "instance"}
+    assert left_in(filled) == {"config.toml"}
 
 
 def test_clean_all_takes_every_folder_that_the_program_makes(home: Path) -> None:
     """Read off the source; prepared tasks and bandwidths were forgotten once."""
     source = "\n".join(path.read_text() for path in (ROOT / "workbench").rglob("*.py"))
     kinds = set(re.findall(r'\bentry\(\s*"(\w+)"', source))
-    folders = kinds | set(re.findall(r'home\(\) / "(\w+)"', source)) - {"instance"}
+    folders = kinds | set(re.findall(r'home\(\) / "(\w+)"', source))
     assert kinds == set(typing.get_args(place.Kind)) == cache.RECORDS.keys() and folders > kinds
     for name in folders:
         write(home / name / "one" / "file")

@@ -92,7 +92,7 @@ def accept(recipe: Recipe, results: store.Place) -> str:
     Raises `UserError` if there was none.
     """
     here = machine().name
-    notes, _ = _notes(results, here, recipe.name)
+    notes, _ = _notes(results, here, recipe)
     if not notes:
         raise UserError(f"{recipe.name}: no night of this recipe on this machine yet, so nothing to accept")
     note: NightNote = {**notes[-1], "accepted": True}
@@ -131,7 +131,7 @@ def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] |
     since = _begun(state, show)
     made = pipeline.quantize(recipe, show)
     pipeline.profile(recipe, made, show, results, backends=backends, since=since)
-    notes, skipped = _notes(results, here, recipe.name)
+    notes, skipped = _notes(results, here, recipe)
     for warning in store.few(skipped):
         show.say(f"warning: {warning}")
     while True:
@@ -156,13 +156,20 @@ def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] |
 
 
 def _rows(results: store.Place, here: str, recipe: Recipe) -> list[Row]:
-    rows, _ = store.history(store.under(results, here))
-    return [row for row in rows if row.base == recipe.model and row.recipe == recipe.name]
+    rows, _ = store.history(results)
+    own = [row for row in rows if row.base == recipe.model and row.recipe == recipe.name]
+    return [row for row in own if store.machine_of(row) == here]
 
 
-def _notes(results: store.Place, here: str, recipe: str) -> tuple[list[NightNote], list[str]]:
-    notes, skipped = store.read_notes(results, here, NIGHTS_NOTE, NightNote)
-    return [note for note in notes if note["recipe"] == recipe], skipped
+def _notes(results: store.Place, here: str, recipe: Recipe) -> tuple[list[NightNote], list[str]]:
+    """The nights of this machine, in its folder and in those of its older names; and the warnings of reading them."""
+    notes: list[NightNote] = []
+    skipped: list[str] = []
+    for folder in sorted({here, *(row.machine.name for row in _rows(results, here, recipe))}):
+        found, bad = store.read_notes(results, folder, NIGHTS_NOTE, NightNote)
+        notes += [note for note in found if note["recipe"] == recipe.name]
+        skipped += bad
+    return sorted(notes, key=lambda note: note["since"]), skipped
 
 
 def _begun(state: Path, show: Show) -> str:

@@ -55,7 +55,8 @@ def profile(
     """
     here = machine()
     folder = store.under(results, here.name)
-    before, skipped = ([], []) if again else store.read(folder)
+    before, skipped = ([], []) if again else store.read(results)
+    before = [row for row in before if store.machine_of(row) == here.name]
     for warning in store.few(skipped):
         show.say(f"warning: {warning}")
     measured, failed = already_measured(before, since), {(row.key, row.started_at) for row in before if row.error}

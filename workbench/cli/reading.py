@@ -25,11 +25,15 @@ def table(
     output: o.Output = None,
 ) -> None:
     """Print the comparison table of stored rows; as Parquet, the rows of all machines and evaluations."""
+    from workbench.report.store import machine_named, machine_of
+
     if format in FILE_FORMATS:
         if output is None and sys.stdout.isatty():
             raise UserError(f"{format.capitalize()} is not for a terminal: name a file with --output rows.{format}")
         found = [row for row in stored(rows or [results]) if recipe in (None, row.recipe)]
-        write(output, FILE_FORMATS[format]([row for row in found if machine in (None, row.machine.name)]))
+        if machine is not None:
+            machine = machine_named(found, machine)
+        write(output, FILE_FORMATS[format]([row for row in found if machine in (None, machine_of(row))]))
         return
     check_known("format", format, [*FORMATS, *FILE_FORMATS])
     write(output, FORMATS[format](api.table(stored(rows or [results]), machine=machine, recipe=recipe)))

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,29 +17,23 @@ import psutil
 
 from workbench import __version__
 from workbench.gpus import driver_version, gpus
-from workbench.home import instance
 from workbench.records import Accelerator, Machine
 
 
 @lru_cache(maxsize=1)
 def machine() -> Machine:
-    """Processor, memory, GPUs, system; `name` is the folder its results go to."""
+    """Processor, memory, GPUs, system; `name` is the folder its results go to, the same for all with such hardware."""
     accelerators = [Accelerator(gpu.name, gpu.memory_bytes or 0) for gpu in gpus({})]
-    cpu = _cpu_model()
-    threads = len(os.sched_getaffinity(0))
-    memory_bytes = psutil.virtual_memory().total
-    words = accelerators[0].name if accelerators else f"{cpu} {threads} cores {round(memory_bytes / 2**30)} GiB"
-    slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-    return Machine(
-        name=f"{slug}-{instance()}",
-        cpu=cpu,
-        threads=threads,
-        memory_bytes=memory_bytes,
+    found = Machine(
+        cpu=_cpu_model(),
+        threads=len(os.sched_getaffinity(0)),
+        memory_bytes=psutil.virtual_memory().total,
         gpus=accelerators,
         driver=driver_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
     )
+    return replace(found, name=found.hardware)
 
 
 def _cpu_model() -> str:

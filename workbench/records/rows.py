@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypedDict
 
@@ -268,7 +271,7 @@ class Machine:
     """Where a number was measured."""
 
     name: Folder = ""
-    """The folder that its results go to."""
+    """The folder that its results go to: what `hardware` says. Older ones have six digits of a cache folder behind."""
     cpu: str = ""
     threads: Count = 0
     memory_bytes: Count = 0
@@ -278,6 +281,18 @@ class Machine:
     python: str = ""
     copy_bytes_per_s: Size | None = None
     """What its memory copies, read and written both counted."""
+
+    @property
+    def hardware(self) -> str:
+        """GPUs, processor, cores, memory as a name: what makes two machines one. Empty where no processor is known."""
+        return _hardware(tuple(gpu.name for gpu in self.gpus), self.cpu, self.threads, self.memory_bytes)
+
+
+@functools.lru_cache(256)
+def _hardware(gpus: tuple[str, ...], cpu: str, threads: int, memory_bytes: int) -> str:
+    cards = [f"{count} {name}" if count > 1 else name for name, count in Counter(gpus).items()]
+    words = " ".join([*cards, f"{cpu} {threads} cores {round(memory_bytes / 2**30)} GiB"])
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:150] if cpu else ""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from urllib.parse import unquote, urlparse
 
 import msgspec
 
-from workbench.errors import UserError
+from workbench.errors import UserError, unknown
 from workbench.records import Row, digest, to_json
 from workbench.report.border import row_of
 from workbench.report.remote import append_remote, brief, remote_contents
@@ -46,8 +46,18 @@ Place = Path | str
 
 
 def machine_of(row: Row) -> str:
-    """The machine's name; where a row carries none, a digest of all it says of the machine."""
-    return row.machine.name or digest(row.machine)
+    """What the machine is made of, as a name; where a row does not say, the machine's own name, or a digest of all
+    that it says."""
+    return row.machine.hardware or row.machine.name or digest(row.machine)
+
+
+def machine_named(rows: Iterable[Row], wanted: str) -> str:
+    """The machine of that name, or of a folder of that name. Raises `UserError` with the nearest name."""
+    rows = list(rows)
+    found = next((machine_of(row) for row in rows if wanted in (machine_of(row), row.machine.name)), None)
+    if found is None:
+        raise unknown("machine", wanted, map(machine_of, rows), "results")
+    return found
 
 
 def append(results: Place, machine: str, row: Row) -> None:
@@ -111,14 +121,17 @@ def read(*places: Place) -> tuple[list[Row], list[str]]:
     """All rows of the given files and folders, and a warning for each line that had to be skipped.
 
     A folder stands for its `rows.jsonl` and for those one level below; one that does not exist holds no
-    rows. Of rows with the same machine and key the last one read wins and keeps the first one's place.
+    rows. Of rows with the same machine and key the newest wins (the last one read, of one moment) and keeps the first
+    one's place.
     Raises `UserError` for a named file that is missing or unreadable, and for rows of a newer schema.
     """
     rows: dict[tuple[str, str], Row] = {}
     warnings: list[str] = []
     with _unwatched():
         for row in _rows(places, warnings):
-            rows[machine_of(row), row.key] = row
+            job = (machine_of(row), row.key)
+            if job not in rows or row.started_at >= rows[job].started_at:
+                rows[job] = row
     return list(rows.values()), warnings
 
 

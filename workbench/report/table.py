@@ -41,7 +41,7 @@ from workbench.report.selection import (
     named_rows,
     of_recipe,
 )
-from workbench.report.store import machine_of
+from workbench.report.store import machine_named, machine_of
 
 if TYPE_CHECKING:
     import pandas
@@ -197,7 +197,7 @@ def build(
     notes: list[str] = []
     own = list(rows)
     if machine is not None:
-        own = named_rows(own, "machine", machine, machine_of)
+        own = named_rows(own, "machine", machine_named(own, machine), machine_of)
     if recipe is not None:
         own = named_rows(own, "recipe", recipe, lambda row: row.recipe)
     if evaluation is not None:

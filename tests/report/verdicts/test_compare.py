@@ -164,8 +164,6 @@ def test_pairs_lost_and_new() -> None:
 
 def test_what_is_not_comparable_is_refused_unless_told_which() -> None:
     here, there = a_row(), a_row(machine="lab")
-    with pytest.raises(UserError, match=r"2 machines \(desk, lab\).*--machine"):
-        compare([here], [there])
     with pytest.raises(UserError, match="nothing to compare: the second set"):
         compare([here], [there], machine="desk")
     assert compare([here, there], [here], machine="desk").machine == "desk"
@@ -180,6 +178,23 @@ def test_what_is_not_comparable_is_refused_unless_told_which() -> None:
     assert compare([here], [here, a_row("q", evaluation=None)]).only_new  # not scored is no other evaluation
     with pytest.raises(UserError, match="the first set holds no row"):
         compare([], [here])
+
+
+def test_quality_and_size_are_compared_across_machines_and_nothing_else() -> None:
+    here, there = scored([200.0, 210.0, 190.0]), scored([202.0, 212.1, 191.9], machine="lab")
+    found = compare([here], [there])
+    ((pair, changes),) = found.changes.items()
+    assert {change.metric: change.verdict for change in changes} == {
+        "perplexity": "worse",
+        "disk_bytes": "same",
+        "bits_per_weight": "same",
+    }
+    told = text(found)
+    assert told.startswith("1 pairs on desk, lab: 1 worse")
+    assert "note: the rows are of 2 machines (desk, lab): only quality and size are compared" in told
+    assert len(compare([here, there], [here], machine="desk").changes[pair]) > 3
+    with pytest.raises(UserError, match=r"2 machines \(desk, lab\), whose decode_tok_s cannot be .*--machine"):
+        compare([here], [there], thresholds={"decode_tok_s": 0.05, "perplexity": 0.01})
 
 
 def test_limits_are_parsed() -> None:

@@ -14,6 +14,8 @@ of quality the windows, paired, as in `estimates.py`; of load and memory one fig
 side are the least that can tell; sizes on disk are exact. Repeats within one process do not see what differs from
 process to process: that is what the threshold is for.
 
+Quality and size are of the files: they are compared across machines too. Speed and memory never are.
+
 Rejected: Mann-Whitney's test on the repeats, as asv has it (three against three cannot reach 5 %), and a threshold
 alone, which calls noise a regression every other night.
 """
@@ -33,7 +35,7 @@ from workbench.records import Row
 from workbench.report import estimates, quality
 from workbench.report.metrics import JUDGED, METRICS, Metric
 from workbench.report.selection import Pair, by_pair, evaluation_digest, labels_of
-from workbench.report.store import machine_of
+from workbench.report.store import machine_named, machine_of
 from workbench.report.units import amount, printable
 
 Verdict = Literal["better", "worse", "same", "undecided"]
@@ -84,8 +86,8 @@ def compare(
 ) -> Comparison:
     """Every pair of two sets of rows. Either set may hold several runs of a pair, in any order.
 
-    Raises `UserError` if a set is empty, or if together they hold more than one machine, evaluation or measurement
-    version and it was not told which.
+    Of several machines only quality and size are compared. Raises `UserError` if a set is empty, or if together they
+    hold more than one evaluation or measurement version and it was not told which.
     """
     if recipe is not None:
         known = {row.recipe for row in (*old, *new)}
@@ -93,17 +95,26 @@ def compare(
             raise unknown("recipe", recipe, known, "results")
         old, new = ([row for row in rows if row.recipe == recipe] for rows in (old, new))
     version = None if measurement_version is None else str(measurement_version)
-    old, new = _one(old, new, "machine", machine, machine_of)
+    limits = {name: judged.threshold for name, judged in JUDGED.items()} | (thresholds or {})
+    notes: list[str] = []
+    if machine is not None:
+        wanted = machine_named((*old, *new), machine)
+        old, new = ([row for row in rows if machine_of(row) == wanted] for rows in (old, new))
+    machines = [*dict.fromkeys(map(machine_of, (*old, *new)))]
+    if len(machines) > 1:
+        limits = {name: size for name, size in limits.items() if METRICS[name].scored_on or JUDGED[name].exact}
+        why = f"the rows are of {len(machines)} machines ({', '.join(machines)})"
+        if of_one := sorted((thresholds or {}).keys() - limits.keys()):
+            raise UserError(f"{why}, whose {', '.join(of_one)} cannot be compared: choose one with --machine")
+        notes.append(f"{why}: only quality and size are compared")
     old, new = _one(old, new, "evaluation", evaluation, evaluation_digest)
     old, new = _one(old, new, "measurement version", version, lambda row: str(row.measurement_version))
     if not old or not new:
         raise UserError(f"nothing to compare: the {'first' if not old else 'second'} set holds no row")
-    limits = {name: judged.threshold for name, judged in JUDGED.items()} | (thresholds or {})
     before, after = (by_pair(sorted(rows, key=lambda row: row.started_at)) for rows in (old, new))
     labels = labels_of({pair: rows[-1] for pair, rows in (before | after).items()})
     changes: dict[Pair, tuple[Change, ...]] = {}
     lost: dict[Pair, str] = {}
-    notes: list[str] = []
     for pair in before:
         if pair not in after:
             continue
@@ -118,7 +129,7 @@ def compare(
             if len(references) > 1:
                 notes.append(f"{labels[pair]}: divergences are from two references of the base and not compared")
     return Comparison(
-        machine=machine_of(new[0]),
+        machine=", ".join(machines),
         changes=changes,
         lost=lost,
         only_old=tuple(pair for pair in before if pair not in after),
