@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from tests.places import ROOT
+from tests.readme import README, with_table
 from workbench import __version__
 from workbench.quantize.record import artifact_key
 from workbench.recipe.choices import making_of
@@ -17,6 +18,11 @@ def test_the_newest_release_in_the_changelog_is_the_version() -> None:
     numbers = [tuple(map(int, version.split("."))) for version, _ in found]
     assert numbers == sorted(numbers, reverse=True) and len(set(numbers)) == len(numbers)
     assert [date for _, date in found] == sorted((date for _, date in found), reverse=True)
+
+
+def test_the_readmes_table_is_of_the_published_rows() -> None:
+    text = README.read_text()
+    assert text == with_table(text), "`python -m tests.readme` writes it anew"
 
 
 def test_a_release_makes_no_artifact_anew() -> None:

@@ -10,16 +10,10 @@ import pytest
 
 from tests.rows import a_row, compared
 from workbench.records import Evaluation, Row, Task, Workload
+from workbench.report.doubts import ANOTHER_MODEL_NATS, quality_missing
 from workbench.report.metrics import METRICS
 from workbench.report.selection import in_order, labels_of, latest_of_each_pair, pair_of
-from workbench.report.table import (
-    ANOTHER_MODEL_NATS,
-    Table,
-    build,
-    quality_missing,
-    shared_settings,
-    workload,
-)
+from workbench.report.table import Table, build, shared_settings, workload
 
 
 def on(row: Row, **changed: Any) -> Row:

@@ -115,14 +115,14 @@ def _of_vocabulary(row: Row, size: int) -> Measurement:
 def test_footnotes_are_numbered_and_told_once() -> None:
     table = build(demo_rows())
     assert table.footnotes == (
-        "vLLM has no GGUF on a CPU",
         "ValueError: all logits are NaN",
         "the machine was busy",
+        "vLLM has no GGUF on a CPU",
     )
     marks = {(line.row.artifact.variant, line.row.backend): line.footnotes for line in table.lines}
-    assert marks["Q2_K", "vllm"] == marks["Q8_0", "vllm"] == (1,)
-    assert marks["Q2_K", "llamacpp"] == (2,)
-    assert marks["Q8_0", "llamacpp"] == (3,)
+    assert marks["Q2_K", "vllm"] == marks["Q8_0", "vllm"] == (3,)
+    assert marks["Q2_K", "llamacpp"] == (1,)
+    assert marks["Q8_0", "llamacpp"] == (2,)
     assert marks["base", "vllm"] == ()
 
 

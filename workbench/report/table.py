@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from workbench.errors import UserError
 from workbench.records import Evaluation, Row, Task
 from workbench.report import quality, speeds
+from workbench.report.doubts import footnotes_of, warnings_of
 from workbench.report.estimates import Estimate
 from workbench.report.formats import FORMATS, data_frame
 from workbench.report.lazily import Lazily
@@ -48,11 +49,6 @@ if TYPE_CHECKING:
 
 ERRORS = {name: metric.error for name, metric in METRICS.items() if metric.error}
 SAMPLES = {name: metric.samples for name, metric in METRICS.items() if metric.samples}
-ANOTHER_MODEL_NATS = 0.02
-"""Mean divergence of the base from its own reference from which an engine is said to run another model: bfloat16 costs
-up to 0.001 nats a token, a sliding window or a rope scaling that is left out 0.1 to 2."""
-
-
 Bases = dict[tuple[str, str], list[Row]]
 """By base and backend, the base's rows that have some value."""
 
@@ -91,7 +87,7 @@ class Line:
     intervals: Mapping[str, tuple[float, float] | None]
     """95 % interval of each value that is a median of repeats, by name of the metric."""
     warnings: tuple[str, ...]
-    footnotes: tuple[int, ...]
+    footnotes: tuple[int, ...] = ()
     """Numbers, from 1, into the table's `footnotes`."""
     tasks: dict[str, Score] = field(default_factory=dict)
     """Scores by name of the task, as far as the row was asked."""
@@ -210,14 +206,20 @@ def build(
     rows = latest_of_each_pair(rows, notes)
     rows = in_order(rows)
 
-    footnotes: dict[str, int] = {}
-    lines, floors = _lines(rows, footnotes)
+    lines, floors = _lines(rows)
     asked = {name: _bases(rows, partial(quality.task_accuracy, name=name)) for name in lead.tasks}
-    lines = tuple(replace(line, tasks=_scores(line.row, lead, asked)) for line in lines)
+    # What ran is numbered first: a text lists what cannot run apart, and needs no numbers for it.
+    order = sorted(range(len(lines)), key=lambda place: bool(lines[place].row.unsupported))
+    reasons = [[lines[k].row.unsupported, lines[k].row.error, *lines[k].warnings] for k in order]
+    numbers, footnotes = footnotes_of([[text for text in each if text] for each in reasons])
+    marks = dict(zip(order, numbers, strict=True))
+    lines = tuple(
+        replace(line, tasks=_scores(line.row, lead, asked), footnotes=marks[k]) for k, line in enumerate(lines)
+    )
     shown = next((row.evaluation for row in rows if row.evaluation), None)
     sets = {next(iter(lead.evaluations), shown.name if shown else ""): TableOnSet(shown, lines, floors)}
     for name, test in [*lead.evaluations.items()][1:]:
-        sets[name] = TableOnSet(test, *_lines([_on(row, name, test) for row in rows], {}))
+        sets[name] = TableOnSet(test, *_lines([_on(row, name, test) for row in rows]))
     known = {floor.base for floor in floors}
     for base in dict.fromkeys(line.row.base for line in lines if line.values["perplexity"] is not None):
         if base not in known:
@@ -226,7 +228,7 @@ def build(
         machine=machine_of(rows[0]),
         sets=sets,
         varying=_varying(rows),
-        footnotes=tuple(footnotes),
+        footnotes=footnotes,
         notes=tuple(notes),
         tasks=lead.tasks,
     )
@@ -252,23 +254,14 @@ def shared_settings(table: Table) -> dict[str, dict[str, object]]:
     return found
 
 
-def quality_missing(row: Row) -> str | None:
-    """Why a measured row has no quality, where that is meant: weights that were drawn at random say nothing."""
-    if row.measurement is None or row.quality is not None:
-        return None
-    if (row.artifact.provenance.get("source") or {}).get("config"):
-        return "no quality: the base has random weights of a given shape, so only speed and memory mean anything"
-    return "no quality: the recipe has no evaluation" if row.evaluation is None else None
-
-
-def _lines(rows: Sequence[Row], footnotes: dict[str, int]) -> tuple[tuple[Line, ...], tuple[NoiseFloor, ...]]:
+def _lines(rows: Sequence[Row]) -> tuple[tuple[Line, ...], tuple[NoiseFloor, ...]]:
     """The rows with what follows from each other, and what their bases say of the noise."""
     references = _references(rows)
     values = [_values(row, references.get(row.base)) for row in rows]
     floors = _noise_floors(rows, values)
     bases, spreads = _bases(rows, quality.perplexity), {floor.base: floor for floor in floors}
     lines = tuple(
-        _line(row, own, _base_of(row, bases), references.get(row.base), spreads.get(row.base), footnotes)
+        _line(row, own, _base_of(row, bases), references.get(row.base), spreads.get(row.base))
         for row, own in zip(rows, values, strict=True)
     )
     return lines, floors
@@ -310,16 +303,14 @@ def _line(
     base: Row | None,
     reference: str | None,
     floor: NoiseFloor | None,
-    footnotes: dict[str, int],
 ) -> Line:
     delta = quality.perplexity_delta(row, base) if base else None
-    warnings = _warnings(row, values["perplexity"], base, delta)
+    warnings = warnings_of(row, values["perplexity"], base, delta)
     if reference and quality.reference(row) not in (None, reference):
         warnings += (
             f"compared with another reference of the base ({quality.reference(row)}, not {reference}): "
             "measure it again to see its divergence",
         )
-    reasons = [row.unsupported or "", row.error or "", *warnings]
     return Line(
         row=row,
         values=values,
@@ -328,31 +319,7 @@ def _line(
         below_noise_floor=quality.alike(row, base, floor.noise if floor else Noise()) if base else None,
         intervals=Lazily(SAMPLES, lambda name: speeds.median_interval(row, SAMPLES[name])),
         warnings=warnings,
-        footnotes=tuple(footnotes.setdefault(text, len(footnotes) + 1) for text in reasons if text),
     )
-
-
-def _warnings(row: Row, own: float | None, base: Row | None, delta: Estimate | None) -> tuple[str, ...]:
-    found = [*row.artifact.warnings, *(row.measurement.warnings if row.measurement else ()), *row.warnings]
-    if own is not None and base is None:
-        found.append(f"the base has no perplexity on {row.backend}, so there is no delta")
-    elif own is not None and base is not None and not quality.same_tokens(row, base):
-        found.append(f"the base on {row.backend} was scored on other tokens, so there is no delta")
-    elif delta and base is not None and base is not row and (lost := quality.nonfinite(base)):
-        found.append(f"the delta leaves out tokens whose logits of the base on {row.backend} are not finite ({lost})")
-    if base is not None and (guess := quality.guessing(base)):
-        found.append(
-            f"the base on {row.backend} has a higher perplexity than guessing among its {guess:,} tokens: it is "
-            "broken, was never trained, or knows nothing of such text. Agreeing with it is no merit"
-        )
-    apart = METRICS["kld_mean"].value(base) if base is not None else None
-    if apart is not None and apart > ANOTHER_MODEL_NATS:
-        found.append(
-            f"{row.backend} runs the base as another model: it differs there from its reference by {apart:.3f} nats "
-            f"a token, where arithmetic alone makes less than {ANOTHER_MODEL_NATS:g}. Numbers of quality on "
-            f"{row.backend} are that model's"
-        )
-    return tuple(dict.fromkeys(text for text in found if text))
 
 
 def _bases(rows: Sequence[Row], value: Callable[[Row], object]) -> Bases:

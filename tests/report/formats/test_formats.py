@@ -198,8 +198,8 @@ def test_the_terminal_shows_names_as_they_are_and_reasons_once() -> None:
     assert "[1] warned Q4|[red]x[/red]" in text
     text = terminal(build(demo_rows()), 120)
     assert text.count("vLLM has no GGUF on a CPU") == 1
-    assert len(re.findall(r"cannot run +1$", text, re.MULTILINE)) == 2
-    assert len(re.findall(r"failed +2$", text, re.MULTILINE)) == 1
+    assert len(re.findall(r"cannot run +3$", text, re.MULTILINE)) == 2
+    assert len(re.findall(r"failed +1$", text, re.MULTILINE)) == 1
 
 
 def test_a_real_terminal_gets_colour_and_its_width() -> None:

@@ -111,7 +111,7 @@ def test_all_lines_are_in_the_table_with_their_reasons() -> None:
     ]
     text = page.page(build(rows))
     assert text.count("<tr data-r=") == 3
-    assert '<li id="n1">vLLM has no GGUF</li>' in text and "cannot run <a" in text and "failed <a" in text
+    assert '<li id="n2">vLLM has no GGUF</li>' in text and "cannot run <a" in text and "failed <a" in text
 
 
 def test_html_in_names_is_text() -> None:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from workbench.records import Evaluation
+from workbench.report.doubts import quality_missing
 from workbench.report.metrics import METRICS, Column, Metric
 from workbench.report.selection import BASE
 from workbench.report.speeds import further_rates
-from workbench.report.table import Line, Score, Table, quality_missing, shared_settings, workload
+from workbench.report.table import Line, Score, Table, shared_settings, workload
 
 MISSING = "–"
 LONGEST_REASON = 400

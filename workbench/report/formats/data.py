@@ -8,9 +8,10 @@ import json
 
 from workbench.records import Task
 from workbench.report import quality, speeds
+from workbench.report.doubts import quality_missing
 from workbench.report.metrics import METRICS
 from workbench.report.store import machine_of
-from workbench.report.table import Line, Score, Table, quality_missing, workload
+from workbench.report.table import Line, Score, Table, workload
 
 
 def comma_separated(table: Table) -> str:
