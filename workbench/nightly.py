@@ -31,6 +31,7 @@ from workbench.report import store
 from workbench.report.site import publish
 from workbench.report.verdicts import night
 from workbench.report.verdicts.night import NIGHTS_NOTE, NightNote, NightVerdict
+from workbench.worker.backends import serving_command
 
 STALE = timedelta(hours=20)
 """A night begun longer ago was given up, not interrupted."""
@@ -80,7 +81,7 @@ def run(
             rows, skipped = store.history(results)
             for warning in store.few(skipped):
                 show.say(f"warning: {warning}")
-            publish.publish(rows, site, url)
+            publish.publish(rows, site, url, serving_command)
         for one in nights if issue else []:
             tell(one, show)
     return nights

@@ -116,16 +116,18 @@ def report(
     machine: o.OnlyMachine = None,
 ) -> None:
     """Write one self-contained HTML page with the table, the plots and where the numbers come from."""
+    from workbench.home import home
     from workbench.report.site.page import page
     from workbench.report.site.plots import plots as plots_of
     from workbench.report.site.svg import png, standalone
     from workbench.report.verdicts.steps import series_like, series_of, steps_of
+    from workbench.worker.backends import serving_command
 
     places = rows or [results]
     table = api.table(stored(places), machine=machine, recipe=recipe)
     series = series_like(table, series_of(stored(places, everything=True, quiet=True)))
     steps = [step for one in series for step in steps_of(one)]
-    write(output, page(table, series, steps))
+    write(output, page(table, series, steps, command=lambda row: serving_command(row, str(home()))))
     print(output)
     if plots is None:
         return

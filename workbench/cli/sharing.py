@@ -14,8 +14,9 @@ from workbench.console import Console, write
 def publish(folder: o.SiteFolder, results: o.Results = o.RESULTS, url: o.SiteUrl = "") -> None:
     """Write a static site: latest tables, history, regressions, a feed and a badge."""
     from workbench.report.site import publish as wing
+    from workbench.worker.backends import serving_command
 
-    still = wing.publish(stored([results], everything=True), folder, url)
+    still = wing.publish(stored([results], everything=True), folder, url, serving_command)
     print(folder / "index.html")
     for step in still:
         where = wing.path_of(step.series.machine, step.series.recipe)

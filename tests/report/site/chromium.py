@@ -80,10 +80,11 @@ class Browser:
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.call("Page.navigate", url=path.as_uri())
-        for _ in range(600):
-            if self("document.readyState === 'complete' && location.href !== 'about:blank'"):
-                break
-            time.sleep(0.02)
+        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def wait(self, true: str) -> bool:
+        """Whether an expression comes to be true: pages and links take their time."""
+        return any(self(true) or time.sleep(0.02) for _ in range(600))
 
     def __call__(self, script: str) -> Any:
         """The value of a JavaScript expression."""

@@ -183,6 +183,11 @@ def test_html_in_names_is_text() -> None:
         "span",
         "time",
         "em",
+        "h3",
+        "pre",
+        "details",
+        "summary",
+        "dialog",
     }
     assert [tag for tag, _ in reader.tags].count("script") == 1
     assert not any(name.startswith("on") and name != "onsubmit" for _, found in reader.tags for name in found)
@@ -247,7 +252,7 @@ def test_labels_do_not_overlap(count: int) -> None:
         for day in range(1, 28, 3)
     ]
     found = plots.plots(build(rows), series_of(nights))
-    assert {plot.name for plot in found} >= {"quality-size", "quality-speed", "memory", "latency", "divergence"}
+    assert {plot.name for plot in found} >= {"choice", "quality-size", "memory", "latency", "divergence"}
     assert "history-perplexity" in {plot.name for plot in found}
     for plot in found:
         assert overlaps(plot.wide) == [] and overlaps(plot.narrow) == [], plot.name
@@ -292,7 +297,7 @@ def test_the_command_writes_page_and_plots(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "<table id=rows>" in (tmp_path / "out" / "page.html").read_text()
     names = sorted(path.name for path in (tmp_path / "plots").glob("*.svg"))
-    assert names == ["divergence.svg", "latency.svg", "memory.svg", "quality-size.svg", "quality-speed.svg"]
+    assert names == ["choice.svg", "divergence.svg", "latency.svg", "memory.svg", "quality-size.svg"]
     xml.parse(tmp_path / "plots" / names[0])
     empty = command("report", "--results", str(tmp_path / "none"), folder=tmp_path)
     assert empty.returncode == 2 and "nothing measured yet" in empty.stderr

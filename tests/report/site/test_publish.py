@@ -63,6 +63,10 @@ def test_a_site_of_two_machines(tmp_path: Path) -> None:
     assert told["changed"]["toy"] == ["1.0", "2.0"]
     assert json.loads((tmp_path / "badge.json").read_text())["message"] == "1 regression"
     assert "1 regression" in "".join(xml.parse(tmp_path / "badge.svg").getroot().itertext())
+    # The rows themselves lie beside their page, as `workbench table` reads them.
+    assert 'href="toy.jsonl"' in ours
+    beside = store.read(tmp_path / "desk" / "toy.jsonl")[0]
+    assert [row.artifact.variant for row in beside] == ["base", "q"]
     data = json.loads((tmp_path / "data.json").read_text())
     assert [(each["machine"], len(each["rows"])) for each in data] == [("desk", 2), ("lab", 2)]
 
@@ -97,7 +101,7 @@ def test_publishing_the_same_rows_twice_changes_nothing(tmp_path: Path) -> None:
         {file.relative_to(place): file.read_bytes() for file in place.rglob("*") if file.is_file()}
         for place in (tmp_path / "one", tmp_path / "two")
     )
-    assert one == two and len(one) == 6
+    assert one == two and len(one) == 7
 
 
 def test_html_in_names_is_text(tmp_path: Path) -> None:

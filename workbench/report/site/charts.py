@@ -2,7 +2,7 @@
 
 Every mark carries the number it shows, unrounded, as a `data-` attribute, and the id of its row, so that a page can
 filter it and a test can look it up. Text is never scaled: a plot is drawn for a width, and a page holds two of
-each. A label is drawn only where its box is free; what has none has a tooltip, and its numbers are in the table.
+each. A label is drawn where its box is free, with a line to its point if that is further off.
 Rejected: a plotting library (the smallest that draws all of these is larger than the whole page may be) and
 drawing in the browser (the same SVG is also the static file), and templates (a plot is arithmetic more than text).
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from workbench.report.site.svg import (
     FONT,
@@ -20,18 +21,25 @@ from workbench.report.site.svg import (
     cut_text,
     draw_legend,
     escape_text,
-    label_text,
     legend_keys,
+    linked,
     marked,
     number_text,
     open_svg,
+    place_label,
     shape_of_mark,
     text_element,
     text_width,
     x_ticks,
     y_ticks,
 )
+from workbench.sizes import mib_text
 
+MOST_NAMES = 60
+"""Points of a scatter plot that are named in full; of more, numbers stand for the names."""
+NEAR = 26
+"""Pixels between two points of one variant that share its name."""
+KEY_LINE = 16
 MOST_DOTS = 300
 """Points over time that are drawn one by one; more are a line."""
 
@@ -47,6 +55,8 @@ class Mark:
     """Place of its engine: colour and shape."""
     x: float = 0.0
     y: float = 0.0
+    area: float = 0.0
+    """Bytes that the point's area shows."""
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
     values: dict[str, float] = field(default_factory=dict)
@@ -69,48 +79,101 @@ class Curve:
 def scatter(
     marks: Sequence[Mark], groups: Sequence[str], x: Axis, y: Axis, title: str, more_is_better: bool, width: int
 ) -> str:
-    """Points with error bars, and the front of those that no other beats in both (`y`: less is better)."""
-    top, bottom, right = 30, 58, 14
-    height = round(width * (0.62 if width > 400 else 0.86)) + 20
+    """Points with error bars, each named and a link to its row, and the front of those that none beats in both.
+
+    Less of `y` is better. Where marks have an `area`, points show it. On a phone, and for very many, names are numbers
+    with a key below."""
+    wide = width > 400 and len(marks) <= MOST_NAMES
+    names = list(dict.fromkeys(mark.name for mark in marks))
+    key = [] if wide else _key(names, width)
+    top, bottom, right = 30, 62 + (32 if any(mark.area for mark in marks) else 0), 14
+    plot = round(min(width * 0.62, 380 + 5 * len(marks))) if width > 400 else 300
+    height = top + plot + bottom + KEY_LINE * len(key)
+    floor = top + plot
     xs = [v for mark in marks for v in (mark.x, *(mark.x_interval or ()))]
     ys = [v for mark in marks for v in (mark.y, *(mark.y_interval or ()))]
-    y_scale = Scale(ys, y, height - bottom, top)
+    y_scale = Scale(ys, y, floor - 16, top + 8)
     left = 12 + max(text_width(text) for _, text in y_scale.ticks)
-    x_scale = Scale(xs, x, left + 8, width - right - 8)
-    out = [open_svg(width, height, title), *draw_legend(groups, left, height - 6)]
-    out.append(text_element(4, 12, y.label, "t"))
-    out.append(text_element((left + width - right) / 2, height - 26, x.label, "t", "middle"))
+    x_scale = Scale(xs, x, left + 16, width - right - 16)
+    most = max(mark.area for mark in marks)
+    out = [open_svg(width, height, title, "group"), *draw_legend(groups, left, floor + 56)]
+    out.append(text_element(4, 14, y.label, "t"))
+    out.append(text_element((left + width - right) / 2, floor + 34, x.label, "t", "middle"))
     out += y_ticks(y_scale, left, width - right)
-    out += x_ticks(x_scale, height - bottom, top, width)
+    out += x_ticks(x_scale, floor, top, width)
+    if most:
+        out += _area_legend([mark.area for mark in marks], left, floor + 78)
     front = _front(marks, more_is_better)
     if len(front) > 1:
         path = "L".join(f"{x_scale(m.x):.1f} {y_scale(m.y):.1f}" for m in front)
         out.append(f'<path class="f" d="M{path}"/>')
-    for mark in marks:
-        px, py = x_scale(mark.x), y_scale(mark.y)
-        bars = ""
+    places = [(mark, x_scale(mark.x), y_scale(mark.y), _radius(mark.area, most)) for mark in marks]
+    for mark, px, py, radius in sorted(places, key=itemgetter(3), reverse=True):
+        lines = ""
         if mark.x_interval:
-            bars += f"M{x_scale(mark.x_interval[0]):.1f} {py:.1f}H{x_scale(mark.x_interval[1]):.1f}"
+            lines += f"M{x_scale(mark.x_interval[0]):.1f} {py:.1f}H{x_scale(mark.x_interval[1]):.1f}"
         if mark.y_interval:
-            bars += f"M{px:.1f} {y_scale(mark.y_interval[0]):.1f}V{y_scale(mark.y_interval[1]):.1f}"
-        data = f' data-x="{mark.x!r}" data-y="{mark.y!r}"'
-        error = f'<path class="e n{mark.group % 5}" d="{bars}"/>' if bars else ""
-        words = f"{mark.name}: {x.label} {number_text(mark.x / x.scale)}, {y.label} {number_text(mark.y / y.scale)}"
-        out.append(marked(mark.row, words, error + shape_of_mark(mark.group, px, py), data))
-    taken = [(x_scale(m.x) - 5, y_scale(m.y) - 5, x_scale(m.x) + 5, y_scale(m.y) + 5) for m in marks]
-    inside = (left, top, width - 2, height - bottom - 2)
-    for mark in [*front, *(mark for mark in marks if mark not in front)]:
-        if placed := label_text(mark.name, x_scale(mark.x), y_scale(mark.y), taken, inside):
-            out.append(text_element(*placed, mark.name, "l", row=mark.row))
-    return "".join(out) + "</svg>"
+            lines += f"M{px:.1f} {y_scale(mark.y_interval[0]):.1f}V{y_scale(mark.y_interval[1]):.1f}"
+        data = f' data-x="{mark.x!r}" data-y="{mark.y!r}"' + (f' data-v="{mark.area!r}"' if mark.area else "")
+        error = f'<path class="e n{mark.group % 5}" d="{lines}"/>' if lines else ""
+        words = f"{mark.name} on {groups[mark.group]}: {x.label} {number_text(mark.x / x.scale)}, {y.label} "
+        words += number_text(mark.y / y.scale) + (f", {mib_text(mark.area)}" if mark.area else "")
+        out.append(linked(mark.row, words, error + shape_of_mark(mark.group, px, py, radius), data))
+    taken = [(px - r - 1, py - r - 1, px + r + 1, py + r + 1) for _, px, py, r in places]
+    inside = (left, top, width - 2, floor - 2)
+    leaders, labels = [], []
+    named: list[tuple[str, float, float]] = []
+    for mark, px, py, radius in sorted(places, key=lambda place: place[0] not in front):
+        # One name will do for the points of a variant that lie on each other.
+        if any(name == mark.name and math.hypot(px - a, py - b) < NEAR for name, a, b in named):
+            continue
+        words = mark.name if wide else str(names.index(mark.name) + 1)
+        if label := place_label(words, px, py, radius, taken, inside):
+            named.append((mark.name, px, py))
+            rows = [m.row for m, a, b, _ in places if m.name == mark.name and math.hypot(px - a, py - b) < NEAR]
+            labels.append(text_element(label.left, label.baseline, words, "l", row=" ".join(rows)))
+            if label.leader:
+                a, b, c, d = label.leader
+                leaders.append(f'<path class="k" d="M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" data-r="{" ".join(rows)}"/>')
+    for place, line in enumerate(key):
+        for part, words in enumerate(line):
+            at = 10 + part * (width - 10) / len(line)
+            out.append(text_element(at, floor + bottom + KEY_LINE * (place + 1) - 4, words, "t"))
+    return "".join([*out, *leaders, *labels]) + "</svg>"
+
+
+def _radius(area: float, most: float) -> float:
+    """Of a point that shows a size: areas are in proportion, up to 14 pixels; none is too small to be hit."""
+    return max(3.5, 14 * math.sqrt(area / most)) if most else 4.0
+
+
+def _area_legend(areas: Sequence[float], left: float, y: float) -> list[str]:
+    """The smallest and the largest size as points."""
+    out, x = [text_element(left - 4, y, "size:", "t")], left + 42
+    for area in dict.fromkeys((min(areas), max(areas))):
+        radius = _radius(area, max(areas)) / 1.4
+        out.append(f'<circle class="k" cx="{x:.1f}" cy="{y - 4:.1f}" r="{_radius(area, max(areas)):.1f}"/>')
+        out.append(text_element(x + 1.4 * radius + 6, y, mib_text(area), "t"))
+        x += 48 + text_width(mib_text(area))
+    return out
+
+
+def _key(names: Sequence[str], width: int) -> list[list[str]]:
+    """Lines of numbered names, as many beside each other as there is room for."""
+    told = [f"{place} {name}" for place, name in enumerate(names, start=1)]
+    many = max(1, math.floor((width - 10) / (max(map(text_width, told)) + 8)))
+    rows = -(-len(told) // many)
+    return [[cut_text(words, width / many - 8) for words in told[line::rows]] for line in range(rows)]
 
 
 def bars(
     marks: Sequence[Mark], groups: Sequence[str], x: Axis, title: str, stacks: Sequence[Sequence[str]], width: int
 ) -> str:
-    """Stacked parts, a row each; each of `stacks` is a bar of its own below the last."""
-    parts = [part for stack in stacks for part in stack]
-    used = [part for part in parts if any(mark.values.get(part) for mark in marks)]
+    """Stacked parts, a row each; each of `stacks` is a bar of its own below the last. One of a single part is grey."""
+    used = [part for stack in stacks for part in stack if any(mark.values.get(part) for mark in marks)]
+    single = [stack[0] for stack in stacks if len(stack) == 1]
+    stacked = [part for part in used if part not in single]
+    colours = {part: stacked.index(part) % 6 if part in stacked else 6 + single.index(part) % 2 for part in used}
 
     def draw(mark: Mark, scale: Scale, y: float) -> str:
         out = ""
@@ -123,16 +186,15 @@ def bars(
                     continue
                 a, b = scale(start), scale(start + value)
                 out += (
-                    f'<rect class="p{used.index(part) % 6}" x="{a:.1f}" y="{y - 7 + level * thick:.1f}" '
+                    f'<rect class="p{colours[part]}" x="{a:.1f}" y="{y - 7 + level * thick:.1f}" '
                     f'width="{max(b - a, 0.5):.1f}" height="{thick - 1:.1f}" data-x="{value!r}"/>'
                 )
                 start += value
         return out
 
     totals = [sum(mark.values.get(part, 0) for part in stack) for mark in marks for stack in stacks]
-    return _rows(
-        marks, [0.0, *totals], x, title, width, draw, [(f"p{i % 6}", part) for i, part in enumerate(used)], groups
-    )
+    keys = [(f"p{colour}", part) for part, colour in colours.items()]
+    return _rows(marks, [0.0, *totals], x, title, width, draw, keys, groups)
 
 
 def spreads(marks: Sequence[Mark], groups: Sequence[str], x: Axis, title: str, width: int) -> str:
@@ -167,8 +229,12 @@ def percentiles(marks: Sequence[Mark], groups: Sequence[str], x: Axis, title: st
     return _rows(marks, [v for m in marks for v in m.values.values()], x, title, width, draw, keys, groups)
 
 
-def over_time(curves: Sequence[Curve], groups: Sequence[str], y: Axis, title: str, width: int) -> str:
-    """Values over time, named at their ends where there is room, with a ring where a level changed."""
+def over_time(
+    curves: Sequence[Curve], groups: Sequence[str], y: Axis, title: str, versions: Sequence[float], width: int
+) -> str:
+    """Values over time, named at their ends where there is room, with a ring where a level changed.
+
+    At each of the days of `versions` there is a line across all, numbered from 1."""
     top, bottom, right = 30, 50, 150 if width > 400 else 96
     height = round(width * 0.55) + 60
     y_scale = Scale([value for curve in curves for _, value, _ in curve.points], y, height - bottom, top)
@@ -190,6 +256,12 @@ def over_time(curves: Sequence[Curve], groups: Sequence[str], y: Axis, title: st
         if (day, date) == dates[-1] or (x_of(day) - half > free + 6 and x_of(day) + half < end - 6):
             out.append(text_element(max(x_of(day), half + 1), height - bottom + 18, date, "t", "middle"))
             free = max(x_of(day), half + 1) + half
+    free = -math.inf
+    for number, day in enumerate(versions, start=1):
+        if first <= day <= last and (px := x_of(day)) > free:
+            out.append(f'<path class="k" d="M{px:.1f} {top}V{height - bottom}"/>')
+            out.append(text_element(px, top - 3, str(number), "t", "middle"))
+            free = px + text_width(str(number)) + 2
     dots = sum(len(curve.points) for curve in curves) <= MOST_DOTS
     for curve in curves:
         path = "L".join(f"{x_of(day):.1f} {y_scale(value):.1f}" for day, value, _ in curve.points)
@@ -227,7 +299,7 @@ def _rows(
 ) -> str:
     """One mark a row: its name on the left, on a phone above it."""
     wide = width > 400
-    left = 226 if wide else 10
+    left = min(330, 16 + max(text_width(mark.name) for mark in marks)) if wide else 10
     row_height = 22 if wide else 36
     top, bottom = 8, 44
     legend, lines = legend_keys(keys, width) if keys else ([], 0)

@@ -8,13 +8,20 @@ Rejected: a charting library (plotly alone is larger than the whole page may be)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from workbench.records import Row
+from workbench.report.formats.data import comma_separated
 from workbench.report.site.columns import columns
 from workbench.report.site.plots import groups_of, plots, row_ids
 from workbench.report.site.templates import fill
-from workbench.report.table import Table, shared_settings, workload
+from workbench.report.site.words import engine_word
+from workbench.report.store import machine_of
+from workbench.report.table import Line, Table, shared_settings, workload
 from workbench.report.verdicts.steps import Series, Step
+from workbench.sizes import mib_text
 
 
 def page(
@@ -24,8 +31,11 @@ def page(
     *,
     title: str = "",
     back: str | None = None,
+    rows_file: str | None = None,
+    command: Callable[[Row], str | None] = lambda row: None,
 ) -> str:
-    """The whole page as text; `series` of several runs bring plots over time, `back` a link to where it is listed."""
+    """The whole page as text; `series` of several runs bring plots over time, `back` a link to where it is listed,
+    `rows_file` one to the rows themselves; `command` says how to serve what a row is of."""
     bases = dict.fromkeys(line.row.base for line in table.lines)
     newest = max(line.row.started_at for line in table.lines)
     ran = sum(bool(line.row.measurement) for line in table.lines)
@@ -35,14 +45,55 @@ def page(
         subtitle=f"{ran} of {len(table.lines)} pairs of variant and engine ran; newest row {newest}",
         back=back,
         table=table,
-        heads=["variant", "engine", *(column.name for column in table.varying)],
         columns=columns(table),
         ids=row_ids(table),
         engines=groups_of(table),
         plots=plots(table, series, steps),
+        details=details(table, command),
+        csv=b64encode(comma_separated(table).encode()).decode(),
+        rows_file=rows_file,
         steps=[step for step in steps if step.worse],
         origin=_origin(table),
     )
+
+
+@dataclass(frozen=True)
+class Details:
+    """A row in full, for who wants to have it: how to serve it, and what exactly it is."""
+
+    id: str
+    title: str
+    command: str | None
+    facts: list[tuple[str, str]]
+
+
+def details(table: Table, command: Callable[[Row], str | None]) -> list[Details]:
+    """Every line's row in full."""
+    return [_details(line, row_ids(table)[line.row.key], command) for line in table.lines]
+
+
+def _details(line: Line, id: str, command: Callable[[Row], str | None]) -> Details:
+    row = line.row
+    artifact, settings = row.artifact, row.measurement.settings if row.measurement else row.options
+    facts = [
+        ("file", artifact.path.rpartition("/")[2]),
+        ("weights", f"{artifact.disk_bytes:,} bytes ({mib_text(artifact.disk_bytes)})" if artifact.disk_bytes else ""),
+        ("bits a weight", f"{artifact.bits_per_weight:.3f}" if artifact.bits_per_weight else ""),
+        ("made from", artifact.digest),
+        ("versions", ", ".join(f"{name} {version}" for name, version in row.versions.items())),
+        ("ran with", ", ".join(f"{name} {_brief(value)}" for name, value in settings.items() if value is not None)),
+        ("measured", f"{row.started_at} on {machine_of(row)}"),
+        ("cannot run", row.unsupported or ""),
+        ("failed", row.error or ""),
+        *(("note", warning) for warning in line.warnings),
+    ]
+    serving = command(row) if row.measurement else None
+    title = f"{artifact.variant} on {engine_word(row.backend)}"
+    return Details(id, title, serving, [fact for fact in facts if fact[1]])
+
+
+def _brief(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _origin(table: Table) -> list[tuple[str, str]]:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
+from itertools import pairwise
 
 from workbench.report import estimates
+from workbench.report.estimates import Estimate
 from workbench.report.metrics import JUDGED, METRICS
 from workbench.report.selection import BASE, pair_of
 from workbench.report.site import charts
 from workbench.report.site.charts import Mark
-from workbench.report.site.svg import NARROW, WIDE, Axis
+from workbench.report.site.svg import NARROW, WHOLE, WIDE, Axis
+from workbench.report.site.words import MEMORY_PARTS, engine_word
 from workbench.report.table import Line, Table
 from workbench.report.units import MIB
 from workbench.report.verdicts.steps import Series, Step
 
-HOST_PARTS = ("peak_rss_anon", "peak_rss_file", "peak_rss_shared")
-NOT_PARTS = ("peak_rss", "peak_vram", *HOST_PARTS)
+OWN_PARTS = ("weights", "weights_copied", "kv_cache_reserved", "kv_cache", "workspace", "runtime")
+"""What an engine holds at one time; no peaks, which are of different moments and add up to nothing that was there."""
+PEAKS = ("peak_rss", "peak_vram")
+PEAK_WORDS = tuple(MEMORY_PARTS[part] for part in PEAKS)
 MOST_CURVES = 40
 """Series in one plot over time."""
 
@@ -32,43 +37,56 @@ class Plot:
     caption: str
     wide: str
     narrow: str
+    key: tuple[str, ...] = ()
+    """What its numbers stand for, from 1."""
 
 
 def plots(table: Table, series: Sequence[Series] = (), steps: Sequence[Step] = ()) -> list[Plot]:
     """Every plot that the rows have the numbers for."""
-    groups = groups_of(table)
+    words = [engine_word(group) for group in groups_of(table)]
     found: list[Plot] = []
 
-    def add(name: str, title: str, caption: str, draw: Callable[[int], str]) -> None:
-        found.append(Plot(name, title, caption, draw(WIDE), draw(NARROW)))
+    def add(name: str, title: str, caption: str, draw: Callable[[int], str], key: Sequence[str] = ()) -> None:
+        found.append(Plot(name, title, caption, draw(WIDE), draw(NARROW), tuple(key)))
 
-    for name, where, metric, axis, label in (
-        ("size", "left", "disk_bytes", Axis("size, MiB", MIB, log=True), "Perplexity against size"),
-        ("speed", "right", "decode_tok_s", Axis("decode, tok/s", log=True), "Perplexity against speed"),
-    ):
-        marks = _scatter_marks(table, metric)
-        if len(marks) > 1:
-            add(
-                f"quality-{name}",
-                f"Quality against {name}",
-                f"Lower and further {where} is better; the dashed line joins what nothing beats in both. Bars: 95 %.",
-                partial(charts.scatter, marks, groups, axis, Axis("perplexity", log=True), label, where == "right"),
-            )
+    quality = _quality_of(table)
+    size, speed = Axis("size, MiB", MIB, log=True), Axis("decode, tok/s", log=True)
+    if len(marks := _points(table, "decode_tok_s", quality, with_size=True)) > 1:
+        title = f"{quality.title} against speed and size"
+        add(
+            "choice",
+            title,
+            "Further right is faster, further down is closer to the base, a larger point is a larger file; bars are 95 "
+            f"% intervals{quality.more}. The dashed line joins what nothing beats in both. A click on a point, or Tab, "
+            "arrow keys and Enter, shows its command, versions and bytes.",
+            lambda width: charts.scatter(
+                marks, words, speed, quality.axis, title, True, WHOLE if width == WIDE else width
+            ),
+        )
+    if len(points := _points(table, "disk_bytes", quality)) > 1:
+        title = f"{quality.title} against size"
+        add(
+            "quality-size",
+            title,
+            f"Further left is smaller, further down is closer to the base; bars are 95 % intervals{quality.more}.",
+            partial(charts.scatter, points, words, size, quality.axis, title, False),
+        )
     if marks := _marks(table, memory_parts):
         parts = dict.fromkeys(part for mark in marks for part in mark.values)
-        stacks = [[part for part in parts if part not in HOST_PARTS], [part for part in HOST_PARTS if part in parts]]
+        own = [part for part in parts if part not in PEAK_WORDS]
+        stacks = [own, *([part] for part in PEAK_WORDS if part in parts)]
         add(
             "memory",
-            "Memory by part",
-            "Upper bar: what the engine says of its own; lower bar: the host memory of its processes at their peak.",
-            partial(charts.bars, marks, groups, Axis("MiB", MIB), "Memory by part", list(filter(None, stacks))),
+            "Memory",
+            "Upper bar: what the engine says it holds, part by part; below it: the most that was seen at one time.",
+            partial(charts.bars, marks, words, Axis("MiB", MIB), "Memory by part", list(filter(None, stacks))),
         )
     if marks := _marks(table, latencies):
         add(
             "latency",
             "Time between tokens",
             "Box: the middle half, with the median; whiskers: 5 % to 95 % of all decoding steps of all repeats.",
-            partial(charts.spreads, marks, groups, Axis("ms", 1e-3, log=True), "Time between tokens"),
+            partial(charts.spreads, marks, words, Axis("ms", 1e-3, log=True), "Time between tokens"),
         )
     if marks := _marks(table, divergences):
         axis, label = Axis("nats a token", log=True), "Divergence from the base, percentiles"
@@ -76,18 +94,33 @@ def plots(table: Table, series: Sequence[Series] = (), steps: Sequence[Step] = (
             "divergence",
             "Divergence from the base",
             "Percentiles over the scored tokens of the KL divergence from the base's distribution.",
-            partial(charts.percentiles, marks, groups, axis, label),
+            partial(charts.percentiles, marks, words, axis, label),
         )
+    versions = version_steps(series)
     for metric in [name for name, judged in JUDGED.items() if judged.plotted]:
         if curves := _curves(metric, series, steps, table):
             axis, title = _axis(metric), METRICS[metric].title
+            days = [days_of(date) for date, _ in versions]
             add(
                 f"history-{metric}",
                 f"{title[:1].upper()}{title[1:]} over time",
-                "A line a variant and engine; a ring marks where a level changed.",
-                partial(charts.over_time, curves, groups, axis, f"{axis.label} over time"),
+                "A line a variant and engine; a ring marks where a level changed, a numbered line where a version did.",
+                partial(charts.over_time, curves, words, axis, f"{axis.label} over time", days),
+                [f"{date}: {what}" for date, what in versions],
             )
     return found
+
+
+def version_steps(series: Sequence[Series]) -> list[tuple[str, str]]:
+    """(date, what became what) of every night before which some version changed; commits of this program do nightly."""
+    found: dict[str, dict[str, None]] = {}
+    for one in series:
+        for last, point in pairwise(one.points):
+            for name, version in point.versions.items():
+                before = last.versions.get(name, version)
+                if version != before and name not in ("commit", "reference"):
+                    found.setdefault(point.at[:10], {})[f"{name} {before} → {version}"] = None
+    return [(date, ", ".join(found[date])) for date in sorted(found)]
 
 
 def row_ids(table: Table) -> dict[str, str]:
@@ -101,11 +134,11 @@ def groups_of(table: Table) -> list[str]:
 
 
 def memory_parts(line: Line) -> dict[str, float] | None:
-    """Bytes by part: what the engine says of its own, and what its processes hold on the host."""
+    """Bytes by part, in words: what the engine says that it holds, and the most that was seen at one time."""
     memory = line.row.measurement.memory if line.row.measurement else {}
-    own = {k: float(v) for k, v in memory.items() if v and k not in NOT_PARTS and not k.startswith("peak")}
-    host = {part: float(memory[part]) for part in HOST_PARTS if memory.get(part)}
-    return own | host or None
+    # What was reserved for the KV cache is there, whatever of it is used.
+    own = [part for part in OWN_PARTS if part != "kv_cache" or not memory.get("kv_cache_reserved")]
+    return {MEMORY_PARTS[part]: float(memory[part]) for part in (*own, *PEAKS) if memory.get(part)} or None
 
 
 def latencies(line: Line) -> dict[str, float] | None:
@@ -126,8 +159,8 @@ def divergences(line: Line) -> dict[str, float] | None:
 
 
 def days_of(at: str) -> float:
-    """Days since 1970 of a row's time."""
-    return datetime.fromisoformat(at).timestamp() / 86400
+    """Days since 1970 of a row's time, or of the beginning of a date."""
+    return datetime.fromisoformat(at).replace(tzinfo=UTC).timestamp() / 86400
 
 
 def _name(table: Table, line: Line) -> str:
@@ -140,7 +173,7 @@ def _marks(table: Table, values: Callable[[Line], dict[str, float] | None]) -> l
     return [
         Mark(
             ids[line.row.key],
-            _name(table, line) + (f" · {line.row.backend}" if len(groups) > 1 else ""),
+            _name(table, line) + (f" · {engine_word(line.row.backend)}" if len(groups) > 1 else ""),
             groups.index(line.row.backend),
             values=found,
         )
@@ -149,25 +182,47 @@ def _marks(table: Table, values: Callable[[Line], dict[str, float] | None]) -> l
     ]
 
 
-def _scatter_marks(table: Table, metric: str) -> list[Mark]:
+@dataclass(frozen=True)
+class Quality:
+    """What plots show as quality: the divergence from the base, or where there is none the paired perplexity."""
+
+    title: str
+    axis: Axis
+    estimate: Callable[[Line], Estimate | None]
+    more: str = ""
+
+
+def _quality_of(table: Table) -> Quality:
+    def divergence(line: Line) -> Estimate | None:
+        value = line.values["kld_mean"]
+        windows = len(line.row.quality["windows"]) if line.row.quality else 0
+        return None if value is None else Estimate(value, line.errors["kld_mean"], windows)
+
+    if sum(divergence(line) is not None for line in table.lines) > 1:
+        axis = Axis("divergence from the base (KLD), nats a token", log=True)
+        return Quality("Divergence from the base", axis, divergence, "; what is exactly 0 stands at the lower edge")
+    axis = Axis("perplexity more than the base's", log=True)
+    return Quality("Perplexity lost", axis, lambda line: line.delta, ", paired; what is not above 0 stands at the edge")
+
+
+def _points(table: Table, metric: str, quality: Quality, with_size: bool = False) -> list[Mark]:
     ids, groups = row_ids(table), groups_of(table)
     found = []
     for line in table.lines:
-        x, y = line.values[metric], line.values["perplexity"]
+        x, y = line.values[metric], quality.estimate(line)
         if x is None or y is None:
             continue
-        windows = len(line.row.quality["windows"]) if line.row.quality else 0
-        spread = estimates.interval(estimates.Estimate(y, line.errors["perplexity"] or None, windows))
         found.append(
             Mark(
                 ids[line.row.key],
-                # Engine names stay in the legend and the tooltip: labels are for variants.
+                # Engines are told by colour and shape: names are for variants.
                 _name(table, line),
                 groups.index(line.row.backend),
                 x,
-                y,
+                y.value,
+                (line.values["disk_bytes"] or 0.0) if with_size else 0.0,
                 line.intervals.get(metric),
-                spread if spread and spread[0] > 0 else None,
+                estimates.interval(y) if y.se else None,
             )
         )
     return found

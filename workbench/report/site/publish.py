@@ -1,7 +1,7 @@
 """A static site from stored rows: the latest tables, their history, regressions, a feed and a badge.
 
     index.html                  machines and recipes, open regressions
-    <machine>/<recipe>.html     the page of `page.py`, with plots over time
+    <machine>/<recipe>.html     the page of `page.py`, with plots over time; <recipe>.jsonl: its rows
     feed.json                   regressions, as JSON Feed 1.1 (jsonfeed.org)
     badge.svg, badge.json       how many regressions are open; the latter for shields.io's endpoint badge
     data.json                   the latest tables in SI units
@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from workbench.disk import remove_halves, write_whole
 from workbench.errors import UserError
-from workbench.records import Row, digest
+from workbench.records import Row, digest, to_json
 from workbench.report.formats.data import objects
 from workbench.report.metrics import METRICS
 from workbench.report.site.page import page
@@ -32,11 +32,16 @@ from workbench.report.verdicts.steps import Series, Step, series_like, series_of
 GREEN, RED, GREY = "#15803d", "#b91c1c", "#5c6675"
 
 
-def publish(rows: Sequence[Row], folder: Path, home_url: str = "") -> list[Step]:
+def publish(
+    rows: Sequence[Row],
+    folder: Path,
+    home_url: str = "",
+    command: Callable[[Row], str | None] = lambda row: None,
+) -> list[Step]:
     """Write the site of `store.history`'s rows into a folder; the regressions that are open, newest first.
 
-    `home_url` is where it will be served; the feed names its items by it. Raises `UserError` if there is no row or
-    the folder cannot be written.
+    `home_url` is where it will be served; the feed names its items by it. `command` says how to serve what a row is
+    of. Raises `UserError` if there is no row or the folder cannot be written.
     """
     if not rows:
         raise UserError("nothing measured yet, so nothing to publish: run `workbench run RECIPE`")
@@ -48,7 +53,19 @@ def publish(rows: Sequence[Row], folder: Path, home_url: str = "") -> list[Step]
     for (machine, recipe), table in tables.items():
         own = [one for one in series_like(table, series) if one.recipe == recipe]
         mine = [step for step in steps if any(step.series is one for one in own)]
-        files[path_of(machine, recipe)] = page(table, own, mine, title=f"{recipe} on {machine}", back="../index.html")
+        name = path_of(machine, recipe)
+        files[beside := name.removesuffix(".html") + ".jsonl"] = "".join(
+            json.dumps(to_json(line.row), separators=(",", ":"), allow_nan=False) + "\n" for line in table.lines
+        )
+        files[name] = page(
+            table,
+            own,
+            mine,
+            title=f"{recipe} on {machine}",
+            back="../index.html",
+            rows_file=beside.rpartition("/")[2],
+            command=command,
+        )
     still = [step for step in worse if step.open]
     files["feed.json"] = json.dumps(feed(worse, home_url), indent=1)
     files["badge.svg"] = badge(still)

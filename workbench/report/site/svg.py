@@ -8,31 +8,32 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FONT = 11
+FONT = 12
 """Pixels, of every text in a plot."""
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 """Shapes by engine, beside the colours: not everybody sees colours, and not every printer has them."""
-WIDE, NARROW = 560, 340
-"""Pixels: a column of a desktop's page, and a phone's."""
+WIDE, NARROW, WHOLE = 584, 340, 1200
+"""Pixels: a column of a desktop's page, a phone's, and the whole of a desktop's."""
 
 COLOURS = (
-    "--ink:#1c2430;--soft:#5c6675;--rule:#d7dce3;--paper:#fff;"
+    "--ink:#1c2430;--soft:#5c6675;--rule:#d7dce3;--paper:#fff;--hover:#f3f5f8;"
     "--c0:#1f6feb;--c1:#c2410c;--c2:#15803d;--c3:#7e22ce;--c4:#a16207;"
-    "--p0:#1f6feb;--p1:#7aa7e9;--p2:#c2410c;--p3:#e0a07d;--p4:#15803d;--p5:#8a94a3"
+    "--p0:#1f6feb;--p1:#7aa7e9;--p2:#c2410c;--p3:#e0a07d;--p4:#15803d;--p5:#8fc7a0;--p6:#8a94a3;--p7:#4d5765"
 )
 DARK_COLOURS = (
-    "--ink:#e6eaf0;--soft:#9aa5b4;--rule:#343c48;--paper:#12161c;"
+    "--ink:#e6eaf0;--soft:#9aa5b4;--rule:#343c48;--paper:#12161c;--hover:#1b212a;"
     "--c0:#6ea8fe;--c1:#fb923c;--c2:#4ade80;--c3:#c084fc;--c4:#facc15;"
-    "--p0:#6ea8fe;--p1:#3d6198;--p2:#fb923c;--p3:#95562a;--p4:#4ade80;--p5:#7b8595"
+    "--p0:#6ea8fe;--p1:#3d6198;--p2:#fb923c;--p3:#95562a;--p4:#4ade80;--p5:#2f7d4a;--p6:#7b8595;--p7:#c3ccd8"
 )
 RULES = (
     f"svg text{{font-size:{FONT}px;font-family:system-ui,'DejaVu Sans',sans-serif;fill:var(--ink)}}"
-    "svg .t{fill:var(--soft)}"
-    "svg .g{stroke:var(--rule);stroke-width:1;fill:none}svg .e{stroke-width:1.2;fill:none;opacity:.55}"
+    "svg .t{fill:var(--soft)}svg .l{paint-order:stroke;stroke:var(--paper);stroke-width:3px}"
+    "svg .g,svg .k{stroke:var(--rule);stroke-width:1;fill:none}svg .k{stroke:var(--soft);opacity:.6}"
+    "svg .e{stroke-width:1.2;fill:none;opacity:.45}svg a{fill-opacity:.75}"
     "svg .f{stroke:var(--soft);stroke-width:1.2;stroke-dasharray:4 3;fill:none}svg .h{stroke:var(--paper)}"
     + "".join(f"svg .c{i}{{fill:var(--c{i});stroke:var(--c{i})}}" for i in range(5))
     + "".join(f"svg .n{i}{{fill:none;stroke:var(--c{i})}}" for i in range(5))
-    + "".join(f"svg .p{i}{{fill:var(--p{i})}}" for i in range(6))
+    + "".join(f"svg .p{i}{{fill:var(--p{i})}}" for i in range(8))
 )
 
 
@@ -151,26 +152,36 @@ def x_ticks(scale: Scale, bottom: float, top: float, width: float) -> list[str]:
 Box = tuple[float, float, float, float]
 
 
-def label_text(name: str, x: float, y: float, taken: list[Box], bounds: Box) -> tuple[float, float] | None:
-    """A free place for a name near its point, (left, baseline), which is then taken; None if there is none."""
-    wide = text_width(name)
-    places = [
-        (x + 8, y + 4),
-        (x - 8 - wide, y + 4),
-        (x - wide / 2, y - 9),
-        (x - wide / 2, y + 17),
-        (x + 7, y - 6),
-        (x + 7, y + 15),
-        (x - 7 - wide, y - 6),
-        (x - 7 - wide, y + 15),
-    ]
-    for px, py in places:
-        box = (px - 2, py - FONT, px + wide + 2, py + 4)
-        inside = box[0] >= bounds[0] and box[1] >= bounds[1] and box[2] <= bounds[2] and box[3] <= bounds[3]
-        if inside and not any(_meet(box, other) for other in taken):
-            taken.append(box)
-            return px, py
+@dataclass(frozen=True)
+class Label:
+    """Where a name is written, and from where to where a line leads to it if it is not beside its point."""
+
+    left: float
+    baseline: float
+    leader: Box | None = None
+
+
+def place_label(words: str, x: float, y: float, radius: float, taken: list[Box], bounds: Box) -> Label | None:
+    """The free place for a name that is nearest to its point, which is then taken; None if the plot is full."""
+    wide = text_width(words)
+    for ring in range(40):
+        away = radius + 4 + 9 * ring
+        for turn in TURNS:
+            # The box touches the ring from outside: its corner or edge that faces the point lies on it.
+            edge_x, edge_y = x + away * math.cos(turn), y + away * math.sin(turn)
+            left = edge_x - wide * (1 - math.cos(turn)) / 2
+            top = edge_y - FONT * (1 - math.sin(turn)) / 2
+            box = (left - 2, top - 1, left + wide + 2, top + FONT + 2)
+            inside = box[0] >= bounds[0] and box[1] >= bounds[1] and box[2] <= bounds[2] and box[3] <= bounds[3]
+            if inside and not any(_meet(box, other) for other in taken):
+                taken.append(box)
+                near = min(max(x, left), left + wide), min(max(y, top), top + FONT)
+                return Label(left, top + FONT - 2, (x, y, *near) if ring > 1 else None)
     return None
+
+
+TURNS = [math.tau * step / 16 for step in (0, 8, 12, 4, 15, 1, 9, 7, 14, 2, 10, 6, 13, 3, 11, 5)]
+"""Directions from a point, the most legible first: right, left, above, below."""
 
 
 def _meet(a: Box, b: Box) -> bool:
@@ -178,10 +189,10 @@ def _meet(a: Box, b: Box) -> bool:
 
 
 def draw_legend(groups: Sequence[str], left: float, y: float) -> list[str]:
-    out, x = [], 10.0
+    out, x = [], left
     for place, group in enumerate(groups):
         out += [shape_of_mark(place, x, y - 4), text_element(x + 9, y, group, "t")]
-        x += 26 + text_width(group)
+        x += 34 + text_width(group)
     return out
 
 
@@ -198,28 +209,43 @@ def legend_keys(keys: Sequence[tuple[str, str]], width: int) -> tuple[list[tuple
     return out, line + 1
 
 
-def shape_of_mark(group: int, x: float, y: float) -> str:
-    colour = f"c{group % 5}"
+def shape_of_mark(group: int, x: float, y: float, radius: float = 4) -> str:
+    """A group's shape in its colour, with the area of a circle of that radius."""
+    colour, r = f"c{group % 5}", radius
     match SHAPES[group % 5]:
         case "circle":
-            return f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+            return f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>'
         case "square":
-            return f'<rect class="{colour}" x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7"/>'
+            a = 0.886 * r
+            return f'<rect class="{colour}" x="{x - a:.1f}" y="{y - a:.1f}" width="{2 * a:.1f}" height="{2 * a:.1f}"/>'
         case "triangle":
-            return f'<path class="{colour}" d="M{x:.1f} {y - 5:.1f}l5 9h-10z"/>'
+            a = 1.347 * r
+            return f'<path class="{colour}" d="M{x:.1f} {y - 1.155 * a:.1f}l{a:.1f} {1.732 * a:.1f}h{-2 * a:.1f}z"/>'
         case "diamond":
-            return f'<path class="{colour}" d="M{x:.1f} {y - 5.5:.1f}l5 5.5l-5 5.5l-5 -5.5z"/>'
+            a = 1.253 * r
+            sides = f"l{a:.1f} {a:.1f}l{-a:.1f} {a:.1f}l{-a:.1f} {-a:.1f}z"
+            return f'<path class="{colour}" d="M{x:.1f} {y - a:.1f}{sides}"/>'
         case _:
-            return f'<path class="n{group % 5}" stroke-width="2" d="M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"/>'
+            return (
+                f'<path class="n{group % 5}" stroke-width="2" '
+                f'd="M{x - r:.1f} {y - r:.1f}l{2 * r:.1f} {2 * r:.1f}m0 {-2 * r:.1f}l{-2 * r:.1f} {2 * r:.1f}"/>'
+            )
 
 
 def marked(row: str, words: str, body: str, data: str = "") -> str:
     return f'<g data-r="{row}"{data}><title>{escape_text(words)}</title>{body}</g>'
 
 
-def open_svg(width: int, height: int, title: str) -> str:
+def linked(row: str, words: str, body: str, data: str = "") -> str:
+    """A mark that leads to its row in full, by a click or by Enter."""
+    name = escape_text(words)
+    return f'<a href="#{row}" data-r="{row}"{data}><title>{name}</title>{body}</a>'
+
+
+def open_svg(width: int, height: int, title: str, role: str = "img") -> str:
+    """The beginning of a plot; its role is `group` where there is something in it to be reached."""
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="{role}" '
         f'aria-label="{escape_text(title)}">'
     )
 
@@ -231,13 +257,18 @@ def text_element(x: float, y: float, words: str, kind: str, anchor: str = "start
 
 
 def text_width(words: str) -> float:
-    """Pixels that a text takes at most, in the widest of the usual fonts."""
-    return 0.66 * FONT * len(words)
+    """Pixels that a text takes at most, in the widest of the usual fonts (DejaVu Sans)."""
+    return FONT * sum(0.41 if mark in NARROW_MARKS else 1.0 if mark in WIDE_MARKS else 0.66 for mark in words)
+
+
+NARROW_MARKS, WIDE_MARKS = frozenset(" -.,:;'|!()[]fijlrtI"), frozenset("mwMWO@%")
 
 
 def cut_text(words: str, room: float) -> str:
-    most = max(4, math.floor(room / (0.66 * FONT)))
-    return words if len(words) <= most else words[: most - 1] + "…"
+    """As much of a text as there is room for."""
+    while len(words) > 4 and text_width(words) > room:
+        words = words.removesuffix("…")[:-1] + "…"
+    return words
 
 
 def number_text(value: float) -> str:

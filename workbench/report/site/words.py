@@ -1,0 +1,21 @@
+"""What a reader sees instead of a recipe's or a row's names."""
+
+from __future__ import annotations
+
+ENGINES = {"llamacpp": "llama.cpp", "vllm": "vLLM", "transformers": "Transformers"}
+
+MEMORY_PARTS = {
+    "weights": "weights",
+    "weights_copied": "weights repacked beside them",
+    "kv_cache": "KV cache",
+    "kv_cache_reserved": "KV cache as reserved",
+    "workspace": "workspace",
+    "runtime": "the program before it loads the model",
+    "peak_rss": "peak seen on the host",
+    "peak_vram": "peak seen on the GPU",
+}
+
+
+def engine_word(backend: str) -> str:
+    """The engine's own name; one that is not known here has its recipe's."""
+    return ENGINES.get(backend, backend)
