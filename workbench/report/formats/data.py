@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Mapping
 
 from workbench.records import Task
 from workbench.report import quality, speeds
 from workbench.report.doubts import quality_missing
 from workbench.report.metrics import METRICS
 from workbench.report.store import machine_of
-from workbench.report.table import Line, Score, Table, workload
+from workbench.report.table import Line, Score, Table, TableOnSet, workload
 
 
 def comma_separated(table: Table) -> str:
     """CSV with a header: one record a line, empty where not measured, a pair as two columns."""
     records = [flattened(record) for record in objects(table)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
+    names = dict.fromkeys(name for record in records for name in record)
+    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return text.getvalue()
@@ -29,28 +31,19 @@ def json_text(table: Table) -> str:
     return json.dumps(objects(table), indent=2, allow_nan=False) + "\n"
 
 
-def flattened(record: dict[str, object]) -> dict[str, object]:
-    """One of `objects` with a plain value a key: no pairs, lists or mappings."""
-    flat = paired_ends(record)
-    for key, value in record.items():
-        if key == "points" and isinstance(value, dict):
-            flat[key] = "; ".join(f"{name} {point['median']:.1f}" for name, point in value.items())
-        elif isinstance(value, list) and key in flat:
-            flat[key] = "; ".join(value)
-        elif isinstance(value, dict):
-            del flat[key]
-            flat |= {f"{key}.{name}.{inner}": item for name, held in value.items() for inner, item in held.items()}
-    return {key: _encodable(value) if isinstance(value, str) else value for key, value in flat.items()}
-
-
-def paired_ends(record: dict[str, object]) -> dict[str, object]:
-    """An object with each interval `*_ci` as two columns, `*_ci_low` and `*_ci_high`."""
+def flattened(record: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """One of `objects` with a plain value a key: an interval `*ci` as `*ci_low` and `*ci_high`, a mapping as a key for
+    each of its own (`options.kv_cache`, `evaluations.code.kld_mean`), a list as one text."""
     flat: dict[str, object] = {}
     for key, value in record.items():
-        if key.endswith("_ci"):
-            flat[f"{key}_low"], flat[f"{key}_high"] = value if isinstance(value, list) else (None, None)
+        name = prefix + key
+        if f"_{key}".endswith("_ci"):
+            flat[f"{name}_low"], flat[f"{name}_high"] = value if isinstance(value, list) else (None, None)
+        elif isinstance(value, dict):
+            flat |= flattened(value, f"{name}.")
         else:
-            flat[key] = value
+            text = "; ".join(map(str, value)) if isinstance(value, list) else value
+            flat[name] = _encodable(text) if isinstance(text, str) else text
     return flat
 
 
@@ -65,14 +58,20 @@ OF_QUALITY = tuple(name for name, metric in METRICS.items() if metric.scored_on)
 def objects(table: Table) -> list[dict[str, object]]:
     """One flat object a line: SI units, None where not measured, never NaN.
 
-    `*_ci` are pairs (95 %, of the median), `*_se` one standard error. `evaluations` has the quality on further sets by
-    name, under the keys of the first; `tasks` accuracies by name, None for what a row was not asked.
+    `*_ci` are pairs (95 %, of the median), `*_se` one standard error. `options` is what the recipe asked of the engine,
+    `settings` what it ran with; `points` has the speeds of further prompt lengths, batches and requests;
+    `evaluations` the quality on further sets by name, under the keys of the first; `tasks` accuracies by name, None for
+    what a row was not asked; `notes` what stands below the table.
     """
     found = []
     for place, line in enumerate(table.lines):
-        record = _object(line)
-        record["evaluations"] = {name: _quality(each.lines[place]) for name, each in [*table.sets.items()][1:]}
+        record = _object(line) | {"noise_floor": _noise_floor(table.first, line)}
+        record["evaluations"] = {
+            name: _quality(each.lines[place]) | {"noise_floor": _noise_floor(each, each.lines[place])}
+            for name, each in [*table.sets.items()][1:]
+        }
         record["tasks"] = {name: _score(line.tasks.get(name), task) for name, task in table.tasks.items()}
+        record["notes"] = list(table.notes)
         found.append(record)
     return found
 
@@ -99,6 +98,13 @@ def _errors(line: Line) -> dict[str, object]:
         "below_noise_floor": line.below_noise_floor,
         "nonfinite_tokens": quality.nonfinite(line.row),
     }
+
+
+def _noise_floor(own: TableOnSet, line: Line) -> dict[str, object]:
+    """How far engines alone move the line's base on a set: its perplexity, and each one's divergence."""
+    floor = next((each for each in own.noise_floors if each.base == line.row.base), None)
+    ends = {"low": floor.low, "high": floor.high} if floor else {"low": None, "high": None}
+    return {**ends, "kld": dict(floor.divergences) if floor else {}}
 
 
 def _score(score: Score | None, task: Task) -> dict[str, object]:
@@ -128,6 +134,12 @@ def _object(line: Line) -> dict[str, object]:
         "format": row.artifact.format,
         "backend": row.backend,
         "device": row.device,
+        "options": dict(row.options),
+        "settings": {
+            name: value
+            for name, value in (row.measurement.settings if row.measurement else {}).items()
+            if isinstance(value, str | int | float)
+        },
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "batch": batch,

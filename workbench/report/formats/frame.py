@@ -22,4 +22,4 @@ def data_frame(table: Table) -> pandas.DataFrame:
         raise install_with("pandas", 'pip install "quant-workbench[pandas]"') from None
     frame = pandas.DataFrame([flattened(record) for record in objects(table)])
     # A column in which nothing was measured yet is still one of numbers.
-    return frame.astype({name: "float64" for name in frame if is_number(name.rpartition(".")[2])})
+    return frame.astype({name: "float64" for name in frame if is_number(name)})

@@ -8,19 +8,17 @@ every database), pandas to write it (pyarrow alone is enough).
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 
 from workbench.errors import install_with
 from workbench.records import Row
-from workbench.report.formats.data import objects, paired_ends
+from workbench.report.formats.data import flattened, objects
 from workbench.report.metrics import METRICS
 from workbench.report.selection import evaluation_digest
 from workbench.report.store import machine_of
 from workbench.report.table import build
 
-NUMBERS = ("_se", "_delta", "_s", "_bytes", "_low", "_high")
-WHOLE = ("prompt_tokens", "new_tokens", "batch", "nonfinite_tokens")
+NUMBERS = ("_se", "_delta", "_s", "_bytes", "_low", "_high", "_median", "_accuracy")
 
 
 def parquet(rows: Sequence[Row]) -> bytes:
@@ -34,31 +32,36 @@ def parquet(rows: Sequence[Row]) -> bytes:
     columns = dict.fromkeys(name for record in found for name in record)
 
     def kind_of(name: str) -> pyarrow.DataType:
-        if name == "warnings":
+        kinds = {type(value) for record in found if (value := record.get(name)) is not None}
+        if kinds == {list}:
             return pyarrow.list_(pyarrow.string())
-        if name == "below_noise_floor":
+        if is_number(name) or kinds == {float} or kinds == {int, float}:
+            return pyarrow.float64()
+        if kinds == {bool} or name.endswith("below_noise_floor"):
             return pyarrow.bool_()
-        if name in WHOLE:
-            return pyarrow.int64()
-        return pyarrow.float64() if is_number(name) else pyarrow.string()
+        return pyarrow.int64() if kinds == {int} else pyarrow.string()
 
     # Explicit types: a column in which nothing was measured yet is still one of numbers.
-    schema = pyarrow.schema([pyarrow.field(name, kind_of(name)) for name in columns])
-    whole = pyarrow.Table.from_pylist(found, schema=schema)
+    kinds = {name: kind_of(name) for name in columns}
+    # An option of several engines may be a word in one and a number in another.
+    words = [name for name, kind in kinds.items() if kind == pyarrow.string()]
+    texts = [r | {name: str(r[name]) for name in words if r.get(name) is not None} for r in found]
+    whole = pyarrow.Table.from_pylist(texts, schema=pyarrow.schema(list(kinds.items())))
     file = io.BytesIO()
     pyarrow.parquet.write_table(whole, file, compression="zstd")
     return file.getvalue()
 
 
 def is_number(name: str) -> bool:
-    """Whether a column holds numbers that need not be whole."""
-    return name in METRICS or name.endswith(NUMBERS)
+    """Whether a column, or a key of a mapping in one, holds numbers that need not be whole."""
+    last = name.rpartition(".")[2]
+    return not name.startswith(("options.", "settings.")) and (last in METRICS or f"_{last}".endswith(NUMBERS))
 
 
 def records(rows: Sequence[Row]) -> list[dict[str, object]]:
     """`table.objects` of every table that the rows make, with the versions and the commit of each row.
 
-    Superseded measurements are left out, as in a table; `*_ci` become `*_ci_low` and `*_ci_high`.
+    Superseded measurements are left out, as in a table; columns are `data.flattened`'s, lists of texts stay lists.
     """
     found: dict[tuple[object, object], dict[str, object]] = {}
     for group in _comparable(rows):
@@ -67,8 +70,8 @@ def records(rows: Sequence[Row]) -> list[dict[str, object]]:
         }
         for record in objects(build(group)):
             name = (record["machine"], record["key"])
-            # Further evaluation sets and tasks, whose names are the recipe's own: as JSON, not as columns.
-            flat = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in paired_ends(record).items()}
+            flat = flattened(record) | {key: value for key, value in record.items() if isinstance(value, list)}
+            flat = {key: value for key, value in flat.items() if not key.endswith("_ci")}
             own = versions[name]
             flat["commit"] = own.get("commit")
             flat["versions"] = ", ".join(f"{k} {v}" for k, v in own.items() if k != "commit")
