@@ -103,9 +103,11 @@ def test_a_run_measures_once_and_its_table_has_what_is_promised(bench: Bench) ->
         assert all(len(steps) == 3 for steps in row["measurement"]["speeds"][0]["step_s"])
         assert row["measurement"]["speeds"][0]["rounds"] == [1, 1]
         assert [len(each["windows"]) for each in row["measurement"]["qualities"].values()] == [3]
-    steps = [line.rpartition(": ")[0] for line in first.stderr.splitlines() if line.startswith("fake: ")]
-    assert sorted(step for step in steps[:2]) == ["fake: base", "fake: gguf-Q8_0"], "both loaded before a second round"
-    assert [f"{step}, round 2" for step in steps[:2]] == steps[2:]
+    told = [line for line in first.stderr.splitlines() if " perplexity " in line]
+    names = [re.split(": | {2,}fake", line)[1 if line.startswith("fake: ") else 0] for line in told]
+    assert sorted(names[:2]) == ["base", "gguf-Q8_0"], "both loaded before a second round"
+    assert all(line.startswith("fake: ") for line in told[:2]) and names[:2] == names[2:]
+    assert re.fullmatch(r".* perplexity [\d.]+, KLD [\d.]+, prompt [\d.]+ t/s, .* MiB \(2 of 2 jobs\)", told[3])
     (provenance,) = [row["artifact"]["provenance"] for row in stored if row["artifact"]["variant"] != "base"]
     assert provenance["base"] and provenance["versions"]["llama-cpp-python"] and provenance["cost"]["seconds"] > 0
 
@@ -289,7 +291,8 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(bench: Bench) -> 
     finally:
         child.kill()
     assert child.returncode == 130
-    assert err.splitlines()[-1] == "interrupted; what was finished is kept, the same command goes on from there"
+    assert err.splitlines()[-1] == "interrupted; what came to its end is kept, and the same command goes on from there"
+    assert "1 of 3 jobs measured and stored; what had begun begins again" in err
     assert "Traceback" not in err and not bench.workers()
     kept = bench.rows()
     assert len(kept) == 1

@@ -252,7 +252,7 @@ def test_one_machine_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # Not the lock of a run that is going on.
     program = (
         "from workbench.home import machine_lock\n"
-        "with machine_lock(lambda: print('waiting', flush=True)): print('in', flush=True)"
+        "with machine_lock(lambda who: print('waiting', flush=True)): print('in', flush=True)"
     )
     with place.machine_lock():
         child = python(program, WORKBENCH_HOME=str(tmp_path / "other"), TMPDIR=str(tmp_path))

@@ -98,7 +98,7 @@ def test_another_users_lock_of_the_machine_stops_nobody(tmp_path: Path, mortal: 
     os.chown(tmp_path, NOBODY, NOBODY)  # As the kernel asks before it protects files in such a folder.
     program = (
         "from workbench.home import machine_lock\n"
-        "with machine_lock(lambda: print('waiting', flush=True)): print('in', flush=True)"
+        "with machine_lock(lambda who: print('waiting', flush=True)): print('in', flush=True)"
     )
     own = {"WORKBENCH_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     (tmp_path / "home").mkdir()

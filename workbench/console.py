@@ -9,10 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from workbench.disk import remove_halves, write_whole
 from workbench.errors import UserError, WorkFailed
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress
 
 LINE_EVERY_S = 30.0
 NO_BUG = frozenset(
@@ -31,6 +35,7 @@ class Console:
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self._live = sys.stderr.isatty() and not quiet
+        self.whole = ""
 
     def say(self, text: str) -> None:
         """One line."""
@@ -38,34 +43,22 @@ class Console:
             _tell(text)
 
     @contextlib.contextmanager
-    def task(self, text: str) -> Iterator[Callable[[float, float, str], None]]:
-        """A step of the work; yields `progress(done, total, detail)` and tells how long it took."""
+    def task(self, text: str, told: bool = True) -> Iterator[Callable[[float, float, str], None]]:
+        """A step of the work; yields `progress(done, total, detail)` and, if it is to be `told`, says how long it
+        took."""
         started = time.monotonic()
         if not self._live:
             yield self._lines(text, started)
-            self.say(f"{text}: {_seconds(time.monotonic() - started)}")
-            return
-        from rich.console import Console as Terminal
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        else:
+            with _bar(text, lambda: self.whole) as bar:
+                task = bar.add_task("", total=None, name=text, detail="")
 
-        columns = [
-            SpinnerColumn(),
-            TextColumn("{task.fields[name]}", markup=False),
-            BarColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        ]
-        # Four frames a second: drawing faster would take time from what is measured.
-        with Progress(*columns, console=Terminal(stderr=True), transient=True, refresh_per_second=4) as bar:
-            task = bar.add_task("", total=None, name=text, detail="")
+                def progress(done: float, total: float, detail: str) -> None:
+                    bar.update(task, completed=done, total=total, detail=detail)
 
-            def progress(done: float, total: float, detail: str) -> None:
-                bar.update(task, completed=done, total=total, detail=detail)
-
-            yield progress
-        self.say(f"{text}: {_seconds(time.monotonic() - started)}")
+                yield progress
+        if told:
+            self.say(f"{text}: {seconds(time.monotonic() - started)}")
 
     def _lines(self, text: str, started: float) -> Callable[[float, float, str], None]:
         """In a log: how far a step is, every half minute."""
@@ -76,13 +69,50 @@ class Console:
             now = time.monotonic()
             if now - said >= LINE_EVERY_S and total:
                 said = now
-                left = f", about {_seconds((now - started) * (total / done - 1))} left" if done else ""
-                self.say(f"{text}: {done / total:.0%} after {_seconds(now - started)}{left} ({detail})")
+                left = f", about {seconds((now - started) * (total / done - 1))} left" if done else ""
+                told = "; ".join(filter(None, [detail, self.whole]))
+                self.say(f"{text}: {done / total:.0%} after {seconds(now - started)}{left} ({told})")
 
         return progress
 
 
-def _seconds(span_s: float) -> str:
+def _bar(text: str, whole: Callable[[], str]) -> Progress:
+    """A bar on standard error, of one line whatever the terminal's width: words are cut before bar and times are. What
+    `whole` says, if anything, stands below."""
+    from rich import progress as rich
+    from rich.console import Console as Terminal
+    from rich.table import Column
+    from rich.text import Text
+
+    class Bar(rich.Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield from super().get_renderables()
+            if words := whole():
+                yield Text(f"  {words}", style="dim", no_wrap=True, overflow="ellipsis")
+
+    def words(field: str, most: int) -> rich.TextColumn:
+        cut = Column(no_wrap=True, overflow="ellipsis", max_width=max(most, 1))
+        return rich.TextColumn(f"{{task.fields[{field}]}}", markup=False, table_column=cut)
+
+    terminal = Terminal(stderr=True)
+    bar = 40 if terminal.width > 140 else 12
+    room = terminal.width - bar - len("* 0:00:00 left 0:00:00") - 3
+    name = min(len(text), room - 18)
+    columns = (
+        rich.SpinnerColumn(),
+        words("name", name),
+        rich.BarColumn(bar),
+        words("detail", room - name),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
+    )
+    # Four frames a second: drawing faster would take time from what is measured.
+    return Bar(*columns, console=terminal, transient=True, refresh_per_second=4)
+
+
+def seconds(span_s: float) -> str:
+    """`12.3 s`, `4 min 10 s`."""
     return f"{span_s:.1f} s" if span_s < 90 else f"{int(span_s // 60)} min {int(span_s % 60)} s"
 
 
@@ -107,8 +137,11 @@ def write(output: Path | None, content: str | bytes) -> None:
 class Show(Protocol):
     """Where the work tells what it does."""
 
+    whole: str
+    """How far all of the work is, shown below the step it is at."""
+
     def say(self, text: str) -> None: ...
-    def task(self, text: str) -> Any: ...
+    def task(self, text: str, told: bool = True) -> Any: ...
 
 
 def command(app: Callable[[], object]) -> None:
@@ -125,7 +158,7 @@ def command(app: Callable[[], object]) -> None:
             code = 141
         if code == 130:
             # typer ends an interrupted command with this code and without a word.
-            _tell("\ninterrupted; what was finished is kept, the same command goes on from there")
+            _tell("\ninterrupted; what came to its end is kept, and the same command goes on from there")
     except (UserError, WorkFailed) as error:
         _tell(f"error: {error}")
         code = 2 if isinstance(error, UserError) else 1

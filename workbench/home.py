@@ -110,8 +110,9 @@ def interpreter(backend: str, default: str) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: Path, waiting: Callable[[], None] | None = None, shared: bool = False) -> Iterator[None]:
-    """Hold a lock on a file, alone or with all who share it; `waiting` is called once if somebody else holds it."""
+def lock(path: Path, waiting: Callable[[], None] | None = None, shared: bool = False, note: str = "") -> Iterator[None]:
+    """Hold a lock on a file, alone or with all who share it; `waiting` is called once if somebody else holds it. `note`
+    is what the file says meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     descriptor = _lock_file(path)
@@ -122,6 +123,10 @@ def lock(path: Path, waiting: Callable[[], None] | None = None, shared: bool = F
             if waiting is not None:
                 waiting()
             fcntl.flock(descriptor, kind)
+        if note:
+            with contextlib.suppress(OSError):  # Another user's file may only be read.
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, note.encode(errors="replace"), 0)
         yield
     finally:
         os.close(descriptor)
@@ -143,14 +148,36 @@ def _lock_file(path: Path) -> int:
     raise problem
 
 
-def machine_lock(waiting: Callable[[], None] | None = None) -> contextlib.AbstractContextManager[None]:
+def machine_lock(
+    waiting: Callable[[str], object] = lambda who: None, who: str = ""
+) -> contextlib.AbstractContextManager[None]:
     """One heavy thing at a time on this machine, whoever's it is and whatever its `$WORKBENCH_HOME`: measurements are
-    disturbed by anything else. Where the file for it cannot be opened, one at a time in this home."""
-    with contextlib.suppress(OSError):
-        file = Path(tempfile.gettempdir()) / "workbench.lock"
+    disturbed by anything else. Where the file for it cannot be opened, one at a time in this home.
+
+    `waiting` is told who it is that is waited for, as that one says of itself (`who`); empty if it cannot.
+    """
+    file = Path(tempfile.gettempdir()) / "workbench.lock"
+    try:
         os.close(_lock_file(file))
-        return lock(file, waiting)
-    return lock(home() / "locks" / "machine", waiting)
+    except OSError:
+        file = home() / "locks" / "machine"
+
+    def held() -> None:
+        waiting(_holder(file))
+
+    return lock(file, held, note=who)
+
+
+def _holder(file: Path) -> str:
+    """`: ` and what the holder of a lock wrote into its file; anybody may have written there."""
+    with contextlib.suppress(OSError):
+        descriptor = _lock_file(file)
+        try:
+            said = os.pread(descriptor, 500, 0).decode(errors="replace")
+        finally:
+            os.close(descriptor)
+        return f": {said}" if said and said.isprintable() else ""
+    return ""
 
 
 def entry(kind: Kind, key: str, record: type[Record], make: Callable[[Path], Record]) -> tuple[Path, Record]:

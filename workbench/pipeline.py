@@ -20,6 +20,7 @@ from workbench.home import home, lock, remember
 from workbench.machine.identity import machine
 from workbench.profile.jobs import already_measured, harness_missing, is_scored, pairs_of, planned_row
 from workbench.profile.measure import portable_row, run_job
+from workbench.profile.outlook import Outlook
 from workbench.profile.reference import all_references, reference_keys, with_reference
 from workbench.profile.rounds import Interleaved, room_beside
 from workbench.quantize.make import Made, make
@@ -81,14 +82,21 @@ def profile(
     # A machine that drifts (heat, other work) must not make the later variants look slower; the same order each time.
     random.Random(f"{recipe.name} {recipe.workload.seed}").shuffle(order)
 
+    to_do = [planned[place] for place in order if planned[place].key not in measured]
+    outlook = Outlook([row for row in to_do if not row.error and not row.unsupported], show)
+
     def store_row(row: Row) -> None:
         store.append(results, here.name, portable_row(row))
         rows[row.place] = row
         if row.error:
             show.say(f"{row.artifact.variant} on {row.backend} failed: {row.error}")
 
+    def ended(row: Row) -> None:
+        store_row(row)
+        outlook.ended(row, len(jobs))
+
     waited = False
-    with Interleaved(store_row) as jobs:
+    with Interleaved(ended) as jobs, outlook:
 
         def wait() -> None:
             nonlocal waited
@@ -110,11 +118,13 @@ def profile(
                     measured |= with_reference(already_measured(store.read(folder)[0], since, failed), references)
                 if row.key in measured:
                     rows[place] = measured[row.key]
+                    outlook.ended(None, len(jobs))
                 elif row.error or row.unsupported:
                     store_row(row)
                 else:
                     if not room_beside(row):
                         jobs.finish()
                     jobs.start(run_job(recipe, made, row, references, show), locks.pop_all())
+                    outlook.waiting(len(jobs))
         jobs.finish()
     return [rows[place] for place in sorted(rows)]

@@ -144,6 +144,16 @@ def takes_turns(payload: Any, progress: Any) -> list[float]:
     return used
 
 
+def tells(payload: Any, progress: Any) -> int:
+    """Progress in quick succession, then two rounds more."""
+    for text in ("loading", "scoring", "perplexity 12"):
+        progress(1, 4, text)
+    for _ in range(2):
+        progress.pause()
+        progress(2, 4, "perplexity 12")
+    return 0
+
+
 def breeds(payload: Any, progress: Any) -> list[int]:
     """Leaves a child and a grandchild running; their pids."""
     program = (

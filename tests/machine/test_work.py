@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,8 @@ import pytest
 from tests.places import ROOT
 from workbench.console import Console
 from workbench.errors import WorkFailed
-from workbench.machine.work import work
+from workbench.home import machine_lock
+from workbench.machine.work import in_rounds, work
 from workbench.records import Bandwidth
 
 
@@ -45,11 +50,71 @@ def test_the_log_of_a_failure_stays(call: Any, tmp_path: Path) -> None:
     assert found and "Traceback" in Path(found[1]).read_text() and ".partial" not in found[1]
 
 
+def test_who_waits_is_told_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    program = (
+        "import sys\n"
+        "from workbench.home import machine_lock\n"
+        "from workbench.machine.work import _who\n"
+        "sys.argv = ['/usr/bin/workbench', 'run', 'mine.yaml']\n"
+        "with machine_lock(lambda who: None, _who('vllm: base')):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    own = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    other = subprocess.Popen(
+        [sys.executable, "-c", program], env=own, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdin and other.stdout and other.stdout.readline() == "held\n"
+    told = list[str]()
+
+    def waiting(who: str) -> None:
+        told.append(who)
+        assert other.stdin
+        other.stdin.close()  # It ends, and so does the wait.
+
+    with machine_lock(waiting, "me"):
+        assert (tmp_path / "workbench.lock").read_text() == "me"
+    other.wait()
+    (who,) = told
+    assert re.fullmatch(
+        rf": pid {other.pid}, `workbench run mine.yaml` since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d, at vllm: base", who
+    )
+
+
+def test_what_steers_a_terminal_is_not_repeated_of_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    told = list[str]()
+    with machine_lock(told.append, "\x1b[2J"), pytest.raises(TimeoutError), machine_lock(_give_up(told), "me"):
+        pass
+    assert told == [""]
+
+
+def _give_up(told: list[str]) -> Callable[[str], None]:
+    def waiting(who: str) -> None:
+        told.append(who)
+        raise TimeoutError
+
+    return waiting
+
+
+def test_what_a_job_told_last_is_said_after_its_first_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = {"PYTHONPATH": str(ROOT)}
+    list(in_rounds("tests.machine.children:tells", None, int, Console(), "job", limit_s=60, environment=own))
+    assert capfd.readouterr().err == "job: perplexity 12\n"
+
+
 @pytest.mark.parametrize("said", [{"bytes_per_s": "fast"}, {"bytes_per_s": -1}, {}, 7, None])
 def test_an_answer_of_another_shape_is_a_failure_and_not_a_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: object
 ) -> None:
     monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(WorkFailed, match=r"^no answer to what was asked: .*\(log: (.*)\)$") as failure:
         work(
             "tests.machine.children:echo",

@@ -301,21 +301,22 @@ class _Reporter:
 
     def __init__(self, to_parent: int, from_parent: int) -> None:
         self._to_parent, self._from_parent = to_parent, from_parent
-        self._last_sent = 0.0
+        self._last_sent, self._kept_back = 0.0, b""
 
     def __call__(self, done: float, total: float, text: str = "") -> None:
-        now = time.monotonic()
+        now, line = time.monotonic(), json.dumps([done, total, text]).encode() + b"\n"
         if now - self._last_sent < SAMPLE_S and done < total:
+            self._kept_back = line
             return
-        self._last_sent = now
+        self._last_sent, self._kept_back = now, b""
         # The parent may be gone; the work may still be worth finishing.
         with contextlib.suppress(OSError):
-            os.write(self._to_parent, json.dumps([done, total, text]).encode() + b"\n")
+            os.write(self._to_parent, line)
 
     def pause(self) -> None:
         """Wait until the parent resumes this worker."""
         with contextlib.suppress(OSError):
-            os.write(self._to_parent, PAUSE + b"\n")
+            os.write(self._to_parent, self._kept_back + PAUSE + b"\n")
             os.read(self._from_parent, 1)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 from workbench.console import Show
 from workbench.disk import disk_faults
 from workbench.errors import UserError, WorkFailed
 from workbench.gpus import gpus
-from workbench.home import home, machine_lock
+from workbench.home import home, last_recipe, machine_lock
 from workbench.machine import isolate
 from workbench.machine.monitor import Monitor
 from workbench.records import Cost, digest, from_json, to_json
@@ -50,7 +53,9 @@ def work(
 
     Raises `UserError` for what the user can mend and `WorkFailed` for the rest.
     """
-    running = in_rounds(function, request, answer, show, text, python=python, limit_s=limit_s, environment=environment)
+    running = in_rounds(
+        function, request, answer, show, text, python=python, limit_s=limit_s, environment=environment, told=True
+    )
     while True:
         try:
             next(running)
@@ -69,12 +74,20 @@ def in_rounds(
     python: str = sys.executable,
     limit_s: float,
     environment: dict[str, str] | None = None,
+    told: bool = False,
 ) -> Generator[None, None, tuple[Answer, Cost]]:
     """The same as a generator, which stands still where the worker waits for its next round; closing it ends it.
 
-    The machine is its own only while it works.
+    The machine is its own only while it works. Said is what the worker told last in the first of several rounds, or,
+    if it is to be `told`, how long its only one took.
     """
-    monitor, reply, round_ = Monitor(watched=gpus(os.environ | (environment or {}))), None, 1
+    monitor, reply, round_, latest = Monitor(watched=gpus(os.environ | (environment or {}))), None, 1, ""
+
+    def heard(done: float, total: float, detail: str) -> None:
+        nonlocal latest
+        latest = detail
+        progress(done, total, detail)
+
     with (
         held(_log_folder(function)) as folder,
         temporary() as place,
@@ -93,16 +106,27 @@ def in_rounds(
             what = text if round_ == 1 else f"{text}, round {round_}"
             # The lock first: what a step took is not what it waited.
             with (
-                machine_lock(lambda: show.say("waiting for another workbench run to end")),
-                show.task(what) as progress,
+                machine_lock(lambda who: show.say(f"waiting for another workbench run to end{who}"), _who(text)),
+                show.task(what, told) as progress,
                 disk_faults(home()),
             ):
-                reply = worker.resume(time_limit_s=limit_s, on_progress=progress, on_sample=monitor)
+                reply = worker.resume(time_limit_s=limit_s, on_progress=heard, on_sample=monitor)
+            if reply is None and round_ == 1:
+                show.say(f"{text}: {latest}")
             round_ += 1
         value: Answer = _answer(reply, folder, answer)
     memory = monitor.memory()
     repeats_s = getattr(value, "conditions", {}).get("repeats_s")
     return value, Cost(round(reply.duration_s, 3), memory.get("peak_rss"), memory, monitor.conditions(repeats_s))
+
+
+def _who(text: str) -> str:
+    """This run as another sees it that waits for it: process, command, recipe, since when, and the step it is at."""
+    program, *words = sys.argv
+    name = Path(program).stem.replace("__main__", "workbench")
+    recipe = "" if any(word.endswith((".yaml", ".yml")) for word in words) else f" ({last_recipe() or 'no recipe'})"
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(psutil.Process().create_time()))
+    return f"pid {os.getpid()}, `{shlex.join([name, *words])}`{recipe} since {since}, at {text}"
 
 
 def _log_folder(function: str) -> Path:

@@ -44,6 +44,9 @@ class Interleaved:
             job.close()
             locks.close()
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def start(self, job: Rounds, locks: contextlib.ExitStack) -> None:
         """The first round of a job, then every round that is due. `locks` are held until its row is stored."""
         self._round(job, locks)

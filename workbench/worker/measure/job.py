@@ -80,13 +80,13 @@ def measure(payload: object, progress: Any) -> object:
         answered[name] = answers.answer(engine, task)
     done = len(windows)
 
-    repeats_s: list[list[float]] = []
+    figures, repeats_s = _figures(qualities.get(first)), list[list[float]]()
 
     def stepped(began: float, ended: float) -> None:
         nonlocal done
         done += 1
         repeats_s.append([began, ended])
-        progress(done, steps, "timing")
+        progress(done, steps, figures)
 
     text = [token for ids in windows for token in ids]
     if hasattr(engine, "forget_peak"):
@@ -172,6 +172,17 @@ def _engine(job: Job) -> Any:
 def _told(progress: Progress, most: int, steps: int, what: str) -> Callable[[int], object]:
     """What an engine says before each window, as the parent's bar has it: at the most so many of its steps."""
     return lambda index: progress(min(index, most), steps, what)
+
+
+def _figures(quality: Quality | None) -> str:
+    """What is known before anything is timed, as progress tells it."""
+    windows = quality["windows"] if quality else []
+    if not (count := sum(window["count"] for window in windows)):
+        return "timing"
+    nats = sum(window["nll_sum"] for window in windows) / count
+    compared = sum(window.get("kld_count", 0) for window in windows)
+    kld = f", KLD {sum(window.get('kld_sum', 0) for window in windows) / compared:.4f}" if compared else ""
+    return f"perplexity {math.exp(min(nats, 700)):.5g}{kld}"
 
 
 def _memory(said: dict[str, int], seen: dict[str, int | None], grown: int | None) -> dict[str, int]:

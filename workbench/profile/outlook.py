@@ -1,0 +1,71 @@
+"""How far the measuring is: a line for each row as it comes, and about how long the rest will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from workbench.console import Show, seconds
+from workbench.records import Row
+from workbench.report.metrics import METRICS
+from workbench.report.units import MIB
+
+FIGURES = (
+    ("perplexity", "perplexity {:.3f}", 1.0),
+    ("kld_mean", "KLD {:.4f}", 1.0),
+    ("prefill_tok_s", "prompt {:.1f} t/s", 1.0),
+    ("decode_tok_s", "new {:.1f} t/s", 1.0),
+    ("peak_vram_bytes", "{:.0f} MiB VRAM", MIB),
+    ("peak_rss_bytes", "{:.0f} MiB", MIB),
+)
+"""What a row's line has, as far as it was measured: metric, words, unit."""
+
+
+class Outlook:
+    """The jobs of a run, counted; a context manager that says what is kept when they are interrupted.
+
+    `planned`: the rows that are to be measured.
+    """
+
+    def __init__(self, planned: Sequence[Row], show: Show, clock: Callable[[], float] = time.monotonic) -> None:
+        self._show, self._clock, self._started = show, clock, clock()
+        self._total, self._done, self._begun = len(planned), 0, 0
+        self._variant = max((len(row.artifact.variant) for row in planned), default=0)
+        self._backend = max((len(row.backend) for row in planned), default=0)
+        self._tell()
+
+    def waiting(self, begun: int) -> None:
+        """So many jobs have had a first round and wait for their next."""
+        self._begun = begun
+        self._tell()
+
+    def ended(self, row: Row | None, begun: int) -> None:
+        """A job came to its end, by this run or (None) by another; what was measured is told."""
+        self._done += 1
+        self.waiting(begun)
+        if row is not None and row.measurement is not None:
+            found = [(METRICS[name].value(row), words, unit) for name, words, unit in FIGURES]
+            figures = ", ".join(words.format(value / unit) for value, words, unit in found if value is not None)
+            name = f"{row.artifact.variant:{self._variant}}  {row.backend:{self._backend}}"
+            self._show.say(f"{name}  {figures} ({self.words()})")
+
+    def words(self) -> str:
+        """`5 of 19 jobs, about 4 min left`."""
+        # The first round of a job loads and scores; those that follow take about as long together.
+        work = self._done + self._begun / 2
+        left = self._total - work
+        told = f"{self._done} of {self._total} jobs"
+        if not work or not left:
+            return told
+        return f"{told}, about {seconds((self._clock() - self._started) * left / work)} left"
+
+    def __enter__(self) -> Outlook:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._show.whole = ""
+        if kind is KeyboardInterrupt and self._done < self._total:
+            self._show.say(f"\n{self._done} of {self._total} jobs measured and stored; what had begun begins again")
+
+    def _tell(self) -> None:
+        self._show.whole = self.words() if self._done < self._total else ""
