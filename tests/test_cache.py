@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import subprocess
 import sys
 import typing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from tests.places import ROOT
 from workbench import cache, intact
 from workbench import home as place
 from workbench.errors import UserError
-from workbench.records import Artifact
+from workbench.records import Artifact, PreparedBase, Reference
 
 ARTIFACT = Artifact("q", "gguf", "gguf", "m.gguf", "k", 100, 200)
 
@@ -195,13 +197,83 @@ def test_verify_finds_what_a_look_does_not(home: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.count("made anew") == 1
 
 
+# --- seen and removed by recipe -----------------------------------------------------------------
+
+
+@pytest.fixture
+def two_recipes(home: Path) -> Path:
+    """What two recipes made of one base, and one of them of another."""
+    for key, recipe, base in (("a", "mine", "b1"), ("b", "other", "b1"), ("c", "mine", "b2")):
+
+        def make(folder: Path, key: str = key, recipe: str = recipe, base: str = base) -> Artifact:
+            provenance = {"recipe": recipe, "base": base, "source": {"hub": base}}
+            return replace(weights(folder), digest=key, variant=f"gguf-{key}", provenance=provenance)
+
+        place.entry("artifacts", key, Artifact, make)
+    for base in ("b1", "b2"):
+        bare = PreparedBase(base, f"unlike {base}", "float32", 1, 4, source={"hub": base})
+        place.entry("bases", f"base-{base}", PreparedBase, lambda folder, bare=bare: write(folder / bare.path) or bare)
+        seen = Reference("r", base=base)
+        place.entry("references", f"reference-{base}", Reference, lambda folder, seen=seen: seen)
+    return home
+
+
+def test_the_cache_says_what_it_holds_and_for_whom(two_recipes: Path) -> None:
+    said = command("cache", "ls").stdout.splitlines()
+    listed = {tuple(re.split(r" {2,}", line.strip())[2:]) for line in said[:-1]}
+    assert listed == {
+        ("gguf-a (gguf)", "mine"),
+        ("gguf-b (gguf)", "other"),
+        ("gguf-c (gguf)", "mine"),
+        ("base b1", "mine, other"),
+        ("base b2", "mine"),
+        ("references", "mine, other"),
+        ("references", "mine"),
+    }
+    assert re.fullmatch(rf" +2\.9 MiB  in {two_recipes}", said[-1])
+
+
+def test_what_was_made_for_one_recipe_goes_and_what_others_use_stays(two_recipes: Path) -> None:
+    assert "unknown recipe 'mien'. Did you mean 'mine'?" in command("cache", "rm", "mien").stderr
+    assert re.fullmatch(r"1\.9 MiB freed\n", command("cache", "rm", "mine").stdout)
+    kept = {str(path.relative_to(two_recipes)) for path in two_recipes.glob("*/*") if path.parent.name != "locks"}
+    assert kept == {"artifacts/b", "bases/base-b1", "references/reference-b1"}
+
+
+def test_a_recipes_file_names_it_too(two_recipes: Path, tmp_path: Path) -> None:
+    file = tmp_path / "other.yaml"
+    file.write_text("base: {path: x}\nvariants: [{gguf: Q8_0}]\n")
+    assert command("cache", "rm", str(file)).returncode == 0
+    assert not (two_recipes / "artifacts" / "b").exists() and (two_recipes / "artifacts" / "a").exists()
+
+
+def test_all_is_not_removed_unasked(two_recipes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = command("clean", "--all")
+    assert answer.returncode == 2 and "--all removes all that was made (7 entries, " in answer.stderr
+    assert "add --yes" in answer.stderr and (two_recipes / "artifacts" / "a").exists()
+    for typed, code in (("n\n", 1), ("y\n", 0)):
+        ours, theirs = pty.openpty()
+        os.write(ours, typed.encode())
+        child = subprocess.run(
+            [sys.executable, "-m", "workbench.cli", "clean", "--all"],
+            stdin=theirs,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        os.close(ours)
+        os.close(theirs)
+        assert child.returncode == code and "Remove all that was made, 7 entries, " in child.stdout + child.stderr
+    assert not (two_recipes / "artifacts").exists()
+
+
 @pytest.mark.slow
 def test_a_run_is_not_disturbed_by_clean(bench: Bench) -> None:
     recipe = bench.recipe(workload={"prompt_tokens": 8, "new_tokens": 50, "repeats": 2})
     child = bench.start("run", recipe, WORKBENCH_FAKE_SLOWER="15")
     try:
         bench.wait_for(lambda: bool(bench.workers()), child)
-        for words in (["clean"], ["clean", "--all"]):
+        for words in (["clean"], ["clean", "--all", "--yes"], ["cache", "rm", "r"]):
             answer = bench(*words)
             assert (answer.returncode, answer.stdout) == (2, "")
             assert answer.stderr == f"error: {bench.home}: a run is at work here. Clean when it has ended\n"

@@ -5,15 +5,25 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from workbench.console import Show
 from workbench.disk import remove, remove_halves
-from workbench.errors import UserError
+from workbench.errors import UserError, unknown
 from workbench.home import Kind, home, lock, record_name
 from workbench.intact import Changed, as_made, contents
-from workbench.records import Artifact, Bandwidth, ImportanceMatrix, PreparedBase, Reference, Tasks, TokenSets
+from workbench.records import (
+    Artifact,
+    Bandwidth,
+    ImportanceMatrix,
+    PreparedBase,
+    Reference,
+    Tasks,
+    TokenSets,
+    digest,
+)
 from workbench.scratch import sweep_dead
 from workbench.sizes import size_text
 
@@ -74,21 +84,103 @@ def clean(everything: bool) -> int:
     Raises `UserError` if anybody is at work here.
     """
 
-    def busy() -> None:
-        raise UserError(f"{home()}: a run is at work here. Clean when it has ended")
-
     if not home().exists():
         return 0
-    with lock(_lock_file(), busy):
+    with _alone():
         targets = [home() / name for name in (*LEFTOVERS, *(NOTES + get_args(Kind) if everything else ()))]
         targets += [path for kind in get_args(Kind) for path in (home() / kind).glob("*.partial")]
         if everything:
             targets += set((home() / "locks").iterdir()) - {_lock_file()}
-        freed = 0
-        for target in targets:
-            freed += sum(file.lstat().st_size for file in [target, *target.rglob("*")] if file.is_file())
-            remove(target)
+        return _removed(targets)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    def busy() -> None:
+        raise UserError(f"{home()}: a run is at work here. Clean when it has ended")
+
+    with lock(_lock_file(), busy):
+        yield
+
+
+def _removed(targets: list[Path]) -> int:
+    """Remove files and folders; the bytes freed."""
+    freed = 0
+    for target in targets:
+        freed += _bytes(target)
+        remove(target)
     return freed
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.lstat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the cache holds: a base, an artifact, an importance matrix, ..."""
+
+    folder: Path
+    what: str
+    recipes: frozenset[str]
+    """For which it was made; of what several share, as far as artifacts tell."""
+    size_bytes: int
+    made_s: float
+    """When, in seconds since 1970."""
+    causes: frozenset[tuple[str, object]]
+    """Base, source and calibration tokens that it is of."""
+
+
+def held() -> list[Held]:
+    """All that was made and is kept. An artifact names the recipe that made it first; what it was made from is of the
+    same recipe."""
+    found = [
+        _held(kind, folder)
+        for kind in get_args(Kind)
+        for folder in sorted((home() / kind).glob("*"))
+        if folder.suffix != ".partial"
+    ]
+    users: dict[tuple[str, object], set[str]] = {}
+    for each in found:
+        for cause in each.causes:
+            users.setdefault(cause, set()).update(each.recipes)
+    return [
+        each if each.recipes else replace(each, recipes=frozenset().union(*(users[cause] for cause in each.causes)))
+        for each in found
+    ]
+
+
+def _held(kind: Kind, folder: Path) -> Held:
+    file, told = folder / record_name(kind), dict[str, Any]()
+    with contextlib.suppress(Changed):
+        told, _ = contents(file)
+    origin = told.get("provenance", {}) if kind == "artifacts" else told
+    source, recipe = origin.get("source"), origin.get("recipe") if kind == "artifacts" else None
+    causes = {"base": origin.get("base"), "source": source and digest(source), "tokens": origin.get("calibration")}
+    names = {
+        "artifacts": f"{told.get('variant')} ({told.get('format')})",
+        "bases": f"base {Path(told.get('path', '')).name}",
+    }
+    return Held(
+        folder=folder,
+        what=names.get(kind, kind) if told else f"{kind}, unreadable",
+        recipes=frozenset({recipe} if recipe else ()),
+        size_bytes=_bytes(folder),
+        made_s=(file if file.exists() else folder).lstat().st_mtime,
+        causes=frozenset((name, cause) for name, cause in causes.items() if cause),
+    )
+
+
+def forget(recipe: str) -> int:
+    """Remove what was made for the recipe of that name and for no other; the bytes freed.
+
+    Raises `UserError` for a name that nothing was made for, and if anybody is at work here.
+    """
+    with _alone():
+        found = held()
+        if not any(recipe in each.recipes for each in found):
+            raise unknown("recipe", recipe, {name for each in found for name in each.recipes}, str(home()))
+        return _removed([each.folder for each in found if each.recipes == {recipe}])
 
 
 def verify(show: Show) -> int:

@@ -9,7 +9,7 @@ import typer
 
 from workbench import __version__
 from workbench.cli import options as o
-from workbench.cli.keeping import clean, doctor, schema, verify
+from workbench.cli.keeping import clean, doctor, ls, rm, schema, verify
 from workbench.cli.making import plan, profile, quantize, run
 from workbench.cli.reading import compare, recommend, report, table
 from workbench.cli.sharing import card, nightly, publish, push
@@ -20,7 +20,7 @@ COMMANDS = (
     *(publish, nightly, card, push, doctor, schema, clean),
 )
 """In the order of `--help`."""
-CACHE_COMMANDS = (verify,)
+CACHE_COMMANDS = (ls, rm, verify)
 
 app = typer.Typer(
     name="workbench",
@@ -34,8 +34,8 @@ app = typer.Typer(
 for each in COMMANDS:
     app.command()(each)
 app.add_typer(cache_app := typer.Typer(help="What was made and is kept.", no_args_is_help=True), name="cache")
-for each in CACHE_COMMANDS:
-    cache_app.command()(each)
+for below in CACHE_COMMANDS:
+    cache_app.command()(below)
 
 
 @app.callback(invoke_without_command=True)

@@ -29,15 +29,19 @@ def run(
     raise typer.Exit(1 if done.failures else 0)
 
 
-def quantize(recipe: o.RecipeFile, variant: o.OnlyVariants = None, quiet: o.Quiet = False) -> None:
+def quantize(
+    recipe: o.RecipeFile, variant: o.OnlyVariants = None, output: o.Copies = None, quiet: o.Quiet = False
+) -> None:
     """Make every variant of a recipe, and say where it is."""
+    from workbench.quantize.handing import copy_to
     from workbench.sizes import mib_text
 
     made = api.quantize(recipe, variants=variant, quiet=quiet)
     for name, artifacts in made.artifacts.items():
         for artifact in artifacts:
             bits = f"{artifact.bits_per_weight:.2f} bits/weight" if artifact.bits_per_weight else ""
-            print(f"{name:32} {bits:22} {mib_text(artifact.disk_bytes):>13}  {artifact.path}")
+            path = copy_to(output, artifact) if output and name != "base" else artifact.path
+            print(f"{name:32} {bits:22} {mib_text(artifact.disk_bytes):>13}  {path}")
             for warning in artifact.warnings:
                 print(f"{'':32} warning: {warning}")
     for name, reason in made.refused.items():

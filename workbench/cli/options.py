@@ -82,6 +82,10 @@ Output = Annotated[
     Path | None,
     Option("--output", "-o", help="Write to this file instead of printing.", show_default=False, callback=_home),
 ]
+Copies = Annotated[
+    Path | None,
+    Option("--output", "-o", help="Copy the files into this folder.", show_default=False, callback=_home),
+]
 TableFormat = Annotated[str, Option("--format", "-f", help=f"{_either(FORMATS)}.")]
 RowsFormat = Annotated[str, Option("--format", "-f", help=f"As for run, or {_either(FILE_FORMATS)}.")]
 TextFormat = Annotated[str, Option("--format", "-f", help="terminal or json.")]
@@ -126,4 +130,6 @@ Licence = Annotated[str | None, Option("--licence", "--license", help="The base'
 Private = Annotated[bool, Option("--private", help="A repository made now is private.")]
 Anyway = Annotated[bool, Option("--anyway", help="Though the licence forbids it or is not known.")]
 Finished = Annotated[bool, Option("--all", help="Finished artifacts too, not only leftovers.")]
+Yes = Annotated[bool, Option("--yes", help="Do not ask.")]
+MadeRecipe = Annotated[str, Argument(metavar="RECIPE", help="A recipe, or its name.", show_default=False)]
 Version = Annotated[bool, Option("--version", help="Print the version and exit.")]
