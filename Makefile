@@ -4,7 +4,7 @@ VENV := .venv
 GPU := .venv-gpu
 READY := $(VENV)/.ready
 
-.PHONY: demo gpu gpu-check image-check test fast check mutants lock lock-cuda clean
+.PHONY: demo gpu gpu-check image-check test fast check docs mutants lock lock-cuda clean
 demo: $(READY)
 	$(VENV)/bin/workbench run recipes/smollm2-135m.yaml
 
@@ -37,6 +37,10 @@ fast: $(READY)
 check: $(READY)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
+# The documentation, into docs/_build/index.html; a warning is an error.
+docs: $(READY)
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
 # Whether the tests notice a wrong number: COUNT small changes, those that SEED draws, one at a time (tests/mutants.py).
 COUNT ?= 300
 SEED ?= 1
@@ -45,12 +49,12 @@ mutants: $(READY)
 		$(VENV)/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements/mutants.lock
 	$(VENV)/bin/python tests/mutants.py $(COUNT) $(SEED)
 
-$(READY): requirements/install.sh requirements/cpu.lock requirements/torch.txt pyproject.toml
+$(READY): requirements/install.sh requirements/cpu.lock requirements/docs.lock requirements/torch.txt pyproject.toml
 	requirements/install.sh $(PYTHON) $(VENV)
 	touch $@
 
 lock:
-	for set in cpu mutants; do $(VENV)/bin/uv pip compile --no-deps --generate-hashes --no-header --no-annotate --universal \
+	for set in cpu docs mutants; do $(VENV)/bin/uv pip compile --no-deps --generate-hashes --no-header --no-annotate --universal \
 		--python-version 3.11 requirements/$$set.in -o requirements/$$set.lock || exit 1; done
 
 lock-cuda:
@@ -59,4 +63,4 @@ lock-cuda:
 		requirements/$$set.in -o requirements/$$set.lock || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(GPU) $(GPU)-image
+	rm -rf $(VENV) $(GPU) $(GPU)-image docs/_build docs/_generated

@@ -33,6 +33,6 @@ if ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.vers
   } || { say "no CPU build within reach; taking PyPI's, with its CUDA libraries"; pip install "$torch"; }
 fi
 say "2/3 engines and tools (about 1 GB; the first time llama.cpp is compiled, 5 to 10 minutes on 2 cores)"
-pip install --require-hashes --no-deps -r "$here/cpu.lock"
+pip install --require-hashes --no-deps -r "$here/cpu.lock" -r "$here/docs.lock"
 say "3/3 workbench itself"
 pip install --quiet --no-deps --no-build-isolation -e "$here/.."

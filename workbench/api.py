@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from workbench.errors import UserError, check_known
 
@@ -183,14 +183,15 @@ def recommend(
     min_decode: float | None = None,
     min_prefill: float | None = None,
     backend: str | None = None,
-    sort: Literal["speed", "quality", "memory", "size"] | str = "speed",
+    sort: str = "speed",
     machine: str | None = None,
     recipe: str | None = None,
 ) -> Recommendation:
     """The variant and engine to use under limits, the command that serves it, and why not the others.
 
     `memory`, `max_size`: bytes, or as `"8GiB"`; `max_perplexity`: `"1%"` more than the base's, or the value itself;
-    `max_kld`: nats a token; `min_decode`, `min_prefill`: tokens a second. `choice` is None if nothing fits.
+    `max_kld`: nats a token; `min_decode`, `min_prefill`: tokens a second; `sort`: by `speed`, `quality`,
+    `memory` or `size`. `choice` is None if nothing fits.
     """
     from workbench.home import home
     from workbench.report.verdicts import recommend as wing
@@ -219,12 +220,12 @@ def plan(
     memory: str | int | None = None,
     context: int | None = None,
     batch: int | None = None,
-    device: Literal["cpu", "cuda"] | str | None = None,
+    device: str | None = None,
 ) -> Plan:
     """What each variant will need in each engine, and what fits, before anything is made.
 
     `memory`: bytes, or as `"24GiB"`, default: this machine's; `context`: tokens of a sequence, prompt and new ones;
-    `batch`: sequences at once; `device`: default what is here.
+    `batch`: sequences at once; `device`: `cpu` or `cuda`, default what is here.
     """
     from workbench.plan import make as wing
 
