@@ -35,8 +35,8 @@ def said_by(program: str, **environment: str) -> str:
 def test_to_import_it_imports_nothing_else() -> None:
     """Not its own functions before one is asked for, and no library before one is called."""
     program = (
-        "import sys; import typing; old = {*sys.modules}; import workbench as wb; new = {*sys.modules} - old\n"
-        "wb.run; print(new - {'__future__'}, sorted(name for name in sys.modules if name.startswith('workbench')), sep='\\n')"
+        "import sys, typing, __future__; old = {*sys.modules}; import workbench as wb; new = {*sys.modules} - old\n"
+        "wb.run; print(new, sorted(name for name in sys.modules if name.startswith('workbench')), sep='\\n')"
     )
     imported, for_a_function = said_by(program).splitlines()
     assert imported == "{'workbench'}"
