@@ -7,6 +7,7 @@ import sys
 import typer
 
 from workbench import api
+from workbench.cli import hints
 from workbench.cli import options as o
 from workbench.console import write
 from workbench.errors import check_known
@@ -23,9 +24,14 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Quantize, profile and print the table."""
+    from workbench.profile.jobs import now
+
     check_known("format", format, FORMATS)
+    since = now()
     done = api.run(recipe, results, backends=backend, variants=variant, again=again, quiet=quiet)
     write(None, FORMATS[format](done.table))
+    if format == "terminal" and not quiet:
+        hints.after_run(recipe, results, done.rows, since)
     raise typer.Exit(1 if done.failures else 0)
 
 
@@ -48,6 +54,8 @@ def quantize(
         print(f"{name:32} {reason}")
     for name, reason in made.failures.items():
         print(f"{name:32} failed: {reason}", file=sys.stderr)
+    if not quiet:
+        hints.after_quantize(recipe, output is not None)
     raise typer.Exit(1 if made.failures else 0)
 
 

@@ -10,6 +10,7 @@ import typer
 
 from workbench import api
 from workbench.cli import options as o
+from workbench.cli.hints import after_table
 from workbench.cli.rows import stored, tell
 from workbench.console import write
 from workbench.errors import UserError, check_known
@@ -37,6 +38,8 @@ def table(
         return
     check_known("format", format, [*FORMATS, *FILE_FORMATS])
     write(output, FORMATS[format](api.table(stored(rows or [results]), machine=machine, recipe=recipe)))
+    if format == "terminal" and output is None:
+        after_table(rows or ([] if results == o.RESULTS else ["--results", results]))
 
 
 def compare(

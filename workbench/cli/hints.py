@@ -1,0 +1,46 @@
+"""Where things are and what to type next: said on standard error after a table for people, not after data."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workbench.cli.options import RESULTS
+
+if TYPE_CHECKING:
+    from workbench.records import Row
+
+
+def after_run(recipe: Path, results: str, rows: Sequence[Row], since: str) -> None:
+    """Of a recipe's rows; `since`: when the run began (RFC 3339), by which it is told whether it measured any."""
+    from workbench.home import home
+
+    if rows and all(row.started_at < since for row in rows):
+        last = max(row.started_at for row in rows)
+        _say(f"nothing to do: all {len(rows)} pairs were measured before, the last {last}; --again measures anew")
+    if rows:
+        _say(f"rows:  {results.rstrip('/')}/{rows[0].machine.name}")
+    _say(f"files: {home() / 'artifacts'}; `workbench quantize {shlex.quote(str(recipe))} -o DIR` copies them")
+    after_table([] if results == RESULTS else ["--results", results])
+
+
+def after_table(where: Sequence[str]) -> None:
+    """What else reads the same rows; `where`: the words that name them."""
+    rows = "".join(f" {shlex.quote(word)}" for word in where)
+    _say(f"next:  workbench recommend{rows} --memory 8GiB --max-perplexity 1%   # which to take, and how to serve it")
+    _say(f"       workbench report{rows} -o report.html   # the table and plots as one page")
+
+
+def after_quantize(recipe: Path, copied: bool) -> None:
+    """What to do with the files that were made."""
+    name = shlex.quote(str(recipe))
+    if not copied:
+        _say(f"next:  workbench quantize {name} -o DIR   # the same files, copied to where you want them")
+    _say(f"{'next: ' if copied else '      '} workbench profile {name}   # measure them in every engine")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
