@@ -7,7 +7,6 @@ import sys
 import typer
 
 from workbench import api
-from workbench.cli import hints
 from workbench.cli import options as o
 from workbench.console import write
 from workbench.errors import check_known
@@ -24,6 +23,7 @@ def run(
     quiet: o.Quiet = False,
 ) -> None:
     """Quantize, profile and print the table."""
+    from workbench.cli import hints
     from workbench.profile.jobs import now
 
     check_known("format", format, FORMATS)
@@ -39,6 +39,7 @@ def quantize(
     recipe: o.RecipeFile, variant: o.OnlyVariants = None, output: o.Copies = None, quiet: o.Quiet = False
 ) -> None:
     """Make every variant of a recipe, and say where it is."""
+    from workbench.cli import hints
     from workbench.quantize.handing import copy_to
     from workbench.sizes import mib_text
 

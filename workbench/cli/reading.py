@@ -10,7 +10,6 @@ import typer
 
 from workbench import api
 from workbench.cli import options as o
-from workbench.cli.hints import after_table
 from workbench.cli.rows import stored, tell
 from workbench.console import write
 from workbench.errors import UserError, check_known
@@ -26,6 +25,7 @@ def table(
     output: o.Output = None,
 ) -> None:
     """Print the comparison table of stored rows; as Parquet, the rows of all machines and evaluations."""
+    from workbench.cli.hints import after_table
     from workbench.report.store import machine_named, machine_of
 
     if format in FILE_FORMATS:
