@@ -344,3 +344,20 @@ def test_a_card_says_who_made_the_blocks_of_a_gguf(tmp_path: Path) -> None:
     row = replace(rows[1], artifact=replace(rows[1].artifact, provenance=rows[1].artifact.provenance | {"encoder": by}))
     text = cards.card([rows[0], row], row, "llama3.1", "someone")
     assert "- blocks: made by workbench on NVIDIA H100, 39 of 40 rows compared are llama.cpp's" in text
+
+
+def test_a_card_of_what_was_carried_is_of_its_format(tmp_path: Path) -> None:
+    """And a checkpoint that was also carried has the card of the checkpoint, whichever engine came last."""
+    rows = rows_of(tmp_path, {"hub": "meta-llama/Llama-3.1-8B-Instruct"})
+    how = {"carried": {"from": "Toy-1M-awq", "types": ["Q4_1"], "largest_error": 4e-4}}
+
+    def row(name: str, form: str, started_at: str, **provenance: Any) -> Row:
+        found = replace(rows[1].artifact, variant=name, method="awq", format=form, digest=form, provenance=provenance)
+        return replace(rows[1], artifact=found, started_at=started_at)
+
+    file = row("gguf-awq", "gguf", "2026-02-01T00:00:00Z", **how)
+    text = cards.card([rows[0], file], file, "llama3.1")
+    assert front(text)["library_name"] == "gguf" and "awq" not in front(text)["tags"]
+    assert "- carried: from Toy-1M-awq, in Q4\\_1" in text or "- carried: from Toy-1M-awq, in Q4_1" in text
+    both = [row("awq", "awq", "2026-02-01T00:00:00Z"), row("awq", "gguf", "2026-02-02T00:00:00Z", **how)]
+    assert cards.find([rows[0], *both], "awq").artifact.format == "awq"

@@ -17,11 +17,12 @@ from workbench.report.formats.markdown import markdown
 from workbench.report.store import machine_of
 from workbench.report.table import build
 from workbench.worker.backends import serving_command
-from workbench.worker.methods import BASE, METHODS, method_named
+from workbench.worker.methods import BASE, METHODS, Method, method_named
 
 
 def find(rows: Sequence[Row], variant: str, recipe: str | None = None) -> Row:
-    """The newest row with an artifact of that variant. Raises `UserError` with the nearest name."""
+    """The newest row with an artifact of that variant, of its own format before those that it was carried to. Raises
+    `UserError` with the nearest name."""
     own = [row for row in rows if row.artifact.path and recipe in (None, row.recipe)]
     made = [row for row in own if row.artifact.variant == variant and row.artifact.method != BASE]
     if not made:
@@ -33,7 +34,17 @@ def find(rows: Sequence[Row], variant: str, recipe: str | None = None) -> Row:
         raise UserError(
             f"{variant} is there of {len(models)} bases ({', '.join(sorted(models))}): name one with --recipe"
         )
-    return max(made, key=lambda row: (row.measurement is not None, row.started_at))
+
+    def order(row: Row) -> tuple[bool, bool, str]:
+        own = _method(row.artifact.method).WRITES[0] == row.artifact.format
+        return row.measurement is not None, own, row.started_at
+
+    return max(made, key=order)
+
+
+def _method(word: str) -> Method:
+    """The method of that word, or what the base says if none is."""
+    return method_named(word if word in METHODS else BASE)
 
 
 def base_model(row: Row) -> str | None:
@@ -47,7 +58,8 @@ def front_matter(row: Row, licence: str | None, author: str = "") -> dict[str, s
     base = base_model(row)
     known = known_licence(licence)
     standard = known is not None and known.standard
-    method = method_named(row.artifact.method if row.artifact.method in METHODS else BASE)
+    # What was carried is opened by what opens its format.
+    method = _method(row.artifact.format if row.artifact.format in METHODS else row.artifact.method)
     fields = {
         "base_model": base,
         "base_model_relation": "quantized" if base else None,
@@ -113,6 +125,7 @@ def _provenance(row: Row) -> list[tuple[str, str]]:
         ("recipe", f"{found.get('recipe', row.recipe)} ({found.get('recipe_digest', row.recipe_digest)})"),
         ("made with", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("blocks", _encoder(found.get("encoder") or {})),
+        ("carried", _carried(found.get("carried") or {})),
         ("artifact", row.artifact.digest),
     ]
 
@@ -123,6 +136,12 @@ def _encoder(by: Mapping[str, object]) -> str:
     if "rows_checked" in by:
         made += f", {by.get('rows_equal')} of {by['rows_checked']} rows compared are llama.cpp's"
     return made
+
+
+def _carried(how: Mapping[str, object]) -> str:
+    """What a file was carried from, if it was; the artifact's warnings say how exactly."""
+    types = how.get("types")
+    return f"from {how.get('from')}, in {', '.join(types) if isinstance(types, list) else types}" if how else ""
 
 
 def _text(words: object) -> str:

@@ -23,9 +23,9 @@ from workbench.home import home
 from workbench.machine.work import ask
 from workbench.plan.need import Need, Plan, need_of
 from workbench.plan.tensors import shape_of
-from workbench.recipe.choices import BackendChoice, form_for, method_of, wants_gguf_base
+from workbench.recipe.choices import BackendChoice, form_for, forms_of, method_of, wants_gguf_base
 from workbench.recipe.load import Recipe
-from workbench.records import BaseRequest, Variant, to_json
+from workbench.records import BaseRequest, CarriedVariant, Variant, to_json
 from workbench.shape import DTYPE_BYTES, Described, Sequences, Shape
 from workbench.sizes import size_text
 from workbench.worker.methods import BASE
@@ -174,15 +174,18 @@ def _all_disk(recipe: Recipe, shape: Shape) -> int:
     """Everything a recipe writes: the base where it is rewritten, one conversion, each variant in each form."""
     base_bytes = shape.parameters * DTYPE_BYTES[shape.dtype]
     total = 0 if recipe.base.hub is None and recipe.base.path else base_bytes
+    files: dict[tuple[str, str], int] = {}
     for variant in recipe.variants:
         method, options = method_of(variant)
         if variant.method != BASE and method.making(options, cuda=False).stage != "load":
+            name = variant.source if isinstance(variant, CarriedVariant) else variant.name
             forms = {form_for(variant, choice.name) for choice in recipe.backends if choice.takes(variant.name)}
-            total += sum(method.sizes(shape, options, form).disk_bytes for form in {method.WRITES[0], *forms})
+            for form in {forms_of(variant)[0], *forms}:
+                files[name, form] = method.sizes(shape, options, form).disk_bytes
         elif variant.method == BASE and wants_gguf_base(recipe.variants, recipe.backends):
             total += base_bytes
             total += method.sizes(shape, options, "gguf").disk_bytes if shape.dtype == "float32" else 0
-    return total
+    return total + sum(files.values())
 
 
 def _existing(folder: Any) -> Any:

@@ -21,7 +21,7 @@ from workbench.quantize.calibrated import run_calibration
 from workbench.quantize.tokens import tasks, tokenize
 from workbench.recipe.choices import form_for, limits_of, making_of, wants_gguf_base
 from workbench.recipe.load import Recipe
-from workbench.records import Artifact, Evaluation, PreparedBase, Task, Variant
+from workbench.records import Artifact, CarriedVariant, Evaluation, PreparedBase, Task, Variant
 from workbench.worker.methods import BASE, Making, method_named
 
 
@@ -45,7 +45,8 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     check_context(recipe, base.context_length)
     evaluations, calibration = tokenize(recipe, base, show)
     asked = tasks(recipe, base, show)
-    chosen = [v for v in recipe.variants if v.method != BASE and (names is None or v.name in names)]
+    starts = {v.source for v in recipe.variants if isinstance(v, CarriedVariant) and names and v.name in names}
+    chosen = [v for v in recipe.variants if v.method != BASE and (names is None or v.name in names | starts)]
     wanted = {variant.name: (variant, making_of(variant, has_cuda())) for variant in chosen}
     artifacts: dict[str, list[Artifact]] = {BASE: [base_artifact(base)]}
     failures: dict[str, str] = {}
@@ -60,7 +61,7 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
             show.say(f"converting the base to GGUF failed: {problem}")
     imatrix, calibrated = run_calibration(recipe, base, calibration, wanted, show, failures)
     for name, (variant, making) in wanted.items():
-        if name in failures:
+        if name in failures or isinstance(variant, CarriedVariant):
             continue
         looks_at = {"": None, "tokens": calibration, "imatrix": imatrix}[making.calibration]
         form = method_named(variant.method).WRITES[0]
@@ -80,33 +81,39 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
             failures[name] = str(problem)
             show.say(f"{name} failed: {problem}")
     refused: dict[str, str] = {}
-    for name, form in _carried(recipe, artifacts, wanted, named=names is not None):
-        variant, making = wanted[name]
-        how = replace(making.carried[form], source=making, file_name=f"{name}.{form}")
+    for (name, form), start_name in _to_carry(recipe, wanted, names).items():
+        carried = name != start_name
+        if start_name not in artifacts:
+            failures |= {name: f"{start_name}, which it is carried from, was not made"} if carried else {}
+            continue
+        making = wanted[start_name][1]
+        how = replace(making.carried[form], source=making)
+        how = replace(how, file_name=start_name + how.file_name)
+        start, variant = artifacts[start_name][0], wanted[name][0]
         try:
-            carried = make_alone(recipe, base, variant, how, show, form=form, source=artifacts[name][0])
-            artifacts[name].append(carried)
-        except UserError as problem:
-            refused[name] = str(problem)
-        except WorkFailed as problem:
-            failures[name] = str(problem)
-            show.say(f"{name} as {form} failed: {problem}")
+            made = make_alone(recipe, base, variant, how, show, form=form, source=start)
+            artifacts[name] = [*artifacts.get(name, []), made]
+        except (WorkFailed, UserError) as problem:
+            told = refused if isinstance(problem, UserError) and not carried else failures
+            told[name] = str(problem)
+            if told is failures:
+                show.say(f"{name} as {form} failed: {problem}")
     return Made(base, artifacts, failures, evaluations, asked, refused)
 
 
-def _carried(
-    recipe: Recipe,
-    artifacts: Mapping[str, list[Artifact]],
-    wanted: Mapping[str, tuple[Variant, Making]],
-    named: bool,
-) -> list[tuple[str, str]]:
-    """Variants that were made, and further forms of them for the engines that the recipe sends them to (all engines, if
-    they are `named`)."""
-    found: dict[tuple[str, str], None] = {}
+def _to_carry(
+    recipe: Recipe, wanted: Mapping[str, tuple[Variant, Making]], names: set[str] | None
+) -> dict[tuple[str, str], str]:
+    """(variant, format) -> the variant whose artifact is carried: variants that are another's, and further forms of a
+    variant for the engines that the recipe sends it to (all engines, if it is one of `names`)."""
+    found: dict[tuple[str, str], str] = {}
     for name, (variant, making) in wanted.items():
+        if isinstance(variant, CarriedVariant):
+            found[name, variant.form] = variant.source
+            continue
         for choice in recipe.backends:
             form = form_for(variant, choice.name)
-            sent = (named or choice.takes(name)) and choice.name not in limits_of(variant)
-            if sent and form in making.carried and artifacts.get(name):
-                found[name, form] = None
-    return list(found)
+            sent = choice.takes(name) if names is None else name in names
+            if sent and choice.name not in limits_of(variant) and form in making.carried:
+                found[name, form] = name
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from workbench.errors import UserError, short, unknown
 from workbench.recipe.messages import validate
 from workbench.recipe.words import bad_name, twin
-from workbench.records import Variant, to_json
+from workbench.records import CarriedVariant, Variant, to_json
 from workbench.worker.backends import BACKENDS, backend_named
 from workbench.worker.methods import BASE, METHODS, Making, Method, method_named
 
@@ -34,9 +34,9 @@ class BackendChoice:
 
 
 def limits_of(variant: Variant) -> dict[str, str]:
-    """Backend name -> why it cannot load what this variant's options make."""
+    """Backend name -> why it cannot load what this variant's options make. What could be carried has no limits."""
     method, options = method_of(variant)
-    return method.limits(options)
+    return {} if isinstance(variant, CarriedVariant) else method.limits(options)
 
 
 def method_of(variant: Variant) -> tuple[Method, Any]:
@@ -48,12 +48,23 @@ def method_of(variant: Variant) -> tuple[Method, Any]:
 def making_of(variant: Variant, cuda: bool = False) -> Making:
     """How a variant is made; `cuda`: on a machine with a GPU."""
     method, options = method_of(variant)
-    return method.making(options, cuda)
+    making = method.making(options, cuda)
+    return making.carried[variant.form] if isinstance(variant, CarriedVariant) else making
+
+
+def forms_of(variant: Variant) -> tuple[str, ...]:
+    """The formats that a variant is made in: first what its method makes, then what that is carried to."""
+    return (variant.form,) if isinstance(variant, CarriedVariant) else method_named(variant.method).WRITES
+
+
+def containers() -> set[str]:
+    """The formats that variants of some method are carried to, the words of `{from: VARIANT}`."""
+    return {form for word in METHODS for form in method_named(word).WRITES[1:]}
 
 
 def form_for(variant: Variant, backend: str) -> str:
     """The format that a backend gets of a variant: the first that it loads, or the first of all if it loads none."""
-    written, loaded = method_named(variant.method).WRITES, backend_named(backend).LOADS
+    written, loaded = forms_of(variant), backend_named(backend).LOADS
     return next((form for form in written if form in loaded), written[0])
 
 
@@ -76,29 +87,62 @@ def parse_variants(raw: Any, where: str) -> tuple[Variant, ...]:
             entry = {entry: {}}
         if not isinstance(entry, dict):
             raise UserError(f"{where}: {place}: write `- METHOD: {{options}}`, with METHOD one of {', '.join(METHODS)}")
-        words = [key for key in entry if key != "name"]
+        words, known = [key for key in entry if key != "name"], {**METHODS, **dict.fromkeys(containers())}
         for word in words:
-            if word not in METHODS:
-                raise unknown("method", str(word), METHODS, f"{where}: {place}")
+            if word not in known:
+                raise unknown("method", str(word), known, f"{where}: {place}")
         if len(words) != 1:
             raise UserError(f"{where}: {place}: one method an entry, found {short(', '.join(words) or 'none')}")
         word = words[0]
-        method = method_named(word)
         value = {} if entry[word] is None else entry[word]
-        if method.SHORTHAND and not isinstance(value, dict):
-            value = {method.SHORTHAND: value}
-        options = validate(TypeAdapter(method.Options), value, where, f"{place}.{word}")
-        try:
-            method.check(options)
-        except UserError as error:
-            raise UserError(f"{where}: {place}: {error}") from None
-        name = entry.get("name", method.default_name(options))
+        variant: Variant
+        if word not in METHODS or (word in containers() and isinstance(value, dict) and "from" in value):
+            variant = _carried(value, word, found, f"{where}: {place}.{word}")
+        else:
+            variant = _made(value, word, where, place)
+        name = entry.get("name", variant.name)
         if reason := bad_name(name):
             raise UserError(f"{where}: {place}.name: {reason}")
         if other := twin(name, [variant.name for variant in found]):
             raise UserError(f"{where}: {place}: a variant named '{short(other)}' is already there; give one a `name`")
-        found.append(Variant(name, word, to_json(options)))
+        found.append(replace(variant, name=name))
     return tuple(found)
+
+
+def _made(value: Any, word: str, where: str, place: str) -> Variant:
+    """A variant by the options of its method, under the name that the method gives it."""
+    method = method_named(word)
+    if method.SHORTHAND and not isinstance(value, dict):
+        value = {method.SHORTHAND: value}
+    options = validate(TypeAdapter(method.Options), value, where, f"{place}.{word}")
+    try:
+        method.check(options)
+    except UserError as error:
+        raise UserError(f"{where}: {place}: {error}") from None
+    return Variant(method.default_name(options), word, to_json(options))
+
+
+def _carried(value: Any, form: str, above: Sequence[Variant], where: str) -> CarriedVariant:
+    """One of the variants `above` in another format: `{from: NAME}`."""
+    if not isinstance(value, dict) or set(value) != {"from"}:
+        more = ", ".join(sorted(str(key) for key in value if key != "from")) if isinstance(value, dict) else value
+        raise UserError(f"{where}: write `{{from: VARIANT}}` and nothing else (found {short(more or 'nothing')})")
+    name, place = value["from"], f"{where}.from"
+    source = next((variant for variant in above if variant.name == name), None)
+    if source is None:
+        raise unknown("variant above it", name, [variant.name for variant in above[1:]], place)
+    method, options = method_of(source)
+    how = method.making(options, cuda=False).carried.get(form)
+    if isinstance(source, CarriedVariant):
+        reason = f"it is carried itself, name {source.source}"
+    elif how is None:
+        able = " or ".join(word for word in METHODS if form in method_named(word).WRITES[1:])
+        reason = f"name a variant of {able}, not {'the base' if source.method == BASE else f'one of {source.method}'}"
+    elif limit := method.limits(options).get(how.python):
+        reason = limit
+    else:
+        return CarriedVariant(f"{form}-{source.name}", source.method, source.options, source.name, form)
+    raise UserError(f"{place}: {name} cannot be carried to {form}: {reason}")
 
 
 def parse_backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple[BackendChoice, ...]:

