@@ -37,10 +37,9 @@ def test_what_was_not_made_is_not_carried(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_in_every_engine_that_reads_gguf(tmp_path: Path, make_llama: Any, make_tokenizer: Any) -> None:
-    """Of four heads of 32, the least that vLLM's attention on a CPU takes."""
-    bench = Bench(tmp_path / "home", tmp_path, make_tokenizer(make_llama(tmp_path / "Tiny", hidden=128)))
-    backends = {"transformers": {}, "llamacpp": {}, "vllm": {"enforce_eager": True, "variants": ["gguf-*"]}}
+def test_in_every_engine_that_reads_gguf(bench: Bench) -> None:
+    """But vLLM, which reads it as any GGUF file (`tests/worker/backends/test_vllm_gguf.py`)."""
+    backends: dict[str, Any] = {"transformers": {}, "llamacpp": {}}
     asked = bench.recipe(**PARTS, backends=backends)
     answer = bench("run", asked, "--variant", "gguf-gptq-4bit-g32", "--format", "json")
     assert answer.returncode == 0, answer.stderr

@@ -182,6 +182,20 @@ def test_a_spoiled_checkpoint_is_refused(
 
 
 @pytest.mark.slow
+def test_each_matrix_is_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the proof computes with is read back from the file."""
+    made, blocks = [], carry.blocks
+
+    def counted(*given: Any) -> Any:
+        made.append(given[1].shape)
+        return blocks(*given)
+
+    monkeypatch.setattr(carry, "blocks", counted)
+    carried(folder / "gptq-4")
+    assert len(made) == 2 * 7
+
+
+@pytest.mark.slow
 def test_rows_in_the_wrong_order_are_found_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof could fail: with the checkpoint's order of rows in the place of the converter's, it does."""
     place = carry._place

@@ -184,8 +184,8 @@ def carry(payload: object, progress: Progress) -> object:
             gguf.convert(
                 {"base": str(numbered), "out": str(converted), "dtype": "float32", "name": source.name}, _quiet
             )
-            error = _write(converted, out, matrices, kinds, plain, progress)
-        _prove(source, out, {matrix.stem: (matrix, kind) for matrix, kind in zip(matrices, kinds, strict=True)})
+            error, places = _write(converted, out, matrices, kinds, plain, progress)
+        _prove(source, out, stems, kinds, places)
     except UserError as problem:
         out.unlink(missing_ok=True)
         raise UserError(f"{source.name} cannot be carried to GGUF: {problem}") from None
@@ -240,8 +240,9 @@ class _Place:
 
 def _write(
     numbered: Path, out: Path, matrices: list[Packed], kinds: list[str], plain: str, progress: Progress
-) -> float:
-    """Write the file that the numbered one stands for; the largest error of any matrix."""
+) -> tuple[float, dict[str, Any]]:
+    """Write the file that the numbered one stands for; the largest error of any matrix, and where rows came to lie:
+    tensor's name -> int [rows, 2] of (row, matrix)."""
     import gguf
     import numpy as np
     from gguf.quants import quant_shape_to_byte_shape
@@ -280,7 +281,7 @@ def _write(
             largest = max(largest, error)
     finally:
         writer.close()
-    return largest
+    return largest, {place.tensor.name: place.rows for place in places if place.rows is not None}
 
 
 def _place(tensor: Any, matrices: list[Packed], kinds: list[str], plain: str) -> _Place:
@@ -322,18 +323,27 @@ def _content(place: _Place, matrices: list[Packed]) -> tuple[Any, float]:
     return made, largest
 
 
-def _prove(source: Path, out: Path, matrices: Mapping[str, tuple[Packed, str]]) -> None:
-    """Compare llama.cpp's logits of the file with the checkpoint's in transformers, its matrices still packed."""
+def _prove(source: Path, out: Path, stems: list[str], kinds: list[str], places: Mapping[str, Any]) -> None:
+    """Compare llama.cpp's logits of the file with the checkpoint's in transformers, its matrices packed as they were
+    written (and compared), but in the checkpoint's own order of rows."""
+    import gguf
+    import numpy as np
     import torch
 
     from workbench.worker.backends.packed import read_checkpoint
     from workbench.worker.ggml.logits import logits_of
 
+    written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(str(out)).tensors}
+
     def layer_of(stem: str, bias: Any) -> Any:
         from workbench_kernels.modules import BlockLinear
 
-        matrix, kind = matrices[stem]
-        return BlockLinear(torch.from_numpy(matrix.in_blocks(kind)[0]), kind, bias)
+        i = stems.index(stem)
+        parts = [
+            (rows[mine, 0], written[name][mine]) for name, rows in places.items() if (mine := rows[:, 1] == i).any()
+        ]
+        order, blocks = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return BlockLinear(torch.from_numpy(blocks[np.argsort(order)]), kinds[i], bias)
 
     model = read_checkpoint(source, "float32", "cpu", "eager", False, layer_of).model
     ids = proof.ids_over(model.config.vocab_size, min(proof.TOKENS, model.config.max_position_embeddings))
