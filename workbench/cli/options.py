@@ -88,6 +88,13 @@ Copies = Annotated[
 ]
 TableFormat = Annotated[str, Option("--format", "-f", help=f"{_either(FORMATS)}.")]
 RowsFormat = Annotated[str, Option("--format", "-f", help=f"As for run, or {_either(FILE_FORMATS)}.")]
+Columns = Annotated[
+    str,
+    Option(
+        help="These columns beside variant and engine, as kld_p99,points.pp2048.median: keys of --format csv.",
+        show_default=False,
+    ),
+]
 TextFormat = Annotated[str, Option("--format", "-f", help="terminal or json.")]
 
 Limits = Annotated[

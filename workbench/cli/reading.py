@@ -22,6 +22,7 @@ def table(
     recipe: o.OnlyRecipe = None,
     machine: o.OnlyMachine = None,
     format: o.RowsFormat = "terminal",
+    columns: o.Columns = "",
     output: o.Output = None,
 ) -> None:
     """Print the comparison table of stored rows; as Parquet, the rows of all machines and evaluations."""
@@ -37,7 +38,8 @@ def table(
         write(output, FILE_FORMATS[format]([row for row in found if machine in (None, machine_of(row))]))
         return
     check_known("format", format, [*FORMATS, *FILE_FORMATS])
-    write(output, FORMATS[format](api.table(stored(rows or [results]), machine=machine, recipe=recipe)))
+    names = [name.strip() for name in columns.split(",") if name.strip()]
+    write(output, FORMATS[format](api.table(stored(rows or [results]), machine=machine, recipe=recipe), names))
     if format == "terminal" and output is None:
         after_table(rows or ([] if results == o.RESULTS else ["--results", results]))
 

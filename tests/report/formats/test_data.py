@@ -94,6 +94,17 @@ def test_what_was_measured_beside_the_headline_is_in_every_form_of_data() -> Non
     assert json.loads(FORMATS["json"](table))[1]["points"]["pp200"]["median"] == pytest.approx(190.909, abs=1e-3)
 
 
+def test_a_printed_table_has_them_too_and_says_what_their_names_mean() -> None:
+    for name in ("terminal", "markdown"):
+        text = " ".join(FORMATS[name](build(rich_rows())).replace("\\", "").split())
+        assert "q on llamacpp, t/s: pp200 190.9 ±83.0%, tg3 @ d200 10.0 ±0.0%, served b4 by groups 2.9 ±83.0%" in text
+        assert "there ppN: reading N prompt tokens; tgN @ dM: writing N tokens after M; bN: N sequences at once" in text
+        assert "served: new tokens of requests" in text and "by groups: the next begin when all of a group have" in text
+        assert "t/s: tokens a second of one sequence. pp100: reading a prompt of 100; tg3 @ d100: writing 3" in text
+    heading = next(line for line in FORMATS["markdown"](build(rich_rows())).splitlines() if line.startswith("|"))
+    assert "code (Δ ppl) |" in heading and "code (KLD) |" in heading and "facts (Δ acc) |" in heading
+
+
 def test_what_stands_below_the_table_is_in_the_data() -> None:
     rows = [*rich_rows(), a_row("base", "vllm", windows=[(4, 8.1), (4, 10.1)]), a_row(machine="lab", started_at="2025")]
     first, *_, last = json.loads(FORMATS["json"](build(rows)))

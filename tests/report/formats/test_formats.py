@@ -17,6 +17,7 @@ import pytest
 
 from tests.places import ROOT
 from tests.rows import a_row, compared, demo_rows, wide_rows
+from workbench.errors import UserError
 from workbench.records import Evaluation, Row, Workload
 from workbench.report.formats import FORMATS
 from workbench.report.formats.data import objects
@@ -86,7 +87,7 @@ def test_markdown_is_aligned_and_escaped() -> None:
     assert len({len(cells_of(line)) for line in lines}) == 1
     cell = cells_of(lines[3])[0]
     assert cell == r"Q4\|\[red\]x\[/red\] &lt;b&gt;\*a\*&lt;/b&gt; \`c\` " + "\N{REPLACEMENT CHARACTER}" + r"\_e\_ next"
-    assert cells_of(lines[4])[-2:] == ["failed", "2"]
+    assert cells_of(lines[4])[7:] == ["failed", "–", "–", "2"]
     assert "\n1. warned " in text and "\n2. " in text
     assert max(map(len, text.splitlines())) < 700  # five thousand x are not shown
     rule = cells_of(lines[1])
@@ -107,27 +108,67 @@ def test_markdown_has_units_and_shorthand() -> None:
         "tg3 @ d100 (t/s)",
         "ppl",
         "Δ ppl",
-        "note",
     ]
+    assert len(lines_of(text)) == 20, "a pair that cannot run has no line"
     assert re.search(r"\| gguf-Q8_0 +\| llamacpp .*\| +92\.0 \| +1\.5 \| +913\.0 \|", text)
     assert "noise floor: Toy-1M has perplexity 11.6672 to 11.6672 on transformers, vllm, llamacpp: 0.000 %" in text
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of rows, of a terminal's table or of markdown's."""
+    return [line for line in text.splitlines() if re.search(r"^(\| )?\S* +\|? ?(transformers|vllm|llamacpp) +", line)]
 
 
 @pytest.mark.parametrize("width", [100, 120, 140])
 def test_the_terminal_fits_and_cuts_no_number(width: int) -> None:
     table = build(wide_rows())
-    text = terminal(table, width)
+    text = terminal(table, (), width)
     assert max(map(len, text.splitlines())) <= width
-    rows = [line for line in text.splitlines() if re.search(r"^\S* +(transformers|vllm|llamacpp) +\d", line)]
-    assert len(rows) == len(table.lines)
-    for line, row in zip(table.lines, rows, strict=True):
+    ran = [line for line in table.lines if not line.row.unsupported]
+    for line, row in zip(ran, lines_of(text)[: len(ran)], strict=True):
         shown = [float(number) for number in re.findall(r"(?<= )\d+\.\d+", row)]
-        for name in ("bits_per_weight", "load_s", "prefill_tok_s", "decode_tok_s", "perplexity"):
+        for name in ("decode_tok_s", "perplexity", "prefill_tok_s"):
             value = line.values[name]
             assert value is None or any(abs(number - value) <= 0.051 for number in shown)
-        assert (line.delta is None) == row.endswith("cannot run  1")
-    assert "…" not in text
-    assert "±" in text and ("%" in "".join(rows)) == (width >= 120)
+    assert "…" not in text and len(ran) == 19
+    left_out = re.search(rf"^left out at {width} columns: (.*) \(", text, re.MULTILINE)
+    assert (left_out[1] if left_out else "") == {100: "size, load", 120: "", 140: ""}[width]
+
+
+@pytest.mark.parametrize("width", range(80, 121))
+def test_no_line_of_the_table_is_wider_than_the_terminal(width: int) -> None:
+    """Also with a further set, an axis of options and long names: divergence, decode and their intervals stay."""
+    long = "awq-4bit-g128-compensated"
+    rows = [compared(row, 0.01) if row.measurement else row for row in wide_rows()]
+    rows += [
+        compared(a_row(long, options={"kv_cache": kv}, windows=[(2560, 6300.0)] * 2, key=kv), 0.2)
+        for kv in ("f16", "q8_0")
+    ]
+    text = terminal(build(rows), (), width)
+    assert max(map(len, text.splitlines())) <= width
+    grid = text.split("\n\n")[1]
+    assert "KLD" in grid and "kv_cache" in grid and " size " not in grid
+    left_out = text.replace("\n", " ").partition(f"left out at {width} columns: ")[2].partition(" (all of it")[0]
+    assert left_out.startswith(("bpw, size, load", "size, load")) and " KLD" not in left_out.replace("± of KLD", "")
+
+
+def test_names_are_cut_before_a_line_is_wrapped() -> None:
+    table = build([a_row(), a_row("n" * 90)])
+    text = terminal(table, (), 80)
+    assert max(map(len, text.splitlines())) == 80 and re.search(r"^n+…n+ +llamacpp", text, re.MULTILINE)
+
+
+def test_any_number_can_be_asked_for() -> None:
+    table = build(compared_rows())
+    names = ["kld_p99", "ttft_s", "noise_floor.low", "disk_bytes"]
+    text = terminal(table, names, 120)
+    assert re.search(r"^variant +backend +kld_p99 +ttft_s +noise_floor.low +disk_bytes$", text, re.MULTILINE)
+    assert re.search(r"^base +transformers +– +0.5 s +11.67 +1.9 MiB$", text, re.MULTILINE)
+    assert re.search(r"\| kld_p99 \| +ttft_s \|", FORMATS["markdown"](table, names))
+    assert FORMATS["csv"](table, names).splitlines()[0] == "variant,backend,kld_p99,ttft_s,noise_floor.low,disk_bytes"
+    assert json.loads(FORMATS["json"](table, names))[0].keys() == {"variant", "backend", *names}
+    with pytest.raises(UserError, match="unknown column 'kld_p98'. Did you mean 'kld_p99'"):
+        FORMATS["terminal"](table, ["kld_p98"])
 
 
 def compared_rows() -> list[Row]:
@@ -136,24 +177,23 @@ def compared_rows() -> list[Row]:
     return [compared(row, next(klds)) if row.measurement else row for row in wide_rows()]
 
 
-def test_divergence_goes_before_the_perplexitys_error_where_it_is_narrow() -> None:
+def test_divergence_and_intervals_go_last_where_it_is_narrow() -> None:
     table = build(compared_rows())
-    texts = {width: terminal(table, width) for width in (160, 125, 110, 50)}
-    for width in (160, 125, 110):
-        assert max(map(len, texts[width].splitlines())) <= width
-    shown = {width: ("%" in text.split("\n\n")[1], "KLD" in text.split("\n\n")[1]) for width, text in texts.items()}
-    assert shown == {160: (True, True), 125: (True, True), 110: (False, False), 50: (False, False)}
-    assert all(len(re.findall(r"cannot run +1$", text, re.MULTILINE)) == 8 for text in texts.values())
-    assert re.search(r" 3\.1e-09 ±0\.0e\+00  50\.00 ±0\.00$", texts[160], re.MULTILINE)
-    line = next(line for line in texts[125].splitlines() if " 12.0000 " in line)
-    assert re.search(r"~?[+-]\d+\.\d+ ±\d+\.\d+ +12\.0000 +50\.00$", line)
-    assert re.search(r"±", next(line for line in texts[110].splitlines() if " llamacpp " in line))
+    texts = {width: terminal(table, (), width) for width in (170, 100, 80, 50)}
+    heads = {width: " ".join(text.split("\n\n")[1].split("─")[0].split()) for width, text in texts.items()}
+    for width, text in texts.items():
+        assert max(map(len, text.splitlines())) <= width
+    assert "load" in heads[170] and "same top" in heads[170] and "left out" not in texts[170]
+    assert not {"load", "size", "same"} & {*heads[100].split()} and "KLD" in heads[100] and "%" in texts[100]
+    assert {"tg3", "KLD", "ppl"} <= {*heads[80].split()} and "peak" not in heads[80]
+    assert {"tg3", "KLD"} <= {*heads[50].split()} and "ppl" not in heads[50]
+    assert re.search(r" 3\.1e-09 ±0\.0e\+00  50\.00 ±0\.00$", texts[170], re.MULTILINE)
 
 
 def test_the_marks_and_columns_are_explained_where_they_are() -> None:
     text = FORMATS["markdown"](build(compared_rows()))
     heading = cells_of(next(line for line in text.splitlines() if line.startswith("|")))
-    assert heading[-5:] == ["ppl", "Δ ppl", "KLD", "same top (%)", "note"]
+    assert heading[-4:] == ["ppl", "Δ ppl", "KLD", "same top (%)"]
     assert "KLD: mean divergence from the base, nats a token; same top: its likeliest token is the base's" in text
     assert "noise floor: divergence of Toy-1M from its own reference: transformers 0, vllm " in text
     plain = FORMATS["markdown"](build(demo_rows()))
@@ -186,20 +226,19 @@ def test_the_table_names_its_convention(score: str, windows: int, scored: int, s
 
 
 def test_a_terminal_that_is_too_narrow_still_shows_whole_numbers() -> None:
-    table = build(wide_rows())
-    assert [re.findall(r"\d+\.\d+", line) for line in terminal(table, 50).splitlines() if " llamacpp " in line][:3] == [
-        re.findall(r"\d+\.\d+", line) for line in terminal(table, 90).splitlines() if " llamacpp " in line
-    ][:3]
+    narrow, wide = (lines_of(terminal(build(wide_rows()), (), width)) for width in (20, 200))
+    for one, other in zip(narrow, wide, strict=True):
+        assert {*re.findall(r"\d+\.\d+", one)} < {*re.findall(r"\d+\.\d+", other)}
 
 
 def test_the_terminal_shows_names_as_they_are_and_reasons_once() -> None:
-    text = terminal(build(nasty_rows()), 200)
+    text = terminal(build(nasty_rows()), (), 200)
     assert "Q4|[red]x[/red] <b>*a*</b> `c` " in text
     assert "[1] warned Q4|[red]x[/red]" in text
-    text = terminal(build(demo_rows()), 120)
+    text = terminal(build(demo_rows()), (), 120)
     assert text.count("vLLM has no GGUF on a CPU") == 1
-    assert len(re.findall(r"cannot run +3$", text, re.MULTILINE)) == 2
-    assert len(re.findall(r"failed +1$", text, re.MULTILINE)) == 1
+    assert "vllm cannot run Q2_K, Q8_0: vLLM has no GGUF on a CPU\n" in text and "[3]" not in text
+    assert len(re.findall(r"failed( +–)+ +1$", text, re.MULTILINE)) == 1
 
 
 def test_a_real_terminal_gets_colour_and_its_width() -> None:
@@ -228,7 +267,7 @@ def test_a_real_terminal_gets_colour_and_its_width() -> None:
     assert "\x1b[1m" in text
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert max(len(line) for line in plain.splitlines()) <= 100
-    assert len(re.findall(r"cannot run", plain)) == 8
+    assert plain.count("vllm cannot run gguf-Q8_0, gguf-Q6_K") == 1
 
 
 def test_a_pipe_gets_plain_text_of_full_width(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import pandas
@@ -20,13 +20,19 @@ if TYPE_CHECKING:
 def _writer(module: str, function: str) -> Callable[..., Any]:
     """A function of a module beside this one, imported when it is called: help texts need the names alone."""
 
-    def write(what: object) -> Any:
-        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(what)
+    def write(*what: object) -> Any:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(*what)
 
     return write
 
 
-FORMATS: dict[str, Callable[[Table], str]] = {
+class TableFormat(Protocol):
+    """How a table is written: all of it, or only the columns of these keys of `data.flattened`."""
+
+    def __call__(self, table: Table, columns: Sequence[str] = (), /) -> str: ...
+
+
+FORMATS: dict[str, TableFormat] = {
     "terminal": _writer("terminal", "terminal"),
     "markdown": _writer("markdown", "markdown"),
     "csv": _writer("data", "comma_separated"),

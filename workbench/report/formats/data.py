@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from workbench.errors import check_known
 from workbench.records import Task
 from workbench.report import quality, speeds
 from workbench.report.doubts import quality_missing
@@ -15,9 +16,10 @@ from workbench.report.store import machine_of
 from workbench.report.table import Line, Score, Table, TableOnSet, workload
 
 
-def comma_separated(table: Table) -> str:
-    """CSV with a header: one record a line, empty where not measured, a pair as two columns."""
-    records = [flattened(record) for record in objects(table)]
+def comma_separated(table: Table, columns: Sequence[str] = ()) -> str:
+    """CSV with a header: one record a line, empty where not measured, a pair as two columns; only `columns` if any are
+    named."""
+    records = _only(table, columns) if columns else [flattened(record) for record in objects(table)]
     text = io.StringIO()
     names = dict.fromkeys(name for record in records for name in record)
     writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
@@ -26,9 +28,22 @@ def comma_separated(table: Table) -> str:
     return text.getvalue()
 
 
-def json_text(table: Table) -> str:
-    """A JSON list of `objects(table)`: SI units, null where not measured, ASCII only."""
-    return json.dumps(objects(table), indent=2, allow_nan=False) + "\n"
+def json_text(table: Table, columns: Sequence[str] = ()) -> str:
+    """A JSON list of `objects(table)`: SI units, null where not measured, ASCII only; only the keys `columns` of
+    `flattened` if any are named."""
+    return json.dumps(_only(table, columns) if columns else objects(table), indent=2, allow_nan=False) + "\n"
+
+
+def chosen(table: Table, names: Sequence[str]) -> list[dict[str, object]]:
+    """Every line `flattened`. Raises `UserError` if one of the names is no key of any."""
+    records = [flattened(record) for record in objects(table)]
+    for name in names:
+        check_known("column", name, dict.fromkeys(key for record in records for key in record))
+    return records
+
+
+def _only(table: Table, names: Sequence[str]) -> list[dict[str, object]]:
+    return [{name: record.get(name) for name in ("variant", "backend", *names)} for record in chosen(table, names)]
 
 
 def flattened(record: Mapping[str, object], prefix: str = "") -> dict[str, object]:

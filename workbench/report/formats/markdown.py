@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from workbench.report.formats.cells import remarks_of, short_text, shown_columns, subtitle, title_of
+from workbench.report.formats.cells import shown_columns
+from workbench.report.formats.prose import footnotes_of, remarks_of, subtitle, title_of
 from workbench.report.table import Table
 
 
-def markdown(table: Table) -> str:
-    """The table as GitHub-flavoured Markdown, aligned in the source too, with its footnotes as a numbered list."""
-    columns = []
-    for column in shown_columns(table, detail=3):
+def markdown(table: Table, names: Sequence[str] = ()) -> str:
+    """The table as GitHub-flavoured Markdown, aligned in the source too, with its footnotes as a numbered list; with
+    the columns of these keys of `data.flattened` if any are named."""
+    columns, shown = [], shown_columns(table, names)
+    for column in shown:
         name, unit = column.heading[:-1], column.heading[-1]
         heading = f"{' '.join(name)} ({unit})" if name else unit
         columns.append([_escaped(heading), *map(_escaped, column.cells)])
-    numbers = [column.number for column in shown_columns(table, detail=3)]
+    numbers = [column.number for column in shown]
     widths = [max(3, *map(len, column)) for column in columns]
     lines = [f"### {_escaped(title_of(table))}", "", *(f"{_escaped(text)}  " for text in subtitle(table)), ""]
-    for place in range(len(table.lines) + 1):
+    for place in range(len(columns[0])):
         cells = [
             column[place].rjust(width) if number else column[place].ljust(width)
             for column, width, number in zip(columns, widths, numbers, strict=True)
@@ -32,8 +35,8 @@ def markdown(table: Table) -> str:
     remarks = remarks_of(table)
     if remarks:
         lines += ["", *(f"- {_escaped(text)}" for text in remarks)]
-    if table.footnotes:
-        lines += ["", *(f"{n}. {_escaped(short_text(text))}" for n, text in enumerate(table.footnotes, start=1))]
+    if notes := footnotes_of(table):
+        lines += ["", *(f"{n}. {_escaped(text)}" for n, text in enumerate(notes, start=1))]
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from workbench.records import Row
-from workbench.report.formats.cells import TextColumn, remarks_of, short_text, shown_columns, subtitle, title_of
+from workbench.report.formats.cells import TextColumn, shown_columns, shown_lines
+from workbench.report.formats.fit import fitted
+from workbench.report.formats.prose import footnotes_of, remarks_of, subtitle, title_of
 from workbench.report.selection import BASE
 from workbench.report.table import Line, Table
 
@@ -13,12 +15,12 @@ WIDEST_TEXT = 120
 """Characters a line of prose under the table may have; the table itself may have more."""
 
 
-def terminal(table: Table, width: int | None = None) -> str:
-    """The table for people, `width` characters wide (default: the terminal's; as wide as it likes in a pipe).
+def terminal(table: Table, columns: Sequence[str] = (), width: int | None = None) -> str:
+    """The table for people, `width` characters wide (default: the terminal's; as wide as it likes in a pipe), with the
+    columns of these keys of `data.flattened` if any are named.
 
-    Where that is too narrow, the spread of the speeds is left out first (and the errors of the divergence), then
-    divergence and agreement, then the perplexity's error.
-    Numbers are never cut or wrapped, so a still narrower terminal gets longer lines.
+    Where that is too narrow, columns and errors go in the order of their ranks, and a line says which. Numbers are
+    never cut or wrapped.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -28,15 +30,16 @@ def terminal(table: Table, width: int | None = None) -> str:
     console = Console(highlight=False)
     if width is None:
         width = console.width if console.is_terminal else 1000
-    for detail in (3, 2, 1, 0):
-        grid = _grid(table, shown_columns(table, detail))
-        needed = cell_len(grid[0][0])
-        if needed <= width:
-            break
+    shown, left_out = fitted(shown_columns(table, columns), width)
+    grid = _grid(table, shown)
+    needed = cell_len(grid[0][0])
+    remarks = remarks_of(table)
+    if left_out:
+        remarks.insert(0, f"left out at {width} columns: {', '.join(left_out)} (all of it: `| less -S`, or --columns)")
 
     reasons = Grid.grid(padding=(0, 1, 0, 0))
-    for number, reason in enumerate(table.footnotes, start=1):
-        reasons.add_row(Text(f"[{number}]"), Text(short_text(reason), overflow="fold"))
+    for number, reason in enumerate(notes := footnotes_of(table), start=1):
+        reasons.add_row(Text(f"[{number}]"), Text(reason, overflow="fold"))
     with console.capture() as captured:
         console.width = min(width, WIDEST_TEXT)
         console.print(Text(title_of(table), style="bold"))
@@ -48,9 +51,9 @@ def terminal(table: Table, width: int | None = None) -> str:
             console.print(Text(text, style=style or "", no_wrap=True, overflow="ignore"), crop=False)
         console.width = min(width, WIDEST_TEXT)
         console.print()
-        for text in remarks_of(table):
+        for text in remarks:
             console.print(Text(text))
-        if table.footnotes:
+        if notes:
             console.print(reasons)
     return "\n".join(text.rstrip() for text in captured.get().rstrip().split("\n")) + "\n"
 
@@ -59,12 +62,13 @@ def _grid(table: Table, columns: Sequence[TextColumn]) -> list[tuple[str, str | 
     """The table's lines with their styles, heading first. By hand: rich takes a millisecond a line for its own grid."""
     from rich.cells import cell_len
 
+    lines = shown_lines(table.lines)
     height = max(len(column.heading) for column in columns)
     stacked = []
     for place, column in enumerate(columns):
         cells = [*[""] * (height - len(column.heading)), *column.heading, *column.cells]
         if place == 0:  # a variant is named once, above its further engines
-            groups = [_group(line.row) for line in table.lines]
+            groups = [_group(line.row) for line in lines]
             for i in range(len(groups) - 1, 0, -1):
                 if groups[i] == groups[i - 1]:
                     cells[height + i] = ""
@@ -75,10 +79,10 @@ def _grid(table: Table, columns: Sequence[TextColumn]) -> list[tuple[str, str | 
             for cell, breadth in zip(cells, breadths, strict=True)
         ]
         stacked.append(padded)
-    lines = ["  ".join(cells) for cells in zip(*stacked, strict=True)]
-    styles = ["bold"] * height + [_style(line) for line in table.lines]
-    styled = list(zip(lines, styles, strict=True))
-    return [*styled[:height], ("─" * cell_len(lines[0]), None), *styled[height:]]
+    texts = ["  ".join(cells) for cells in zip(*stacked, strict=True)]
+    styles = ["bold"] * height + [_style(line) for line in lines]
+    styled = list(zip(texts, styles, strict=True))
+    return [*styled[:height], ("─" * cell_len(texts[0]), None), *styled[height:]]
 
 
 def _group(row: Row) -> tuple[str, str]:
@@ -88,6 +92,4 @@ def _group(row: Row) -> tuple[str, str]:
 def _style(line: Line) -> str | None:
     if line.row.error:
         return "red"
-    if line.row.unsupported:
-        return "dim"
     return "bold" if line.row.artifact.method == BASE else None
