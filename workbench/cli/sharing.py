@@ -14,13 +14,21 @@ from workbench.console import Console, write
 def publish(folder: o.SiteFolder, results: o.Results = o.RESULTS, url: o.SiteUrl = "") -> None:
     """Write a static site: latest tables, history, regressions, a feed and a badge."""
     from workbench.report.site import publish as wing
+    from workbench.report.verdicts.causes import spoken
+    from workbench.report.verdicts.steps import by_cause
     from workbench.worker.backends import serving_command
 
     still = wing.publish(stored([results], everything=True), folder, url, serving_command)
     print(folder / "index.html")
-    for step in still:
-        where = wing.path_of(step.series.machine, step.series.recipe)
-        print(f"{step.series.label}: {step.metric} {step.relative:+.1%} since {step.first.at[:10]} ({where})")
+    for group in by_cause(still):
+        first = group[0]
+        where = ", ".join(dict.fromkeys(wing.path_of(step.series.machine, step.series.recipe) for step in group))
+        print(
+            f"{first.series.pair.backend} on {first.series.machine} since {first.first.at[:10]}: {len(group)} worse "
+            f"({where}); {spoken(step.changed for step in group)}"
+        )
+        for step in group:
+            print(f"  {step.series.label}: {step.metric} {step.relative:+.1%}")
 
 
 def nightly(

@@ -130,5 +130,9 @@ def test_the_command(tmp_path: Path) -> None:
         store.append(tmp_path / "results", "desk", row)
     done = command("publish", str(tmp_path / "site"), "--results", str(tmp_path / "results"))
     assert done.returncode == 0, done.stderr
-    assert re.search(r"q on llamacpp: decode_tok_s -1\d\.\d% since 2026-10-13 \(desk/toy.html\)", done.stdout)
+    assert done.stdout.splitlines()[1] == (
+        "llamacpp on desk since 2026-10-13: 1 worse (desk/toy.html); "
+        "changed with it: toy 1.0 -> 2.0, commit 0011beef -> 0012beef"
+    )
+    assert re.fullmatch(r"  q on llamacpp: decode_tok_s -1\d\.\d%", done.stdout.splitlines()[2])
     assert (tmp_path / "site" / "desk" / "toy.html").exists()

@@ -218,7 +218,7 @@ def test_the_text_tells_what_moved_and_counts_the_rest() -> None:
         "same",
     ]
     assert text(a_comparison(STILL)).splitlines()[1:] == ["note: a note"]
-    assert text(a_comparison(SLOWER, lost="x" * 300)).splitlines()[4] == f"  lost      {'x' * 200}"
+    assert text(a_comparison(SLOWER, lost="x" * 300)).splitlines()[3] == f"  lost      {'x' * 200}"
 
 
 def test_the_objects_are_flat() -> None:

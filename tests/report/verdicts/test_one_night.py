@@ -133,12 +133,11 @@ def test_the_reason_has_the_numbers() -> None:
     assert alarm.label == "base on llamacpp"
     verdict = judge(before, [timed(50.0), timed(48.0), timed(45.0)])
     assert text(verdict, "toy", "desk") == (
-        "toy on desk: regressed, 1 pairs compared with the good nights before.\n- base on llamacpp: "
-        + alarm.reason
-        + "\n"
+        "toy on desk: regressed, 1 pairs compared with the good nights before.\n\n"
+        f"llamacpp, 1 alarm; no version changed with it\n\n- base on llamacpp: {alarm.reason}\n"
     )
     long = NightVerdict((replace(alarm, metric=None, reason="y" * 500),), (), 1)
-    assert text(long, "toy", "desk").splitlines()[1] == "- base on llamacpp: broken: " + "y" * (400 - len("broken: "))
+    assert text(long, "toy", "desk").splitlines()[4] == "- base on llamacpp: broken: " + "y" * (400 - len("broken: "))
 
 
 def test_a_night_in_one_word() -> None:

@@ -13,6 +13,7 @@ from workbench.report.metrics import METRICS
 from workbench.report.site import svg
 from workbench.report.site.words import engine_word
 from workbench.report.units import amount, printable
+from workbench.report.verdicts.steps import by_cause
 
 
 def fill(name: str, **values: object) -> str:
@@ -33,6 +34,6 @@ def _renderer(name: str) -> Callable[..., str]:
         # What is no longer plain text, jinja2's Markup, is of templates and comes from here.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    found.filters |= {"amount": amount, "engine": engine_word}
+    found.filters |= {"amount": amount, "engine": engine_word, "by_cause": by_cause}
     found.globals |= {"metrics": METRICS, "svg": svg}
     return found.get_template(name).render

@@ -37,6 +37,7 @@ from workbench.report.metrics import JUDGED, METRICS, Metric
 from workbench.report.selection import Pair, by_pair, evaluation_digest, labels_of
 from workbench.report.store import machine_named, machine_of
 from workbench.report.units import amount, printable
+from workbench.report.verdicts.causes import Changed, differing, grouped, known_versions, spoken
 
 Verdict = Literal["better", "worse", "same", "undecided"]
 
@@ -69,6 +70,8 @@ class Comparison:
     notes: tuple[str, ...] = ()
     labels: dict[Pair, str] = field(default_factory=dict)
     """What people read of each pair."""
+    causes: dict[Pair, Changed] = field(default_factory=dict)
+    """What else differs between the two measurements of a pair."""
 
     def __str__(self) -> str:
         return text(self)
@@ -115,11 +118,13 @@ def compare(
     labels = labels_of({pair: rows[-1] for pair, rows in (before | after).items()})
     changes: dict[Pair, tuple[Change, ...]] = {}
     lost: dict[Pair, str] = {}
+    causes: dict[Pair, Changed] = {}
     for pair in before:
         if pair not in after:
             continue
         measured_old = [row for row in before[pair] if row.measurement]
         measured_new = [row for row in after[pair] if row.measurement]
+        causes[pair] = differing(known_versions(before[pair][-1]), known_versions(after[pair][-1]))
         if measured_old and not measured_new:
             last = after[pair][-1]
             lost[pair] = last.error or last.unsupported or "it was not measured"
@@ -136,6 +141,7 @@ def compare(
         only_new=tuple(pair for pair in after if pair not in before),
         notes=tuple(notes),
         labels=labels,
+        causes=causes,
     )
 
 
@@ -243,19 +249,24 @@ def json_text(comparison: Comparison) -> str:
 
 
 def text(comparison: Comparison, everything: bool = False) -> str:
-    """Lines for people: what is better or worse, what was lost, and the count of the rest (or all of it)."""
+    """Lines for people: what is better or worse and what was lost, by engine under what changed with it, and the count
+    of the rest (or all of it)."""
     counts = dict.fromkeys(("worse", "better", "undecided", "same"), 0)
-    lines: list[str] = []
+    told: dict[Pair, list[str]] = {}
     for pair, changes in comparison.changes.items():
-        shown = []
         for change in sorted(changes, key=lambda c: list(counts).index(c.verdict)):
             counts[change.verdict] += 1
             if everything or change.verdict in ("worse", "better"):
-                shown.append(f"  {change.verdict:9} {describe(change)}")
-        if shown:
-            lines += [printable(comparison.labels[pair]), *shown]
+                told.setdefault(pair, []).append(f"  {change.verdict:9} {describe(change)}")
     for pair, reason in comparison.lost.items():
-        lines += [printable(comparison.labels[pair]), f"  lost      {printable(reason)[:200]}"]
+        told.setdefault(pair, []).append(f"  lost      {printable(reason)[:200]}")
+    lines: list[str] = []
+    for group in grouped(told, lambda pair: pair.backend):
+        causes = [comparison.causes.get(pair, {}) for pair in group]
+        if any(causes):
+            lines.append(f"{printable(group[0].backend)}, {printable(spoken(causes))}:")
+        for pair in group:
+            lines += [printable(comparison.labels[pair]), *told[pair]]
     for title, pairs in (("only in the first", comparison.only_old), ("only in the second", comparison.only_new)):
         if pairs:
             lines.append(f"{title}: {', '.join(printable(comparison.labels[pair]) for pair in pairs)}")

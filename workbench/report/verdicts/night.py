@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NotRequired, TypedDict
 
 from workbench.records import Moment, Row
@@ -27,6 +27,7 @@ from workbench.report.metrics import JUDGED, METRICS
 from workbench.report.selection import Pair, by_pair, evaluation_digest, labels_of, pair_of
 from workbench.report.units import amount, printable
 from workbench.report.verdicts import compare
+from workbench.report.verdicts.causes import Changed, differing, grouped, known_versions, spoken
 
 WATCHED = {name: judged.threshold for name, judged in JUDGED.items() if judged.nightly}
 """Relative change for the worse that matters on a night, by metric."""
@@ -53,6 +54,8 @@ class Alarm:
     """The reason in words, with the numbers."""
     label: str = ""
     """What people read of the pair."""
+    changed: Changed = field(default_factory=dict)
+    """What differs from the last good night."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,14 @@ def judge(before: Sequence[Row], tonight: Sequence[Row], notes: Sequence[NightNo
         else:
             alarms += found
     labels = labels_of({pair: rows[-1] for pair, rows in now.items()})
-    told = tuple(replace(alarm, label=labels[alarm.pair]) for alarm in alarms)
+    told = tuple(
+        replace(
+            alarm,
+            label=labels[alarm.pair],
+            changed=differing(known_versions(levels[alarm.pair][-1][-1]), known_versions(now[alarm.pair][-1])),
+        )
+        for alarm in alarms
+    )
     return NightVerdict(told, tuple(suspects), compared)
 
 
@@ -153,11 +163,18 @@ def note_of(recipe: str, since: str, until: str, verdict: NightVerdict) -> Night
 
 
 def text(verdict: NightVerdict, recipe: str, machine: str) -> str:
-    """The night in lines of markdown, for a log and for an issue."""
+    """The night in lines of markdown, for a log and for an issue: by engine, under what changed since the last good
+    night, and then by metric."""
     lines = [f"{recipe} on {machine}: {verdict.word}, {verdict.compared} pairs compared with the good nights before."]
-    for alarm in verdict.alarms:
-        what = alarm.reason if alarm.metric else f"broken: {alarm.reason}"
-        lines.append(f"- {printable(alarm.label)}: {printable(what)[:400]}")
+    order = {name: place for place, name in enumerate([None, *WATCHED])}
+    alarms = sorted(verdict.alarms, key=lambda alarm: order[alarm.metric])
+    for group in grouped(alarms, lambda alarm: alarm.pair.backend):
+        count = f"{len(group)} alarm{'s' if len(group) > 1 else ''}"
+        cause = spoken(alarm.changed for alarm in group)
+        lines += ["", f"{printable(group[0].pair.backend)}, {count}; {printable(cause)}", ""]
+        for alarm in group:
+            what = alarm.reason if alarm.metric else f"broken: {alarm.reason}"
+            lines.append(f"- {printable(alarm.label)}: {printable(what)[:400]}")
     return "\n".join(lines) + "\n"
 
 

@@ -23,6 +23,7 @@ from workbench.report.metrics import JUDGED, METRICS
 from workbench.report.selection import Pair, evaluation_digest, labels_of, pair_of
 from workbench.report.store import machine_of
 from workbench.report.table import Table
+from workbench.report.verdicts.causes import differing, grouped, known_versions
 
 WINDOW = 7
 """Points on each side that a level is read from."""
@@ -88,10 +89,8 @@ class Step:
 
     @property
     def changed(self) -> dict[str, tuple[str, str]]:
-        """The versions (and the commit) that differ between the two nights."""
-        names = dict.fromkeys([*self.last.versions, *self.first.versions])
-        both = {name: (self.last.versions.get(name, ""), self.first.versions.get(name, "")) for name in names}
-        return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+        """The versions (and the commit, and the driver) that differ between the two nights."""
+        return differing(self.last.versions, self.first.versions)
 
 
 def series_of(rows: Sequence[Row]) -> list[Series]:
@@ -131,6 +130,14 @@ def series_like(table: Table, series: Sequence[Series]) -> list[Series]:
     ]
 
 
+def by_cause(steps: Sequence[Step]) -> list[list[Step]]:
+    """Steps of one night, machine and engine together, the newest night first; of each, metric by metric."""
+    order = {name: place for place, name in enumerate(JUDGED)}
+    ordered = sorted(steps, key=lambda step: order[step.metric])
+    groups = grouped(ordered, lambda step: (step.first.at[:10], step.series.machine, step.series.pair.backend))
+    return sorted(groups, key=lambda group: group[0].first.at[:10], reverse=True)
+
+
 def point_of(row: Row) -> SeriesPoint:
     """A row as a point of its series."""
     values = {}
@@ -141,7 +148,7 @@ def point_of(row: Row) -> SeriesPoint:
                 values[name] = value
     # The reference is a version of nothing, but where it changed, divergences are not comparable.
     reference = quality.reference(row)
-    versions = row.versions if reference is None else row.versions | {"reference": reference}
+    versions = known_versions(row) | ({} if reference is None else {"reference": reference})
     return SeriesPoint(row.started_at, values, versions, row.error)
 
 
