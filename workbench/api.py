@@ -158,7 +158,8 @@ def compare(
 ) -> Comparison:
     """Two sets of rows, metric by metric: better, worse, same or undecided.
 
-    Each set: rows, a file, folder or URL of them, or a date or a commit, which is looked for in `results`.
+    Each set: rows, a file, folder or URL of them, or a date or a commit, which is looked for in `results`; or both a
+    variant there, as `"gguf-Q4_K_M", "gguf-Q5_K_M"`: the second beside the first, engine by engine.
     `thresholds`: the relative change that matters, by metric, as `{"decode_tok_s": 0.05}`. `say` is told
     of lines that are no rows.
     """
@@ -167,8 +168,11 @@ def compare(
     known = _rows(results, True, say) if _is_word(old) or _is_word(new) else []
     if not known and (_is_word(old) or _is_word(new)):
         raise UserError(f"{results}: nothing measured yet, so no date or commit to choose")
-    before, after = (wing.select(known, str(spec)) if _is_word(spec) else _rows(spec, True, say) for spec in (old, new))
     limits = dict(thresholds or {})
+    if _is_word(old) and _is_word(new) and {str(old), str(new)} & {row.artifact.variant for row in known}:
+        of_both = wing.of_variants(known, str(old), str(new), machine, recipe, evaluation)
+        return wing.compare(*of_both, thresholds=limits)
+    before, after = (wing.select(known, str(spec)) if _is_word(spec) else _rows(spec, True, say) for spec in (old, new))
     only = {"machine": machine, "evaluation": evaluation, "recipe": recipe}
     return wing.compare(before, after, thresholds=limits, measurement_version=measurement_version, **only)
 

@@ -53,7 +53,7 @@ Results = Annotated[
     str, Option("--results", help="The folder, or URL of one, that rows are stored in.", callback=_home)
 ]
 OldRows = Annotated[
-    str, Argument(metavar="A", help="A file, folder or URL of rows, a date or a commit.", callback=_home)
+    str, Argument(metavar="A", help="A file, folder or URL of rows, a date, a commit or a variant.", callback=_home)
 ]
 NewRows = Annotated[str, Argument(metavar="B", help="The same, for the later ones.", callback=_home)]
 

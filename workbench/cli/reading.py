@@ -56,7 +56,7 @@ def compare(
     everything: o.Everything = False,
     format: o.TextFormat = "terminal",
 ) -> None:
-    """Compare two sets of rows, metric by metric: better, worse, same or undecided."""
+    """Compare two sets of rows, or two variants, metric by metric: better, worse, same or undecided."""
     from workbench.report.verdicts import compare as wing
 
     check_known("format", format, ["terminal", "json"])

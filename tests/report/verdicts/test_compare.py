@@ -225,6 +225,27 @@ def test_dates_and_commits_select() -> None:
         select(rows, "yesterday")
 
 
+def test_two_variants_are_compared_engine_by_engine(tmp_path: Path) -> None:
+    rows = [
+        scored([199.0, 209.0, 189.0]),
+        scored([200.0, 210.0, 190.0], variant="Q5", started_at="2026-11-22T10:00:00Z"),
+        scored([202.0, 212.1, 191.9], variant="Q4"),
+        scored([200.0, 210.0, 190.0], variant="Q5", backend="vllm"),
+    ]
+    for row in rows:
+        store.append(tmp_path, "desk", row)
+    done = command("compare", "Q5", "Q4", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 pairs on desk: 1 worse, ")
+    assert "Q5 -> Q4 on llamacpp\n  worse     perplexity " in done.stdout and "(95 %: +" in done.stdout
+    assert "only in the first: Q5 -> Q4 on vllm\n" in done.stdout
+    back = command("compare", "Q4", "Q5", "--results", str(tmp_path), "--fail", "perplexity:0.5%")
+    assert back.returncode == 0 and "better    perplexity" in back.stdout
+    assert command("compare", "Q5", "Q4", "--results", str(tmp_path), "--fail", "perplexity:0.5%").returncode == 1
+    typo = command("compare", "Q5", "Q6", "--results", str(tmp_path))
+    assert typo.returncode == 2 and "unknown variant 'Q6'. Known: Q4, Q5, base." in typo.stderr
+
+
 def test_pairs_that_differ_only_in_an_option_say_so() -> None:
     old = [timed(STEADY, options={"kv_cache": kv, "threads": 2}, key=kv) for kv in ("f16", "q8_0")]
     new = [timed([80.0, 80.5, 79.5], options={"kv_cache": "q8_0", "threads": 2})]

@@ -27,7 +27,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from workbench.errors import UserError, unknown
@@ -36,6 +36,7 @@ from workbench.report import estimates, quality
 from workbench.report.metrics import JUDGED, METRICS, Metric
 from workbench.report.selection import Pair, by_pair, evaluation_digest, labels_of
 from workbench.report.store import machine_named, machine_of
+from workbench.report.table import build
 from workbench.report.units import amount, printable
 from workbench.report.verdicts.causes import Changed, differing, grouped, known_versions, spoken
 
@@ -217,13 +218,31 @@ def select(rows: Sequence[Row], spec: str) -> list[Row]:
     elif re.fullmatch(r"[0-9a-f]{4,40}(-dirty)?", spec):
         found = [row for row in rows if _same_commit(row.versions.get("commit", ""), spec)]
     else:
-        raise UserError(f"{spec}: neither a file, nor a date such as 2026-11-20, nor a commit")
+        raise UserError(f"{spec}: neither a file, nor a date such as 2026-11-20, nor a commit, nor one of two variants")
     if not found:
         what = "dates" if dated else "commits"
         known = dict.fromkeys(row.started_at[:10] if dated else row.versions.get("commit", "") for row in rows)
         last = ", ".join([name for name in known if name][-8:]) or "none"
         raise UserError(f"{spec}: no row of that {what[:-1]}. The latest {what}: {last}")
     return found
+
+
+def of_variants(
+    rows: Sequence[Row], old: str, new: str, machine: str | None, recipe: str | None, evaluation: str | None
+) -> tuple[list[Row], list[Row]]:
+    """The rows of two variants that would stand in one table, as if both were of one, so that they make pairs by engine
+    and options. Raises `UserError` with the nearest name if one is no variant."""
+    known = {row.artifact.variant for row in rows}
+    for name in (old, new):
+        if name not in known:
+            raise unknown("variant", name, known, "results")
+    lines = build(rows, machine, recipe, evaluation).lines
+
+    def as_one(name: str) -> list[Row]:
+        own = [line.row for line in lines if line.row.artifact.variant == name]
+        return [replace(row, artifact=replace(row.artifact, variant=f"{old} -> {new}")) for row in own]
+
+    return as_one(old), as_one(new)
 
 
 def objects(comparison: Comparison) -> list[dict[str, object]]:
