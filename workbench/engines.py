@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 
 from workbench.errors import UserError, WorkFailed
@@ -29,6 +31,14 @@ def uses_gpu(backend: str) -> bool:
         return bool(ask(f"{BACKENDS[backend]}:sees_cuda", None, python=python, limit_s=LIMIT_S))
     except (UserError, WorkFailed):
         return False
+
+
+def crowded(backend: str, options: Mapping[str, object]) -> str | None:
+    """What to tell of a backend that is to use more threads than it may have processors; None if there is nothing."""
+    threads, here = options.get("threads"), len(os.sched_getaffinity(0))
+    if not isinstance(threads, int) or threads <= here:
+        return None
+    return f"{backend}: {threads} threads, and the program may use {here} processors here: it will be slower for it"
 
 
 def idle_gpu(backend: str) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from workbench.console import Show
-from workbench.engines import idle_gpu
+from workbench.engines import crowded, idle_gpu
 from workbench.home import home, lock, remember
 from workbench.machine.identity import machine
 from workbench.profile.jobs import already_measured, harness_missing, is_scored, pairs_of, planned_row
@@ -65,6 +65,9 @@ def profile(
     key = digest([*keys.values()]) if len(keys) > 1 else next(iter(keys.values()), None)
     for name, reason in harness_missing(made, {choice.name for choice, _ in pairs}).items():
         show.say(f"note: {reason} ({name})")
+    for told in dict.fromkeys(crowded(choice.name, choice.options) for choice, _ in pairs):
+        if told:
+            show.say(f"note: {told}")
     for name in dict.fromkeys(choice.name for choice, _ in pairs):
         if told := idle_gpu(name):
             show.say(f"note: {told}")

@@ -87,6 +87,9 @@ def plan(
     from workbench.plan import formats
 
     check_known("format", format, formats.FORMATS)
-    made = api.plan(recipe, memory=memory, context=context, batch=batch, device=device)
+    loaded = api.load(recipe)
+    if loaded.base.hub and format == "terminal":
+        print(f"reading what the hub has of {loaded.base.hub}: its configuration and headers", file=sys.stderr)
+    made = api.plan(loaded, memory=memory, context=context, batch=batch, device=device)
     sys.stdout.write(formats.FORMATS[format](made))
     raise typer.Exit(0 if any(need.fits for need in made.needs) else 1)

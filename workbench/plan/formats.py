@@ -73,20 +73,35 @@ def terminal(plan: Plan) -> str:
             "cannot run" if need.unsupported else "yes" if need.fits else "NO",
             marks,
         )
-    sequences = " or ".join(dict.fromkeys(f"{point.batch} x {point.tokens:,}" for point in plan.points))
     console = Console(highlight=False, width=160)
     with console.capture() as captured:
         console.print(
-            f"{plan.model}: {plan.parameters / 1e6:,.1f} million weights; {sequences} tokens; "
-            f"{size_text(plan.memory_bytes)} of {'GPU' if plan.device == 'cuda' else 'host'} memory\n"
+            f"{plan.model}: {plan.parameters / 1e6:,.1f} million weights; "
+            f"{size_text(plan.memory_bytes)} of {'GPU' if plan.device == 'cuda' else 'host'} memory"
         )
+        console.print(f"{_sequences(plan)}\n")
         console.print(grid)
         console.print(f"\ndisk for all of it: {size_text(plan.disk_bytes)}, {size_text(plan.free_disk_bytes)} free")
         if plan.disk_bytes > plan.free_disk_bytes:
             console.print("  not enough: make room, or set WORKBENCH_HOME to a larger disk")
+        for text in plan.notes:
+            console.print(f"note: {text}", markup=False)
         for text, number in footnotes.items():
             console.print(f"[{number}] {text}", markup=False)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().split("\n")) + "\n"
+
+
+def _sequences(plan: Plan) -> str:
+    """`1 sequence of 640 or 4,224 tokens; 8 sequences of 640 tokens`, and how a row answers for several."""
+    lengths: dict[int, set[int]] = {}
+    for point in plan.points:
+        lengths.setdefault(point.batch, set()).add(point.tokens)
+    parts = [
+        f"{batch} sequence{'s' if batch > 1 else ''} of {' or '.join(f'{each:,}' for each in sorted(found))} tokens"
+        for batch, found in sorted(lengths.items())
+    ]
+    several = sum(map(len, lengths.values())) > 1
+    return "; ".join(parts) + ("; each row is for what needs most" if several else "")
 
 
 FORMATS = {"terminal": terminal, "json": json_text}

@@ -23,6 +23,7 @@ from workbench.home import home
 from workbench.machine.work import ask
 from workbench.plan.need import Need, Plan, need_of
 from workbench.plan.tensors import shape_of
+from workbench.plan.texts import check_texts
 from workbench.recipe.choices import BackendChoice, form_for, forms_of, method_of, wants_gguf_base
 from workbench.recipe.load import Recipe
 from workbench.records import BaseRequest, CarriedVariant, Variant, to_json
@@ -49,16 +50,24 @@ def make(
     workload is looked at. `shape`: the base's, where it was read before. Raises `UserError` for a context longer
     than the model's, or a GPU that is not here.
     """
-    from workbench.engines import uses_gpu
+    from workbench.engines import crowded, uses_gpu
     from workbench.machine.identity import machine
 
-    here = machine()
+    here, notes = machine(), list[str]()
+    if memory_bytes is not None and cuda is None and not here.gpus:
+        notes.append("on the processor, since there is no GPU here; --device cuda plans for one")
     cuda = any(uses_gpu(choice.name) for choice in recipe.backends) if cuda is None else cuda
     if memory_bytes is None:
         if cuda and not here.gpus:
             raise UserError("--device cuda: there is no GPU here; say how much memory it has: --memory 24GiB")
         memory_bytes = min(gpu.memory_bytes for gpu in here.gpus) if cuda else here.memory_bytes
-    shape = shape or shape_of(_read(recipe), f"{recipe.path}: base")
+    anew = shape is None
+    if shape is None:
+        read = _read(recipe)
+        shape = shape_of(read, f"{recipe.path}: base")
+        if read["tensors"] is None and not (recipe.base.config or recipe.base.equivalent):
+            notes.append("no weights are at hand: their sizes follow from the base's config.json")
+    notes += filter(None, (crowded(choice.name, choice.options) for choice in recipe.backends))
     load = recipe.workload
     for value, name in ((context, "context"), (batch, "batch")):
         if value is not None and not 1 <= value <= MOST:
@@ -74,6 +83,7 @@ def make(
     points = [Sequences(*size, window) for size in sizes]
     longest = max(point.tokens for point in points)
     check_context(recipe, shape.context_tokens, context)
+    notes += check_texts(recipe) if anew else []
     needs = []
     for choice in recipe.backends:
         for variant in recipe.variants:
@@ -93,6 +103,7 @@ def make(
         disk_bytes=_all_disk(recipe, shape),
         free_disk_bytes=shutil.disk_usage(_existing(home())).free,
         needs=tuple(needs),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 

@@ -64,6 +64,8 @@ class Plan:
     needs: tuple[Need, ...]
     """Each at the point that needs most."""
     points: tuple[Sequences, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Where it knows less than it might, and what of the recipe is odd."""
 
     def __str__(self) -> str:
         from workbench.plan.formats import terminal

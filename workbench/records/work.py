@@ -111,6 +111,15 @@ class TokenSets:
 
 
 @dataclass(frozen=True)
+class TextsRequest:
+    """`worker.tokens.check:check`."""
+
+    sets: list[TokenSet]
+    tasks: dict[str, dict[str, Any]]
+    """As in a `TasksRequest`."""
+
+
+@dataclass(frozen=True)
 class TasksRequest:
     """`worker.tokens.tasks:build`."""
 

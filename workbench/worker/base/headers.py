@@ -17,9 +17,16 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.records import BaseRequest, from_json
-from workbench.shape import FLOATS, Described
+from workbench.shape import DTYPE_BYTES, FLOATS, Described
 from workbench.worker import Progress
-from workbench.worker.base.checkpoint import StoredTensor, main_dtype, parameters_of, read_model
+from workbench.worker.base.checkpoint import (
+    PICKLES,
+    StoredTensor,
+    checked_config,
+    main_dtype,
+    parameters_of,
+    read_model,
+)
 from workbench.worker.base.equivalent import equivalent_sizes
 from workbench.worker.base.floats import as_plain
 from workbench.worker.base.gguf_config import check_keys, lost
@@ -41,7 +48,7 @@ def read(payload: object, progress: Progress) -> Described:
         found = Described(config=config_of(source.config), dtype="bfloat16", tensors=None, naming="hf")
     else:
         path, _ = source.located()
-        found = _of_files(*read_model(path, request.allow_remote_code)) if path.is_dir() else _of_gguf(path)
+        found = _of_directory(path, request.allow_remote_code) if path.is_dir() else _of_gguf(path)
     if request.equivalent:
         _, new = equivalent_sizes(found["config"], request.equivalent["hidden"])
         config = {**found["config"], **new.in_config()}
@@ -50,8 +57,19 @@ def read(payload: object, progress: Progress) -> Described:
     return found
 
 
-def _of_files(config: Mapping[str, Any], tensors: dict[str, StoredTensor]) -> Described:
-    """From a `config.json` and the headers of safetensors files."""
+def _of_directory(path: Path, remote_code: bool) -> Described:
+    """From a directory of a model, or of nothing but its configuration."""
+    if any(file.name.endswith((".safetensors", ".index.json", *PICKLES)) for file in path.iterdir()):
+        return _of_files(*read_model(path, remote_code))
+    return _of_files(checked_config(path, remote_code), None)
+
+
+def _of_files(config: Mapping[str, Any], tensors: dict[str, StoredTensor] | None) -> Described:
+    """From a `config.json` and the headers of safetensors files, where there are any."""
+    if tensors is None:
+        said = str(config.get("dtype") or config.get("torch_dtype"))
+        dtype = said if said in DTYPE_BYTES else "bfloat16"
+        return Described(config=config, dtype=dtype, tensors=None, naming="hf")
     counted = parameters_of(config, as_plain(config, tensors))
     shapes = {name: list(tensor.shape) for name, tensor in counted.items()}
     return Described(config=config, dtype=main_dtype(counted), tensors=shapes, naming="hf")

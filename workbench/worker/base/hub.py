@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,35 @@ from workbench.worker.base.checkpoint import (
     read_model,
 )
 
+REACH_S = 8.0
+"""Seconds in which a hub that can be reached has answered; its client would try for half a minute."""
+
 
 def is_offline() -> bool:
     """Whether the environment forbids asking the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def _why_not(offline: bool) -> str:
+    """Why the hub is not asked, and what to do about it; empty where it can be."""
+    if offline:
+        return "the hub is off (HF_HUB_OFFLINE or `offline`): unset it"
+    _client()
+    constants, utils = (importlib.import_module(f"huggingface_hub.{name}") for name in ("constants", "utils"))
+    reason = [f"no answer in {REACH_S:.0f} s"]
+
+    def ask() -> None:
+        try:
+            utils.get_session().head(constants.ENDPOINT, timeout=REACH_S)
+            reason[0] = ""
+        except Exception as error:  # its client's, which differ by version
+            reason[0] = re.sub(r"\s+", " ", str(error))[:120]
+
+    # In a thread: to look up a name may take longer than any limit.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(REACH_S)
+    return f"the hub cannot be reached ({reason[0]}): check the connection" if reason[0] else ""
 
 
 def download(repo: str, revision: str, offline: bool, progress: Progress, weights: bool = True) -> Path:
@@ -41,14 +68,15 @@ def download(repo: str, revision: str, offline: bool, progress: Progress, weight
     patterns = [*TOKENIZER_FILES, *CONFIG_FILES, *(["*.safetensors", "*.safetensors.index.json"] if weights else [])]
     where = f"hub repository '{repo}' at '{revision}'"
     progress(0, 1, f"fetching {repo}")
-    with _hub_faults(repo, revision, offline):
+    why_not = _why_not(offline)
+    with _hub_faults(repo, revision, why_not):
         path = huggingface_hub.snapshot_download(
             repo,
             revision=revision,
             allow_patterns=patterns,
             # Sub-folders hold other formats (onnx/, original/); `consolidated` repeats all weights once more.
             ignore_patterns=["*/*", f"{MISTRAL_FORMAT}*"],
-            local_files_only=offline,
+            local_files_only=bool(why_not),
         )
     found = Path(path)
     files = sorted(found.glob("*.safetensors")) if weights else []
@@ -57,7 +85,7 @@ def download(repo: str, revision: str, offline: bool, progress: Progress, weight
         _check_blob(file.resolve())
     progress(1, 1, f"fetched {repo}")
     if weights and not any(found.glob("*.safetensors")):
-        held = _hub_files(repo, revision, offline)
+        held = _hub_files(repo, revision, bool(why_not))
         pickled = [n for n in held if n.endswith(PICKLES)]
         if pickled:
             raise only_pickles(where, pickled)
@@ -91,23 +119,21 @@ def _hub_files(repo: str, revision: str, offline: bool) -> list[str]:
 
 def fetch_headers(
     repo: str, revision: str, offline: bool, remote_code: bool
-) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+) -> tuple[dict[str, Any], dict[str, StoredTensor] | None]:
     """A repository's `config.json`, and what its headers say of every tensor, without its weights.
 
     What a snapshot in the hub's cache holds is read from there; else the headers are fetched by range requests, a
-    few hundred KB a file.
+    few hundred KB a file. None where the cache holds only the configuration and the hub cannot be asked.
     """
-    huggingface_hub = _client()
-    with _hub_faults(repo, revision, offline):
-        file = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision, local_files_only=offline))
+    huggingface_hub, why_not = _client(), _why_not(offline)
+    with _hub_faults(repo, revision, why_not):
+        cached = bool(why_not)
+        file = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision, local_files_only=cached))
         if any(file.parent.glob("*.safetensors")):
             return read_model(file.parent, remote_code)
         config = checked_config(file.parent, remote_code)
-        if offline:
-            raise UserError(
-                f"hub repository '{repo}': its config.json is in the local cache but no safetensors header, and the "
-                "hub is off (HF_HUB_OFFLINE): unset it, or give the recipe a `config:` with `init: random`."
-            )
+        if why_not:
+            return config, None
         try:
             found = huggingface_hub.get_safetensors_metadata(repo, revision=revision)
         except huggingface_hub.errors.NotASafetensorsRepoError:
@@ -128,8 +154,9 @@ def _client() -> Any:
 
 
 @contextlib.contextmanager
-def _hub_faults(repo: str, revision: str, offline: bool) -> Iterator[None]:
-    """What can go wrong between here and a hub, each as a `UserError` with what to do."""
+def _hub_faults(repo: str, revision: str, why_not: str) -> Iterator[None]:
+    """What can go wrong between here and a hub, each as a `UserError` with what to do; `why_not`: why it is not
+    asked."""
     from huggingface_hub import errors
 
     where = f"hub repository '{repo}' at '{revision}'"
@@ -154,11 +181,8 @@ def _hub_faults(repo: str, revision: str, offline: bool) -> Iterator[None]:
             f"'{repo}' is not a repository's name. Write `owner/name`, or use `path:` for a local directory."
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if offline:
-            raise UserError(
-                f"{where} is not in the local cache and the hub is off (HF_HUB_OFFLINE or `offline`): "
-                f"unset it, or {by_hand}."
-            ) from None
+        if why_not:
+            raise UserError(f"{where} is not in the local cache, and {why_not}, or {by_hand}.") from None
         reason = re.sub(r"\s+", " ", str(error.__cause__ or error))[:120]
         raise UserError(
             f"{where} cannot be reached ({reason}): check the connection and HF_TOKEN, or {by_hand}."
