@@ -139,6 +139,17 @@ def test_every_format_shows_every_line(measured: Bench, form: str) -> None:
         assert [record["variant"] for record in records] == ["base", "gguf-Q8_0"]
 
 
+def test_a_run_writes_parquet_into_a_pipe(measured: Bench) -> None:
+    words = ["run", measured.recipe(), "--format", "parquet", *measured.place(("run",))]
+    made = subprocess.run(
+        [sys.executable, "-m", "workbench.cli", *words],
+        cwd=measured.folder,
+        env=measured.environment(),
+        capture_output=True,
+    )
+    assert made.returncode == 0 and made.stdout[:4] == made.stdout[-4:] == b"PAR1", made.stderr
+
+
 def test_profile_without_a_recipe_takes_the_last_one_quantized(bench: Bench) -> None:
     assert bench("quantize", bench.recipe("older")).returncode == 0
     quantized = bench("quantize", bench.recipe("newer", name="the-newer"))

@@ -293,3 +293,6 @@ def test_the_table_command_writes_parquet_and_reads_urls(tmp_path: Path) -> None
     made = command("table", *rows, "--format", "parquet", "-o", str(tmp_path / "out" / "rows.parquet"))
     assert made.returncode == 0 and made.stdout == ""
     assert (tmp_path / "out" / "rows.parquet").read_bytes() == piped.stdout
+    for ending, beginning in ((".parquet", b"PAR1"), (".json", b"[\n  {"), (".csv", b"machine,"), (".md", b"### ")):
+        assert command("table", *rows, "-o", str(tmp_path / f"t{ending}")).returncode == 0
+        assert (tmp_path / f"t{ending}").read_bytes().startswith(beginning)

@@ -8,9 +8,10 @@ import typer
 
 from workbench import api
 from workbench.cli import options as o
+from workbench.cli.rows import check_format
 from workbench.console import write
 from workbench.errors import check_known
-from workbench.report.formats import FORMATS
+from workbench.report.formats import FILE_FORMATS, FORMATS
 
 
 def run(
@@ -26,10 +27,10 @@ def run(
     from workbench.cli import hints
     from workbench.profile.jobs import now
 
-    check_known("format", format, FORMATS)
+    check_format(format)
     since = now()
     done = api.run(recipe, results, backends=backend, variants=variant, again=again, quiet=quiet)
-    write(None, FORMATS[format](done.table))
+    write(None, FILE_FORMATS[format](done.rows) if format in FILE_FORMATS else FORMATS[format](done.table))
     if format == "terminal" and not quiet:
         hints.after_run(recipe, results, done.rows, since)
     raise typer.Exit(1 if done.failures else 0)

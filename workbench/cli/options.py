@@ -86,8 +86,16 @@ Copies = Annotated[
     Path | None,
     Option("--output", "-o", help="Copy the files into this folder.", show_default=False, callback=_home),
 ]
-TableFormat = Annotated[str, Option("--format", "-f", help=f"{_either(FORMATS)}.")]
-RowsFormat = Annotated[str, Option("--format", "-f", help=f"As for run, or {_either(FILE_FORMATS)}.")]
+TableFormat = Annotated[str, Option("--format", "-f", help=f"{_either([*FORMATS, *FILE_FORMATS])}.")]
+RowsFormat = Annotated[
+    str | None,
+    Option(
+        "--format",
+        "-f",
+        help=f"{_either([*FORMATS, *FILE_FORMATS])}; default: what --output ends in, or terminal.",
+        show_default=False,
+    ),
+]
 Columns = Annotated[
     str,
     Option(

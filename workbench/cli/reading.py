@@ -10,9 +10,9 @@ import typer
 
 from workbench import api
 from workbench.cli import options as o
-from workbench.cli.rows import stored, tell
+from workbench.cli.rows import ENDINGS, check_format, stored, tell
 from workbench.console import write
-from workbench.errors import UserError, check_known
+from workbench.errors import check_known
 from workbench.report.formats import FILE_FORMATS, FORMATS
 
 
@@ -21,7 +21,7 @@ def table(
     results: o.Results = o.RESULTS,
     recipe: o.OnlyRecipe = None,
     machine: o.OnlyMachine = None,
-    format: o.RowsFormat = "terminal",
+    format: o.RowsFormat = None,
     columns: o.Columns = "",
     output: o.Output = None,
 ) -> None:
@@ -29,15 +29,14 @@ def table(
     from workbench.cli.hints import after_table
     from workbench.report.store import machine_named, machine_of
 
+    format = format or (ENDINGS.get(output.suffix) if output else None) or "terminal"
+    check_format(format, output)
     if format in FILE_FORMATS:
-        if output is None and sys.stdout.isatty():
-            raise UserError(f"{format.capitalize()} is not for a terminal: name a file with --output rows.{format}")
         found = [row for row in stored(rows or [results]) if recipe in (None, row.recipe)]
         if machine is not None:
             machine = machine_named(found, machine)
         write(output, FILE_FORMATS[format]([row for row in found if machine in (None, machine_of(row))]))
         return
-    check_known("format", format, [*FORMATS, *FILE_FORMATS])
     names = [name.strip() for name in columns.split(",") if name.strip()]
     write(output, FORMATS[format](api.table(stored(rows or [results]), machine=machine, recipe=recipe), names))
     if format == "terminal" and output is None:
