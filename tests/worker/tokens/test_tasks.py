@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     assert "is empty: there is nothing to ask" in refusal("d.jsonl", "\n")
     assert "does not exist. Did you mean 'd.jsonl'?" in refusal("dd.jsonl", None)
     assert "not valid YAML" in refusal("e.yaml", "- !!python/object/apply:os.system [echo no]\n")
+
+
+@pytest.mark.parametrize("form", ["nested", "n_positions"])
+def test_the_context_is_found_wherever_a_configuration_says_it(tiny_llama: Path, tmp_path: Path, form: str) -> None:
+    """Gemma's is inside `text_config`, older models have another word: their tasks were never compared with it."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    config = json.loads((base / "config.json").read_text())
+    most = config.pop("max_position_embeddings")
+    config = {"text_config": config | {"max_position_embeddings": most}} if form == "nested" else config | {form: most}
+    if form == "nested":
+        config["model_type"] = config["text_config"]["model_type"]
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="tokens with its answer, and the model takes 2048"):
+        built(base, tmp_path, [{"prompt": "word " * 3000, "exact": "a"}])
 
 
 def test_a_prompt_longer_than_the_model_takes_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from workbench.errors import UserError, did_you_mean, short
 from workbench.records import TEXT_VERSION, Task, Tasks, TasksRequest, from_json, to_json
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import read_json
+from workbench.worker.base.config_json import context_tokens
 from workbench.worker.tokens.text import check_characters, is_records, read_file, records
 from workbench.worker.tokens.windows import encode, open_tokenizer, special_tokens
 
@@ -108,7 +109,7 @@ def build(payload: object, progress: Progress) -> object:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{base}: tasks need a tokenizer of the `tokenizers` library, and this base has none")
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
-    room = read_json(base / "config.json").get("max_position_embeddings")
+    room = context_tokens(read_json(base / "config.json"))
     ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     made = {}
     for done, (name, task) in enumerate(request.tasks.items()):
