@@ -36,7 +36,13 @@ def nasty_rows() -> list[Row]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("rows", [wide_rows(), nasty_rows(), demo_rows(), [a_row(measured=False, error="it died")]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *(wide_rows(), nasty_rows(), demo_rows(), [a_row(measured=False, error="it died")]),
+        [a_row("q", measured=False, unsupported="no GGUF here")],
+    ],
+)
 def test_every_format_takes_every_table_and_can_be_encoded(name: str, rows: list[Row]) -> None:
     text = FORMATS[name](build(rows))
     assert text.endswith("\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from dataclasses import replace
@@ -10,7 +11,7 @@ from tests.rows import a_row
 from workbench.records import Row
 from workbench.report.site.templates import fill
 from workbench.report.verdicts.causes import differing, grouped, known_versions, spoken
-from workbench.report.verdicts.compare import compare
+from workbench.report.verdicts.compare import compare, json_text
 from workbench.report.verdicts.compare import text as compared_text
 from workbench.report.verdicts.night import judge
 from workbench.report.verdicts.night import text as night_text
@@ -54,6 +55,9 @@ def test_a_comparison_says_what_changed_above_the_pairs_of_an_engine() -> None:
     assert lines[1] == f"llamacpp, {CAUSE}:"
     assert len([line for line in lines if line.endswith(" on llamacpp")]) == 11
     assert not any("vllm" in line for line in lines), "nothing moved there"
+    told = json.loads(json_text(compare(a_night(1), a_night(2, slow=True))))
+    changed = {each["backend"]: each["changed"] for each in told}
+    assert changed == {"vllm": {}, "llamacpp": {"llama-cpp-python": ["0.3.36", "0.3.37"], "commit": ["aaaa", "bbbb"]}}
 
 
 def test_steps_of_one_night_machine_and_engine_are_one() -> None:

@@ -221,9 +221,9 @@ def test_the_text_tells_what_moved_and_counts_the_rest() -> None:
     assert text(a_comparison(SLOWER, lost="x" * 300)).splitlines()[3] == f"  lost      {'x' * 200}"
 
 
-def test_the_objects_are_flat() -> None:
+def test_the_objects_of_a_comparison() -> None:
     moved, lost = objects(a_comparison(SLOWER, lost="it broke"))
-    pair = {"machine": "desk", "base": "Toy-1M", "variant": "base", "backend": "llamacpp"}
+    pair = {"machine": "desk", "base": "Toy-1M", "variant": "base", "backend": "llamacpp", "changed": {}}
     assert moved == pair | {
         "label": "base on x",
         "unit": "tok/s",

@@ -246,10 +246,11 @@ def of_variants(
 
 
 def objects(comparison: Comparison) -> list[dict[str, object]]:
-    """One flat object a change, and one a lost pair."""
+    """One object a change, and one a lost pair; `changed` is what else differs between the two measurements."""
 
     def named(pair: Pair) -> dict[str, object]:
-        return {"machine": comparison.machine, "base": pair.base, "variant": pair.variant, "backend": pair.backend}
+        names = {"machine": comparison.machine, "base": pair.base, "variant": pair.variant, "backend": pair.backend}
+        return {**names, "changed": comparison.causes.get(pair, {})}
 
     return [
         named(pair)
