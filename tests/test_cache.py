@@ -231,6 +231,10 @@ def test_the_cache_says_what_it_holds_and_for_whom(two_recipes: Path) -> None:
         ("references", "mine"),
     }
     assert re.fullmatch(rf" +2\.9 MiB  in {two_recipes}", said[-1])
+    write(two_recipes / "artifacts" / "half.partial" / "weights", 3 << 20)
+    assert command("cache", "ls").stdout.endswith(
+        "  3.0 MiB  of unfinished work and logs: `workbench clean` removes them\n"
+    )
 
 
 def test_what_was_made_for_one_recipe_goes_and_what_others_use_stays(two_recipes: Path) -> None:

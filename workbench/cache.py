@@ -87,11 +87,22 @@ def clean(everything: bool) -> int:
     if not home().exists():
         return 0
     with _alone():
-        targets = [home() / name for name in (*LEFTOVERS, *(NOTES + get_args(Kind) if everything else ()))]
-        targets += [path for kind in get_args(Kind) for path in (home() / kind).glob("*.partial")]
+        targets = _leftovers()
         if everything:
+            targets += [home() / name for name in NOTES + get_args(Kind)]
             targets += set((home() / "locks").iterdir()) - {_lock_file()}
         return _removed(targets)
+
+
+def _leftovers() -> list[Path]:
+    """Folders of unfinished work, and of what nobody needs any more."""
+    partial = [path for kind in get_args(Kind) for path in (home() / kind).glob("*.partial")]
+    return [*(home() / name for name in LEFTOVERS), *partial]
+
+
+def unfinished() -> int:
+    """Bytes that `clean` would free."""
+    return sum(map(_bytes, _leftovers()))
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def clean(everything: o.Finished = False, yes: o.Yes = False) -> None:
 
 def ls() -> None:
     """What was made and is kept, the recipes that it was made for, and its size."""
-    from workbench.cache import held
+    from workbench.cache import held, unfinished
     from workbench.home import home
     from workbench.sizes import mib_text
 
@@ -54,6 +54,8 @@ def ls() -> None:
         day = time.strftime("%Y-%m-%d", time.localtime(each.made_s))
         print(f"{mib_text(each.size_bytes):>13}  {day}  {each.what:40} {', '.join(sorted(each.recipes)) or '-'}")
     print(f"{mib_text(sum(each.size_bytes for each in found)):>13}  in {home()}")
+    if left := unfinished():
+        print(f"{mib_text(left):>13}  of unfinished work and logs: `workbench clean` removes them")
 
 
 def rm(recipe: o.MadeRecipe) -> None:

@@ -63,6 +63,7 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     for name, (variant, making) in wanted.items():
         if name in failures or isinstance(variant, CarriedVariant):
             continue
+        show.whole = f"{len(artifacts) - 1} of {len(wanted)} variants made"
         looks_at = {"": None, "tokens": calibration, "imatrix": imatrix}[making.calibration]
         form = method_named(variant.method).WRITES[0]
         try:
@@ -80,7 +81,7 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
         except (WorkFailed, UserError) as problem:
             failures[name] = str(problem)
             show.say(f"{name} failed: {problem}")
-    refused: dict[str, str] = {}
+    show.whole, refused = "", dict[str, str]()
     for (name, form), start_name in _to_carry(recipe, wanted, names).items():
         carried = name != start_name
         if start_name not in artifacts:
