@@ -183,9 +183,13 @@ def recommend(
     memory: str | int | None = None,
     max_size: str | int | None = None,
     max_perplexity: str | float | None = None,
-    max_kld: float | None = None,
+    max_kld: float | Mapping[str, float] | None = None,
+    min_accuracy: float | Mapping[str, float] | None = None,
     min_decode: float | None = None,
     min_prefill: float | None = None,
+    min_served: float | None = None,
+    batch: int | None = None,
+    context: int | None = None,
     backend: str | None = None,
     sort: str = "speed",
     machine: str | None = None,
@@ -194,8 +198,9 @@ def recommend(
     """The variant and engine to use under limits, the command that serves it, and why not the others.
 
     `memory`, `max_size`: bytes, or as `"8GiB"`; `max_perplexity`: `"1%"` more than the base's, or the value itself;
-    `max_kld`: nats a token; `min_decode`, `min_prefill`: tokens a second; `sort`: by `speed`, `quality`,
-    `memory` or `size`. `choice` is None if nothing fits.
+    `max_kld`: nats a token, on the first evaluation set or by set; `min_accuracy`: a share, at all tasks or by task;
+    `min_decode`, `min_prefill`, `min_served`: tokens a second, with `batch` sequences at once of at least `context`
+    tokens; `sort`: by `speed`, `quality`, `memory` or `size`. `choice` is None if nothing fits.
     """
     from workbench.home import home
     from workbench.report.verdicts import recommend as wing
@@ -209,8 +214,12 @@ def recommend(
         max_perplexity=relative,
         max_perplexity_value=value,
         max_kld=max_kld,
+        min_accuracy=min_accuracy,
         min_decode_tok_s=min_decode,
         min_prefill_tok_s=min_prefill,
+        min_served_tok_s=min_served,
+        batch=batch,
+        context=context,
         backend=backend,
         sort=sort,
     )

@@ -120,7 +120,7 @@ def use(rows: list[Row], history: list[Row], folder: Path | None) -> None:
     FILE_FORMATS["parquet"](history)
     for order in recommend.ORDERS:
         found = recommend.recommend(table, recommend.Constraints(max_perplexity=0.01, max_kld=0.1, sort=order))
-        assert recommend.text(found) and recommend.json_text(found)
+        assert str(found) and recommend.json_text(found)
     if folder:
         publish.publish(history, folder, "https://example.org")
     for row in rows:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality, from_json
+from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
 from workbench.worker.scoring.reducer import Scoring
 
@@ -44,9 +44,9 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     return EngineMemory(shape.parameters * 4, 0, 12345, 1000)
 
 
-def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
+def serving_command(path: str, row: Row) -> list[str] | None:
     """A server that there is not."""
-    return f"toy-server {path} --attention {options['attention']}"
+    return ["toy-server", path, "--attention", str(row.options["attention"])]
 
 
 def sees_cuda(payload: None, progress: object) -> bool:

@@ -116,7 +116,22 @@ AtMostSize = Annotated[str | None, Option(help="At most this much on disk.", sho
 AtMostPerplexity = Annotated[
     str | None, Option(help="1% (more than the base's) or the value itself.", show_default=False)
 ]
-AtMostKld = Annotated[float | None, Option(help="Mean divergence, nats a token.", show_default=False, callback=_limit)]
+AtMostKld = Annotated[
+    list[str] | None,
+    Option(help="Mean divergence, nats a token; SET:NUMBER for a further evaluation set. May be repeated."),
+]
+AtLeastAccuracy = Annotated[
+    list[str] | None, Option(help="Share of a task's items, as 60%; TASK:60% for one of several. May be repeated.")
+]
+AtLeastServed = Annotated[
+    float | None, Option(help="New tokens a second of requests served together.", show_default=False, callback=_limit)
+]
+WishedBatch = Annotated[
+    int | None, Option("--batch", help="Speeds at so many sequences at once.", show_default=False, min=1)
+]
+WishedContext = Annotated[
+    int | None, Option("--context", help="Speeds at so many tokens, prompt and answer.", show_default=False, min=1)
+]
 AtLeastDecode = Annotated[float | None, Option(help="New tokens a second.", show_default=False, callback=_limit)]
 AtLeastPrefill = Annotated[float | None, Option(help="Prompt tokens a second.", show_default=False, callback=_limit)]
 Sort = Annotated[str, Option(help="speed, quality, memory or size.")]

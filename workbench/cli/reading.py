@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -80,6 +81,10 @@ def recommend(
     max_kld: o.AtMostKld = None,
     min_decode: o.AtLeastDecode = None,
     min_prefill: o.AtLeastPrefill = None,
+    min_served: o.AtLeastServed = None,
+    min_accuracy: o.AtLeastAccuracy = None,
+    batch: o.WishedBatch = None,
+    context: o.WishedContext = None,
     backend: o.OnlyBackend = None,
     sort: o.Sort = "speed",
     recipe: o.OnlyRecipe = None,
@@ -96,18 +101,24 @@ def recommend(
         memory=memory,
         max_size=max_size,
         max_perplexity=max_perplexity,
-        max_kld=max_kld,
+        max_kld=wing.parse_named(max_kld or [], "--max-kld"),
         min_decode=min_decode,
         min_prefill=min_prefill,
+        min_served=min_served,
+        min_accuracy=wing.parse_named(min_accuracy or [], "--min-accuracy"),
+        batch=batch,
+        context=context,
         backend=backend,
         sort=sort,
         machine=machine,
         recipe=recipe,
     )
-    sys.stdout.write(wing.json_text(found) if format == "json" else wing.text(found))
+    sys.stdout.write(wing.json_text(found) if format == "json" else str(found))
     row = found.choice.line.row if found.choice else None
     if row and not os.path.exists(local(row.artifact.path)):
         print(f"its files are not here: `workbench quantize` of recipe '{row.recipe}' makes them", file=sys.stderr)
+    if found.command and found.command.startswith("llama-server") and not shutil.which("llama-server"):
+        print("llama-server is not here: it comes with llama.cpp's own releases, not with its binding", file=sys.stderr)
     raise typer.Exit(0 if row else 1)
 
 

@@ -188,8 +188,12 @@ class Job:
     @property
     def longest_window(self) -> int:
         """The most tokens that an engine has to take at once for what is scored."""
-        windows = [each.window for each in self.evaluations.values()]
-        return max([*windows, *(task.longest for task in self.tasks.values())], default=0)
+        return _longest(self.evaluations, self.tasks)
+
+
+def _longest(evaluations: dict[str, Evaluation], tasks: dict[str, Task]) -> int:
+    lengths = [each.window for each in evaluations.values()] + [task.longest for task in tasks.values()]
+    return max(lengths, default=0)
 
 
 @dataclass(frozen=True)
@@ -365,6 +369,11 @@ class Row:
         """Where it ran; of a job that never got so far, where it was to run, if its options say."""
         wanted = self.options.get("device")
         return self.measurement.device if self.measurement else wanted if isinstance(wanted, str) else None
+
+    @property
+    def longest_window(self) -> int:
+        """The most tokens that its engine took at once for what was scored."""
+        return _longest(self.evaluations, self.tasks)
 
     @property
     def evaluation(self) -> Evaluation | None:

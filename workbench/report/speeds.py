@@ -75,28 +75,57 @@ def median_interval(row: Row, samples: Callable[[Row], list[float]]) -> tuple[fl
 
 @dataclass(frozen=True)
 class Rate:
-    """One speed beside the headline's: `pp2048`, `tg128 @ d2048`, `tg128 @ d512 b8`, `served b8`; tokens a second."""
+    """A speed in tokens a second: `pp2048`, `tg128 @ d2048`, `tg128 @ d512 b8`, `served b8`."""
 
     name: str
     median: float
     interval: tuple[float, float] | None
 
 
+def at(row: Row, batch: int | None, context: int | None) -> Speed | None:
+    """The workload point of so many sequences (the headline's, if None) that is of at least `context` tokens each: the
+    shortest; None if none was measured."""
+    many = batch or row.workload.points[0][1]
+    speeds = row.measurement.speeds if row.measurement else []
+    found = [each for each in speeds if each.batch == many and each.prompt_tokens + each.new_tokens >= (context or 0)]
+    return min(found, key=lambda each: each.prompt_tokens, default=None) if context else next(iter(found), None)
+
+
+def prefill_rate(speed: Speed) -> Rate | None:
+    """Of a point's prompts, up to the first new token."""
+    return _rate(f"pp{speed.prompt_tokens}{_many(speed)}", _prefill(speed), speed.rounds)
+
+
+def decode_rate(speed: Speed) -> Rate | None:
+    """Of a point's new tokens, after the first."""
+    return _rate(f"tg{speed.new_tokens} @ d{speed.prompt_tokens}{_many(speed)}", _decode(speed), speed.rounds)
+
+
+def served_rates(row: Row) -> list[tuple[int, Rate]]:
+    """(Sequence slots, new tokens a second) of requests that were served together."""
+    found = []
+    for served in row.measurement.served if row.measurement else ():
+        how, tokens = "" if served.continuous else " by groups", sum(served.new_tokens)
+        rate = _rate(
+            f"served b{served.slots}{how}", [tokens / each for each in served.seconds if tokens], served.rounds
+        )
+        found += [(served.slots, rate)] if rate else []
+    return found
+
+
 def further_rates(row: Row) -> list[Rate]:
     """Every further workload point: prefill by prompt length, decode by depth and batch, and what was served."""
-    found: list[tuple[str, list[float], list[int]]] = []
-    if row.measurement is None:
-        return []
-    for speed in row.measurement.speeds[1:]:
-        many = f" b{speed.batch}" if speed.batch > 1 else ""
-        found.append((f"pp{speed.prompt_tokens}{many}", _prefill(speed), speed.rounds))
-        found.append((f"tg{speed.new_tokens} @ d{speed.prompt_tokens}{many}", _decode(speed), speed.rounds))
-    for served in row.measurement.served:
-        tokens = sum(served.new_tokens)
-        how = "" if served.continuous else " by groups"
-        rates = [tokens / each for each in served.seconds if tokens]
-        found.append((f"served b{served.slots}{how}", rates, served.rounds))
-    return [Rate(name, statistics.median(rates), interval(rates, rounds)) for name, rates, rounds in found if rates]
+    speeds = row.measurement.speeds[1:] if row.measurement else []
+    points = [rate for speed in speeds for rate in (prefill_rate(speed), decode_rate(speed)) if rate]
+    return [*points, *(rate for _, rate in served_rates(row))]
+
+
+def _rate(name: str, rates: list[float], rounds: list[int]) -> Rate | None:
+    return Rate(name, statistics.median(rates), interval(rates, rounds)) if rates else None
+
+
+def _many(speed: Speed) -> str:
+    return f" b{speed.batch}" if speed.batch > 1 else ""
 
 
 def itl(share: float) -> Callable[[Row], float | None]:

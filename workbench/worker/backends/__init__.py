@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, cast, runtime_checkable
 
 from workbench.records import Artifact, Job, Quality, Row
@@ -94,9 +94,9 @@ class Backend(Protocol):
     def needs(self, shape: Shape, form: str, stored: Stored, load: Sequences, options: Any, cuda: bool) -> EngineMemory:
         """What it needs for an artifact of format `form`."""
 
-    def serving_command(self, path: str, options: Mapping[str, Any], device: str | None) -> str | None:
-        """The command that serves an artifact, as it was measured with these options on that device, on this machine
-        only; `path` as a shell takes it."""
+    def serving_command(self, path: str, row: Row) -> list[str] | None:
+        """The words of the command that serves the artifact at `path` as the row's was measured: cache, context,
+        sequences at once, dtype, devices. For this machine alone. None: the engine has no server that does."""
 
     def sees_cuda(self, payload: None, progress: object) -> bool:
         """Worker: whether the engine, as it is built and where it is, can compute on an NVIDIA GPU."""
@@ -119,5 +119,6 @@ def serving_command(row: Row, home: str = "$WORKBENCH_HOME") -> str | None:
     """The command that serves a row's artifact as it was measured; `home` is where `$WORKBENCH_HOME` in its path is."""
     if row.backend not in BACKENDS:
         return None
-    path = shlex.quote(row.artifact.path.replace("$WORKBENCH_HOME", home, 1))
-    return backend_named(row.backend).serving_command(path, row.options, row.device)
+    path = row.artifact.path.replace("$WORKBENCH_HOME", home, 1)
+    words = backend_named(row.backend).serving_command(path, row)
+    return shlex.join(words) if words else None

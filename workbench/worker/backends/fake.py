@@ -11,11 +11,11 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from workbench.records import Artifact, Job, Quality, from_json
+from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
 from workbench.worker.scoring.reducer import Scoring
 
@@ -55,7 +55,7 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     return EngineMemory(stored.disk_bytes, 0, 0, 0)
 
 
-def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> None:
+def serving_command(path: str, row: Row) -> None:
     """It serves nobody."""
 
 

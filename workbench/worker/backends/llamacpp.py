@@ -11,11 +11,11 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality, from_json
+from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.ggml import model
 from workbench.worker.ggml.index import entries
@@ -98,14 +98,28 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     return EngineMemory(stored.disk_bytes + repacked, cache, workspace, RUNTIME_BYTES)
 
 
-def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
-    """llama.cpp's own server."""
-    threads, layers = options.get("threads"), options.get("gpu_layers")
-    more = f" --threads {threads}" if threads and isinstance(threads, int) else ""
-    # -1 means all layers to the binding; the server counts them.
-    more += " --n-gpu-layers 999" if layers == -1 and device != "cpu" else ""
-    more += f" --n-gpu-layers {layers}" if isinstance(layers, int) and layers >= 0 else ""
-    return f"llama-server --model {path}{more} --host 127.0.0.1 --port 8080"
+def serving_command(path: str, row: Row) -> list[str] | None:
+    """llama.cpp's own server: the binding's answers one request at a time, and copies all logits at every token."""
+    options, load = row.options, row.workload
+    slots, tokens = max(load.batches), max(load.most_tokens, row.longest_window)
+    words = ["llama-server", "--model", path, "--ctx-size", str(tokens), "--parallel", str(slots)]
+    if slots * load.longest > tokens:
+        # Long prompts and many sequences were not measured together: one room for all, and whoever needs it.
+        words += ["--kv-unified"]
+    threads = (row.measurement.settings if row.measurement else options).get("threads")
+    if isinstance(threads, int) and (row.device == "cpu" or options.get("threads")):
+        words += ["--threads", str(threads)]
+    layers = options.get("gpu_layers")
+    if isinstance(layers, int) and (layers >= 0 or row.device != "cpu"):
+        # -1 means all layers to the binding; the server counts them.
+        words += ["--n-gpu-layers", str(layers if layers >= 0 else 999)]
+    if options.get("kv_cache"):
+        words += ["--cache-type-k", str(options["kv_cache"]), "--cache-type-v", str(options["kv_cache"])]
+    if options.get("flash_attention") is not None:
+        words += ["--flash-attn", "on" if options["flash_attention"] else "off"]
+    if options.get("mmap") is False:
+        words += ["--load-mode", "none"]
+    return [*words, "--host", "127.0.0.1", "--port", "8000"]
 
 
 def sees_cuda(payload: None, progress: object) -> bool:

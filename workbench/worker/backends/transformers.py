@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import install_with
-from workbench.records import Artifact, Job, Quality, from_json
+from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import gptqmodel_kernels, graphs, packed
 from workbench.worker.base.gguf_config import load_gguf
@@ -101,9 +101,18 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     )
 
 
-def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
-    """Its own server."""
-    return f"transformers serve {path} --host 127.0.0.1 --port 8000"
+def serving_command(path: str, row: Row) -> list[str] | None:
+    """Its own server, which takes any context. It has no kernels for weights that were left packed."""
+    options = row.options
+    if row.artifact.format == "gguf" or options.get("kernel") == "workbench":
+        return None
+    words = ["transformers", "serve", path]
+    dtype = (row.measurement.settings if row.measurement else options).get("dtype")
+    words += ["--dtype", str(dtype)] if dtype else []
+    words += ["--device", "cpu"] if row.device == "cpu" else []
+    words += ["--attn-implementation", "eager"] if options.get("attention") == "eager" else []
+    words += ["--trust-remote-code"] if options.get("trust_remote_code") else []
+    return [*words, "--host", "127.0.0.1", "--port", "8000"]
 
 
 def sees_cuda(payload: None, progress: object) -> bool:

