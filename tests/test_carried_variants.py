@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.bench import Bench
+from workbench.home import interpreter
+from workbench.machine.identity import versions
 
 TEXT = {"text": "The quick brown fox jumps over the lazy dog, and runs. " * 60}
 VARIANTS = [{"gptq": {"group_size": 32}}, {"gguf": {"from": "gptq-4bit-g32"}}]
@@ -61,3 +64,26 @@ def test_in_every_engine_that_reads_gguf(bench: Bench) -> None:
     assert len({line[-1] for line in found}) == 1
     table = bench("table").stdout
     assert "gguf-gptq-4bit-g32" in table and "in blocks of Q4_0; weights equal bit for bit" in table
+
+
+@pytest.mark.slow
+def test_mlx_as_an_engine_and_as_a_variant(bench: Bench) -> None:
+    """By the interpreter that `WORKBENCH_PYTHON_MLX` names, if it does."""
+    if not versions(("mlx-lm",), interpreter("mlx", sys.executable)):
+        pytest.skip("mlx-lm is not installed")
+    variants = [{"gptq": {"group_size": 32}}, {"mlx": {"from": "gptq-4bit-g32"}}, {"gguf": "Q8_0"}]
+    backends: dict[str, Any] = {"transformers": {"dtype": "float32", "kernel": "workbench"}, "mlx": {}}
+    answer = bench("run", bench.recipe(**{**PARTS, "variants": variants}, backends=backends), "--format", "json")
+    assert answer.returncode == 0, answer.stderr
+    lines = {(line["variant"], line["backend"]): line for line in json.loads(answer.stdout)}
+    for variant in ("base", "gptq-4bit-g32"):
+        one, other = (lines[variant, engine]["perplexity"] for engine in backends)
+        assert one == pytest.approx(other, rel=1e-4), "both in float32"
+    assert lines["mlx-gptq-4bit-g32", "mlx"]["perplexity"] == lines["gptq-4bit-g32", "mlx"]["perplexity"]
+    assert lines["mlx-gptq-4bit-g32", "mlx"]["decode_tok_s"] > 0
+    assert lines["gguf-Q8_0", "mlx"]["unsupported"] == "mlx-lm does not read gguf"
+    assert lines["mlx-gptq-4bit-g32", "transformers"]["unsupported"] == "transformers does not read mlx"
+    (path,) = {row["artifact"]["path"] for row in bench.rows() if row["artifact"]["format"] == "mlx"}
+    assert Path(path).name == "Tiny-gptq-4bit-g32-mlx"
+    card = bench("card", "mlx-gptq-4bit-g32").stdout
+    assert "library_name: mlx" in card and "mlx_lm.server --model Tiny-gptq-4bit-g32-mlx" in card

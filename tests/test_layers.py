@@ -28,7 +28,20 @@ from tests.places import ROOT
 
 HOUSE = ROOT / "workbench"
 FILES = sorted(HOUSE.rglob("*.py"))
-ENGINES = {"torch", "transformers", "vllm", "llama_cpp", "gguf", "numpy", "safetensors", "datasets", "pandas", "scipy"}
+ENGINES = {
+    "torch",
+    "transformers",
+    "vllm",
+    "llama_cpp",
+    "gguf",
+    "mlx",
+    "mlx_lm",
+    "numpy",
+    "safetensors",
+    "datasets",
+    "pandas",
+    "scipy",
+}
 WORKER_LIGHT = {f"workbench.{name}" for name in ("disk", "errors", "front_matter", "gpus", "records", "shape", "sizes")}
 REGISTRIES = {"workbench.worker.backends", "workbench.worker.methods"}
 ROOMS = (

@@ -359,5 +359,7 @@ def test_a_card_of_what_was_carried_is_of_its_format(tmp_path: Path) -> None:
     text = cards.card([rows[0], file], file, "llama3.1")
     assert front(text)["library_name"] == "gguf" and "awq" not in front(text)["tags"]
     assert "- carried: from Toy-1M-awq, in Q4\\_1" in text or "- carried: from Toy-1M-awq, in Q4_1" in text
+    folder = row("mlx-awq", "mlx", "2026-02-01T00:00:00Z", **how)
+    assert front(cards.card([rows[0], folder], folder, "llama3.1"))["library_name"] == "mlx"
     both = [row("awq", "awq", "2026-02-01T00:00:00Z"), row("awq", "gguf", "2026-02-02T00:00:00Z", **how)]
     assert cards.find([rows[0], *both], "awq").artifact.format == "awq"

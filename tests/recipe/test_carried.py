@@ -73,6 +73,21 @@ def test_what_cannot_be_carried_is_one_line_when_the_recipe_is_read(value: Any, 
     assert "\n" not in str(problem.value)
 
 
+def test_a_folder_for_mlx_is_a_variant_too() -> None:
+    """And its engine is for recipes that name it: elsewhere than on a Mac it is slow."""
+    made = recipe({"gptq": {"bits": 8, "sym": False}, "name": "wide"}, {"mlx": {"from": "wide"}}, backends=["mlx"])
+    carried = made.variant("mlx-wide")
+    assert isinstance(carried, CarriedVariant) and carried.form == "mlx" and making_of(carried).python == "mlx"
+    assert form_for(made.variant("wide"), "mlx") == form_for(carried, "mlx") == "mlx"
+    assert form_for(made.variant("base"), "mlx") == "safetensors"
+    assert [choice.name for choice in recipe({"awq": {}}).backends if choice.name == "mlx"] == []
+    for value in ("wide", None, {"bits": 4}):
+        with pytest.raises(UserError, match=r"variants\[1\]\.mlx: write `\{from: VARIANT\}` and nothing else"):
+            recipe({"gptq": {}, "name": "wide"}, {"mlx": value})
+    with pytest.raises(UserError, match="small cannot be carried to mlx: MLX's smallest groups are of 32 weights"):
+        recipe({"gptq": {"group_size": 48}, "name": "small"}, {"mlx": {"from": "small"}})
+
+
 def test_no_other_method_takes_from() -> None:
     with pytest.raises(UserError, match=r"variants\[1\]\.awq: unknown key 'from'"):
         recipe({"gptq": {}}, {"awq": {"from": "gptq-4bit-g128"}})

@@ -172,6 +172,7 @@ def watch(event, arguments):
 from workbench.recipe.load import load, parse
 from pathlib import Path
 load({str(ROOT / "recipes" / "llama8b.yaml")!r})  # so that every module is imported
+import workbench.worker.backends.mlx  # which only recipes get that name it
 sys.addaudithook(watch)
 load({str(path)!r})
 tokens = {{"source": {{"dataset": "no/such"}}}}

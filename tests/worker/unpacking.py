@@ -1,12 +1,15 @@
-"""AWQ's and GPTQ's layouts read back, independently of `kernels/`: what packed tensors are held against."""
+"""AWQ's, GPTQ's and GGUF's layouts read back, independently of `kernels/`: what packed tensors are held against."""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from workbench.worker.architectures import describe
 from workbench.worker.methods.awq import NIBBLES
 
 torch = pytest.importorskip("torch")
@@ -50,3 +53,52 @@ def dequantize_gptq(tensors: dict[str, Any], bits: int) -> Any:
     zeros = ((unpack_gptq(tensors["qzeros"].t(), bits).to(torch.int64) + 1) & (2**bits - 1)).t().to(torch.float32)
     group = tensors["g_idx"].to(torch.int64)
     return ((codes - zeros[group]) * tensors["scales"].to(torch.float32)[group]).t().contiguous()
+
+
+def exact(model: Any, ids: list[int]) -> Any:
+    """A model's own logits in float32, [tokens - 1, vocabulary]."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, :-1]
+
+
+def load_base(folder: Path) -> Any:
+    import transformers
+
+    # Gemma 2's capped scores are left out by the fast kernel.
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def from_gguf(base: Path, path: str, without: str = "none") -> Any:
+    """The base's model with a GGUF file's matrices in place, de-quantized by the `gguf` package; those whose names
+    begin as `without` says stay the base's."""
+    import gguf
+
+    config = json.loads((base / "config.json").read_text())
+    architecture = describe(config)
+    names = {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
+    for layer in range(config["num_hidden_layers"]):
+        for linear, short in architecture.gguf.items():
+            names[f"blk.{layer}.{short}.weight"] = f"model.layers.{layer}.{linear}.weight"
+    model = load_base(base)
+    state = model.state_dict()
+    seen = set()
+    for tensor in gguf.GGUFReader(path).tensors:
+        seen.add(tensor.name)
+        if tensor.name in names and not tensor.name.startswith(without):
+            weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            weight = weight.reshape(state[names[tensor.name]].shape)
+            if architecture.model_type in ("llama", "mistral") and ".attn_q." in tensor.name:
+                weight = unpermuted(weight, config["num_attention_heads"])
+            if architecture.model_type in ("llama", "mistral") and ".attn_k." in tensor.name:
+                weight = unpermuted(weight, config["num_key_value_heads"])
+            state[names[tensor.name]] = weight
+    assert set(names) - seen <= {"output.weight"}
+    model.load_state_dict(state)
+    return model
+
+
+def unpermuted(weight: Any, heads: int) -> Any:
+    """llama.cpp's Llama keeps a head's rotary pairs side by side; the checkpoint keeps them half a head apart."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)

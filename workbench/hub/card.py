@@ -58,8 +58,10 @@ def front_matter(row: Row, licence: str | None, author: str = "") -> dict[str, s
     base = base_model(row)
     known = known_licence(licence)
     standard = known is not None and known.standard
-    # What was carried is opened by what opens its format.
-    method = _method(row.artifact.format if row.artifact.format in METHODS else row.artifact.method)
+    # What was carried is opened by what opens its format, which is called as that is where it is no method's.
+    form = row.artifact.format
+    method = _method(form if form in METHODS else row.artifact.method)
+    library, tags = (form, (form,)) if form in method.WRITES[1:] else (method.LIBRARY, method.TAGS)
     fields = {
         "base_model": base,
         "base_model_relation": "quantized" if base else None,
@@ -67,9 +69,9 @@ def front_matter(row: Row, licence: str | None, author: str = "") -> dict[str, s
         "license": known.id if known and standard else "other" if licence else None,
         "license_name": None if standard else licence,
         "license_link": known.link if known and not standard else None,
-        "library_name": method.LIBRARY,
+        "library_name": library,
         "pipeline_tag": "text-generation",
-        "tags": ["quantized", *method.TAGS, "workbench"],
+        "tags": ["quantized", *tags, "workbench"],
     }
     return {name: value for name, value in fields.items() if value is not None}
 

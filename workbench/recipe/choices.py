@@ -147,7 +147,7 @@ def _carried(value: Any, form: str, above: Sequence[Variant], where: str) -> Car
 
 def parse_backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple[BackendChoice, ...]:
     if raw is None:
-        raw = list(BACKENDS)
+        raw = [name for name in BACKENDS if not getattr(backend_named(name), "BY_NAME", False)]
     if isinstance(raw, list) and all(isinstance(name, str) for name in raw):
         raw = dict.fromkeys(raw)
     if not isinstance(raw, dict) or not raw:

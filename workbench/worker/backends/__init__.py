@@ -21,6 +21,7 @@ BACKENDS = {
     "transformers": "workbench.worker.backends.transformers",
     "vllm": "workbench.worker.backends.vllm",
     "llamacpp": "workbench.worker.backends.llamacpp",
+    "mlx": "workbench.worker.backends.mlx",
 }
 
 if os.environ.get("WORKBENCH_FAKE_BACKEND"):
@@ -62,8 +63,9 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """What a backend's module says. Two more may be there: `MOST_SEQUENCES`, how many it takes at once at the most, and
-    `compile_for(job)`, which compiles what a job's kernels need before loading it is timed.
+    """What a backend's module says. Three more may be there: `MOST_SEQUENCES`, how many it takes at once at the most;
+    `compile_for(job)`, which compiles what a job's kernels need before loading it is timed; and `BY_NAME`, true of an
+    engine that only recipes that name it get.
 
     An option's limits stand in its field's metadata (`ge`, `le`, as pydantic names them).
     """

@@ -122,28 +122,45 @@ class Packed:
             raise UserError(f"{self.stem}: its scales are no float16 numbers, which a block of llama.cpp's holds")
         return half.numpy()
 
-    def kind(self) -> str:
-        """The type of its blocks. `UserError` for what no blocks hold: another order or size of groups, 8 bits with
-        zeros."""
-        columns, groups = self.columns, self.zeros.shape[1]
-        size = columns // groups
-        if columns % groups or size % BLOCK:
+    def group_size(self) -> int:
+        """Inputs that share a scale. `UserError` for groups that are no runs of inputs."""
+        groups = int(self.zeros.shape[1])
+        size = self.columns // groups
+        if self.columns % groups:
             raise UserError(
-                f"{self.stem}: groups of {size} of {columns} inputs are no multiple of llama.cpp's blocks of {BLOCK}: "
-                "take a group_size that is"
+                f"{self.stem}: {groups} groups do not divide {self.columns} inputs: take another group_size"
             )
         if self.bits is not None:
             import torch
 
-            if not bool((self._read("g_idx") == torch.arange(columns) // size).all()):
+            if not bool((self._read("g_idx") == torch.arange(self.columns) // size).all()):
                 raise UserError(
-                    f"{self.stem}: its groups are not runs of inputs (act-order), and a block of llama.cpp's is: "
-                    "leave `desc_act` out"
+                    f"{self.stem}: its groups are not runs of inputs (act-order), and those of the engine are: leave "
+                    "`desc_act` out"
                 )
+        return size
+
+    def kind(self) -> str:
+        """The type of its blocks. `UserError` for what no blocks hold: another order or size of groups, 8 bits with
+        zeros."""
+        size = self.group_size()
+        if size % BLOCK:
+            raise UserError(
+                f"{self.stem}: groups of {size} inputs are no multiple of llama.cpp's blocks of {BLOCK}: take a "
+                "group_size that is"
+            )
         found = container(self.bits or 4, int(self.zeros.min()), int(self.zeros.max()))
         if found is None:
             raise UserError(f"{self.stem}: no type of llama.cpp's holds 8 bits with zero points: set `sym: true`")
         return found
+
+    def weight(self) -> Any:
+        """What the codes mean, float32 [outputs, in] in torch."""
+        import torch
+
+        codes, scales = torch.from_numpy(self.codes()).float(), torch.from_numpy(self.scales()).float()
+        groups = codes.view(*scales.shape, -1) - torch.from_numpy(self.zeros).float()[:, :, None]
+        return (groups * scales[:, :, None]).reshape(codes.shape)
 
     def in_blocks(self, kind: str) -> tuple[Any, float]:
         """The matrix, uint8 [outputs, bytes of a row], and by how much of its largest weight a weight is off."""
@@ -152,9 +169,7 @@ class Packed:
 
         codes, scales = self.codes(), self.scales()
         made = blocks(kind, codes, self.zeros, scales)
-        size = codes.shape[1] // scales.shape[1]
-        meant = codes.reshape(len(codes), -1, size).astype(np.float32) - self.zeros[:, :, None]
-        meant = (meant * scales.astype(np.float32)[:, :, None]).reshape(codes.shape)
+        meant = self.weight().numpy()
         written = gguf.quants.dequantize(made, gguf.GGMLQuantizationType[kind])
         error = float(np.abs(written - meant).max() / max(float(np.abs(meant).max()), 1e-30))
         if not error <= (LARGEST_ERROR if kind == "Q4_1" else 0.0):

@@ -28,7 +28,7 @@ from workbench.worker.architectures import Group, Layer, Producer
 from workbench.worker.methods import Making, grouped, rounding
 
 SHORTHAND = ""
-WRITES: tuple[str, ...] = ("awq", "gguf")
+WRITES: tuple[str, ...] = ("awq", "gguf", "mlx")
 LIBRARY = "transformers"
 TAGS: tuple[str, ...] = ("awq", "4-bit")
 CONFIG_FILE = ""
@@ -84,13 +84,11 @@ def check(options: Options) -> None:
 
 
 def limits(options: Options) -> dict[str, str]:
-    """Backend name -> why that engine cannot load a checkpoint with these options, nor the GGUF file of it."""
+    """Backend name -> why that engine cannot load a checkpoint with these options, nor what it is carried to."""
     if options.zero_point:
         return grouped.carried_limits(options)
-    return {
-        "vllm": "vLLM loads AWQ only with zero points",
-        "llamacpp": "AWQ without zero points is not carried to GGUF; take GPTQ, or leave `zero_point` out",
-    }
+    said = "AWQ without zero points is carried to no other format; take GPTQ, or leave `zero_point` out"
+    return {"vllm": "vLLM loads AWQ only with zero points", "llamacpp": said, "mlx": said}
 
 
 def making(options: Options, cuda: bool) -> Making:
@@ -99,7 +97,9 @@ def making(options: Options, cuda: bool) -> Making:
 
 
 def sizes(shape: Shape, options: Options, form: str) -> Stored:
-    """What the checkpoint will hold, or the GGUF file of it."""
+    """What the checkpoint will hold, or what it is carried to."""
+    if form == "mlx":
+        return grouped.mlx_sizes(shape, options, quantizes)
     if form == "gguf":
         return grouped.carried_sizes(shape, options, quantizes, "Q4_1")
     return grouped.sizes(shape, options, quantizes, stored)

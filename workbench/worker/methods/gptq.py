@@ -40,7 +40,7 @@ from workbench.worker.methods.rounding import (
 )
 
 SHORTHAND = ""
-WRITES: tuple[str, ...] = ("gptq", "gguf")
+WRITES: tuple[str, ...] = ("gptq", "gguf", "mlx")
 LIBRARY = "transformers"
 TAGS: tuple[str, ...] = ("gptq",)
 CONFIG_FILE = "quantize_config.json"
@@ -84,13 +84,14 @@ def check(options: Options) -> None:
 
 
 def limits(options: Options) -> dict[str, str]:
-    """Backend name -> why that engine cannot load a checkpoint with these options, nor the GGUF file of it."""
+    """Backend name -> why that engine cannot load a checkpoint with these options, nor what it is carried to."""
     found = grouped.carried_limits(options)
     if options.bits == 8 and not options.sym:
         found["llamacpp"] = "no type of llama.cpp's holds 8 bits with zero points; set `sym: true`"
     if options.desc_act and options.group_size != -1:
         found["vllm"] = "vLLM no longer loads GPTQ with desc_act and groups; leave `desc_act` out"
         found["llamacpp"] = "llama.cpp's blocks are runs of inputs, desc_act's groups are not; leave `desc_act` out"
+        found["mlx"] = "MLX's groups are runs of inputs, desc_act's are not; leave `desc_act` out"
     if options.bits not in (4, 8) or not options.sym:
         found["vllm"] = f"vLLM loads GPTQ only as symmetric 4 or 8 bits, not {options.bits} bits with sym={options.sym}"
     return found
@@ -102,7 +103,9 @@ def making(options: Options, cuda: bool) -> Making:
 
 
 def sizes(shape: Shape, options: Options, form: str) -> Stored:
-    """What the checkpoint will hold, or the GGUF file of it."""
+    """What the checkpoint will hold, or what it is carried to."""
+    if form == "mlx":
+        return grouped.mlx_sizes(shape, options, quantizes)
     if form == "gguf":
         return grouped.carried_sizes(shape, options, quantizes, container_of(options))
     return grouped.sizes(shape, options, quantizes, stored)

@@ -53,6 +53,31 @@ def container(bits: int, least_zero: int, largest_zero: int) -> str | None:
     return "Q8_0" if least >= -128 and largest <= 127 else None
 
 
+def mlx_sizes(shape: Shape, options: Any, quantizes: Callable[[Any, str], bool]) -> Stored:
+    """The bytes of the folder for MLX: codes, and a scale and a bias of 16 bits a group; everything else in 16 bits."""
+    if refused := carried_limits(options).get("mlx"):
+        return Stored(0, refused=refused)
+    total = 0.0
+    for tensor in shape.tensors:
+        linear = _linear(tensor)
+        bytes_each = 2.0
+        if linear and quantizes(options, linear):
+            size = mlx_group(tensor.shape[1] if options.group_size == -1 else options.group_size)
+            bytes_each = options.bits / 8 + 4 / size
+        total += tensor.weights * bytes_each
+    return Stored(int(total))
+
+
+def mlx_group(size: int) -> int:
+    """The largest of MLX's groups that divides one of `size` inputs; `UserError` if none does."""
+    found = next((group for group in (128, 64, 32) if size % group == 0), None)
+    if found is None:
+        raise UserError(
+            f"MLX's groups are of 32, 64 or 128 weights, and {size} is no multiple of any: take a group_size that is"
+        )
+    return found
+
+
 def carried_sizes(shape: Shape, options: Any, quantizes: Callable[[Any, str], bool], kind: str) -> Stored:
     """The bytes and types of the GGUF file with the same codes: packed layers as `kind`, other matrices in 16 bits."""
     if not kind:
@@ -68,10 +93,11 @@ def carried_sizes(shape: Shape, options: Any, quantizes: Callable[[Any, str], bo
 
 
 def carried_limits(options: Any) -> dict[str, str]:
-    """Backend name -> why no GGUF file can be made for it of a checkpoint with these options."""
+    """Backend name -> why nothing that it reads can be made of a checkpoint with these options."""
     size = options.group_size
     if size != -1 and size % BLOCK:
-        return {"llamacpp": f"llama.cpp's blocks are of {BLOCK} weights, and group_size {size} is no multiple of that"}
+        said = f"are of {BLOCK} weights, and group_size {size} is no multiple of that"
+        return {"llamacpp": f"llama.cpp's blocks {said}", "mlx": f"MLX's smallest groups {said}"}
     return {}
 
 
@@ -105,7 +131,15 @@ def making(method: str, options: Any) -> Making:
             function="workbench.worker.ggml.carry:carry",
             file_name=".gguf",
             label="to GGUF",
-        )
+        ),
+        "mlx": Making(
+            "carry",
+            packages=("mlx", "mlx-lm"),
+            python="mlx",
+            function="workbench.worker.mlx_folder:carry",
+            file_name="-mlx",
+            label="to MLX",
+        ),
     }
     if options.engine == "workbench":
         return Making("pass", "tokens", packages, carried=carried)

@@ -1,0 +1,153 @@
+"""AWQ's and GPTQ's weights as a folder that mlx-lm loads: the same codes and scales, in MLX's groups.
+
+A weight of either is d (q - z), with a scale d and a zero z a group. MLX computes w = s q + b a group of 32, 64 or 128
+inputs: s = d and b = -d z, both float16, a larger group's in each of its parts. Symmetric zeros are powers of two, so
+that b is exact. Codes lie in uint32 words as one stream of bits, lowest first, along the inputs.
+
+mlx-lm reads 4-bit AWQ itself, but no other bits, no `g_idx`, and GPTQ's codes in AWQ's order.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workbench.disk import need_room, remove
+from workbench.errors import UserError
+from workbench.records import MadeVariant, VariantRequest, from_json, to_json
+from workbench.worker import Progress, Tensors, proof
+from workbench.worker.base.checkpoint import StoredTensor, checked_weights, read_json
+from workbench.worker.base.saving import SHARD_BYTES, for_both_readers, write_json
+from workbench.worker.ggml.carry import LARGEST_ERROR, PARTS, Packed
+from workbench.worker.kernels import import_kernels
+from workbench.worker.methods import gptq
+from workbench.worker.methods.grouped import mlx_group
+
+SIDE_FILES = (".json", ".jinja", ".model", ".txt")
+"""Endings of what goes along: configuration, tokenizer, template."""
+NOT_ALONG = (".index.json", "quantize_config.json", "quant_config.json")
+
+
+def carry(payload: object, progress: Progress) -> object:
+    """Worker for a `VariantRequest` whose `source` is an AWQ or GPTQ checkpoint: the folder. Returns `MadeVariant`.
+    Raises `UserError` for what MLX's groups do not hold, and for what is another model in MLX."""
+    from workbench.worker.backends.packed import gptq_bits
+
+    request: VariantRequest = from_json(VariantRequest, payload)
+    source, out = Path(str(request.source)), Path(request.out)
+    import_kernels()
+    tensors, bits = checked_weights(source), gptq_bits(source)
+    stems = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
+    matrices = {stem: Packed(stem, tensors, bits) for stem in stems}
+    try:
+        out.mkdir()
+        error = _write(source, out, tensors, matrices, progress)
+        _prove(source, out, matrices)
+    except UserError as problem:
+        remove(out)
+        raise UserError(f"{source.name} cannot be carried to MLX: {problem}") from None
+    types = {name: "F16" for name in tensors if not name.endswith(PARTS)} | dict.fromkeys(stems, f"affine-{bits or 4}")
+    told = f"the checkpoint's own codes and scales in MLX's groups of {bits or 4} bits"
+    told += f"; weights equal to {error:.1e} of the largest" if error else "; weights equal bit for bit"
+    carried = {"from": source.name, "types": [f"affine, {bits or 4} bits"], "largest_error": error}
+    return to_json(MadeVariant(types, warnings=[told], provenance={"carried": carried}))
+
+
+def in_groups(matrix: Packed) -> tuple[Tensors, float, int]:
+    """A matrix as MLX has it (`weight` int32 words, `scales`, `biases`), by how much of its largest weight a weight is
+    off, and its group. `UserError` for what no groups hold."""
+    import torch
+
+    bits, codes = matrix.bits or 4, torch.from_numpy(matrix.codes())
+    size = mlx_group(matrix.group_size())
+    scales, zeros = torch.from_numpy(matrix.scales()), torch.from_numpy(matrix.zeros).float()
+    repeats = codes.shape[1] // scales.shape[1] // size
+    exact = -scales.float() * zeros
+    biases = exact.half()
+    error = float((exact - biases.float()).abs().max() / matrix.weight().abs().max().clamp(min=1e-30))
+    if not error <= LARGEST_ERROR:
+        raise UserError(f"{matrix.stem}: a weight is off by {error:.1e} of the largest: its zeros lie far out")
+    parts = {
+        "weight": gptq.pack(codes.t().contiguous(), bits).t().contiguous(),
+        "scales": scales.repeat_interleave(repeats, 1).contiguous(),
+        "biases": biases.repeat_interleave(repeats, 1).contiguous(),
+    }
+    return parts, error, size
+
+
+def _write(
+    source: Path, out: Path, tensors: Mapping[str, StoredTensor], matrices: Mapping[str, Packed], progress: Progress
+) -> float:
+    """Write the folder, a shard at a time; the largest error of any matrix."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    need_room(out, sum(tensor.size_bytes for tensor in tensors.values()))
+    packed = {f"{stem}.{part}" for stem in matrices for part in PARTS}
+    names = [*matrices, *(name for name in tensors if name not in packed)]
+    content, places, sizes = Tensors(), dict[str, str](), set[int]()
+    largest = 0.0
+    for i, name in enumerate(names):
+        progress(i, len(names), "carrying to MLX")
+        if name in matrices:
+            parts, error, size = in_groups(matrices[name])
+            parts["weight"] = parts["weight"].view(torch.uint32)
+            content |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            largest = max(largest, error)
+            sizes.add(size)
+        else:
+            with safe_open(tensors[name].file, framework="pt") as file:
+                content[name] = file.get_tensor(name)
+        if name == names[-1] or sum(tensor.nbytes for tensor in content.values()) > SHARD_BYTES:
+            shard = f"model-{i:05}.safetensors"
+            save_file(content, out / shard, metadata={"format": "mlx"})
+            places |= dict.fromkeys(content, shard)
+            content = {}
+    write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    for along in source.iterdir():
+        if along.suffix in SIDE_FILES and not along.name.endswith(NOT_ALONG):
+            shutil.copyfile(along, out / along.name)
+    config = read_json(source / "config.json")
+    config.pop("quantization_config", None)
+    bits = next(iter(matrices.values())).bits or 4
+    # Where layers differ mlx-lm goes by their shapes.
+    config["quantization"] = {"group_size": max(sizes), "bits": bits, "mode": "affine"}
+    write_json(out / "config.json", for_both_readers(config))
+    return largest
+
+
+def _prove(source: Path, out: Path, matrices: Mapping[str, Packed]) -> None:
+    """Compare MLX's logits of the folder with the checkpoint's in transformers, its matrices still packed."""
+    import torch
+
+    from workbench.worker.backends import mlx
+    from workbench.worker.backends.packed import gptq_bits, read_checkpoint
+
+    def layer_of(stem: str, bias: Any) -> Any:
+        weight = matrices[stem].weight()
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+        layer.weight.data = weight
+        if bias is not None:
+            layer.bias.data = bias.float()
+        return layer
+
+    # The kernels know no 3 bits.
+    layers = layer_of if gptq_bits(source) == 3 else None
+    model = read_checkpoint(source, "float32", "cpu", "eager", False, layers).model
+    ids = proof.ids_over(model.config.vocab_size, min(proof.TOKENS, model.config.max_position_embeddings))
+    try:
+        found = mlx.logits_of(out, ids)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"mlx-lm cannot load what was written: {reason}") from None
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    same = proof.compare(logits, found, proof.SAME_WEIGHTS_NATS)
+    if not same.same:
+        raise UserError(
+            f"MLX makes another model of it (KL divergence {same.kld_nats:.2g} nats on {len(ids)} tokens, at most "
+            f"{same.limit_nats:g} by rounding)"
+        )
