@@ -1,8 +1,9 @@
-"""The documentation: built without a warning, every link followed (none leaves the machine)."""
+"""The documentation: built without a warning, every link followed (none leaves the machine), the notebook run anew."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -128,3 +129,24 @@ def test_the_pages_are_built_without_a_warning_and_no_link_is_broken(tmp_path: P
     assert list(broken(tmp_path)) == []
     python = Links((tmp_path / "python.html").read_text()).anchors
     assert {f"workbench.{name}" for name in wb.__all__ if not name.startswith("_")} <= python
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(real_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a fresh results folder, with the engines; and what it shows has the shape that it has in the repository."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    for name, value in (("WORKBENCH_HOME", real_home), ("TMPDIR", tmp_path), ("PYTHONPATH", ROOT)):
+        monkeypatch.setenv(name, str(value))
+    stored = nbformat.read(DOCS / "notebook.ipynb", as_version=4)
+    fresh = nbformat.read(DOCS / "notebook.ipynb", as_version=4)
+    NotebookClient(fresh, timeout=900, resources={"metadata": {"path": str(DOCS)}}).execute()
+
+    def shown(notebook: Any) -> list[list[str]]:
+        kinds = [[str(output.output_type) for output in cell.get("outputs", [])] for cell in notebook.cells]
+        return [[kind for kind in each if kind != "stream"] or each[:1] for each in kinds]
+
+    assert shown(fresh) == shown(stored)
+    text = (DOCS / "notebook.ipynb").read_text()
+    assert not re.search(r"/(tmp|root|work)/", text) and os.path.expanduser("~/") not in text
