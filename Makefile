@@ -4,7 +4,7 @@ VENV := .venv
 GPU := .venv-gpu
 READY := $(VENV)/.ready
 
-.PHONY: demo gpu gpu-check image-check test fast check docs mutants lock lock-cuda clean
+.PHONY: demo gpu gpu-check image-check test fast check docs picture mutants lock lock-cuda clean
 demo: $(READY)
 	$(VENV)/bin/workbench run recipes/smollm2-135m.yaml
 
@@ -40,6 +40,13 @@ check: $(READY)
 # The documentation, into docs/_build/index.html; a warning is an error.
 docs: $(READY)
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
+# The picture of the page that README shows: the top of that of the published rows, under a limit.
+CHROMIUM ?= chromium
+picture: $(READY)
+	WORKBENCH_HOME=/home/you/.cache/workbench $(VENV)/bin/workbench report --results results -o $(VENV)/report.html
+	$(CHROMIUM) --headless --hide-scrollbars --window-size=1280,1310 --screenshot=docs/report.png \
+		"file://$(CURDIR)/$(VENV)/report.html?divergence=0.1"
 
 # Whether the tests notice a wrong number: COUNT small changes, those that SEED draws, one at a time (tests/mutants.py).
 COUNT ?= 300

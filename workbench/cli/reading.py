@@ -130,8 +130,9 @@ def report(
     recipe: o.OnlyRecipe = None,
     machine: o.OnlyMachine = None,
 ) -> None:
-    """Write one self-contained HTML page with the table, the plots and where the numbers come from."""
+    """Write one self-contained HTML page: a choice under limits, plots, the table, and where the numbers come from."""
     from workbench.home import home
+    from workbench.report.site.across import elsewhere
     from workbench.report.site.page import page
     from workbench.report.site.plots import plots as plots_of
     from workbench.report.site.svg import png, standalone
@@ -139,10 +140,12 @@ def report(
     from workbench.worker.backends import serving_command
 
     places = rows or [results]
-    table = api.table(stored(places), machine=machine, recipe=recipe)
+    known = stored(places)
+    table = api.table(known, machine=machine, recipe=recipe)
     series = series_like(table, series_of(stored(places, everything=True, quiet=True)))
     steps = [step for one in series for step in steps_of(one)]
-    write(output, page(table, series, steps, command=lambda row: serving_command(row, str(home()))))
+    others = elsewhere(table, known)
+    write(output, page(table, series, steps, others=others, command=lambda row: serving_command(row, str(home()))))
     print(output)
     if plots is None:
         return

@@ -10,6 +10,7 @@ import pytest
 
 from tests.report.site import chromium
 from tests.rows import REAL, a_house
+from workbench.records import Machine
 from workbench.report import store
 from workbench.report.site import page
 from workbench.report.table import build
@@ -46,5 +47,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     series = series_of(nights)
     steps = [step for one in series for step in steps_of(one)]
     found["nights"] = folder / "nights.html"
-    found["nights"].write_text(page.page(build(nights), series, steps))
+    elsewhere = build([replace(row, machine=Machine("a-machine-of-another-kind")) for row in made["house"]])
+    found["nights"].write_text(page.page(build(nights), series, steps, others=[elsewhere], command=serving_command))
     return found

@@ -79,7 +79,7 @@ def head(tab: chromium.Browser, words: str) -> int:
 
 def test_sorting_by_mouse_and_by_keyboard(tab: chromium.Browser, pages: dict[str, Path]) -> None:
     tab.open(pages["house"], 1280)
-    for words, best_first, way in (("KLD", False, "ascending"), ("decode", True, "descending")):
+    for words, best_first, way in (("divergence", False, "ascending"), ("decode", True, "descending")):
         place = head(tab, words)
         button = f"document.querySelectorAll('#rows th[scope=col]')[{place}].querySelector('button')"
         before = tab(CELLS % place)

@@ -71,6 +71,15 @@ def test_a_site_of_two_machines(tmp_path: Path) -> None:
     assert [(each["machine"], len(each["rows"])) for each in data] == [("desk", 2), ("lab", 2)]
 
 
+def test_a_page_says_how_other_machines_do(tmp_path: Path) -> None:
+    publish(nights(count=1) + nights(machine="lab", count=1) + nights(machine="far", recipe="other", count=1), tmp_path)
+    text = (tmp_path / "desk" / "toy.html").read_text()
+    part = text[text.index("<h2 id=across>") : text.index("<h2 id=floor>")]
+    assert re.findall(r"colspan=\d class=group>(\w+)", part) == ["desk", "lab"]  # `far` ran another recipe
+    assert len(re.findall(r"<tr><th scope=row>", part)) == 2 and part.count("<small>MiB</small>") == 2
+    assert "<h2 id=across>" not in (tmp_path / "far" / "other.html").read_text()
+
+
 def test_links_lead_somewhere(tmp_path: Path) -> None:
     publish(nights() + nights(machine="a/../b <x>", recipe="r?&'"), tmp_path)
     for file in tmp_path.rglob("*.html"):

@@ -92,6 +92,15 @@ def test_transformers_serves_what_its_own_server_can() -> None:
 
 def test_other_homes_and_engines_that_are_gone() -> None:
     row = measured("llamacpp", "gguf", "$WORKBENCH_HOME/artifacts/q.gguf")
+    # Without a home, as pages have it, a shell finds the reader's own.
+    said = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {serving_command(row)}"],
+        env={"WORKBENCH_HOME": "/home/my cache"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "/home/my cache/artifacts/q.gguf" in said.stdout.splitlines()
     assert "--model /home/me/cache/artifacts/q.gguf " in (serving_command(row, "/home/me/cache") or "")
     assert serving_command(replace(row, backend="gone")) is None
 

@@ -37,6 +37,8 @@ from workbench.sizes import mib_text
 
 MOST_NAMES = 60
 """Points of a scatter plot that are named in full; of more, numbers stand for the names."""
+MOST_NUMBERS = 300
+"""Points that are named at all: of more nobody would read them."""
 NEAR = 26
 """Pixels between two points of one variant that share its name."""
 KEY_LINE = 16
@@ -84,8 +86,8 @@ def scatter(
     Less of `y` is better. Where marks have an `area`, points show it. On a phone, and for very many, names are numbers
     with a key below."""
     wide = width > 400 and len(marks) <= MOST_NAMES
-    names = list(dict.fromkeys(mark.name for mark in marks))
-    key = [] if wide else _key(names, width)
+    names = list(dict.fromkeys(mark.name for mark in marks)) if len(marks) <= MOST_NUMBERS else []
+    key = [] if wide or not names else _key(names, width)
     top, bottom, right = 30, 62 + (32 if any(mark.area for mark in marks) else 0), 14
     plot = round(min(width * 0.62, 380 + 5 * len(marks))) if width > 400 else 300
     height = top + plot + bottom + KEY_LINE * len(key)
@@ -123,7 +125,7 @@ def scatter(
     inside = (left, top, width - 2, floor - 2)
     leaders, labels = [], []
     named: list[tuple[str, float, float]] = []
-    for mark, px, py, radius in sorted(places, key=lambda place: place[0] not in front):
+    for mark, px, py, radius in sorted(places, key=lambda place: place[0] not in front) if names else []:
         # One name will do for the points of a variant that lie on each other.
         if any(name == mark.name and math.hypot(px - a, py - b) < NEAR for name, a, b in named):
             continue

@@ -94,7 +94,7 @@ function update() {
   for (const [name, value] of Object.entries(now)) if (value !== usual[name]) view.set(name, value);
   const query = view.toString().replaceAll("%2C", ",").replaceAll("*", "%2A");
   history.replaceState(null, "", (query ? "?" + query : location.pathname) + location.hash);
-  filter(now); sort(now); columns(now);
+  filter(now); sort(now); columns(now); choose(now);
 }
 for (const field of fields) field.addEventListener("input", update);
 addEventListener("resize", () => columns(state()));
@@ -128,5 +128,3 @@ panel.addEventListener("close", () => location.hash &&
   history.replaceState(null, "", location.pathname + location.search));
 panel.addEventListener("click", event => event.target === panel && panel.close());
 addEventListener("hashchange", open);
-update();
-open();

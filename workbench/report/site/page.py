@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 from workbench.records import Row
 from workbench.report.formats.data import comma_separated
+from workbench.report.site.across import across
+from workbench.report.site.choice import choices
 from workbench.report.site.columns import columns
 from workbench.report.site.plots import groups_of, plots, row_ids
 from workbench.report.site.templates import fill
-from workbench.report.site.words import engine_word
+from workbench.report.site.words import full_name
 from workbench.report.store import machine_of
 from workbench.report.table import Line, Table, shared_settings, workload
 from workbench.report.verdicts.steps import Series, Step
@@ -32,10 +34,14 @@ def page(
     title: str = "",
     back: str | None = None,
     rows_file: str | None = None,
+    others: Sequence[Table] = (),
     command: Callable[[Row], str | None] = lambda row: None,
 ) -> str:
-    """The whole page as text; `series` of several runs bring plots over time, `back` a link to where it is listed,
-    `rows_file` one to the rows themselves; `command` says how to serve what a row is of."""
+    """The whole page as text.
+
+    `series` of several runs bring plots over time, `back` a link to where it is listed, `rows_file` one to the rows
+    themselves; `others` are other machines' tables; `command` says how to serve what a row is of.
+    """
     bases = dict.fromkeys(line.row.base for line in table.lines)
     newest = max(line.row.started_at for line in table.lines)
     ran = sum(bool(line.row.measurement) for line in table.lines)
@@ -49,6 +55,8 @@ def page(
         ids=row_ids(table),
         engines=groups_of(table),
         plots=plots(table, series, steps),
+        choices=choices(table, command),
+        across=across(table, others),
         details=details(table, command),
         csv=b64encode(comma_separated(table).encode()).decode(),
         rows_file=rows_file,
@@ -69,10 +77,11 @@ class Details:
 
 def details(table: Table, command: Callable[[Row], str | None]) -> list[Details]:
     """Every line's row in full."""
-    return [_details(line, row_ids(table)[line.row.key], command) for line in table.lines]
+    ids = row_ids(table)
+    return [_details(line, ids[line.row.key], full_name(table, line), command) for line in table.lines]
 
 
-def _details(line: Line, id: str, command: Callable[[Row], str | None]) -> Details:
+def _details(line: Line, id: str, title: str, command: Callable[[Row], str | None]) -> Details:
     row = line.row
     artifact, settings = row.artifact, row.measurement.settings if row.measurement else row.options
     facts = [
@@ -88,7 +97,6 @@ def _details(line: Line, id: str, command: Callable[[Row], str | None]) -> Detai
         *(("note", warning) for warning in line.warnings),
     ]
     serving = command(row) if row.measurement else None
-    title = f"{artifact.variant} on {engine_word(row.backend)}"
     return Details(id, title, serving, [fact for fact in facts if fact[1]])
 
 

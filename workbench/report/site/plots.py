@@ -15,7 +15,7 @@ from workbench.report.selection import BASE, pair_of
 from workbench.report.site import charts
 from workbench.report.site.charts import Mark
 from workbench.report.site.svg import NARROW, WHOLE, WIDE, Axis
-from workbench.report.site.words import MEMORY_PARTS, engine_word
+from workbench.report.site.words import MEMORY_PARTS, engine_word, variant_name
 from workbench.report.table import Line, Table
 from workbench.report.units import MIB
 from workbench.report.verdicts.steps import Series, Step
@@ -163,17 +163,12 @@ def days_of(at: str) -> float:
     return datetime.fromisoformat(at).replace(tzinfo=UTC).timestamp() / 86400
 
 
-def _name(table: Table, line: Line) -> str:
-    """The variant, and what else tells a line from another of its variant and engine."""
-    return " · ".join(filter(None, [line.row.artifact.variant, *(column.text(line.row) for column in table.varying)]))
-
-
 def _marks(table: Table, values: Callable[[Line], dict[str, float] | None]) -> list[Mark]:
     ids, groups = row_ids(table), groups_of(table)
     return [
         Mark(
             ids[line.row.key],
-            _name(table, line) + (f" · {engine_word(line.row.backend)}" if len(groups) > 1 else ""),
+            variant_name(table, line) + (f" · {engine_word(line.row.backend)}" if len(groups) > 1 else ""),
             groups.index(line.row.backend),
             values=found,
         )
@@ -216,7 +211,7 @@ def _points(table: Table, metric: str, quality: Quality, with_size: bool = False
             Mark(
                 ids[line.row.key],
                 # Engines are told by colour and shape: names are for variants.
-                _name(table, line),
+                variant_name(table, line),
                 groups.index(line.row.backend),
                 x,
                 y.value,
@@ -247,7 +242,7 @@ def _curves(metric: str, series: Sequence[Series], steps: Sequence[Step], table:
         found.append(
             charts.Curve(
                 row=latest.get(one.pair, ""),
-                name=one.label.replace(" on ", " ", 1),
+                name=one.label.replace(f" on {one.pair.backend}", f" {engine_word(one.pair.backend)}", 1),
                 group=groups.index(one.pair.backend),
                 points=tuple((days_of(p.at), value, p.at[:10]) for p, value in points),
                 steps=tuple((days_of(s.first.at), s.after, f"{s.relative:+.1%} since {s.first.at[:10]}") for s in own),

@@ -63,6 +63,7 @@ def publish(
             mine,
             title=f"{recipe} on {machine}",
             back="../index.html",
+            others=[other for (at, of), other in tables.items() if of == recipe and at != machine],
             rows_file=beside.rpartition("/")[2],
             command=command,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from workbench.report.table import Line, Table
+
 ENGINES = {"llamacpp": "llama.cpp", "vllm": "vLLM", "transformers": "Transformers"}
 
 MEMORY_PARTS = {
@@ -19,3 +21,13 @@ MEMORY_PARTS = {
 def engine_word(backend: str) -> str:
     """The engine's own name; one that is not known here has its recipe's."""
     return ENGINES.get(backend, backend)
+
+
+def variant_name(table: Table, line: Line) -> str:
+    """The variant, and what else tells a line from another of its variant and engine."""
+    return " · ".join(filter(None, [line.row.artifact.variant, *(column.text(line.row) for column in table.varying)]))
+
+
+def full_name(table: Table, line: Line) -> str:
+    """The same with its engine."""
+    return f"{variant_name(table, line)} on {engine_word(line.row.backend)}"

@@ -123,4 +123,5 @@ def serving_command(row: Row, home: str = "$WORKBENCH_HOME") -> str | None:
         return None
     path = row.artifact.path.replace("$WORKBENCH_HOME", home, 1)
     words = backend_named(row.backend).serving_command(path, row)
-    return shlex.join(words) if words else None
+    # A shell reads a variable in double quotes alone.
+    return shlex.join(words).replace("'$WORKBENCH_HOME/", '"$WORKBENCH_HOME"\'/') if words else None
