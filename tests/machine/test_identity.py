@@ -28,6 +28,17 @@ def test_a_name_is_of_gpus_processor_cores_and_memory() -> None:
     cards = [Accelerator("NVIDIA H100 80GB HBM3", 1)] * 2
     assert replace(DESK, gpus=cards[:1]).hardware == "nvidia-h100-80gb-hbm3-amd-epyc-2-cores-24-gib"
     assert replace(DESK, gpus=cards).hardware == "2-nvidia-h100-80gb-hbm3-amd-epyc-2-cores-24-gib"
+    for seen, sold in (
+        (23.4, 24),
+        (23.9, 24),
+        (7.6, 8),
+        (17.5, 18),
+        (62.7, 64),
+        (125.6, 128),
+        (503, 512),
+        (2015, 2048),
+    ):
+        assert replace(DESK, memory_bytes=int(seen * 2**30)).hardware == f"amd-epyc-2-cores-{sold}-gib"
     assert DESK.hardware == replace(DESK, name="x", system="Linux 9", driver="580", python="3.12").hardware
     assert Machine("desk").hardware == ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -305,7 +306,10 @@ class Machine:
 @functools.lru_cache(256)
 def _hardware(gpus: tuple[str, ...], cpu: str, threads: int, memory_bytes: int) -> str:
     cards = [f"{count} {name}" if count > 1 else name for name, count in Counter(gpus).items()]
-    words = " ".join([*cards, f"{cpu} {threads} cores {round(memory_bytes / 2**30)} GiB"])
+    # As memory is sold: what a kernel keeps of it differs from one to the next.
+    gib = memory_bytes / 2**30
+    step = max(1, 2 ** (int(gib).bit_length() - 4))
+    words = " ".join([*cards, f"{cpu} {threads} cores {math.ceil(gib / step) * step} GiB"])
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:150] if cpu else ""
 
 
