@@ -49,7 +49,7 @@ BELONGING: dict[str, dict[str, str]] = {
     "workbench/report/verdicts": {
         "compare": "changes compare",
         "night": "one_night night",
-        "recommend": "choice recommend",
+        "advice limits order recommend wish": "choice recommend advice",
         "steps": "levels steps",
     },
     "workbench/worker": {"proof": "proof"},

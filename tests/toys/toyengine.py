@@ -22,11 +22,12 @@ MAKES_REFERENCE = False
 
 @dataclass(frozen=True)
 class Options:
-    """`attention`: whose."""
+    """A toy."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
 
     attention: Literal["sdpa", "eager"] = "sdpa"
+    """Whose."""
 
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import shlex
@@ -27,7 +28,7 @@ from tests.rows import a_row
 from tests.worker.small_models import write_model, write_sentencepiece
 from workbench.machine import isolate
 from workbench.records import Evaluation, Row, Workload
-from workbench.worker.backends import serving_command
+from workbench.worker.backends import BACKENDS, backend_named, serving_command
 
 LOOPBACK = "--host 127.0.0.1 --port"
 
@@ -88,6 +89,18 @@ def test_transformers_serves_what_its_own_server_can() -> None:
     )
     assert serving_command(replace(row, options={"kernel": "workbench"})) is None
     assert serving_command(measured("transformers", "gguf", "q.gguf")) is None
+
+
+def test_mlx_serves_in_the_checkpoints_own_dtype() -> None:
+    row = measured("mlx", "mlx", "/a b/q", options={"dtype": "auto"})
+    assert serving_command(row) == f"mlx_lm.server --model '/a b/q' {LOOPBACK} 8000"
+    assert serving_command(replace(row, options={"dtype": "float16"})) is None
+
+
+def test_every_engine_is_asked_in_one_way() -> None:
+    for name in BACKENDS:
+        asked = inspect.signature(backend_named(name).serving_command)
+        assert [*asked.parameters] == ["path", "row"], name
 
 
 def test_other_homes_and_engines_that_are_gone() -> None:

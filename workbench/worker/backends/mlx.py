@@ -6,12 +6,12 @@ a Mac. The loop over the model is ours, since mlx-lm's generator knows no fixed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from workbench.records import Artifact, Job, Quality, from_json
+from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.base.checkpoint import read_json
 from workbench.worker.base.saving import for_both_readers
@@ -62,9 +62,11 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     return EngineMemory(weights, cache, max(activations, logits) + SCORE_CHUNK_BYTES, RUNTIME_BYTES)
 
 
-def serving_command(path: str, options: Mapping[str, Any], device: str | None) -> str | None:
-    """mlx-lm's own server."""
-    return f"mlx_lm.server --model {path} --host 127.0.0.1 --port 8080"
+def serving_command(path: str, row: Row) -> list[str] | None:
+    """mlx-lm's own server, which takes any context and computes in the checkpoint's own dtype alone."""
+    if row.options.get("dtype") not in (None, "auto"):
+        return None
+    return ["mlx_lm.server", "--model", path, "--host", "127.0.0.1", "--port", "8000"]
 
 
 def sees_cuda(payload: None, progress: object) -> bool:
