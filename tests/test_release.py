@@ -1,4 +1,4 @@
-"""What a release promises: its entry in the changelog, its tree in the README, and that it makes nothing anew."""
+"""What a release promises: its entry in the changelog, its tree in CONTRIBUTING, and that it makes nothing anew."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_a_release_makes_no_artifact_anew() -> None:
     assert artifact_key(PreparedBase("p", "base", "float32", 1, 4), variant, making_of(variant), []) == then
 
 
-def test_the_readmes_tree_is_the_tree() -> None:
+def test_the_tree_in_contributing_is_the_tree() -> None:
     """Every file and folder of the program is named there, in its folder, and nothing that is not there."""
-    lines = (ROOT / "README.md").read_text().split("\nworkbench/\n")[1].split("```")[0].splitlines()
+    lines = (ROOT / "CONTRIBUTING.md").read_text().split("\nworkbench/\n")[1].split("```")[0].splitlines()
     named, folders = set(), ["workbench"]
     for line in lines:
         depth = (len(line) - len(line.lstrip())) // 2
