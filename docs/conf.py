@@ -27,6 +27,6 @@ autodoc_typehints = "signature"
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
 # The notebook shows what it printed when it was last run; tests run it again (`tests/test_docs.py`).
-nb_execution_mode = "off"
+nb_execution_mode, nb_render_markdown_format = "off", "myst"
 
 generate.write(HERE / "_generated")

@@ -127,6 +127,7 @@ def test_the_pages_are_built_without_a_warning_and_no_link_is_broken(tmp_path: P
     pages = {path.name for path in tmp_path.glob("*.html")}
     assert {f"{page.stem}.html" for page in (*DOCS.glob("*.md"), *DOCS.glob("*.ipynb"))} <= pages
     assert list(broken(tmp_path)) == []
+    assert "| variant" not in (tmp_path / "notebook.html").read_text(), "a table is a table"
     python = Links((tmp_path / "python.html").read_text()).anchors
     assert {f"workbench.{name}" for name in wb.__all__ if not name.startswith("_")} <= python
 
