@@ -14,7 +14,7 @@ function state() {
   }
   return Object.fromEntries(Object.entries(found).map(([name, values]) => [name, values.join(",")]));
 }
-if (matchMedia("(max-width: 620px)").matches) for (const field of named("columns"))
+if (matchMedia("(max-width: 1100px)").matches) for (const field of named("columns"))
   if ("wide" in field.dataset) field.checked = false;
 const usual = state();
 for (const [name, value] of new URLSearchParams(location.search)) for (const field of named(name))
@@ -110,9 +110,10 @@ function open() {
   if (!panel.open) panel.showModal();
 }
 function copiable(command) {
+  if (!navigator.clipboard) return;
   const button = Object.assign(document.createElement("button"), {type: "button", textContent: "Copy"});
   const words = command.textContent;
-  button.addEventListener("click", () => navigator.clipboard?.writeText(words)
+  button.addEventListener("click", () => navigator.clipboard.writeText(words)
     .then(() => { button.textContent = "Copied"; }));
   command.prepend(button);
 }
