@@ -11,7 +11,7 @@ from workbench.report import estimates
 from workbench.report.selection import BASE
 from workbench.report.speeds import Rate
 from workbench.report.units import printable
-from workbench.report.verdicts.limits import Candidate, Doubt, divergence, memory_bytes, on_the_bases_grid
+from workbench.report.verdicts.limits import Candidate, Cure, Doubt, divergence, memory_bytes, on_the_bases_grid
 from workbench.report.verdicts.wish import Constraints
 from workbench.sizes import size_text
 
@@ -19,11 +19,21 @@ WIDTH = 80
 MOST = 8
 """Lines of the front that are shown."""
 CURES = {
-    "again": "workbench run RECIPE --again -v {variant} -b {backend}   (when nothing else runs here)",
+    "again": "workbench run RECIPE --again -v {variant} -b {backend}",
     "windows": "more `windows` under `evaluation` in the recipe, then: workbench run RECIPE",
     "items": "more items in the task's file, then: workbench run RECIPE",
 }
 """What decides an undecided limit."""
+REASONS = {
+    "speed": "it is slower, or its speed is less sure",
+    "quality": "its quality is worse, or less sure",
+    "memory": "it needs more memory",
+    "size": "it is larger on disk",
+    "": "good as the choice: nothing that was asked for tells them apart",
+}
+"""Why a runner-up is second, by `Recommendation.why`."""
+CONDITIONS = ("the machine ", "the processor", "the GPU")
+"""How warnings of a row begin that are of its speeds (`machine/monitor.py`)."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ def _text(found: Recommendation) -> str:
         lines += _wrapped(f"  as good by {found.constraints.sort}: ", printable(", ".join(found.tied)))
     if found.runner_up:
         lines += ["", f"Runner-up: {printable(found.runner_up.name)}", *_figures(found.runner_up)]
-        lines += _wrapped("  second by   ", _why(found, found.runner_up))
+        lines += _wrapped("  second as   ", _why(found, found.runner_up))
     for one in found.fitting:
         if one is not found.choice and (why := on_the_bases_grid(one.line.row)):
             lines += ["", *_wrapped("", printable(f"{one.name}: {why}"))]
@@ -79,8 +89,8 @@ def _text(found: Recommendation) -> str:
         lines += ["", f"Serve it with (room for {room} tokens a sequence, as measured):", *_command(found.command)]
     else:
         lines += ["", f"{found.choice.line.row.backend} has no server of its own for it."]
-    fits = {one.name for one in found.fitting} - {found.choice.name, found.runner_up.name if found.runner_up else ""}
-    front = [one for one in found.front if one.name in fits]
+    told = {found.choice.name, found.runner_up.name if found.runner_up else ""}
+    front = [one for one in found.front if one in found.fitting and one.name not in told]
     if front:
         lines += ["", "Also fits, and nothing is better in one of quality, speed, memory, size and as", "good in all:"]
         lines += [
@@ -117,6 +127,7 @@ def _short(one: Candidate) -> list[str]:
     line, memory = one.line, memory_bytes(one.line)
     kld = line.values["kld_mean"]
     return [
+        *(["undecided"] if one.doubts else []),
         *([f"{one.decode.median:.1f} tok/s"] if one.decode else []),
         *([f"divergence {kld:.4f}"] if kld is not None else []),
         *(
@@ -158,8 +169,8 @@ def _between(ends: tuple[float, float], spec: str) -> str:
 
 def _why(found: Recommendation, second: Candidate) -> str:
     if found.why == "limits":
-        return "limits: " + "; ".join(doubt.words for doubt in second.doubts)
-    return found.why or "nothing: the two are alike in all that was asked for"
+        return "it is not known to keep: " + "; ".join(doubt.words for doubt in second.doubts)
+    return REASONS[found.why]
 
 
 def _next(found: Recommendation) -> list[str]:
@@ -168,6 +179,9 @@ def _next(found: Recommendation) -> list[str]:
     if found.choice and found.choice.doubts:
         lines += ["", "It is not known whether the choice keeps its limits. What decides it:"]
         lines += _cures(found.choice, found.choice.doubts)
+    elif found.choice and any(each.startswith(CONDITIONS) for each in found.choice.line.row.warnings):
+        lines += ["", "Its speed was measured under bad conditions (see its note). Measure again:"]
+        lines += [f"  {_cure(found.choice, 'again')}"]
     if found.hope and found.hope.doubts:
         told = "; ".join(doubt.words for doubt in found.hope.doubts)
         lines += ["", *_wrapped(f"{printable(found.hope.name)} would be chosen, were it known to keep: ", told)]
@@ -176,8 +190,11 @@ def _next(found: Recommendation) -> list[str]:
 
 
 def _cures(one: Candidate, doubts: Sequence[Doubt]) -> list[str]:
-    names = {"variant": one.line.row.artifact.variant, "backend": one.line.row.backend}
-    return [f"  {CURES[cure].format(**names)}" for cure in dict.fromkeys(doubt.cure for doubt in doubts)]
+    return [f"  {_cure(one, cure)}" for cure in dict.fromkeys(doubt.cure for doubt in doubts)]
+
+
+def _cure(one: Candidate, cure: Cure) -> str:
+    return CURES[cure].format(variant=one.line.row.artifact.variant, backend=one.line.row.backend)
 
 
 def _rejected(found: Recommendation) -> list[str]:
