@@ -99,7 +99,8 @@ def card(rows: Sequence[Row], row: Row, licence: str | None = None, author: str 
     ]
     lines += [f"\n- {_text(warning)}" for warning in artifact.warnings]
     name = artifact.path.rstrip("/").rpartition("/")[2]
-    command = serving_command(replace(row, artifact=replace(artifact, path=name)))
+    # Not with the threads and the memory of the machine that it was measured on.
+    command = serving_command(replace(row, artifact=replace(artifact, path=name), measurement=None))
     if command:
         lines += ["", "```sh", command.replace("`", "'"), "```"]
     if any(each.measurement for each in shown):
