@@ -13,7 +13,7 @@ import pytest
 
 from tests.command import command
 from tests.rows import REAL, a_house, a_row
-from workbench.records import Row
+from workbench.records import Row, Task
 from workbench.report import estimates as statistics
 from workbench.report import store
 from workbench.report.formats.data import objects
@@ -328,12 +328,17 @@ def test_other_evaluation_sets_and_tasks_have_columns() -> None:
                 row,
                 evaluations=row.evaluations | {"code": replace(row.evaluation, name="code", digest="e9")},
                 measurement=replace(
-                    row.measurement, qualities=row.measurement.qualities | {"code": {"windows": windows}}
+                    row.measurement,
+                    qualities=row.measurement.qualities | {"code": {"windows": windows}},
+                    tasks={"facts": {"correct": [1.0, 1.0, 1.0, float(variant == "base")]}},
                 ),
+                tasks={"facts": Task("facts", "t.json", "t", 4, 9)},
             )
         )
     table = build(rows)
     text = page.page(table)
-    assert "perplexity, code" in text
+    for heading in ("perplexity, code", "Δ perplexity, code", "facts", "Δ facts"):
+        assert f">{heading}" in text
+    assert 'data-v="-0.25">-25.0 <small>' in text
     value = table.sets["code"].lines[1].values["perplexity"]
     assert value == pytest.approx(math.exp(17.4 / 8)) and f'data-v="{value!r}"' in text

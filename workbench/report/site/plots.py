@@ -18,6 +18,7 @@ from workbench.report.site.svg import NARROW, WHOLE, WIDE, Axis
 from workbench.report.site.words import MEMORY_PARTS, engine_word, variant_name
 from workbench.report.table import Line, Table
 from workbench.report.units import MIB
+from workbench.report.verdicts.causes import differing
 from workbench.report.verdicts.steps import Series, Step
 
 OWN_PARTS = ("weights", "weights_copied", "kv_cache_reserved", "kv_cache", "workspace", "runtime")
@@ -116,10 +117,9 @@ def version_steps(series: Sequence[Series]) -> list[tuple[str, str]]:
     found: dict[str, dict[str, None]] = {}
     for one in series:
         for last, point in pairwise(one.points):
-            for name, version in point.versions.items():
-                before = last.versions.get(name, version)
-                if version != before and name not in ("commit", "reference"):
-                    found.setdefault(point.at[:10], {})[f"{name} {before} → {version}"] = None
+            for name, (old, new) in differing(last.versions, point.versions).items():
+                if old and new and name not in ("commit", "reference"):
+                    found.setdefault(point.at[:10], {})[f"{name} {old} → {new}"] = None
     return [(date, ", ".join(found[date])) for date in sorted(found)]
 
 
