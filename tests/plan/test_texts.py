@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.command import command
 from tests.places import ROOT
@@ -74,6 +76,24 @@ def test_a_text_with_fewer_bytes_than_tokens_asked_for(plan: Planner, part: str,
     assert f"mine.txt' has {need - 2} bytes, and 2 windows of 64 take {need} tokens: ask for fewer" in said
     (plan.folder / "mine.txt").write_text("x" * need)
     assert plan(*CUDA, **{part: text(**more)})[0] == 0
+
+
+def test_tokens_are_counted_where_the_tokenizer_is_at_hand(plan: Planner, tiny_llama: Path) -> None:
+    shutil.copytree(tiny_llama, plan.folder / "Model")
+    by_word = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    by_word.pre_tokenizer = pre_tokenizers.Whitespace()
+    by_word.save(str(plan.folder / "Model" / "tokenizer.json"))
+    (plan.folder / "mine.txt").write_text("word " * 100)
+
+    def asked(windows: int, **more: Any) -> tuple[int, str, str]:
+        load, evaluation = {"prompt_tokens": 8, "new_tokens": 4}, text(window=16, windows=windows)
+        return plan(*CUDA, base={"path": "Model"}, evaluation=evaluation, workload=load, **more)
+
+    assert asked(6)[0] == 0
+    code, _, said = asked(7)
+    assert code == 2 and "mine.txt' has 100 tokens, and 7 windows of 16 take 112 tokens: ask for fewer" in said
+    code, _, said = asked(6, calibration=text(window=8, windows=2))
+    assert code == 2 and "2 windows of 8 take 16 tokens beside the evaluation's 96: ask for fewer" in said
 
 
 def test_without_a_tokenizer_a_run_cuts_no_windows_and_a_plan_asks_for_none(plan: Planner) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from workbench.machine.work import ask
 from workbench.recipe.load import Recipe
 from workbench.records import TextsRequest, TokenSet, to_json
@@ -22,6 +24,8 @@ def check_texts(recipe: Recipe) -> list[str]:
     sets = [] if bare else sets
     if not sets and not tasks:
         return []
-    unread = ask("workbench.worker.tokens.check:check", to_json(TextsRequest(sets, tasks)), limit_s=600)
+    file = Path(recipe.base.source(folder).get("path", "")) / "tokenizer.json"
+    request = TextsRequest(sets, tasks, str(file) if recipe.base.path and file.is_file() else None)
+    unread = ask("workbench.worker.tokens.check:check", to_json(request), limit_s=600)
     assert isinstance(unread, list)
     return [f"{source} was not looked at" for source in unread]

@@ -117,6 +117,8 @@ class TextsRequest:
     sets: list[TokenSet]
     tasks: dict[str, dict[str, Any]]
     """As in a `TasksRequest`."""
+    tokenizer: str | None = None
+    """The base's `tokenizer.json`, where it is at hand."""
 
 
 @dataclass(frozen=True)

@@ -10,31 +10,47 @@ from workbench.worker import Progress
 from workbench.worker.tokens.tasks import read
 from workbench.worker.tokens.text import Source, read_text, source_of
 
+LONGEST_TOKEN = 16
+"""Bytes; no tokenizer takes more than so many for one on the average of a text."""
+
 
 def check(payload: object, progress: Progress) -> object:
     """Worker for a `TextsRequest`; returns the datasets that were left unread.
 
-    Raises `UserError` for what cannot be read, what is wrong in it, and for a text with fewer bytes than its windows
-    have tokens.
+    Raises `UserError` for what cannot be read, what is wrong in it, and for a text too short for its windows, as far as
+    its bytes tell, or its tokens where there is a tokenizer.
     """
     request: TextsRequest = from_json(TextsRequest, payload)
-    sizes, unread = dict[Source, int](), dict[str, None]()
+    unread, texts, evaluated = dict[str, None](), dict[Source, str](), dict[Source, int]()
     for each in request.sets:
         source = source_of(each.source)
         if source.dataset:
             unread[str(source)] = None
             continue
-        if source not in sizes:
-            sizes[source] = len(read_text(source).encode())
+        text = texts[source] = texts.get(source) or read_text(source)
         windows = each.windows or 1
         need = each.window + (windows - 1) * (each.stride or each.window)
+        used = evaluated.get(source, 0) if each.role == "calibration" else 0
+        evaluated[source] = max(evaluated.get(source, 0), need)
+        size, unit = _size(text, used + need, request.tokenizer)
         # No tokenizer spends less than a byte on a token, but for a blank that some put before the text.
-        if sizes[source] + 1 < need:
+        if size + (unit == "bytes") < used + need:
+            taken = f" beside the evaluation's {used:,}" if used else ""
             raise UserError(
-                f"{each.role} '{each.name}': {source} has {sizes[source]:,} bytes, and {windows} windows of "
-                f"{each.window} take {need:,} tokens: ask for fewer or shorter ones, or name a longer text"
+                f"{each.role} '{each.name}': {source} has {size:,} {unit}, and {windows} windows of {each.window} take "
+                f"{need:,} tokens{taken}: ask for fewer or shorter ones, or name a longer text"
             )
     for task in request.tasks.values():
         if "file" in task:
             read(Path(task["file"]))
     return list(unread)
+
+
+def _size(text: str, need: int, tokenizer: str | None) -> tuple[int, str]:
+    """How many tokens a text has, or at the most as many as bytes; as far as it matters to one who needs so many."""
+    size = len(text.encode())
+    if tokenizer is None or not need <= size < need * LONGEST_TOKEN:
+        return size, "bytes"
+    from tokenizers import Tokenizer
+
+    return len(Tokenizer.from_file(tokenizer).encode(text, add_special_tokens=False).ids), "tokens"
