@@ -342,7 +342,7 @@ def test_the_plan_is_for_the_point_that_needs_most() -> None:
         recipe(workload={**load, "batch": [1, 16]}, backends={"llamacpp": None}), cuda=True, memory_bytes=1
     )
     assert wide.needs[0].kv_cache_bytes == kv_cache(shape(), "llamacpp", 512 + 192, 16)
-    assert "16 sequences of 640 or 704 tokens" in formats.terminal(wide)
+    assert "16 of 640 or 704 tokens" in formats.terminal(wide)
     one = plan.make(recipe(workload=load, backends={"llamacpp": None}), cuda=True, memory_bytes=1 << 40, context=1024)
     assert [(point.tokens, point.batch) for point in one.points] == [(1024, 1)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -92,16 +93,22 @@ def terminal(plan: Plan) -> str:
 
 
 def _sequences(plan: Plan) -> str:
-    """`1 sequence of 640 or 4,224 tokens; 8 sequences of 640 tokens`, and how a row answers for several."""
+    """`1 sequence of 640 or 4,224 tokens; 8 or 32 of 640 tokens`, and how a row answers for several."""
     lengths: dict[int, set[int]] = {}
     for point in plan.points:
         lengths.setdefault(point.batch, set()).add(point.tokens)
-    parts = [
-        f"{batch} sequence{'s' if batch > 1 else ''} of {' or '.join(f'{each:,}' for each in sorted(found))} tokens"
-        for batch, found in sorted(lengths.items())
-    ]
-    several = sum(map(len, lengths.values())) > 1
-    return "; ".join(parts) + ("; each row is for what needs most" if several else "")
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for batch, found in sorted(lengths.items()):
+        alike.setdefault(tuple(sorted(found)), []).append(batch)
+    parts = [f"{_either(batches)} of {_either(found)} tokens" for found, batches in alike.items()]
+    one = next(iter(alike.values())) == [1]
+    parts[0] = parts[0].replace(" of ", " sequence of " if one else " sequences of ", 1)
+    return "; ".join(parts) + ("; each row is for what needs most" if sum(map(len, lengths.values())) > 1 else "")
+
+
+def _either(numbers: Sequence[int]) -> str:
+    *most, last = (f"{number:,}" for number in numbers)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 FORMATS = {"terminal": terminal, "json": json_text}
