@@ -25,9 +25,9 @@ from workbench.worker.methods import BASE, METHODS, CalibratedMethod, Method, me
 if TYPE_CHECKING:  # What mypy reads: each module says all that its protocol asks for, in these types.
     from tests.toys import half, rtn, toyengine
     from workbench.worker.backends import fake, llamacpp, transformers, vllm
-    from workbench.worker.methods import awq, base, gguf, gptq
+    from workbench.worker.methods import awq, base, checkpoint, file, gguf, gptq
 
-    methods: tuple[Method, ...] = (awq, base, gguf, gptq, rtn)
+    methods: tuple[Method, ...] = (awq, base, checkpoint, file, gguf, gptq, rtn)
     calibrated: tuple[CalibratedMethod, ...] = (awq, gptq, half)
     backends: tuple[Backend, ...] = (fake, llamacpp, transformers, vllm, toyengine)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.fake_hub import SHA, hub
 from tests.places import ROOT
 from workbench.errors import UserError
 from workbench.plan import formats, need, tensors
@@ -25,7 +24,6 @@ from workbench.recipe.load import Recipe, parse
 from workbench.records import Machine, Variant
 from workbench.shape import Sequences, Shape, Stored
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
 LLAMA_8B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -283,35 +281,9 @@ def test_a_base_on_the_hub_is_planned_from_its_snapshot(tiny_llama: Path, tmp_pa
 
 @pytest.fixture
 def headers_hub(tiny_llama: Path) -> Iterator[tuple[str, list[str]]]:
-    """A hub on loopback with one model, whose weights can be had by range requests only; and what was asked of it."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            file = tiny_llama / self.path.rpartition("/")[2]
-            found = self.path.startswith("/owner/name/resolve/main/") and file.is_file()
-            ranged = (self.headers.get("range") or "").removeprefix("bytes=")
-            asked.append(f"{self.command} {file.name} {ranged}".strip())
-            content = file.read_bytes() if found else b""
-            first, _, last = ranged.partition("-")
-            part = content[int(first) : int(last) + 1] if ranged else content
-            self.send_response(404 if not found else 206 if ranged else 200)
-            for name, value in {"X-Repo-Commit": SHA, "ETag": f'"{file.name}"'}.items() if found else ():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(part)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(part)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
+    """A hub on loopback with one model; and what was asked of it."""
+    with hub({"owner/name": tiny_llama}) as found:
+        yield found
 
 
 def test_a_base_on_the_hub_is_planned_from_headers_alone(

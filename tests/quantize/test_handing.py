@@ -39,3 +39,16 @@ def test_a_copy_is_no_door_to_the_cache(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="name another --output"):
         copy_to(tmp_path / "out", an_artifact(made))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["Model-awq"]
+
+
+def test_links_to_others_files_are_copied_as_files_and_all_parts_of_one_that_is_split(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    for number in (1, 2, 3):
+        theirs = tmp_path / f"theirs-{number}"
+        theirs.write_text(f"part {number}")
+        (tmp_path / "cache" / f"X-{number:05}-of-00003.gguf").symlink_to(theirs)
+    first = copy_to(tmp_path / "out", an_artifact(tmp_path / "cache" / "X-00001-of-00003.gguf"))
+    assert first.name == "X-00001-of-00003.gguf"
+    copies = sorted((tmp_path / "out").iterdir())
+    assert [each.read_text() for each in copies] == ["part 1", "part 2", "part 3"]
+    assert not any(each.is_symlink() for each in copies)

@@ -50,8 +50,11 @@ def test_its_limits_are_not_the_checkpoints() -> None:
         ({"from": "awq-4bit"}, r"\.from: unknown variant above it 'awq-4bit'\. Did you mean 'awq-4bit-g128'\?"),
         ({"from": 3}, r"\.from: unknown variant above it '3'"),
         ({"from": "gguf-gptq-4bit-g128"}, "unknown variant above it"),
-        ({"from": "base"}, "base cannot be carried to gguf: name a variant of awq or gptq, not the base"),
-        ({"from": "gguf-Q8_0"}, "gguf-Q8_0 cannot be carried to gguf: name a variant of awq or gptq, not one of gguf"),
+        ({"from": "base"}, "base cannot be carried to gguf: name a variant of awq or gptq or checkpoint, not the base"),
+        (
+            {"from": "gguf-Q8_0"},
+            "gguf-Q8_0 cannot be carried to gguf: name a variant of awq or gptq or checkpoint, not one of gguf",
+        ),
         ({"from": "file"}, "file cannot be carried to gguf: it is carried itself, name awq-4bit-g128"),
         ({"from": "small"}, "small cannot be carried to gguf: .*blocks are of 32 weights, and group_size 16"),
         ({"from": "ordered"}, "ordered cannot be carried to gguf: .*leave `desc_act` out"),

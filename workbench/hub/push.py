@@ -64,6 +64,8 @@ def push(
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"{repository}: write the repository as OWNER/NAME")
+    if row.artifact.provenance.get("found"):
+        raise UserError(f"not pushed: {row.artifact.variant} was made by others, and is theirs to publish")
     licence = licence or licence_of(row, rows)
     reason = refusal(licence, row.base)
     if reason and not anyway:

@@ -14,8 +14,10 @@ Rejected: a safety factor over everything. It would hide an error, and tell peop
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, cast
 
 from workbench.errors import UserError, WorkFailed, short
@@ -24,10 +26,18 @@ from workbench.machine.work import ask
 from workbench.plan.need import Need, Plan, need_of
 from workbench.plan.tensors import shape_of
 from workbench.plan.texts import check_texts
-from workbench.recipe.choices import BackendChoice, form_for, forms_of, method_of, wants_gguf_base
+from workbench.recipe.choices import (
+    BackendChoice,
+    form_for,
+    forms_of,
+    making_of,
+    method_of,
+    placed,
+    wants_gguf_base,
+)
 from workbench.recipe.load import Recipe
-from workbench.records import BaseRequest, CarriedVariant, Variant, to_json
-from workbench.shape import DTYPE_BYTES, Described, Sequences, Shape
+from workbench.records import BaseRequest, CarriedVariant, Variant, from_json, to_json
+from workbench.shape import DTYPE_BYTES, Described, Sequences, Shape, Stored
 from workbench.sizes import size_text
 from workbench.worker.methods import BASE
 
@@ -88,9 +98,10 @@ def make(
     for choice in recipe.backends:
         for variant in recipe.variants:
             if choice.takes(variant.name):
-                each = [need_of(shape, variant, choice, point, cuda) for point in points]
+                held = found_in(recipe, variant, shape)
+                each = [need_of(shape, variant, choice, point, cuda, held) for point in points]
                 place = max(range(len(points)), key=lambda i: each[i].need_bytes or 0)
-                needs.append(_fitted(each[place], shape, variant, choice, points[place], cuda, memory_bytes))
+                needs.append(_fitted(each[place], shape, variant, choice, points[place], cuda, memory_bytes, held))
     return Plan(
         recipe=recipe.name,
         model=recipe.model,
@@ -147,6 +158,25 @@ def check_context(recipe: Recipe, context_tokens: int, asked: int | None = None)
             )
 
 
+def found_in(recipe: Recipe, variant: Variant, shape: Shape) -> dict[str, Stored] | None:
+    """By format, what headers say of a variant that others made; None for one that is made here."""
+    source = Variant(variant.name, variant.method, variant.options)
+    if not making_of(source).headers:
+        return None
+    options = json.dumps(placed(source, recipe.path.parent).options)
+    held = _headers(variant.method, options, shape, recipe.base.trust_remote_code)
+    return {variant.form: held[variant.form]} if isinstance(variant, CarriedVariant) else held
+
+
+@lru_cache(maxsize=1000)
+def _headers(method: str, options: str, shape: Shape, allow_remote_code: bool) -> dict[str, Stored]:
+    """Read once, whatever is planned with it. `options`: as JSON."""
+    worker = making_of(Variant("", method, json.loads(options))).headers
+    asked = {"options": json.loads(options), "shape": to_json(shape), "allow_remote_code": allow_remote_code}
+    found: dict[str, Stored] = from_json(dict[str, Stored], ask(worker, asked, limit_s=600))
+    return found
+
+
 def _read(recipe: Recipe) -> Described:
     """Ask a worker for the shape."""
     equivalent = recipe.base.equivalent.model_dump() if recipe.base.equivalent else None
@@ -162,6 +192,7 @@ def _fitted(
     point: Sequences,
     cuda: bool,
     memory_bytes: float,
+    found: dict[str, Stored] | None = None,
 ) -> Need:
     """Whether it fits, and if not, the longest context that would."""
     if need.need_bytes is None:
@@ -173,7 +204,7 @@ def _fitted(
     while low < high:
         middle = (low + high + 1) // 2
         shorter = point._replace(tokens=middle, prompt_tokens=min(point.prompt_tokens, middle))
-        tried = need_of(shape, variant, choice, shorter, cuda)
+        tried = need_of(shape, variant, choice, shorter, cuda, found)
         if tried.need_bytes is not None and tried.need_bytes <= memory_bytes:
             low = middle
         else:
@@ -188,8 +219,15 @@ def _all_disk(recipe: Recipe, shape: Shape) -> int:
     files: dict[tuple[str, str], int] = {}
     for variant in recipe.variants:
         method, options = method_of(variant)
-        if variant.method != BASE and method.making(options, cuda=False).stage != "load":
-            name = variant.source if isinstance(variant, CarriedVariant) else variant.name
+        name = variant.source if isinstance(variant, CarriedVariant) else variant.name
+        if held := found_in(recipe, variant, shape):
+            forms = {form_for(variant, choice.name) for choice in recipe.backends if choice.takes(variant.name)}
+            if name == variant.name:
+                # Its own file is downloaded, or used where it lies; further forms of it are made.
+                own = next(iter(held))
+                forms = forms - {own} | ({own} if variant.options.get("hub") else set())
+            files |= {(name, form): held[form].disk_bytes for form in forms & {*held}}
+        elif variant.method != BASE and method.making(options, cuda=False).stage != "load":
             forms = {form_for(variant, choice.name) for choice in recipe.backends if choice.takes(variant.name)}
             for form in {forms_of(variant)[0], *forms}:
                 files[name, form] = method.sizes(shape, options, form).disk_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -73,10 +74,20 @@ class Plan:
         return terminal(self)
 
 
-def need_of(shape: Shape, variant: Variant, choice: BackendChoice, load: Sequences, cuda: bool) -> Need:
-    """What one variant needs in one engine for those sequences at once, and to score windows."""
+def need_of(
+    shape: Shape,
+    variant: Variant,
+    choice: BackendChoice,
+    load: Sequences,
+    cuda: bool,
+    held: Mapping[str, Stored] | None = None,
+) -> Need:
+    """What one variant needs in one engine for those sequences at once, and to score windows. `held`: by format, what
+    headers say of a variant that others made."""
     backend, form = backend_named(choice.name), form_for(variant, choice.name)
-    stored = _stored(variant.method, json.dumps(variant.options), shape, form)
+    if held:
+        form = next((each for each in held if each in backend.LOADS), next(iter(held)))
+    stored = held[form] if held else _stored(variant.method, json.dumps(variant.options), shape, form)
     bits = round(stored.disk_bytes * 8 / shape.parameters, 4)
     need = Need(variant.name, choice.name, choice.options, stored.disk_bytes, bits, fallbacks=stored.fallbacks)
     chosen = backend.Options(**choice.options)
@@ -85,6 +96,7 @@ def need_of(shape: Shape, variant: Variant, choice: BackendChoice, load: Sequenc
         stored.refused
         or backend.unsupported(Artifact(variant.name, variant.method, form, "", "", 0, 0), cuda)
         or limits_of(variant).get(choice.name)
+        or stored.limits.get(choice.name)
         or backend.refuses(chosen, cuda)
         or (f"{choice.name} takes {most} sequences at once at most" if load.batch > most else None)
     )

@@ -80,6 +80,7 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
         best = reasons.index(None) if None in reasons else 0
         artifact = artifacts[best]
         limit = limits_of(recipe.variant(name)).get(choice.name)
+        limit = limit or artifact.provenance.get("limits", {}).get(choice.name)
         unsupported = reasons[best] or limit
         if reasons[best] and form_for(recipe.variant(name), choice.name) in module.LOADS:
             # There could be a form for this engine: why there is none says more than that it does not read the others.

@@ -8,7 +8,16 @@ from workbench.console import Show
 from workbench.disk import need_room, remove
 from workbench.errors import WorkFailed
 from workbench.machine.work import work
-from workbench.quantize.record import artifact_key, check, checkpoint_bytes, provenance_of, python_of, stored_artifact
+from workbench.quantize.record import (
+    artifact_key,
+    check,
+    checkpoint_bytes,
+    found_key,
+    provenance_of,
+    python_of,
+    stored_artifact,
+)
+from workbench.recipe.choices import placed
 from workbench.recipe.load import Recipe
 from workbench.records import (
     Artifact,
@@ -45,17 +54,21 @@ def make_alone(
     more: list[object] = [recipe.model, seen] if making.file_name else [seen] if seen else []
     if making.stage == "carry" and source:
         more.append(source.digest)
+    here = placed(variant, recipe.path.parent)
+    if making.headers:
+        more.append(found_key(here))
     key = artifact_key(base, variant, making, more)
 
     def build(folder: Path) -> Artifact:
         check(recipe, base, source)
-        need_room(folder, source.disk_bytes if source else base.weight_bytes)
+        if not making.headers:
+            need_room(folder, source.disk_bytes if source else base.weight_bytes)
         out = folder / f"{recipe.model}-{making.file_name or variant.name}"
         remove(out)
         request = VariantRequest(
             base=base.path,
             out=str(out),
-            options=variant.options,
+            options=here.options,
             source=source.path if source else None,
             tokens=looks_at.path if isinstance(looks_at, CalibrationTokens) else None,
             imatrix=looks_at.path if isinstance(looks_at, ImportanceMatrix) else None,
@@ -76,18 +89,23 @@ def make_alone(
         for note in made.notes:
             show.say(f"{variant.name}: {note}")
         provenance = provenance_of(recipe, base, variant, making, cost, seen) | made.provenance
+        warnings = made.warnings
+        if source and source.provenance.get("found"):
+            # Whose it is, and how it differs from the base, is true of every form of it.
+            provenance |= {"found": source.provenance["found"]}
+            warnings = [*source.warnings, *warnings]
         if out.is_dir():
             provenance |= {"seconds": {"total": cost.seconds}, "tensor_errors": made.tensor_errors}
         return Artifact(
             variant=variant.name,
             method=variant.method,
-            format=form,
+            format=made.format or form,
             path=out.name,
             digest=key,
             disk_bytes=checkpoint_bytes(out) if made.disk_bytes is None else made.disk_bytes,
             parameters=base.parameters,
             tensor_types=made.tensor_types,
-            warnings=made.warnings,
+            warnings=warnings,
             provenance=provenance,
         )
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from workbench.disk import disk_faults, need_room, remove
 from workbench.errors import UserError
 from workbench.records import Artifact
+
+FIRST_PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")
+"""The name of a GGUF file that is split; the other parts lie beside it."""
 
 
 def copy_to(folder: Path, artifact: Artifact) -> Path:
@@ -17,6 +22,10 @@ def copy_to(folder: Path, artifact: Artifact) -> Path:
     that name, and for a full disk.
     """
     source = Path(artifact.path)
+    if split := FIRST_PART.fullmatch(source.name):
+        for number in range(2, int(split[2]) + 1):
+            part = source.with_name(f"{split[1]}-{number:05}-of-{split[2]}.gguf")
+            copy_to(folder, replace(artifact, path=str(part)))
     target, half = folder / source.name, folder / f".{source.name}.partial"
     if target.exists():
         if _files(target) != _files(source):

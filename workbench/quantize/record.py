@@ -41,6 +41,18 @@ def base_key(recipe: Recipe) -> str:
     return digest([identify(source), equivalent, recipe.base.trust_remote_code])
 
 
+def found_key(variant: Variant) -> str:
+    """Of what others made, as it lies there now; its options name its place in full (`placed`)."""
+    from workbench.worker.base.prepare import identify
+
+    options = variant.options
+    source = {"path": options.get("path")} if options.get("path") else {"hub": options["hub"]}
+    if options.get("revision"):
+        source["revision"] = options["revision"]
+    # Without the versions of the way bases are prepared.
+    return identify(source).partition(":")[2]
+
+
 def check(recipe: Recipe, base: PreparedBase, artifact: Artifact | None = None) -> None:
     """Raise `UserError` if the base's files, or those made of it, are not what they were when they were taken up: a run
     may last for days."""

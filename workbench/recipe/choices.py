@@ -6,10 +6,12 @@ import fnmatch
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from workbench.disk import expanded
 from workbench.errors import UserError, short, unknown
 from workbench.recipe.messages import validate
 from workbench.recipe.words import bad_name, twin
@@ -62,6 +64,14 @@ def containers() -> set[str]:
     return {form for word in METHODS for form in method_named(word).WRITES[1:]}
 
 
+def placed(variant: Variant, folder: Path) -> Variant:
+    """A variant whose method finds it somewhere, that place by its full path; `folder`: of the recipe."""
+    path = variant.options.get("path")
+    if not making_of(variant).headers or not path:
+        return variant
+    return replace(variant, options=variant.options | {"path": str(Path(folder, expanded(str(path))).absolute())})
+
+
 def form_for(variant: Variant, backend: str) -> str:
     """The format that a backend gets of a variant: the first that it loads, or the first of all if it loads none."""
     written, loaded = forms_of(variant), backend_named(backend).LOADS
@@ -95,31 +105,40 @@ def parse_variants(raw: Any, where: str) -> tuple[Variant, ...]:
             raise UserError(f"{where}: {place}: one method an entry, found {short(', '.join(words) or 'none')}")
         word = words[0]
         value = {} if entry[word] is None else entry[word]
-        variant: Variant
         if word not in METHODS or (word in containers() and isinstance(value, dict) and "from" in value):
-            variant = _carried(value, word, found, f"{where}: {place}.{word}")
+            made: list[Variant] = [_carried(value, word, found, f"{where}: {place}.{word}")]
         else:
-            variant = _made(value, word, where, place)
-        name = entry.get("name", variant.name)
-        if reason := bad_name(name):
-            raise UserError(f"{where}: {place}.name: {reason}")
-        if other := twin(name, [variant.name for variant in found]):
-            raise UserError(f"{where}: {place}: a variant named '{short(other)}' is already there; give one a `name`")
-        found.append(replace(variant, name=name))
+            made = _made(value, word, where, place)
+        if len(made) > 1 and "name" in entry:
+            raise UserError(
+                f"{where}: {place}.name: a list makes several variants; leave the name out, or write each alone"
+            )
+        for variant in made:
+            name = entry.get("name", variant.name)
+            if reason := bad_name(name):
+                raise UserError(f"{where}: {place}.name: {reason}")
+            if other := twin(name, [variant.name for variant in found]):
+                raise UserError(
+                    f"{where}: {place}: a variant named '{short(other)}' is already there; give one a `name`"
+                )
+            found.append(replace(variant, name=name))
     return tuple(found)
 
 
-def _made(value: Any, word: str, where: str, place: str) -> Variant:
-    """A variant by the options of its method, under the name that the method gives it."""
+def _made(value: Any, word: str, where: str, place: str) -> list[Variant]:
+    """A variant by the options of its method, under the name that the method gives it; several where one is a list."""
     method = method_named(word)
     if method.SHORTHAND and not isinstance(value, dict):
         value = {method.SHORTHAND: value}
-    options = validate(TypeAdapter(method.Options), value, where, f"{place}.{word}")
-    try:
-        method.check(options)
-    except UserError as error:
-        raise UserError(f"{where}: {place}: {error}") from None
-    return Variant(method.default_name(options), word, to_json(options))
+    made = []
+    for point in _points(value, getattr(method, "AXES", ())):
+        options = validate(TypeAdapter(method.Options), point, where, f"{place}.{word}")
+        try:
+            method.check(options)
+        except UserError as error:
+            raise UserError(f"{where}: {place}: {error}") from None
+        made.append(Variant(method.default_name(options), word, to_json(options)))
+    return made
 
 
 def _carried(value: Any, form: str, above: Sequence[Variant], where: str) -> CarriedVariant:
@@ -165,15 +184,22 @@ def parse_backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple
             raise UserError(f"{where}: {place}.variants: a list of variant names or patterns")
         meant_by(patterns, variants, f"{where}: {place}.variants")
         backend = backend_named(name)
-        axes = {axis: options[axis] for axis in backend.AXES if isinstance(options.get(axis), list) and options[axis]}
-        for axis, values in axes.items():
-            if any(value in values[:i] for i, value in enumerate(values)):
+        for axis in backend.AXES:
+            values = options.get(axis)
+            if isinstance(values, list) and any(value in values[:i] for i, value in enumerate(values)):
                 raise UserError(f"{where}: {place}.{axis}: names a value twice")
-        for point in itertools.product(*axes.values()):
-            one = {**options, **dict(zip(axes, point, strict=True))}
+        for one in _points(options, backend.AXES):
             checked = validate(TypeAdapter(backend.Options), one, where, place, also={"variants"})
             found.append(BackendChoice(name, to_json(checked), tuple(patterns)))
     return tuple(found)
+
+
+def _points(options: Any, axes: Sequence[str]) -> list[Any]:
+    """The options for each value of those that may be lists."""
+    if not isinstance(options, dict):
+        return [options]
+    several = {axis: options[axis] for axis in axes if isinstance(options.get(axis), list) and options[axis]}
+    return [options | dict(zip(several, point, strict=True)) for point in itertools.product(*several.values())]
 
 
 def meant_by(patterns: list[str], variants: tuple[Variant, ...], where: str) -> set[str]:

@@ -3,6 +3,7 @@ the options of methods and engines."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -17,6 +18,7 @@ VARIANTS = "What is made of the base, in order: a method each, with its options.
 VARIANT_NAME = "What the variant is called in tables and on the command line (default: made of its options)."
 BACKENDS_KEY = "The engines that run the variants, each with its options, or a list of their names (default: all)."
 PATTERNS = "Which variants this engine runs, by names or patterns such as `gguf-*` (default: all)."
+LISTED = " A list makes a variant of each."
 SEVERAL = " A list of values measures every variant with each."
 CARRIED_FROM = "A variant above it, AWQ or GPTQ, whose weights are written in this format as they are."
 CARRIED = {
@@ -42,6 +44,7 @@ def schema() -> dict[str, object]:
     forms: list[object] = [_entry(word, [CARRIED], CARRIED_FROM) for word in sorted(containers())]
     for word, method in {word: method_named(word) for word in METHODS}.items():
         options = options_of(method.Options, f"{word} options")
+        _several(options, getattr(method, "AXES", ()), LISTED)
         forms_of_value: list[object] = [options]
         if method.SHORTHAND:
             forms_of_value.append(options["properties"][method.SHORTHAND])
@@ -54,11 +57,7 @@ def schema() -> dict[str, object]:
         options = options_of(backend.Options, f"{word} options")
         listed = {"type": "array", "items": {"type": "string"}, "description": PATTERNS}
         options["properties"]["variants"] = listed
-        for axis in backend.AXES:
-            single = options["properties"][axis]
-            several = {"type": "array", "items": single, "minItems": 1, "uniqueItems": True}
-            said = single.pop("description") + SEVERAL
-            options["properties"][axis] = {"anyOf": [single, several], "description": said}
+        _several(options, backend.AXES, SEVERAL)
         backends[word] = {"anyOf": [options, {"type": "null"}], "description": options["description"]}
     one_set = {"$ref": "#/$defs/EvaluationModel"}
     several = {"type": "object", "additionalProperties": one_set, "minProperties": 1}
@@ -78,6 +77,15 @@ def schema() -> dict[str, object]:
     top["title"] = "Workbench recipe"
     _unwrap(top)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top}
+
+
+def _several(options: dict[str, Any], axes: Sequence[str], said: str) -> None:
+    """Let options be lists, which is said at the end of their descriptions."""
+    for axis in axes:
+        single = options["properties"][axis]
+        several = {"type": "array", "items": single, "minItems": 1, "uniqueItems": True}
+        description = single.pop("description") + said
+        options["properties"][axis] = {"anyOf": [single, several], "description": description}
 
 
 def _unwrap(part: object) -> None:

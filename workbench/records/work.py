@@ -176,6 +176,8 @@ class MadeVariant:
     provenance: dict[str, object] = field(default_factory=dict)
     """More to be kept beside the artifact."""
     seconds: Seconds = 0.0
+    format: str = ""
+    """Of a method that writes several: which."""
 
 
 @dataclass(frozen=True)

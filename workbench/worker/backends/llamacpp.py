@@ -13,10 +13,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
+from workbench.worker.base.gguf_file import parts_of
 from workbench.worker.ggml import model
 from workbench.worker.ggml.index import entries
 from workbench.worker.ggml.mixtures import tensor_bytes
@@ -364,7 +366,8 @@ class Engine:
 
         `weights_copied`: weights in another layout beside the mapped file; `workspace`: the graph's buffers.
         """
-        stored = {entry.name: entry.size_bytes for entry in entries(self._path)}
+        parts = map(str, parts_of(Path(self._path)))
+        stored = {entry.name: entry.size_bytes for part in parts for entry in entries(part)}
         sizes = {"weights": int(self._api.llama_model_size(self._model))}
         # Without a head of its own the embedding is the head.
         sizes["embedding"] = stored.get("token_embd.weight", 0) if "output.weight" in stored else 0

@@ -7,6 +7,7 @@ may lie on top of each other. So the header's skeleton is walked first, within t
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +20,73 @@ from workbench.errors import UserError, install_with
 SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by GGUF's number of its type; 8 is a string, 9 an array."""
 
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+"""How llama.cpp names the parts of a file that is split, and finds them."""
 DIMENSIONS = 4
 """Most dimensions of a tensor (`GGML_MAX_DIMS`)."""
 
 
 def open_gguf(path: Path) -> Any:
-    """A GGUF file's reader, all tensors inside the file, one after the other. `UserError` for any that is not whole."""
+    """A GGUF file's reader, all tensors inside the file, one after the other. `UserError` for any that is not whole, or
+    is one part of several."""
+    reader = _opened(path)
+    parts = field_of(reader, "split.count", 1)
+    if parts > 1:
+        raise UserError(f"{path} is one part of {parts}: join them with llama.cpp's `llama-gguf-split --merge` first.")
+    _check_model(path, [reader])
+    return reader
+
+
+def open_parts(path: Path) -> list[Any]:
+    """The reader of a GGUF file, or those of all parts of one that is split and named by its first. `UserError` for any
+    part that is not whole, or not of this file."""
+    paths = present_parts(path)
+    readers = [_opened(part) for part in paths]
+    for place, (part, reader) in enumerate(zip(paths, readers, strict=True)):
+        count, number = field_of(reader, "split.count", 1), field_of(reader, "split.no", 0)
+        if (count, number) != (len(paths), place):
+            raise UserError(
+                f"{part} is part {number + 1} of {count} by its header, not by its name: give it the one that it had, "
+                "such as X-00001-of-00003.gguf"
+            )
+    total, found = field_of(readers[0], "split.tensors.count"), sum(len(reader.tensors) for reader in readers)
+    if total is not None and total != found:
+        raise UserError(f"{path}: its parts hold {found} tensors, its header counts {total}. Fetch them again.")
+    _check_model(path, readers)
+    return readers
+
+
+def present_parts(path: Path) -> list[Path]:
+    """The files of a GGUF model by the path of its first. `UserError` for one that is not there."""
+    parts = parts_of(path)
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing and len(parts) > 1:
+        raise UserError(f"{path}: {len(missing)} of its {len(parts)} parts are missing ({missing[0]}). Fetch them too.")
+    if missing:
+        raise UserError(f"{path} is no file. Fetch it, or mend the path.")
+    return parts
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of a GGUF model by the name of its first, there or not. `UserError` for another part's name."""
+    split = PART.search(path.name)
+    if not split:
+        return [path]
+    number, count = int(split[1]), int(split[2])
+    stem = path.name[: split.start()]
+    parts = [path.with_name(f"{stem}-{place:05}-of-{count:05}.gguf") for place in range(1, count + 1)]
+    if number != 1:
+        raise UserError(f"{path} is part {number} of {count}: name the first, {stem}-00001-of-{count:05}.gguf")
+    return parts
+
+
+def _check_model(path: Path, readers: list[Any]) -> None:
+    named = isinstance(field_of(readers[0], "general.architecture"), str)
+    if not named or not any(reader.tensors for reader in readers):
+        raise UserError(f"{path} holds no model: no tensors, or no `general.architecture`.")
+
+
+def _opened(path: Path) -> Any:
     try:
         import gguf
     except ImportError:
@@ -37,7 +99,7 @@ def open_gguf(path: Path) -> Any:
         f"{path} is truncated or damaged: its {size_bytes} bytes do not hold the tensors it lists. Fetch it again."
     )
     try:
-        _walk(path)
+        header_bytes(path)
         reader = gguf.GGUFReader(path)
         end = 0
         for tensor in reader.tensors:
@@ -50,19 +112,15 @@ def open_gguf(path: Path) -> Any:
         for field in reader.fields.values():
             if len(field.types) == 1:
                 field.contents()  # a text that is none
-        split = reader.get_field("split.count")
-        parts = 1 if split is None else int(split.contents())
+        if not all(type(field_of(reader, key, 0)) is int for key in ("split.count", "split.no")):
+            raise cut
     except Exception:  # of a parser that trusts its input: whatever a wrong byte led to
         raise cut from None
-    if parts > 1:
-        raise UserError(f"{path} is one part of {parts}: join them with llama.cpp's `llama-gguf-split --merge` first.")
-    if not reader.tensors or not isinstance(field_of(reader, "general.architecture"), str):
-        raise UserError(f"{path} holds no model: no tensors, or no `general.architecture`.")
     return reader
 
 
-def _walk(path: Path) -> None:
-    """Go through a header's counts and lengths; raises whatever a read beyond the file raises."""
+def header_bytes(path: Path) -> int:
+    """Where a header ends, by its counts and lengths; raises whatever a read beyond the file raises."""
     with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
 
         def after_string(at: int) -> int:
@@ -96,6 +154,7 @@ def _walk(path: Path) -> None:
             at += 4 + 8 * dimensions + 12
         if at > len(data):
             raise ValueError("a header longer than the file")
+        return at
 
 
 @contextmanager

@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import math
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, install_with
+from workbench.errors import UserError, did_you_mean, install_with
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import (
     CONFIG_FILES,
@@ -30,6 +31,12 @@ from workbench.worker.base.checkpoint import (
     only_pickles,
     read_model,
 )
+from workbench.worker.base.gguf_file import header_bytes, parts_of
+
+ReadModel = Callable[[Path, bool], tuple[dict[str, Any], dict[str, StoredTensor]]]
+FRONT_BYTES = 1 << 20
+MOST_FRONT_BYTES = 1 << 26
+"""Of a GGUF file that are asked for first, and at the most; the header of 150,000 tokens has eight times the first."""
 
 REACH_S = 8.0
 """Seconds in which a hub that can be reached has answered; its client would try for half a minute."""
@@ -99,6 +106,55 @@ def download(repo: str, revision: str, offline: bool, progress: Progress, weight
     return found
 
 
+def download_gguf(repo: str, revision: str, name: str, offline: bool, progress: Progress) -> tuple[Path, str]:
+    """A GGUF file of a repository, with all its parts, in the hub's own cache: the first's path, and the commit."""
+    commit, files, why_not = revision, list[Path](), _why_not(offline)
+    for part in map(str, parts_of(Path(name))):
+        progress(0, 1, f"fetching {part} of {repo}")
+        with _hub_faults(repo, revision, why_not, part):
+            file = _client().hf_hub_download(repo, part, revision=commit, local_files_only=bool(why_not))
+        files.append(Path(file).absolute())
+        _check_blob(files[-1].resolve())
+        commit = files[0].parents[len(Path(name).parts) - 1].name
+    return files[0], commit
+
+
+def fetch_fronts(repo: str, revision: str, name: str, offline: bool, folder: Path) -> Path:
+    """A GGUF file's header, and those of its parts, without their weights: in `folder`, in files of the same sizes that
+    hold nothing behind it. By range requests, but for what the hub's cache holds; the first's path."""
+    hub, paths, why_not = _client(), list[Path](), _why_not(offline)
+    for part in map(str, parts_of(Path(name))):
+        paths.append(folder / Path(part).name)
+        held = hub.try_to_load_from_cache(repo, part, revision=revision)
+        if isinstance(held, str):
+            paths[-1].symlink_to(held)
+            continue
+        with _hub_faults(repo, revision, why_not, part):
+            if why_not:
+                raise hub.errors.OfflineModeIsEnabled
+            url = hub.hf_hub_url(repo, part, revision=revision)
+            size_bytes, have = int(hub.get_hf_file_metadata(url).size or 0), 0
+            with open(paths[-1], "w+b") as file:
+                file.truncate(size_bytes)
+                while have < min(size_bytes, MOST_FRONT_BYTES) and have < _header_end(paths[-1]):
+                    wanted = min(max(FRONT_BYTES, 4 * have), size_bytes)
+                    ranged = hub.utils.build_hf_headers() | {"range": f"bytes={have}-{wanted - 1}"}
+                    answer = hub.utils.get_session().get(url, headers=ranged)
+                    hub.utils.hf_raise_for_status(answer)
+                    file.seek(have)
+                    file.write(answer.content[: wanted - have])
+                    file.flush()
+                    have = wanted
+    return paths[0]
+
+
+def _header_end(path: Path) -> float:
+    try:
+        return header_bytes(path)
+    except Exception:  # whatever a header that is not there yet leads to
+        return math.inf
+
+
 def _check_blob(blob: Path) -> None:
     """The hub names large files by their SHA-256, and its client's cache keeps the name; nobody else looks at it again.
 
@@ -118,9 +174,10 @@ def _hub_files(repo: str, revision: str, offline: bool) -> list[str]:
 
 
 def fetch_headers(
-    repo: str, revision: str, offline: bool, remote_code: bool
+    repo: str, revision: str, offline: bool, remote_code: bool, read: ReadModel = read_model
 ) -> tuple[dict[str, Any], dict[str, StoredTensor] | None]:
-    """A repository's `config.json`, and what its headers say of every tensor, without its weights.
+    """A repository's `config.json`, and what its headers say of every tensor, without its weights. `read` reads a
+    directory.
 
     What a snapshot in the hub's cache holds is read from there; else the headers are fetched by range requests, a
     few hundred KB a file. None where the cache holds only the configuration and the hub cannot be asked.
@@ -130,7 +187,7 @@ def fetch_headers(
         cached = bool(why_not)
         file = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision, local_files_only=cached))
         if any(file.parent.glob("*.safetensors")):
-            return read_model(file.parent, remote_code)
+            return read(file.parent, remote_code)
         config = checked_config(file.parent, remote_code)
         if why_not:
             return config, None
@@ -154,13 +211,13 @@ def _client() -> Any:
 
 
 @contextlib.contextmanager
-def _hub_faults(repo: str, revision: str, why_not: str) -> Iterator[None]:
+def _hub_faults(repo: str, revision: str, why_not: str, file: str = "") -> Iterator[None]:
     """What can go wrong between here and a hub, each as a `UserError` with what to do; `why_not`: why it is not
-    asked."""
+    asked, `file`: the one that is wanted."""
     from huggingface_hub import errors
 
     where = f"hub repository '{repo}' at '{revision}'"
-    by_hand = f"fetch it elsewhere with `hf download {repo}` and give the directory as `path:`"
+    by_hand = f"fetch it elsewhere with `hf download {repo}` and give it as `path:`"
     try:
         yield
     except errors.GatedRepoError:
@@ -180,6 +237,11 @@ def _hub_faults(repo: str, revision: str, why_not: str) -> Iterator[None]:
         raise UserError(
             f"'{repo}' is not a repository's name. Write `owner/name`, or use `path:` for a local directory."
         ) from None
+    except errors.RemoteEntryNotFoundError as error:
+        near = did_you_mean(
+            file, [name for name in _hub_files(repo, revision, bool(why_not)) if name.endswith(".gguf")]
+        )
+        raise UserError(f"{where} holds no '{file or str(error)[:120]}'. {near}".rstrip()) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         if why_not:
             raise UserError(f"{where} is not in the local cache, and {why_not}, or {by_hand}.") from None

@@ -17,7 +17,7 @@ import math
 import shutil
 from pathlib import Path
 
-from workbench.disk import disk_faults
+from workbench.disk import disk_faults, expanded
 from workbench.errors import UserError
 from workbench.front_matter import stated_licence
 from workbench.records import BaseRequest, PreparedBase, from_json, to_json
@@ -40,6 +40,7 @@ from workbench.worker.base.config_json import context_tokens, text_config, windo
 from workbench.worker.base.dequantize import Dequantized, dequantized_directory
 from workbench.worker.base.equivalent import write_equivalent
 from workbench.worker.base.floats import plain_dtype, write_plain
+from workbench.worker.base.gguf_file import present_parts
 from workbench.worker.base.hub import download, is_offline
 from workbench.worker.base.random_weights import config_of, random_directory, tokenizer_source
 from workbench.worker.base.sources import BaseSource, content_digest, distribution_of, source_of, stamps
@@ -134,7 +135,10 @@ def _state(source: BaseSource) -> str:
         facts = {"config": config_of(source.config), "seed": source.seed, "tokenizer": tokenizer}
         return f"config:{short_digest(facts)}"
     path, _ = source.located()
-    return f"path:{path}:{short_digest(stamps(path))}"
+    # By the name that it was given by: a link's target may have another, as in the hub's cache.
+    parts = present_parts(expanded(source.path)) if source.path and path.is_file() else []
+    state = [stamps(part) for part in parts] if len(parts) > 1 else stamps(path)
+    return f"path:{path}:{short_digest(state)}"
 
 
 def _directory(

@@ -13,6 +13,8 @@ import mmap
 import os
 from pathlib import Path
 
+from workbench.worker.base.gguf_file import parts_of
+
 PAGE_BYTES = mmap.PAGESIZE
 
 
@@ -56,7 +58,7 @@ def cached_fraction(path: str) -> float | None:
     By mincore(2) on a mapping of each file, which reads none of it.
     """
     place = Path(path)
-    files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.gguf")]
+    files = parts_of(place) if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.gguf")]
     pages = held = 0
     for file in files:
         found = _cached_pages(file)

@@ -19,6 +19,8 @@ METHODS = {
     "gguf": "workbench.worker.methods.gguf",
     "awq": "workbench.worker.methods.awq",
     "gptq": "workbench.worker.methods.gptq",
+    "file": "workbench.worker.methods.file",
+    "checkpoint": "workbench.worker.methods.checkpoint",
 }
 BASE = "base"
 """The word of the base among variants; `base.py` says of it what a method says."""
@@ -56,13 +58,17 @@ class Making:
     label: str = ""
     """Before the variant's name, where progress is shown."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    headers: str = ""
+    """Of what others made, which is linked to where it lies: the worker that a plan asks what it holds, given a
+    `worker.base.found.HeadersRequest`."""
     carried: Mapping[str, Making] = field(default_factory=dict)
     """How its further forms are made of it (stage `carry`, `source` included): format -> how."""
 
 
 @runtime_checkable
 class Method(Protocol):
-    """What a method's module says of it."""
+    """What a method's module says of it. One more may be there: `AXES`, the options of which a recipe may give a list,
+    for a variant each."""
 
     Options: type[Any]
     """The recipe's keys: a frozen dataclass, on which every function below is asked."""
