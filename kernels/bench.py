@@ -77,6 +77,8 @@ def operations(device: str = "cuda") -> dict[str, Operation]:
     """All operations, by name, with weights on `device`."""
     from workbench_kernels import awq, gptq
     from workbench_kernels.gguf import blocks
+    from workbench_kernels.gguf.layout import BlockType
+    from workbench_kernels.gguf.planes import columns_of
     from workbench_kernels.gguf.types import BLOCK_TYPES
 
     def words(*shape: int) -> torch.Tensor:
@@ -108,13 +110,18 @@ def operations(device: str = "cuda") -> dict[str, Operation]:
             lambda *weight: gptq.dequantize_launch(weight, bits, True, empty(weight[3].shape[0], weight[2].shape[1])),
         )
 
-    def block_operation(kind: blocks.BlockType) -> Operation:
-        def dequantize_launch(data: torch.Tensor) -> "Launch":
-            return blocks.dequantize_launch(kind, data, empty(data.shape[0], blocks.check_blocks(kind, data)))
+    def block_operation(kind: BlockType) -> Operation:
+        def dequantize_launch(planes: torch.Tensor) -> "Launch":
+            columns = columns_of(kind, planes, torch.int16, kind.name)
+            return blocks.dequantize_launch(kind, planes, empty(planes.shape[0], columns))
+
+        def planes(n: int, k: int) -> tuple[torch.Tensor]:
+            # Bytes below 32: any float16 among them is below 0.01, and products stay inside float16's range.
+            found = torch.randint(0, 32, (n, kind.row_bytes(k)), dtype=torch.uint8, device=device)
+            return (found.view(torch.int16),)
 
         return Operation(
-            # Bytes below 32: any float16 among them is below 0.01, and products stay inside float16's range.
-            lambda n, k: (torch.randint(0, 32, (n, kind.row_bytes(k)), dtype=torch.uint8, device=device),),
+            planes,
             partial(blocks.matmul, kind),
             partial(blocks.launch, kind),
             dequantize_launch,

@@ -4,9 +4,9 @@
 
 One line for a kernel and an architecture. A decode kernel is compiled for every shape of Llama-3.1-8B, the others for
 the first, with the first of the tiles that the tuner may choose from, or with `--all-tiles` with each; where there are
-several, a line has the worst. `codes` and `x`: bytes of the loads of codes and activations, the widest; `programs`: of
-the grid, the fewest. What a kernel should be and is not stands in the last column; `compiled.py` says where the
-figures come from. Needs Triton and no GPU. Exit code 1 where something stands in the last column.
+several, a line has the worst. `codes`, `x`, `stores`: bytes of the narrowest load of codes and of activations, and of
+the narrowest store; `programs`: of the grid, the fewest. What a kernel should be and is not stands in the last column;
+`compiled.py` says where the figures come from. Needs Triton and no GPU. Exit code 1 where something stands there.
 """
 
 import argparse
@@ -50,22 +50,23 @@ def programs(launch: Launch) -> int:
     return launch.programs(launch.configs[0])
 
 
+def narrowest(found: list[Facts], role: str) -> int:
+    """Bytes of the narrowest access in that role; 0 if there is none."""
+    return min(min(one.access_bytes[role], default=0) for one in found)
+
+
 def failures(kernel: str, found: list[Facts]) -> list[str]:
     """What these launches of a kernel should be and are not."""
-
-    def narrowest(role: str) -> int:
-        return min(max(one.access_bytes[role], default=0) for one in found)
-
     wrong = []
     if kernel != "dequantize" and any(one.spilled_bytes for one in found):
         wrong.append("spills")
-    if kernel != "dequantize" and narrowest("codes") < LEAST_BYTES:
+    if kernel != "dequantize" and narrowest(found, "codes") < LEAST_BYTES:
         wrong.append("narrow codes")
-    if kernel == "decode" and narrowest("activations") < LEAST_BYTES:
+    if kernel == "decode" and narrowest(found, "activations") < LEAST_BYTES:
         wrong.append("narrow x")
     if kernel == "decode" and min(one.programs for one in found) < HOPPER_MULTIPROCESSORS:
         wrong.append("few programs")
-    if kernel == "dequantize" and narrowest("stores") < 16:
+    if kernel == "dequantize" and narrowest(found, "stores") < 16:
         wrong.append("narrow stores")
     return wrong
 
@@ -89,12 +90,12 @@ def table(
                     for config in (launch.configs if all_tiles else launch.configs[:1])
                 ]
                 wrong = failures(kernel, found)
-                widths = [min(max(f.access_bytes[role], default=0) for f in found) for role in ("codes", "activations")]
+                widths = [narrowest(found, role) for role in ("codes", "activations", "stores")]
                 yield (
                     f"{name:7} {kernel:10} {architecture:>4} {max(f.registers for f in found):>9} "
                     f"{max(f.spilled_bytes for f in found):>7} {max(f.shared_bytes for f in found):>6} "
                     f"{max(f.instructions for f in found):>6} {widths[0]:>5} {widths[1] or '':>3} "
-                    f"{min(max(f.access_bytes['stores']) for f in found):>6} {min(f.programs for f in found):>8} "
+                    f"{widths[2]:>6} {min(f.programs for f in found):>8} "
                     f"{', '.join(wrong)}".rstrip(),
                     bool(wrong),
                 )

@@ -95,7 +95,7 @@ def _decode(
     qzeros,
     scales,
     out,
-    planes,
+    sums,
     arrived,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -130,7 +130,7 @@ def _decode(
             total += values
         scale, zero = _scale_and_zero(qzeros, scales, (run * RUN) // GROUP, c, n, N)
         acc += scale[None, :, :] * (products - zero * total[:, None, None])
-    store_joined(tl.sum(acc, 0), out, planes, arrived + tl.program_id(0), n, n < N, N, part, SPLIT)
+    store_joined(tl.sum(acc, 0), out, sums, arrived + tl.program_id(0), n, n < N, N, part, SPLIT)
 
 
 @jit
@@ -140,7 +140,7 @@ def _prefill(
     qzeros,
     scales,
     out,
-    planes,
+    sums,
     arrived,
     M,
     BUCKET: tl.constexpr,
@@ -168,7 +168,7 @@ def _prefill(
     columns = tl.program_id(1) * BC * 8 + tl.arange(0, BC * 8)
     place = m[:, None].to(tl.int64) * N + columns[None, :]
     counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    store_joined(acc, out, planes, counter, place, (m[:, None] < M) & (columns[None, :] < N), M * N, part, SPLIT)
+    store_joined(acc, out, sums, counter, place, (m[:, None] < M) & (columns[None, :] < N), M * N, part, SPLIT)
 
 
 @jit

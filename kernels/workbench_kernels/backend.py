@@ -65,23 +65,23 @@ def packing_of(tensor: torch.Tensor) -> dict[str, object]:
 
 
 @jit
-def store_joined(y, out, planes, arrived, place, inside, length, part, SPLIT: tl.constexpr):
+def store_joined(y, out, sums, arrived, place, inside, length, part, SPLIT: tl.constexpr):
     """Store a program's sums `y` at `place` of `out`, which has `length` elements.
 
     Where K was cut, each part stores into a plane of its own, and the last of a tile's parts to arrive, by the counter
-    `arrived`, adds all planes. It does so in their order, so a result does not change from run to run; and it leaves
+    `arrived`, adds all of them. It does so in their order, so a result does not change from run to run; and it leaves
     the counter as it was, so a launch can be repeated.
     """
     if SPLIT == 1:
         tl.store(out + place, y, mask=inside)
     else:
-        tl.store(planes + part * length + place, y, mask=inside)
+        tl.store(sums + part * length + place, y, mask=inside)
         # All threads have stored before one of them says so.
         tl.debug_barrier()
         if tl.atomic_add(arrived, 1) == SPLIT - 1:
             total = tl.zeros_like(y)
             for other in range(SPLIT):
-                total += tl.load(planes + other * length + place, mask=inside, other=0.0, cache_modifier=".cg")
+                total += tl.load(sums + other * length + place, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(out + place, total, mask=inside)
             tl.store(arrived, 0)
 

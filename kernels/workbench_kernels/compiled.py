@@ -19,8 +19,9 @@ import torch
 from workbench_kernels.backend import Config, parted, triton
 from workbench_kernels.products import Launch
 
-ROLES = {"words_at": "codes", "_words": "codes", "_decode": "activations", "_prefill": "activations"}
-"""What a load is of, by the Triton function that it stands in; elsewhere it is of scales and zeros."""
+ROLES = {"words_at": "codes", "words": "codes", "decode": "activations", "prefill": "activations"}
+"""What a load is of, by the Triton function that it stands in (a leading underscore counts nothing); elsewhere it is of
+scales and zeros."""
 TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -111,7 +112,7 @@ def _accesses(ptx: str) -> dict[str, list[int]]:
         place = re.match(r"\s*\.loc\s+(\d+) (\d+)", line)
         # Inside inline assembly the line numbers only count on.
         if place and int(place[2]) and not inline:
-            role = ROLES.get(_function_at(files[int(place[1])], int(place[2])), "scales")
+            role = ROLES.get(_function_at(files[int(place[1])], int(place[2])).lstrip("_"), "scales")
         access = re.search(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+) ", line)
         copied = re.search(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x[0-9a-f]+|\d+)", line)
         if access:

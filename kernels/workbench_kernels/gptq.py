@@ -107,7 +107,7 @@ def _decode(
     scales,
     g_idx,
     out,
-    planes,
+    sums,
     arrived,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -152,7 +152,7 @@ def _decode(
             scale, zero = _scales_and_zeros(qzeros, scales, g_idx, k, n, run * RUN // GROUP, K, N, PLAIN, BITS)
             acc += scale * (products - zero * total[:, None, None])
     y = tl.sum(tl.sum(acc, 1), 0)
-    store_joined(y, out, planes, arrived + tl.program_id(0), n, n < N, N, part, SPLIT)
+    store_joined(y, out, sums, arrived + tl.program_id(0), n, n < N, N, part, SPLIT)
 
 
 @jit
@@ -163,7 +163,7 @@ def _prefill(
     scales,
     g_idx,
     out,
-    planes,
+    sums,
     arrived,
     M,
     BUCKET: tl.constexpr,
@@ -194,7 +194,7 @@ def _prefill(
         acc = tl.dot(values, weights.to(values.dtype), acc, input_precision="ieee")
     place = m[:, None].to(tl.int64) * N + n[None, :]
     counter = arrived + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    store_joined(acc, out, planes, counter, place, (m[:, None] < M) & (n[None, :] < N), M * N, part, SPLIT)
+    store_joined(acc, out, sums, counter, place, (m[:, None] < M) & (n[None, :] < N), M * N, part, SPLIT)
 
 
 @jit

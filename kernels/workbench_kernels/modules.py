@@ -1,7 +1,8 @@
 """Linear layers and an embedding that hold packed weights, in place of `torch.nn.Linear` and `torch.nn.Embedding`.
 
 Weights are buffers, in the types of their files whatever the model's dtype: `module.half()` leaves packed integers
-alone, and scales stay the float16 they were stored in. Nothing is repacked, so memory holds what the file holds.
+alone, and scales stay the float16 they were stored in. Memory holds what the file holds; the
+bytes of GGUF blocks are sorted into planes when a module is made (`gguf/planes.py`), no more and no fewer.
 Everything that can be wrong with a weight is found when a module is made, and said with the layer's name.
 """
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from workbench_kernels import awq, gptq, ops
-from workbench_kernels.gguf.blocks import check_blocks
+from workbench_kernels.gguf.planes import columns_of, held
 from workbench_kernels.gguf.types import block_type
 
 
@@ -86,35 +87,36 @@ class GptqLinear(_Packed):
 
 
 class BlockLinear(_Packed):
-    """`blocks.matmul`; uint8 [out, row bytes] as in a GGUF file, `kind` its type's name."""
+    """`blocks.matmul`; `data`: blocks of the type `kind` as in a GGUF file, uint8 [out, row bytes], or planes."""
 
     def __init__(self, data: torch.Tensor, kind: str, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        in_features = check_blocks(block_type(kind), data, "data")
+        planes = held(block_type(kind), data, "data")
         self.kind = kind
-        self.register_buffer("data", data)
-        self._finish(in_features, data.shape[0], bias)
+        self.register_buffer("planes", planes)
+        self._finish(columns_of(block_type(kind), planes, torch.int16, "data"), data.shape[0], bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._biased(ops.block_matmul(x.contiguous(), self.data, self.kind))
+        return self._biased(ops.block_matmul(x.contiguous(), self.planes, self.kind))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind}"
 
 
 class BlockEmbedding(nn.Module):
-    """Rows of a packed matrix, de-quantized as they are looked up; may share `data` with a `BlockLinear`."""
+    """Rows of a packed matrix, de-quantized as they are looked up; may share its `planes` with a `BlockLinear`."""
 
-    data: torch.Tensor
+    planes: torch.Tensor
 
     def __init__(self, data: torch.Tensor, kind: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.embedding_dim, self.num_embeddings = check_blocks(block_type(kind), data, "data"), data.shape[0]
-        self.kind, self.dtype = kind, dtype
-        self.register_buffer("data", data)
+        planes = held(block_type(kind), data, "data")
+        self.embedding_dim = columns_of(block_type(kind), planes, torch.int16, "data")
+        self.num_embeddings, self.kind, self.dtype = data.shape[0], kind, dtype
+        self.register_buffer("planes", planes)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = ops.block_rows(ids, self.data, self.kind, self.dtype)
+        rows: torch.Tensor = ops.block_rows(ids, self.planes, self.kind, self.dtype)
         return rows
 
     def extra_repr(self) -> str:

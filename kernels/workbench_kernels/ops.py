@@ -8,6 +8,7 @@ import torch
 
 from workbench_kernels import awq, gptq
 from workbench_kernels.gguf import blocks
+from workbench_kernels.gguf.planes import columns_of, taken
 from workbench_kernels.gguf.types import block_type
 
 
@@ -40,24 +41,25 @@ def _(
 
 
 @torch.library.custom_op("workbench_kernels::block_matmul", mutates_args=())
-def block_matmul(x: torch.Tensor, data: torch.Tensor, kind: str) -> torch.Tensor:
+def block_matmul(x: torch.Tensor, planes: torch.Tensor, kind: str) -> torch.Tensor:
     """`blocks.matmul` for the block type of that name."""
-    return blocks.matmul(block_type(kind), x, data)
+    return blocks.matmul(block_type(kind), x, planes)
 
 
 @block_matmul.register_fake
-def _(x: torch.Tensor, data: torch.Tensor, kind: str) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], data.shape[0])
+def _(x: torch.Tensor, planes: torch.Tensor, kind: str) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], planes.shape[0])
 
 
 @torch.library.custom_op("workbench_kernels::block_rows", mutates_args=())
-def block_rows(ids: torch.Tensor, data: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
-    """Rows `ids` [...] of a packed matrix [rows, row bytes], de-quantized: `dtype` [..., columns]."""
-    found = blocks.dequantize(block_type(kind), data[ids.reshape(-1)], dtype)
+def block_rows(ids: torch.Tensor, planes: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    """Rows `ids` [...] of a packed matrix, de-quantized: `dtype` [..., columns]."""
+    known = block_type(kind)
+    found = blocks.dequantize(known, taken(known, planes, ids.reshape(-1)), dtype)
     return found.view(*ids.shape, found.shape[1])
 
 
 @block_rows.register_fake
-def _(ids: torch.Tensor, data: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
-    known = block_type(kind)
-    return data.new_empty(*ids.shape, data.shape[1] // known.layout.size_bytes * known.layout.weights, dtype=dtype)
+def _(ids: torch.Tensor, planes: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    columns = columns_of(block_type(kind), planes, torch.int16, "planes")
+    return planes.new_empty(*ids.shape, columns, dtype=dtype)

@@ -12,7 +12,7 @@ import torch
 from workbench_kernels.backend import ACTIVATIONS, Config, Kernel, bucket, choose_path, splits, triton, tuned
 from workbench_kernels.checks import ALIGNMENT_BYTES, check_activations, check_aligned, short
 
-KEY = ("KIND", "N", "K", "RUN", "PLAIN", "BITS", "BUCKET")
+KEY = ("KIND", "N", "K", "BLOCKS", "RUN", "PLAIN", "BITS", "BUCKET")
 """Arguments whose values decide which tile is best, of those that a kernel has."""
 
 
@@ -124,11 +124,11 @@ def plan(
         return splits(math.prod(tiles(config)), config["num_warps"], min(most, steps(config)), x.device)
 
     cut: list[Config] = [config | {"SPLIT": parts(config)} for config in configs]
-    out = planes = arrived = x.new_empty(rows, outputs)
+    out = sums = arrived = x.new_empty(rows, outputs)
     most = max(config["SPLIT"] for config in cut)
     if most > 1:
-        planes = x.new_empty(most, rows, outputs, dtype=torch.float32)
+        sums = x.new_empty(most, rows, outputs, dtype=torch.float32)
         arrived = x.new_zeros(max(math.prod(tiles(config)) for config in cut), dtype=torch.int32)
-    arguments = {"x": x, **weight, "out": out, "planes": planes, "arrived": arrived, **constants}
+    arguments = {"x": x, **weight, "out": out, "sums": sums, "arrived": arrived, **constants}
     arguments |= {"M": rows, "BUCKET": bucket(rows)} if prefill else {}
     return Launch(function, arguments, cut, KEY, lambda meta: (*tiles(meta), meta["SPLIT"]))

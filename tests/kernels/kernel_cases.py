@@ -31,7 +31,7 @@ def cases() -> Iterator[dict[str, Any]]:
             for path, m, n, blocks, parts in (
                 ("decode", 1, 11, 17 if small else 3, 1),
                 ("prefill", 5, 67, 3 if small else 1, 1),
-                ("dense", 3, 13, 17 if small else 2, 1),
+                ("dense", 3, 21, 17 if small else 2, 1),
             ):
                 yield {
                     "op": "blocks",
@@ -146,12 +146,14 @@ def unpacked(words: Any, bits: int, order: tuple[int, ...] | None = None) -> lis
 def weight_of(case: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     """(de-quantized weight float32 [N, K], packed tensors as the operation takes them), on the CPU."""
     import torch
+    from workbench_kernels.gguf.planes import split
+    from workbench_kernels.gguf.types import block_type
 
     torch.manual_seed(case["K"] * 1000 + case["N"])
     n, k = case["N"], case["K"]
     if case["op"] == "blocks":
         data = random_blocks(case["kind"], n, k, seed=k + n)
-        return by_gguf(case["kind"], data), (data,)
+        return by_gguf(case["kind"], data), (split(block_type(case["kind"]), data),)
     groups = k // case["group"]
     scales = (torch.rand(groups, n) * 0.05 + 0.01).half()
     plain = torch.arange(k) // case["group"]
@@ -216,17 +218,19 @@ def run(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     `steady`: see `repeats`."""
     import torch
     from workbench_kernels import products
+    from workbench_kernels.gguf import blocks
 
     weight, packed = weight_of(case)
     x = torch.randn(case["M"], case["K"]).to(getattr(torch, case["dtype"]))
     exact = x.double() @ weight.double().t()
     moved = tuple(tensor.to(device) for tensor in packed)
-    kept, products.splits = products.splits, lambda *_: case["parts"]
+    kept, products.splits = (products.splits, blocks.DENSE_BYTES), lambda *_: case["parts"]
+    blocks.DENSE_BYTES = 0  # the fewest rows at a time
     try:
         y = product(case, x.to(device), moved, case["path"]).cpu()
         steady = repeats(case, x.to(device), moved)
     finally:
-        products.splits = kept
+        products.splits, blocks.DENSE_BYTES = kept
     plain = product(case, x, packed, "reference")
     ways = [dequantized(case, packed, "reference")]
     if case["path"] == "dense":

@@ -33,7 +33,12 @@ def interpreted() -> dict[str, dict[str, Any]]:
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(KERNELS)]),
+            "OMP_NUM_THREADS": "1",
+        },
     )
     assert answer.returncode == 0, answer.stderr
     return {found["id"]: found for found in map(json.loads, answer.stdout.splitlines())}

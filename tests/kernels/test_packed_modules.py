@@ -15,6 +15,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("gguf")
 
 from workbench_kernels import ops  # noqa: E402
+from workbench_kernels.gguf.planes import split  # noqa: E402
+from workbench_kernels.gguf.types import block_type  # noqa: E402
 from workbench_kernels.modules import AwqLinear, BlockEmbedding, BlockLinear, GptqLinear  # noqa: E402
 
 AWQ = {"op": "awq", "N": 24, "K": 96, "group": 32}
@@ -58,7 +60,8 @@ def test_packed_tensors_keep_their_types() -> None:
 
 def test_an_embedding_shares_its_matrix_with_a_head() -> None:
     data = random_blocks("Q6_K", 11, 256)
-    table, head = BlockEmbedding(data, "Q6_K", torch.float32), BlockLinear(data, "Q6_K")
+    table = BlockEmbedding(data, "Q6_K", torch.float32)
+    head = BlockLinear(table.planes, "Q6_K")
     ids = torch.tensor([[3, 10], [0, 3]])
     assert torch.equal(table(ids), by_gguf("Q6_K", data)[ids])
     both = torch.nn.ModuleList([table, head])
@@ -79,9 +82,9 @@ def test_layers_compile_into_one_graph(which: int) -> None:
 def test_operators_are_what_they_say() -> None:
     """PyTorch's own checks: the schema, the fake implementation, no aliasing."""
     kinds = ("test_schema", "test_faketensor")
-    data = random_blocks("Q8_0", 5, 64)
-    torch.library.opcheck(ops.block_matmul, (torch.randn(2, 64), data, "Q8_0"), test_utils=kinds)
-    torch.library.opcheck(ops.block_rows, (torch.tensor([[1, 4]]), data, "Q8_0", torch.float16), test_utils=kinds)
+    planes = split(block_type("Q8_0"), random_blocks("Q8_0", 5, 64))
+    torch.library.opcheck(ops.block_matmul, (torch.randn(2, 64), planes, "Q8_0"), test_utils=kinds)
+    torch.library.opcheck(ops.block_rows, (torch.tensor([[1, 4]]), planes, "Q8_0", torch.float16), test_utils=kinds)
     torch.library.opcheck(ops.awq_matmul, (torch.randn(2, 96), *weight_of(AWQ)[1]), test_utils=kinds)
     torch.library.opcheck(ops.gptq_matmul, (torch.randn(2, 64), *weight_of(GPTQ)[1], 8, False), test_utils=kinds)
 
@@ -108,9 +111,9 @@ def test_without_triton_the_references_work(tmp_path: Path) -> None:
     program = (
         "import torch; from workbench_kernels import backend;"
         "from workbench_kernels.gguf import blocks, q8_0;"
-        "data = torch.zeros(3, 34, dtype=torch.uint8); x = torch.ones(2, 32);"
-        "assert backend.triton is None and blocks.matmul(q8_0.TYPE, x, data).abs().max() == 0\n"
-        "try: blocks.matmul(q8_0.TYPE, x, data, path='prefill')\n"
+        "planes = torch.zeros(3, 17, dtype=torch.int16); x = torch.ones(2, 32);"
+        "assert backend.triton is None and blocks.matmul(q8_0.TYPE, x, planes).abs().max() == 0\n"
+        "try: blocks.matmul(q8_0.TYPE, x, planes, path='prefill')\n"
         "except ValueError as error: print(error)"
     )
     kernels = ROOT / "kernels"

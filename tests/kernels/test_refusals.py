@@ -14,6 +14,7 @@ pytest.importorskip("gguf")
 from workbench_kernels import awq, gptq  # noqa: E402
 from workbench_kernels.checks import check_aligned  # noqa: E402
 from workbench_kernels.gguf.blocks import dequantize, matmul  # noqa: E402
+from workbench_kernels.gguf.planes import split  # noqa: E402
 from workbench_kernels.gguf.types import BLOCK_TYPES, block_type  # noqa: E402
 from workbench_kernels.modules import AwqLinear, BlockLinear, GptqLinear  # noqa: E402
 
@@ -40,9 +41,9 @@ def test_unknown_block_type_names_the_tensor() -> None:
     ],
 )
 def test_activations(change: Any, words: str) -> None:
-    data = random_blocks("Q4_K", 5, 512)
+    planes = split(Q4_K, random_blocks("Q4_K", 5, 512))
     with pytest.raises(ValueError, match=words):
-        matmul(Q4_K, change(torch.randn(3, 512)), data)
+        matmul(Q4_K, change(torch.randn(3, 512)), planes)
 
 
 @pytest.mark.parametrize(
@@ -59,15 +60,32 @@ def test_activations(change: Any, words: str) -> None:
 def test_blocks(change: Any, words: str) -> None:
     data = change(random_blocks("Q4_K", 5, 512))
     with pytest.raises(ValueError, match=words):
-        matmul(Q4_K, torch.randn(3, 512), data)
+        split(Q4_K, data)
+    with pytest.raises(ValueError, match=words.replace("Q4_K blocks", "data")):
+        BlockLinear(data, "Q4_K")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: p.view(torch.uint8), r"Q4_K planes is uint8; supported: int16"),
+        (lambda p: p[:, :-1].contiguous(), r"Q4_K planes has rows of 286 bytes; supported for Q4_K: multiples of 144"),
+        (lambda p: p.t(), r"Q4_K planes has strides"),
+    ],
+)
+def test_planes(change: Any, words: str) -> None:
+    """Blocks of a file are no planes: they would give wrong numbers."""
+    planes = change(split(Q4_K, random_blocks("Q4_K", 5, 512)))
     with pytest.raises(ValueError, match=words):
-        dequantize(Q4_K, data)
+        matmul(Q4_K, torch.randn(3, 512), planes)
+    with pytest.raises(ValueError, match=words):
+        dequantize(Q4_K, planes)
 
 
 def test_kernels_want_aligned_tensors() -> None:
-    shifted = torch.zeros(64, dtype=torch.uint8)[8:42].view(1, 34)
-    with pytest.raises(ValueError, match="Q8_0 blocks begins at an odd address; supported: a multiple of 16 bytes"):
-        check_aligned({"Q8_0 blocks": shifted})
+    shifted = torch.zeros(32, dtype=torch.int16)[4:21].view(1, 17)
+    with pytest.raises(ValueError, match="Q8_0 planes begins at an odd address; supported: a multiple of 16 bytes"):
+        check_aligned({"Q8_0 planes": shifted})
     assert matmul(block_type("Q8_0"), torch.ones(1, 32), shifted).shape == (1, 1), "the reference takes any"
 
 
@@ -77,12 +95,12 @@ def test_columns_that_fill_no_block() -> None:
 
 
 def test_types_to_dequantize_to() -> None:
-    with pytest.raises(ValueError, match="Q4_K blocks to float64; supported: float16, bfloat16, float32"):
-        dequantize(Q4_K, random_blocks("Q4_K", 1, 256), torch.float64)
+    with pytest.raises(ValueError, match="Q4_K planes to float64; supported: float16, bfloat16, float32"):
+        dequantize(Q4_K, split(Q4_K, random_blocks("Q4_K", 1, 256)), torch.float64)
 
 
 def test_paths() -> None:
-    data, x = random_blocks("Q4_K", 2, 256), torch.randn(2, 256)
+    data, x = split(Q4_K, random_blocks("Q4_K", 2, 256)), torch.randn(2, 256)
     with pytest.raises(ValueError, match="path 'fast': supported are auto, reference, decode, prefill, dense"):
         matmul(Q4_K, x, data, path="fast")
     # Without a GPU and without the interpreter a kernel is refused, not silently replaced.
@@ -160,4 +178,5 @@ def test_a_bias_of_another_size() -> None:
 
 
 def test_no_rows_at_all() -> None:
-    assert matmul(block_type("Q8_0"), torch.randn(0, 64), random_blocks("Q8_0", 5, 64)).shape == (0, 5)
+    planes = split(block_type("Q8_0"), random_blocks("Q8_0", 5, 64))
+    assert matmul(block_type("Q8_0"), torch.randn(0, 64), planes).shape == (0, 5)

@@ -3,7 +3,7 @@
     bytes 0-1    d    float16
     bytes 2-17   q    4 bits each: byte b holds weight b in its low half and weight b + 16 in its high half
 
-Read in 16-bit words, as Q4_0. A level is found by selecting one of four words of four levels each and shifting: a
+Planes and segments are Q4_0's. A level is found by selecting one of four words of four levels each and shifting: a
 table in memory would cost a load a weight.
 Source of the layout and the levels: llama.cpp, ggml-common.h, `block_iq4_nl` and `kvalues_iq4nl`.
 """
@@ -11,7 +11,7 @@ Source of the layout and the levels: llama.cpp, ggml-common.h, `block_iq4_nl` an
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
 from workbench_kernels.gguf.q4_0 import load
 from workbench_kernels.gguf.q4_1 import columns
 from workbench_kernels.gguf.q8_0 import scales
@@ -55,7 +55,7 @@ def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
 
 TYPE = BlockType(
     "IQ4_NL",
-    Layout(weights=32, size_bytes=18, word=torch.int16, segments=1, segment_words=4, groups=1, quads=2, less=128),
+    Layout(weights=32, planes=((2, 18), (0, 2)), segments=1, segment_words=4, groups=1, quads=2, less=128),
     Unpacking(load=load, scales=scales, codes=_codes, columns=columns),
     shifted=False,
     reference=reference,

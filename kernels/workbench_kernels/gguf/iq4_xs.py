@@ -5,15 +5,16 @@
     bytes 4-7     lower 4 bits of each run's scale, run 0 in the low half of byte 4
     bytes 8-135   q      4 bits each, 16 bytes a run: byte b holds weight b (low half) and b + 16 (high half)
 
-The levels are IQ4_NL's. Read in 32-bit words, 34 a block. A segment is a run: four words.
+The levels are IQ4_NL's. Planes: q, the rest. A segment is a run: four words.
 Source of the layout: llama.cpp, ggml-common.h, `block_iq4_xs`.
 """
 
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
 from workbench_kernels.gguf.iq4_nl import levels_at, levels_of
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.loads import half_of, pair_at, plane_at, words_at
 from workbench_kernels.gguf.q4_1 import columns
 
 
@@ -27,13 +28,10 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _load(row, s, j, inside):
-    block, run = row + (s // 8) * 34, s % 8
-    return (
-        words_at(block + 2 + 4 * run, j, inside),
-        word_at(block, inside),
-        word_at(block + 1, inside),
-    )
+def _load(w, count, first, s, j, inside):
+    block, run = first + s // 8, s % 8
+    low, high = pair_at(plane_at(w, count, 128, 8, block), 0, inside)
+    return words_at(plane_at(w, count, 0, 128, block) + 8 * run, j, inside), low, high
 
 
 @jit
@@ -51,7 +49,7 @@ def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
 
 TYPE = BlockType(
     "IQ4_XS",
-    Layout(weights=256, size_bytes=136, word=torch.int32, segments=8, segment_words=4, groups=1, quads=2, less=128),
+    Layout(weights=256, planes=((8, 136), (0, 8)), segments=8, segment_words=4, groups=1, quads=2, less=128),
     Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
     shifted=False,
     reference=reference,

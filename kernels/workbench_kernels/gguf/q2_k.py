@@ -8,14 +8,15 @@ In each half h of the block (128 weights), with v = 0..3 counting its quarters a
     bytes 80-81   d, float16
     bytes 82-83   dmin, float16
 
-Read in 32-bit words, 21 a block. A segment is (h, b // 16): four words.
+Planes: q, the runs' scales and mins, d and dmin. A segment is (h, b // 16): four words.
 Source of the layout: llama.cpp, ggml-common.h, `block_q2_K`.
 """
 
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, byte_of, cut, half_of, halves, word_at, words_at
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.loads import byte_of, half_of, pair_at, plane_at, word_at, words_at
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -27,13 +28,14 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _load(row, s, j, inside):
-    block, h, i = row + (s // 4) * 21, (s // 2) % 2, s % 2
+def _load(w, count, first, s, j, inside):
+    block, h, i = first + s // 4, (s // 2) % 2, s % 2
+    low, high = pair_at(plane_at(w, count, 64, 16, block), h, inside)
     return (
-        words_at(block + 4 + 8 * h + 4 * i, j, inside),
-        word_at(block + 20, inside),
-        word_at(block + 2 * h, inside),
-        word_at(block + 2 * h + 1, inside),
+        words_at(plane_at(w, count, 0, 64, block) + 16 * h + 8 * i, j, inside),
+        word_at(plane_at(w, count, 80, 4, block), 0, inside),
+        low,
+        high,
     )
 
 
@@ -55,7 +57,7 @@ def columns(s, g: tl.constexpr, q: tl.constexpr):
 
 TYPE = BlockType(
     "Q2_K",
-    Layout(weights=256, size_bytes=84, word=torch.int32, segments=4, segment_words=4, groups=4, quads=1),
+    Layout(weights=256, planes=((16, 80), (0, 16), (80, 84)), segments=4, segment_words=4, groups=4, quads=1),
     Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
     shifted=True,
     reference=reference,

@@ -9,14 +9,15 @@ In each half h of the block (128 weights), with v = 0..3 counting its quarters a
                    next of byte 104 + run % 4
     bytes 108-109  d, float16
 
-Read in 16-bit words (110 is no multiple of 4), 55 a block. A segment is (h, b // 16): eight words.
+Planes: lower bits, upper bits, scales, d. A segment is (h, b // 16): four words of lower and four of upper bits.
 Source of the layout: llama.cpp, ggml-common.h, `block_q3_K`, and `dequantize_row_q3_K`.
 """
 
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, pairs_at, word_at
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.loads import byte_of, half_of, plane_at, short_at, word_at, words_at
 from workbench_kernels.gguf.q2_k import columns
 
 
@@ -30,28 +31,26 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _load(row, s, j, inside):
-    block, h, i = row + (s // 4) * 55, (s // 2) % 2, s % 2
+def _load(w, count, first, s, j, inside):
+    block, h, i = first + s // 4, (s // 2) % 2, s % 2
+    scale = plane_at(w, count, 96, 12, block)
     return (
-        pairs_at(block + 16 + 16 * h + 8 * i, j, inside),
-        pairs_at(block + 8 * i, j, inside),
-        word_at(block + 54, inside),
-        # Bytes 96-103, runs 8h + 0..7 in one of their halves, and bytes 104-107.
-        word_at(block + 48, inside),
-        word_at(block + 49, inside),
-        word_at(block + 50, inside),
-        word_at(block + 51, inside),
-        word_at(block + 52, inside),
-        word_at(block + 53, inside),
+        words_at(plane_at(w, count, 0, 64, block) + 16 * h + 8 * i, j, inside),
+        words_at(plane_at(w, count, 64, 32, block) + 8 * i, j, inside),
+        short_at(plane_at(w, count, 108, 2, block), inside),
+        # Bytes 96-99 and 100-103, runs 8h + 0..7 in one of their halves, and 104-107.
+        word_at(scale, 0, inside),
+        word_at(scale, 1, inside),
+        word_at(scale, 2, inside),
     )
 
 
 @jit
 def _scales(parts, s, g: tl.constexpr):
     # Run 8h + 2g + i: byte 2g + i of the eight, half h; upper bits 2 (2h + g // 2) of byte (2g + i) % 4.
-    h, i = (s // 2) % 2, s % 2
-    lower = (parts[3 + g] >> (8 * i + 4 * h)) & 15
-    upper = (parts[7 + g % 2] >> (8 * i + 4 * h + 2 * (g // 2))) & 3
+    h, byte = (s // 2) % 2, 2 * (g % 2) + s % 2
+    lower = (byte_of(parts[3 + g // 2], byte) >> (4 * h)) & 15
+    upper = (byte_of(parts[5], byte) >> (4 * h + 2 * (g // 2))) & 3
     scale = half_of(parts[2]) * ((lower | (upper << 4)) - 32).to(tl.float32)
     return scale, tl.zeros_like(scale)
 
@@ -64,7 +63,15 @@ def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
 
 TYPE = BlockType(
     "Q3_K",
-    Layout(weights=256, size_bytes=110, word=torch.int16, segments=4, segment_words=4, groups=4, quads=1, less=4),
+    Layout(
+        weights=256,
+        planes=((32, 96), (0, 32), (96, 108), (108, 110)),
+        segments=4,
+        segment_words=4,
+        groups=4,
+        quads=1,
+        less=4,
+    ),
     Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
     shifted=False,
     reference=reference,

@@ -3,14 +3,15 @@
     bytes 0-1    d    float16
     bytes 2-17   q    4 bits each: byte b holds weight b in its low half and weight b + 16 in its high half
 
-Read in 16-bit words (18 is no multiple of 4): word j of a block's eight holds weights 2j, 2j + 1, 2j + 16, 2j + 17.
+Planes: q, d. A segment is a block: word j of four holds weights 4j ... 4j + 3 and the same + 16.
 Source of the layout: llama.cpp, ggml-common.h, `block_q4_0`.
 """
 
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, pairs_at, word_at
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.loads import half_of, plane_at, short_at, words_at
 from workbench_kernels.gguf.q4_1 import codes, columns
 
 
@@ -20,9 +21,9 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def load(row, s, j, inside):
-    block = row + s * 9
-    return pairs_at(block + 1, j, inside), word_at(block, inside)
+def load(w, count, first, s, j, inside):
+    block = first + s
+    return words_at(plane_at(w, count, 0, 16, block), j, inside), short_at(plane_at(w, count, 16, 2, block), inside)
 
 
 @jit
@@ -33,7 +34,7 @@ def _scales(parts, s, g: tl.constexpr):
 
 TYPE = BlockType(
     "Q4_0",
-    Layout(weights=32, size_bytes=18, word=torch.int16, segments=1, segment_words=4, groups=1, quads=2, less=8),
+    Layout(weights=32, planes=((2, 18), (0, 2)), segments=1, segment_words=4, groups=1, quads=2, less=8),
     Unpacking(load=load, scales=_scales, codes=codes, columns=columns),
     shifted=False,
     reference=reference,

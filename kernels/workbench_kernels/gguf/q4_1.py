@@ -4,7 +4,7 @@
     bytes 2-3    m    float16
     bytes 4-19   q    4 bits each: byte b holds weight b in its low half and weight b + 16 in its high half
 
-Read in 32-bit words, five a block: word j of the codes holds weights 4j ... 4j + 3 and the same + 16. llama.cpp takes
+Planes: q, d and m. A segment is a block: word j of four holds weights 4j ... 4j + 3 and the same + 16. llama.cpp takes
 this type and Q5_0, Q5_1 where rows are no multiple of 256.
 Source of the layout: llama.cpp, ggml-common.h, `block_q4_1`.
 """
@@ -12,7 +12,8 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q4_1`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, word_at, words_at
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.loads import half_of, plane_at, word_at, words_at
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -22,9 +23,9 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _load(row, s, j, inside):
-    block = row + s * 5
-    return words_at(block + 1, j, inside), word_at(block, inside)
+def _load(w, count, first, s, j, inside):
+    block = first + s
+    return words_at(plane_at(w, count, 0, 16, block), j, inside), word_at(plane_at(w, count, 16, 4, block), 0, inside)
 
 
 @jit
@@ -44,7 +45,7 @@ def columns(s, g: tl.constexpr, q: tl.constexpr):
 
 TYPE = BlockType(
     "Q4_1",
-    Layout(weights=32, size_bytes=20, word=torch.int32, segments=1, segment_words=4, groups=1, quads=2),
+    Layout(weights=32, planes=((4, 20), (0, 4)), segments=1, segment_words=4, groups=1, quads=2),
     Unpacking(load=_load, scales=scales, codes=codes, columns=columns),
     shifted=True,
     reference=reference,

@@ -8,14 +8,15 @@
                             bits in the upper 2 bits of bytes run (scale) and 4 + run (min)
     bytes 16-143  q       4 bits each: byte 32c + b holds weight 64c + b (low half) and 64c + 32 + b (high half)
 
-Read in 32-bit words, 36 a block. A segment is one c: eight words, run 2c in the low halves, 2c + 1 in the high ones.
+Planes: q, the rest. A segment is one c: eight words, run 2c in the low halves, 2c + 1 in the high ones.
 Source of the layout: llama.cpp, ggml-common.h, `block_q4_K`, and `get_scale_min_k4`.
 """
 
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, byte_of, cut, half_of, halves, word_at, words_at
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.loads import byte_of, half_of, pair_at, plane_at, words_at
 
 
 def run_scales(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,14 +36,17 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _load(row, s, j, inside):
-    block, c = row + (s // 4) * 36, s % 4
+def _load(w, count, first, s, j, inside):
+    block, c = first + s // 4, s % 4
+    head = plane_at(w, count, 128, 16, block)
+    both, low = pair_at(head, 0, inside)
+    middle, high = pair_at(head, 1, inside)
     return (
-        words_at(block + 4 + c * 8, j, inside),
-        word_at(block, inside),
-        word_at(block + 1, inside),
-        word_at(block + 2, inside),
-        word_at(block + 3, inside),
+        words_at(plane_at(w, count, 0, 128, block) + 16 * c, j, inside),
+        both,
+        low,
+        middle,
+        high,
     )
 
 
@@ -68,7 +72,7 @@ def columns(s, g: tl.constexpr, q: tl.constexpr):
 
 TYPE = BlockType(
     "Q4_K",
-    Layout(weights=256, size_bytes=144, word=torch.int32, segments=4, segment_words=8, groups=2, quads=1),
+    Layout(weights=256, planes=((16, 144), (0, 16)), segments=4, segment_words=8, groups=2, quads=1),
     Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
     shifted=True,
     reference=reference,

@@ -4,14 +4,15 @@
     bytes 2-5    upper bit of q: weight i has bit i of this 32-bit integer
     bytes 6-21   lower 4 bits of q: byte b holds weight b in its low half and weight b + 16 in its high half
 
-Read in 16-bit words (22 is no multiple of 4): word j of the codes holds weights 2j, 2j + 1, 2j + 16, 2j + 17.
+Planes: lower bits, upper bits, d. A segment is a block, as in Q5_1.
 Source of the layout: llama.cpp, ggml-common.h, `block_q5_0`.
 """
 
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, half_of, halves, pairs_at, word_at
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, halves
+from workbench_kernels.gguf.loads import half_of, plane_at, short_at, word_at, words_at
 from workbench_kernels.gguf.q4_1 import columns
 from workbench_kernels.gguf.q5_1 import codes, codes_of
 
@@ -22,12 +23,12 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _load(row, s, j, inside):
-    block = row + s * 11
+def _load(w, count, first, s, j, inside):
+    block = first + s
     return (
-        pairs_at(block + 3, j, inside),
-        word_at(block, inside),
-        pairs_at(block + 1, 0 * j, inside) >> (4 * j),
+        words_at(plane_at(w, count, 0, 16, block), j, inside),
+        short_at(plane_at(w, count, 20, 2, block), inside),
+        word_at(plane_at(w, count, 16, 4, block), 0, inside)[:, :, None] >> (4 * j),
     )
 
 
@@ -39,7 +40,7 @@ def _scales(parts, s, g: tl.constexpr):
 
 TYPE = BlockType(
     "Q5_0",
-    Layout(weights=32, size_bytes=22, word=torch.int16, segments=1, segment_words=4, groups=1, quads=2, less=16),
+    Layout(weights=32, planes=((6, 22), (2, 6), (0, 2)), segments=1, segment_words=4, groups=1, quads=2, less=16),
     Unpacking(load=_load, scales=_scales, codes=codes, columns=columns),
     shifted=False,
     reference=reference,

@@ -5,14 +5,16 @@
     bytes 4-7    upper bit of q: weight i has bit i of this 32-bit integer
     bytes 8-23   lower 4 bits of q: byte b holds weight b in its low half and weight b + 16 in its high half
 
-Read in 32-bit words, six a block: word j of the codes holds weights 4j ... 4j + 3 and the same + 16.
+Planes: lower bits, the rest. A segment is a block: word j of its four of lower bits holds those of weights
+4j ... 4j + 3 and the same + 16.
 Source of the layout: llama.cpp, ggml-common.h, `block_q5_1`.
 """
 
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, halves, word_at, words_at
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.loads import pair_at, plane_at, words_at
 from workbench_kernels.gguf.q4_1 import columns, scales
 
 
@@ -29,13 +31,10 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _load(row, s, j, inside):
-    block = row + s * 6
-    return (
-        words_at(block + 2, j, inside),
-        word_at(block, inside),
-        words_at(block + 1, 0 * j, inside) >> (4 * j),
-    )
+def _load(w, count, first, s, j, inside):
+    block = first + s
+    both, upper = pair_at(plane_at(w, count, 16, 8, block), 0, inside)
+    return words_at(plane_at(w, count, 0, 16, block), j, inside), both, upper[:, :, None] >> (4 * j)
 
 
 @jit
@@ -52,7 +51,7 @@ def codes(parts, s, g: tl.constexpr, q: tl.constexpr):
 
 TYPE = BlockType(
     "Q5_1",
-    Layout(weights=32, size_bytes=24, word=torch.int32, segments=1, segment_words=4, groups=1, quads=2),
+    Layout(weights=32, planes=((8, 24), (0, 8)), segments=1, segment_words=4, groups=1, quads=2),
     Unpacking(load=_load, scales=scales, codes=codes, columns=columns),
     shifted=True,
     reference=reference,

@@ -4,14 +4,15 @@
     bytes 16-47   upper bit of q: weight 32 run + b has bit `run` of byte 16 + b
     bytes 48-175  lower 4 bits of q, as in Q4_K
 
-Read in 32-bit words, 44 a block. A segment is one c, as in Q4_K; its eight words of upper bits are the block's.
+Planes: lower bits, upper bits, the rest. A segment is one c, as in Q4_K; its eight words of upper bits are the block's.
 Source of the layout: llama.cpp, ggml-common.h, `block_q5_K`.
 """
 
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, word_at, words_at
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut
+from workbench_kernels.gguf.loads import pair_at, plane_at, words_at
 from workbench_kernels.gguf.q4_k import columns, run_scales, scales
 
 
@@ -23,15 +24,18 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _load(row, s, j, inside):
-    block, c = row + (s // 4) * 44, s % 4
+def _load(w, count, first, s, j, inside):
+    block, c = first + s // 4, s % 4
+    head = plane_at(w, count, 160, 16, block)
+    both, low = pair_at(head, 0, inside)
+    middle, high = pair_at(head, 1, inside)
     return (
-        words_at(block + 12 + c * 8, j, inside),
-        word_at(block, inside),
-        word_at(block + 1, inside),
-        word_at(block + 2, inside),
-        word_at(block + 3, inside),
-        words_at(block + 4, j, inside),
+        words_at(plane_at(w, count, 0, 128, block) + 16 * c, j, inside),
+        both,
+        low,
+        middle,
+        high,
+        words_at(plane_at(w, count, 128, 32, block), j, inside),
     )
 
 
@@ -42,7 +46,7 @@ def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
 
 TYPE = BlockType(
     "Q5_K",
-    Layout(weights=256, size_bytes=176, word=torch.int32, segments=4, segment_words=8, groups=2, quads=1),
+    Layout(weights=256, planes=((48, 176), (16, 48), (0, 16)), segments=4, segment_words=8, groups=2, quads=1),
     Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
     shifted=True,
     reference=reference,

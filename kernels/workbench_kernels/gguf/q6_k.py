@@ -7,14 +7,15 @@ In each half h of the block (128 weights), with v = 0..3 counting its quarters a
     bytes 192-207  scale, int8 a run: weight 128h + 32v + b is in run 8h + 2v + b // 16
     bytes 208-209  d, float16
 
-Read in 16-bit words (210 is no multiple of 4), 105 a block. A segment is (h, b // 16): eight words of each of the two
-rows of lower bits and eight of upper bits. Source of the layout: llama.cpp, ggml-common.h, `block_q6_K`.
+Planes: lower bits, upper bits, scales, d. A segment is (h, b // 16): four words of each of the two rows of lower bits
+and four of upper bits. Source of the layout: llama.cpp, ggml-common.h, `block_q6_K`.
 """
 
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, cut, half_of, halves, pairs_at, word_at
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.loads import byte_of, half_of, pair_at, plane_at, short_at, words_at
 from workbench_kernels.gguf.q2_k import columns
 
 
@@ -28,25 +29,25 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _load(row, s, j, inside):
-    block, h, i = row + (s // 4) * 105, (s // 2) % 2, s % 2
-    lower, scale = block + 32 * h + 8 * i, block + 96 + 4 * h
+def _load(w, count, first, s, j, inside):
+    block, h, i = first + s // 4, (s // 2) % 2, s % 2
+    lower = plane_at(w, count, 0, 128, block) + 32 * h + 8 * i
+    low, high = pair_at(plane_at(w, count, 192, 16, block), h, inside)
     return (
-        pairs_at(lower, j, inside),
-        pairs_at(lower + 16, j, inside),
-        pairs_at(block + 64 + 16 * h + 8 * i, j, inside),
-        word_at(block + 104, inside),
-        word_at(scale, inside),
-        word_at(scale + 1, inside),
-        word_at(scale + 2, inside),
-        word_at(scale + 3, inside),
+        words_at(lower, j, inside),
+        words_at(lower + 16, j, inside),
+        words_at(plane_at(w, count, 128, 64, block) + 16 * h + 8 * i, j, inside),
+        short_at(plane_at(w, count, 208, 2, block), inside),
+        low,
+        high,
     )
 
 
 @jit
 def _scales(parts, s, g: tl.constexpr):
-    # Word 96 + 4h + g holds the int8 scales of runs 8h + 2g and 8h + 2g + 1.
-    scale = half_of(parts[3]) * ((parts[4 + g] << (24 - 8 * (s % 2))) >> 24).to(tl.float32)
+    # Run 8h + 2g + i has byte 2g + i, an int8, of the half's eight.
+    bits = byte_of(parts[4 + g // 2], 2 * (g % 2) + s % 2)
+    scale = half_of(parts[3]) * ((bits ^ 128) - 128).to(tl.float32)
     return scale, tl.zeros_like(scale)
 
 
@@ -58,7 +59,15 @@ def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
 
 TYPE = BlockType(
     "Q6_K",
-    Layout(weights=256, size_bytes=210, word=torch.int16, segments=4, segment_words=4, groups=4, quads=1, less=32),
+    Layout(
+        weights=256,
+        planes=((0, 128), (128, 192), (192, 208), (208, 210)),
+        segments=4,
+        segment_words=4,
+        groups=4,
+        quads=1,
+        less=32,
+    ),
     Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
     shifted=False,
     reference=reference,

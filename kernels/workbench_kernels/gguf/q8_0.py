@@ -3,14 +3,15 @@
     bytes 0-1    d    float16
     bytes 2-33   q    int8, one a weight, in order
 
-Read in 16-bit words (34 is no multiple of 4): word j of a block's sixteen holds weights 2j and 2j + 1.
+Planes: q, d. A segment is a block: word j of eight holds weights 4j ... 4j + 3.
 Source of the layout: llama.cpp, ggml-common.h, `block_q8_0`.
 """
 
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.blocks import BlockType, Layout, Unpacking, half_of, halves, pairs_at, word_at
+from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, halves
+from workbench_kernels.gguf.loads import half_of, plane_at, short_at, words_at
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -19,9 +20,9 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _load(row, s, j, inside):
-    block = row + s * 17
-    return pairs_at(block + 1, j, inside), word_at(block, inside)
+def _load(w, count, first, s, j, inside):
+    block = first + s
+    return words_at(plane_at(w, count, 0, 32, block), j, inside), short_at(plane_at(w, count, 32, 2, block), inside)
 
 
 @jit
@@ -43,7 +44,7 @@ def _columns(s, g: tl.constexpr, q: tl.constexpr):
 
 TYPE = BlockType(
     "Q8_0",
-    Layout(weights=32, size_bytes=34, word=torch.int16, segments=1, segment_words=8, groups=1, quads=1, less=128),
+    Layout(weights=32, planes=((2, 34), (0, 2)), segments=1, segment_words=8, groups=1, quads=1, less=128),
     Unpacking(load=_load, scales=scales, codes=_codes, columns=_columns),
     shifted=False,
     reference=reference,

@@ -1,7 +1,7 @@
 """llama.cpp's block types that there are kernels for, by the name llama.cpp gives them."""
 
 from workbench_kernels.gguf import iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
-from workbench_kernels.gguf.blocks import BlockType
+from workbench_kernels.gguf.layout import BlockType
 
 BLOCK_TYPES: dict[str, BlockType] = {
     module.TYPE.name: module.TYPE

@@ -141,6 +141,7 @@ def gptq_bits(path: Path) -> int | None:
 
 def _read_gguf(path: Path, dtype: str | None, device: str, attention: str | None, remote_code: bool) -> PackedModel:
     import torch
+    from workbench_kernels.gguf.planes import split
     from workbench_kernels.gguf.types import block_type
     from workbench_kernels.modules import BlockEmbedding, BlockLinear
 
@@ -171,14 +172,15 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str | None
         if order is None:
             values[name] = mapped.dense(tensor).to(device=device, dtype=kind)
         else:
-            packed[name] = torch.from_numpy(tensor.data[order]).to(device), type_name
-    for name, (data, type_name) in packed.items():
+            blocks = torch.from_numpy(tensor.data[order]).to(device)
+            packed[name] = split(block_type(type_name), blocks), type_name
+    for name, (planes, type_name) in packed.items():
         stem = name.removesuffix(".weight")
         try:
             if type(model.get_submodule(stem)) is torch.nn.Embedding:
-                module: BlockEmbedding | BlockLinear = BlockEmbedding(data, type_name, kind)
+                module: BlockEmbedding | BlockLinear = BlockEmbedding(planes, type_name, kind)
             else:
-                module = BlockLinear(data, type_name, values.pop(f"{stem}.bias", None))
+                module = BlockLinear(planes, type_name, values.pop(f"{stem}.bias", None))
             _replace(model, path, stem, module)
         except ValueError as error:
             raise UserError(f"{path}: tensor {name}: {error}") from None
@@ -310,7 +312,7 @@ def _finished(model: Any, path: Path, device: str, packed: int) -> PackedModel:
     if type(head) is torch.nn.Linear and head.weight.is_meta and model.config.tie_word_embeddings:
         stem = next(name for name, module in model.named_modules() if module is head)
         if isinstance(embedding, BlockEmbedding):
-            model.set_submodule(stem, BlockLinear(embedding.data, embedding.kind, head.bias))
+            model.set_submodule(stem, BlockLinear(embedding.planes, embedding.kind, head.bias))
         else:
             head.weight = embedding.weight
     absent = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
