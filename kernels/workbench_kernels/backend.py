@@ -35,6 +35,8 @@ jit: Callable[[Callable[..., object]], Kernel] = triton.jit if triton else lambd
 """Makes a Triton function of one that is written in its language."""
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 """Whether kernels run in Triton's interpreter, on CPU tensors."""
+INTERPRETED = tl.constexpr(INTERPRET) if triton else None
+"""The same for kernels: the interpreter knows no instruction of a GPU."""
 TUNE = os.environ.get("WORKBENCH_KERNELS_TUNE", "1") != "0"
 """Whether all tiles of a kernel are tried on a shape's first call; `WORKBENCH_KERNELS_TUNE=0`: the first is taken."""
 
@@ -114,6 +116,20 @@ def code_as_float(word, bit: tl.constexpr, bits: tl.constexpr, less: tl.constexp
     low: tl.constexpr = bit % 16
     code = (word if bit < 16 else word >> 16) & ((2**bits - 1) << low)
     return (code | ((150 - low) << 23)).to(tl.float32, bitcast=True) - (2.0 ** (23 - low) + less)
+
+
+@jit
+def permuted(low, high, selector):
+    """Four of the eight bytes of `low` (0 to 3) and `high` (4 to 7), int32: in byte i the one whose number is in bits
+    4 i to 4 i + 2 of `selector`; its bits 4 i + 3 are zero."""
+    if INTERPRETED:
+        both, found = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF), tl.zeros_like(selector)
+        for i in tl.static_range(4):
+            found |= ((both >> (8 * ((selector >> (4 * i)) & 7))) & 255).to(tl.int32) << (8 * i)
+        return found
+    else:
+        instruction: tl.constexpr = "prmt.b32 $0, $1, $2, $3;"
+        return tl.inline_asm_elementwise(instruction, "=r,r,r,r", [low, high, selector], tl.int32, is_pure=True, pack=1)
 
 
 def parted(config: Config) -> tuple[Config, Config]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from workbench_kernels import awq, gptq, ops
-from workbench_kernels.gguf.planes import columns_of, held
+from workbench_kernels.gguf.planes import held
 from workbench_kernels.gguf.types import block_type
 
 
@@ -91,10 +91,10 @@ class BlockLinear(_Packed):
 
     def __init__(self, data: torch.Tensor, kind: str, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        planes = held(block_type(kind), data, "data")
+        planes, in_features = held(block_type(kind), data, "data")
         self.kind = kind
         self.register_buffer("planes", planes)
-        self._finish(columns_of(block_type(kind), planes, torch.int16, "data"), data.shape[0], bias)
+        self._finish(in_features, data.shape[0], bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._biased(ops.block_matmul(x.contiguous(), self.planes, self.kind))
@@ -110,8 +110,7 @@ class BlockEmbedding(nn.Module):
 
     def __init__(self, data: torch.Tensor, kind: str, dtype: torch.dtype) -> None:
         super().__init__()
-        planes = held(block_type(kind), data, "data")
-        self.embedding_dim = columns_of(block_type(kind), planes, torch.int16, "data")
+        planes, self.embedding_dim = held(block_type(kind), data, "data")
         self.num_embeddings, self.kind, self.dtype = data.shape[0], kind, dtype
         self.register_buffer("planes", planes)
 

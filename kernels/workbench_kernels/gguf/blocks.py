@@ -52,7 +52,7 @@ def dequantize(
 ) -> torch.Tensor:
     """int16 [out, row bytes / 2] -> `dtype` [out, in], or some rows of it. `path`: `auto`, `reference` or `kernel`."""
     columns = columns_of(kind, planes, torch.int16, f"{kind.name} planes")
-    rows = rows or range(planes.shape[0])
+    rows = range(planes.shape[0]) if rows is None else rows
     if not dequantized_by_kernel({f"{kind.name} planes": planes}, dtype, path):
         blocks = join(kind, planes, rows.start, rows.stop).view(-1, kind.layout.size_bytes)
         return kind.reference(blocks).view(len(rows), columns).to(dtype)

@@ -3,14 +3,14 @@
     bytes 0-1    d    float16
     bytes 2-17   q    4 bits each: byte b holds weight b in its low half and weight b + 16 in its high half
 
-Planes and segments are Q4_0's. A level is found by selecting one of four words of four levels each and shifting: a
-table in memory would cost a load a weight.
+Planes and segments are Q4_0's. A level is found by permuting the bytes of four words of four levels each, as
+llama.cpp does: a table in memory would cost a load a weight.
 Source of the layout and the levels: llama.cpp, ggml-common.h, `block_iq4_nl` and `kvalues_iq4nl`.
 """
 
 import torch
 
-from workbench_kernels.backend import jit, tl
+from workbench_kernels.backend import jit, permuted, tl
 from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
 from workbench_kernels.gguf.q4_0 import load
 from workbench_kernels.gguf.q4_1 import columns
@@ -30,33 +30,27 @@ def reference(data: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def levels_at(word):
-    """The codes 0-15 in the lower halves of a word's bytes -> their levels and 128, a byte each."""
-    return (
-        _level(word & 15)
-        | (_level((word >> 8) & 15) << 8)
-        | (_level((word >> 16) & 15) << 16)
-        | (_level((word >> 24) & 15) << 24)
-    )
+def codes(parts, s, g: tl.constexpr, q: tl.constexpr):
+    """The levels, and 128, of the codes in the halves `q` of a word's bytes (0: low), a byte each."""
+    every_other = tl.full(parts[0].shape, 0x6420 + 0x1111 * q, tl.int32)
+    return permuted(_levels(parts[0]), _levels(parts[0] >> 16), every_other)
 
 
 @jit
-def _level(q):
-    # Four levels, and 128, to a word, the lowest code in the lowest byte.
-    low = tl.where(q < 4, 0x3F2D1801, 0x766A5D4F)
-    high = tl.where(q < 12, -1499886207, -237386315)  # 0xA6998D81, 0xF1D9C5B5
-    return (tl.where(q < 8, low, high) >> (8 * (q % 4))) & 255
-
-
-@jit
-def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
-    return levels_at(parts[0] >> (4 * q))
+def _levels(word):
+    """The levels of the four codes of a word's lower 16 bits, in their order."""
+    # Eight levels are two words, and three bits of a code select one of their bytes; the fourth selects which eight.
+    below, above = word & 0x7777, ((word & 0x8888) >> 1) | 0x3210
+    # The levels and 128, the lowest code in the lowest byte; the last two are 0xA6998D81 and 0xF1D9C5B5.
+    first, second = tl.full(word.shape, 0x3F2D1801, tl.int32), tl.full(word.shape, 0x766A5D4F, tl.int32)
+    third, fourth = tl.full(word.shape, -1499886207, tl.int32), tl.full(word.shape, -237386315, tl.int32)
+    return permuted(permuted(first, second, below), permuted(third, fourth, below), above)
 
 
 TYPE = BlockType(
     "IQ4_NL",
     Layout(weights=32, planes=((2, 18), (0, 2)), segments=1, segment_words=4, groups=1, quads=2, less=128),
-    Unpacking(load=load, scales=scales, codes=_codes, columns=columns),
+    Unpacking(load=load, scales=scales, codes=codes, columns=columns),
     shifted=False,
     reference=reference,
 )

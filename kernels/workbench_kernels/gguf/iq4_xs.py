@@ -12,7 +12,7 @@ Source of the layout: llama.cpp, ggml-common.h, `block_iq4_xs`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.iq4_nl import levels_at, levels_of
+from workbench_kernels.gguf.iq4_nl import codes, levels_of
 from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
 from workbench_kernels.gguf.loads import half_of, pair_at, plane_at, words_at
 from workbench_kernels.gguf.q4_1 import columns
@@ -23,8 +23,8 @@ def reference(data: torch.Tensor) -> torch.Tensor:
     lower = cut(data[:, 4:8], 4).transpose(1, 2).reshape(-1, 8)
     upper = cut(data[:, 2:4], 2).transpose(1, 2).reshape(-1, 8)
     scale = halves(data[:, :2]) * ((lower | (upper << 4)).float() - 32)
-    codes = cut(data[:, 8:].reshape(-1, 8, 16), 4).reshape(-1, 8, 32)
-    return (scale[:, :, None] * levels_of(codes)).view(-1, 256)
+    levels = levels_of(cut(data[:, 8:].reshape(-1, 8, 16), 4).reshape(-1, 8, 32))
+    return (scale[:, :, None] * levels).view(-1, 256)
 
 
 @jit
@@ -42,15 +42,10 @@ def _scales(parts, s, g: tl.constexpr):
     return scale, tl.zeros_like(scale)
 
 
-@jit
-def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
-    return levels_at(parts[0] >> (4 * q))
-
-
 TYPE = BlockType(
     "IQ4_XS",
     Layout(weights=256, planes=((8, 136), (0, 8)), segments=8, segment_words=4, groups=1, quads=2, less=128),
-    Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
+    Unpacking(load=_load, scales=_scales, codes=codes, columns=columns),
     shifted=False,
     reference=reference,
 )

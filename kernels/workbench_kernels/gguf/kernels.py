@@ -175,7 +175,7 @@ def dequantize(
 
 DECODE: list[Config] = [
     {"BN": rows, "S": segments, "num_warps": warps, "num_stages": 2}
-    for rows, segments, warps in ((8, 8, 4), (16, 8, 4), (32, 8, 4), (16, 4, 4), (16, 8, 8), (8, 16, 8), (8, 16, 4))
+    for rows, segments, warps in ((8, 8, 4), (16, 8, 4), (32, 8, 4), (16, 4, 4), (16, 8, 8), (8, 16, 4))
 ] + [{"BN": 4, "S": 32, "num_warps": 4, "num_stages": 3}]
 """S: segments of eight words, of four twice as many. The first is what is taken untuned: there, a thread has four words
 of codes at a time, one load of 16 bytes, and x needs no detour through shared memory."""

@@ -41,13 +41,11 @@ def taken(kind: BlockType, planes: torch.Tensor, rows: torch.Tensor) -> torch.Te
     return found
 
 
-def held(kind: BlockType, data: torch.Tensor, name: str) -> torch.Tensor:
-    """What a layer holds of a weight: planes, made of blocks if blocks are given; `ValueError` that names it if it is
-    neither."""
-    if data.dtype != torch.int16:
-        return split(kind, data, name)
-    columns_of(kind, data, torch.int16, name)
-    return data
+def held(kind: BlockType, data: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
+    """What a layer holds of a weight: planes, made of blocks if blocks are given, and the columns; `ValueError` that
+    names it if it is neither."""
+    planes = data if data.dtype == torch.int16 else split(kind, data, name)
+    return planes, columns_of(kind, planes, torch.int16, name)
 
 
 def columns_of(kind: BlockType, data: torch.Tensor, dtype: torch.dtype, name: str) -> int:

@@ -243,6 +243,9 @@ def test_mixtures_of_other_types(small: Path, call: Any, name: str) -> None:
     plain = engine(out, "gguf")
     assert relative(logits(loaded.model), logits(plain._model)) < 1e-5
     assert loaded.packed == 16 and loaded.dense == 0
+    stored = [int(tensor.n_bytes) for tensor in open_gguf(out).tensors if len(tensor.shape) == 2]
+    held = [planes.nbytes for name, planes in loaded.model.named_buffers() if name.endswith("planes")]
+    assert sorted(held) == sorted(stored), "memory holds what the file holds, to the byte"
 
 
 @pytest.mark.slow
