@@ -82,13 +82,13 @@ def launch(kind: BlockType, way: str, x: torch.Tensor, planes: torch.Tensor) -> 
     constants = constants_of(kind, columns) | {"N": outputs, **packing_of(x)}
     if way == "prefill":
         constants["K"] = columns
-    decode = [config | {"S": config["S"] * 8 // kind.layout.segment_words} for config in kernels.DECODE]
+    function, tiles = (kernels.decode, kernels.DECODE) if way == "decode" else (kernels.prefill, kernels.PREFILL)
     made = plan(
-        kernels.decode if way == "decode" else kernels.prefill,
+        function,
         x,
         {"w": planes},
         outputs,
-        decode if way == "decode" else kernels.PREFILL,
+        [tile | {"S": tile["S"] // kind.layout.segment_words} for tile in tiles],
         ("BN", outputs),
         lambda config: triton.cdiv(constants["SEGMENTS"], config["S"]),
         constants,

@@ -174,18 +174,19 @@ def dequantize(
 
 
 DECODE: list[Config] = [
-    {"BN": rows, "S": segments, "num_warps": warps, "num_stages": 2}
-    for rows, segments, warps in ((8, 8, 4), (16, 8, 4), (32, 8, 4), (16, 4, 4), (16, 8, 8), (8, 16, 4))
-] + [{"BN": 4, "S": 32, "num_warps": 4, "num_stages": 3}]
-"""S: segments of eight words, of four twice as many. The first is what is taken untuned: there, a thread has four words
-of codes at a time, one load of 16 bytes, and x needs no detour through shared memory."""
+    {"BN": rows, "S": words, "num_warps": warps, "num_stages": 2}
+    for rows, words, warps in ((8, 64, 4), (16, 64, 4), (32, 64, 4), (16, 32, 4), (16, 64, 8), (8, 128, 4))
+] + [{"BN": 4, "S": 256, "num_warps": 4, "num_stages": 3}]
+"""S is of words of codes here, J times what the kernel takes. The first is what is taken untuned: there, a thread has
+four words at a time, one load of 16 bytes, and x needs no detour through shared memory."""
 
 PREFILL: list[Config] = [
-    {"BM": 16, "BN": 64, "S": 8, "num_warps": 8, "num_stages": 3},
-    {"BM": 16, "BN": 32, "S": 8, "num_warps": 4, "num_stages": 3},
-    {"BM": 32, "BN": 64, "S": 4, "num_warps": 8, "num_stages": 3},
-    {"BM": 64, "BN": 64, "S": 4, "num_warps": 4, "num_stages": 3},
-    {"BM": 64, "BN": 128, "S": 4, "num_warps": 8, "num_stages": 3},
+    {"BM": 16, "BN": 64, "S": 32, "num_warps": 8, "num_stages": 3},
+    {"BM": 16, "BN": 32, "S": 32, "num_warps": 4, "num_stages": 3},
+    {"BM": 32, "BN": 64, "S": 16, "num_warps": 8, "num_stages": 3},
+    {"BM": 64, "BN": 64, "S": 16, "num_warps": 4, "num_stages": 3},
+    {"BM": 64, "BN": 128, "S": 16, "num_warps": 8, "num_stages": 3},
 ]
+"""S as above. Twice as many words, and types with many numbers in a block would spill on sm_80."""
 TILE: Config = {"BN": 8, "S": 16}
 """Tile of de-quantizing, which is bound by writing; not tuned."""
