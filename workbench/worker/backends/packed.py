@@ -172,8 +172,7 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str | None
         if order is None:
             values[name] = mapped.dense(tensor).to(device=device, dtype=kind)
         else:
-            blocks = torch.from_numpy(tensor.data[order]).to(device)
-            packed[name] = split(block_type(type_name), blocks), type_name
+            packed[name] = split(block_type(type_name), torch.from_numpy(tensor.data[order]).to(device)), type_name
     for name, (planes, type_name) in packed.items():
         stem = name.removesuffix(".weight")
         try:
