@@ -67,7 +67,7 @@ def recommend(
         tied=tuple(one.name for one in first.tied) if first else (),
         runner_up=runner_up,
         why=first.left_by.get(runner_up.name, "limits") if first and runner_up else "",
-        hope=hope if hope is not choice else None,
+        hope=hope if hope is not choice and hope and hope.doubts else None,
     )
 
 
