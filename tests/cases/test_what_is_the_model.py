@@ -108,5 +108,5 @@ def test_a_base_on_its_old_grid_says_so_in_every_row_and_wins_nothing_by_it(case
     answer = case("recommend", "--sort", "quality", "--backend", "llamacpp", "--format", "json")
     found = json.loads(answer.stdout)
     assert found["choice"]["variant"] != "gguf-Q8_0"
-    (told,) = (each["doubts"] for each in found["fitting"] if each["variant"] == "gguf-Q8_0")
+    (told,) = (each["notes"] for each in found["fitting"] if each["variant"] == "gguf-Q8_0")
     assert "its quality decides nothing: the base was de-quantized from Q8_0" in told[0]
