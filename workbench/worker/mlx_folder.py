@@ -18,10 +18,9 @@ from workbench.disk import need_room, remove
 from workbench.errors import UserError
 from workbench.records import MadeVariant, VariantRequest, from_json, to_json
 from workbench.worker import Progress, Tensors, proof
-from workbench.worker.base.checkpoint import StoredTensor, checked_weights, read_json
+from workbench.worker.base.checkpoint import StoredTensor, read_json
 from workbench.worker.base.saving import SHARD_BYTES, for_both_readers, write_json
-from workbench.worker.ggml.carry import LARGEST_ERROR, PARTS, Packed
-from workbench.worker.kernels import import_kernels
+from workbench.worker.ggml.carry import LARGEST_ERROR, PARTS, Packed, packed_in
 from workbench.worker.methods import gptq
 from workbench.worker.methods.grouped import mlx_group
 
@@ -33,25 +32,21 @@ NOT_ALONG = (".index.json", "quantize_config.json", "quant_config.json")
 def carry(payload: object, progress: Progress) -> object:
     """Worker for a `VariantRequest` whose `source` is an AWQ or GPTQ checkpoint: the folder. Returns `MadeVariant`.
     Raises `UserError` for what MLX's groups do not hold, and for what is another model in MLX."""
-    from workbench.worker.backends.packed import gptq_bits
-
     request: VariantRequest = from_json(VariantRequest, payload)
     source, out = Path(str(request.source)), Path(request.out)
-    import_kernels()
-    tensors, bits = checked_weights(source), gptq_bits(source)
-    stems = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
-    matrices = {stem: Packed(stem, tensors, bits) for stem in stems}
+    out.mkdir()
     try:
-        out.mkdir()
+        tensors, found = packed_in(source)
+        bits, matrices = found[0].bits or 4, {matrix.stem: matrix for matrix in found}
         error = _write(source, out, tensors, matrices, progress)
         _prove(source, out, matrices)
     except UserError as problem:
         remove(out)
         raise UserError(f"{source.name} cannot be carried to MLX: {problem}") from None
-    types = {name: "F16" for name in tensors if not name.endswith(PARTS)} | dict.fromkeys(stems, f"affine-{bits or 4}")
-    told = f"the checkpoint's own codes and scales in MLX's groups of {bits or 4} bits"
+    types = {name: "F16" for name in tensors if not name.endswith(PARTS)} | dict.fromkeys(matrices, f"affine-{bits}")
+    told = f"the checkpoint's own codes and scales in MLX's groups of {bits} bits"
     told += f"; weights equal to {error:.1e} of the largest" if error else "; weights equal bit for bit"
-    carried = {"from": source.name, "types": [f"affine, {bits or 4} bits"], "largest_error": error}
+    carried = {"from": source.name, "types": [f"affine, {bits} bits"], "largest_error": error}
     return to_json(MadeVariant(types, warnings=[told], provenance={"carried": carried}))
 
 

@@ -132,8 +132,8 @@ def test_a_worker_of_its_own_measures_packed_weights(made: Path, tmp_path: Path)
     ("change", "words"),
     [
         (lambda c: c.update(version="gemv"), "version"),
-        (lambda c: c.update(zero_point=False), "zero_point false; supported: true"),
-        (lambda c: c.update(bits=8), "supports awq"),
+        (lambda c: c.update(zero_point=False), "zero_point false; supported is true"),
+        (lambda c: c.update(bits=8), "supported are awq"),
         (lambda c: c.update(quant_method="gptq", checkpoint_format="gptq_v2"), "gptq_v2"),
     ],
 )

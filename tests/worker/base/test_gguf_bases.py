@@ -244,6 +244,28 @@ def test_a_missing_tensor_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "has no tensor for model.layers.0.mlp.up_proj.weight" in str(refused(tmp_path / "x.gguf"))
 
 
+def test_a_type_that_nobody_de_quantizes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a file's weights are handed on: to transformers, to vLLM, to a base."""
+    import gguf
+    import numpy as np
+
+    from workbench.worker.base.gguf_weights import weights_of
+
+    add, kind = gguf.GGUFWriter.add_tensor, gguf.GGMLQuantizationType.Q8_1
+    blocks = np.zeros((96, 64 // 32 * gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+    monkeypatch.setattr(
+        gguf.GGUFWriter,
+        "add_tensor",
+        lambda self, name, *a, **k: (
+            add(self, name, blocks, raw_dtype=kind) if "ffn_up" in name else add(self, name, *a, **k)
+        ),
+    )
+    path = tmp_path / "x.gguf"
+    write_gguf(path, "F32")
+    with pytest.raises(UserError, match=r"tensor blk\.0\.ffn_up\.weight is Q8_1, which nobody here de-quantizes"):
+        list(weights_of(path, read_gguf(path)))
+
+
 def test_a_right_file_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     """Nothing is carried that was right before: such a base keeps its digest."""
     write_gguf(tmp_path / "x.gguf", "F32")

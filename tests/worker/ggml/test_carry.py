@@ -5,6 +5,7 @@ Every architecture's logits in llama.cpp: `tests/worker/test_architectures.py`.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from tests.worker.small_models import write_model, write_sentencepiece, write_tokens
 from tests.worker.unpacking import dequantize_awq, dequantize_gptq
+from workbench import disk
 from workbench.errors import UserError
 from workbench.worker.calibration import run as calibrate
 from workbench.worker.ggml import carry
@@ -157,14 +159,13 @@ def test_what_no_block_holds_is_refused_by_name_and_beforehand(name: str, why: s
     [
         ("scales", float("nan"), "no float16 numbers"),
         ("scales", 1e6, "no float16 numbers"),
+        ("scales", 1.0 + 2**-13, "no float16 numbers"),
         ("qweight", None, "is missing"),
     ],
 )
 def test_a_spoiled_checkpoint_is_refused(
     part: str, value: float | None, why: str, folder: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     spoiled = shutil.copytree(folder / "gptq-4", tmp_path / "spoiled")
@@ -179,6 +180,55 @@ def test_a_spoiled_checkpoint_is_refused(
     with pytest.raises(UserError, match=why):
         carried(spoiled)
     assert [each.name for each in tmp_path.iterdir()] == ["spoiled"]
+
+
+@pytest.mark.slow
+def test_zero_points_off_the_grid_take_another_type_or_are_refused(folder: Path, tmp_path: Path) -> None:
+    """One zero other than the rest: 4 bits become Q4_1, 8 bits cannot be held."""
+    from safetensors.torch import load_file, save_file
+
+    for name, kinds in (("gptq-4", {"Q4_0", "Q4_1"}), ("gptq-8", set[str]())):
+        spoiled = shutil.copytree(folder / name, tmp_path / name)
+        tensors = load_file(spoiled / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.qzeros"][0, 0] -= 1
+        save_file(tensors, spoiled / "model.safetensors", metadata={"format": "pt"})
+        if kinds:
+            assert kinds <= set(carried(spoiled)["tensor_types"].values())
+        else:
+            with pytest.raises(UserError, match="gptq-8 cannot be carried to GGUF: .*8 bits with zero points"):
+                carried(spoiled)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_gone_or_of_another_layout(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing cannot be carried to GGUF: its folder is not there any more"):
+        carried(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"base cannot be carried to GGUF: .*supported are awq .* and gptq"):
+        carried(folder / "base")
+    other = shutil.copytree(folder / "gptq-4", tmp_path / "other")
+    text = (other / "config.json").read_text().replace('"checkpoint_format": "gptq"', '"checkpoint_format": "marlin"')
+    (other / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"quantization_config .*'checkpoint_format': 'marlin'.*supported are"):
+        carried(other)
+    assert [each.name for each in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_disk_too_full_for_the_file(folder: Path, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the numbered checkpoint is written, and before the file is: told with the sizes, and nothing is left."""
+    usage = disk.shutil.disk_usage
+
+    def full(path: Path) -> Any:
+        nonlocal left
+        left -= 1
+        return usage(path)._replace(free=1000) if left < 0 else usage(path)
+
+    monkeypatch.setattr(disk.shutil, "disk_usage", full)
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match=r"gptq-3 cannot be carried to GGUF: .*no space left for it \("):
+        carried(folder / "gptq-3")
+    assert sorted(folder.iterdir()) == [each for each in before if each.name != "gptq-3.gguf"]
 
 
 @pytest.mark.slow

@@ -77,7 +77,10 @@ def read_checkpoint(
 
     left, opened = checked_weights(path), dict[Path, Any]()
     # Before transformers: it fills in, and warns of, what it will not be asked to do.
-    bits = gptq_bits(path)
+    try:
+        bits = gptq_bits(path)
+    except UserError as error:
+        raise UserError(f"{error}. Leave `kernel: workbench` out") from None
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=remote_code, local_files_only=True)
     del config.quantization_config
     stems = sorted(name.removesuffix(".qweight") for name in left if name.endswith(".qweight"))
@@ -128,11 +131,11 @@ def gptq_bits(path: Path) -> int | None:
     if not good:
         said = {key: found[key] for key in ("quant_method", "version", "checkpoint_format", "bits") if key in found}
         raise UserError(
-            f"{file}: quantization_config {said or 'is missing'}; `kernel: workbench` supports awq (version gemm, "
-            "4 bits) and gptq (checkpoint_format gptq). Leave it out."
+            f"{file}: quantization_config {said or 'is missing'}; supported are awq (version gemm, 4 bits) and gptq "
+            "(checkpoint_format gptq)"
         )
     if method == "awq" and not found.get("zero_point", True):
-        raise UserError(f"{file}: awq with zero_point false; supported: true. Leave `kernel: workbench` out.")
+        raise UserError(f"{file}: awq with zero_point false; supported is true")
     return int(found["bits"]) if method == "gptq" else None
 
 

@@ -14,6 +14,7 @@ class Mapped:
     """The `names` of a file's tensors in a model, and transformers' `processor`, which undoes what was rearranged."""
 
     def __init__(self, path: Path, read: GgufModel, model: Any) -> None:
+        self.path = path
         self.names, self.processor = names_in(model, path, read.reader, read.config)
 
     def dense(self, tensor: Any) -> Any:
@@ -21,8 +22,15 @@ class Mapped:
         import torch
         from gguf.quants import dequantize
 
+        try:
+            weights = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise UserError(
+                f"{self.path}: tensor {tensor.name} is {tensor.tensor_type.name}, which nobody here de-quantizes: "
+                "take a file of other types, or run it in llama.cpp"
+            ) from None
         done = self.processor.process(
-            weights=dequantize(tensor.data, tensor.tensor_type),
+            weights=weights,
             name=tensor.name,
             tensor_key_mapping=self.names,
             parsed_parameters={"tensors": {}},

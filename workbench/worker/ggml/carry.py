@@ -182,16 +182,13 @@ class Packed:
 def carry(payload: object, progress: Progress) -> object:
     """Worker for a `VariantRequest` whose `source` is an AWQ or GPTQ checkpoint: the GGUF file of it. Returns
     `MadeVariant`. Raises `UserError` for what llama.cpp's types do not hold."""
-    from workbench.worker.backends.packed import gptq_bits
     from workbench.worker.methods import gguf
 
     request: VariantRequest = from_json(VariantRequest, payload)
     source, out = Path(str(request.source)), Path(request.out)
-    import_kernels()
-    tensors, bits = checked_weights(source), gptq_bits(source)
-    stems = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
-    matrices = [Packed(stem, tensors, bits) for stem in stems]
     try:
+        tensors, matrices = packed_in(source)
+        stems = [matrix.stem for matrix in matrices]
         kinds = [matrix.kind() for matrix in matrices]
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             numbered, converted = Path(scratch) / "numbered", Path(scratch) / "numbered.gguf"
@@ -209,6 +206,20 @@ def carry(payload: object, progress: Progress) -> object:
     told += f"; weights equal to {error:.1e} of the largest" if error else "; weights equal bit for bit"
     carried = {"from": source.name, "types": sorted(set(kinds)), "largest_error": error}
     return to_json(replace(made, warnings=[told], provenance={"carried": carried}))
+
+
+def packed_in(source: Path) -> tuple[Mapping[str, StoredTensor], list[Packed]]:
+    """A checkpoint's tensors, and its packed matrices. `UserError` for one that is gone, or of another layout."""
+    from workbench.worker.backends.packed import gptq_bits
+
+    if not source.is_dir():
+        raise UserError("its folder is not there any more: make the variant again")
+    import_kernels()
+    tensors, bits = checked_weights(source), gptq_bits(source)
+    stems = sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
+    if not stems:
+        raise UserError("no tensor of it ends in `.qweight`: it is no AWQ or GPTQ checkpoint")
+    return tensors, [Packed(stem, tensors, bits) for stem in stems]
 
 
 def _quiet(done: float, total: float, text: str) -> None:
