@@ -101,6 +101,26 @@ def convert_and_quantize(payload: dict[str, Any], progress: Any) -> dict[str, An
     return made
 
 
+def join_layers(out: Path, files: list[Path]) -> None:
+    """A GGUF file with each layer of another of these files, which are of one model; the first has everything else."""
+    import gguf
+    import numpy as np
+
+    from workbench.worker.ggml.encode import copy_metadata
+
+    readers = [gguf.GGUFReader(str(file)) for file in files]
+    writer = gguf.GGUFWriter(str(out), "llama")
+    copy_metadata(readers[0], writer)
+    tensors = [{tensor.name: tensor for tensor in reader.tensors} for reader in readers]
+    for name in tensors[0]:
+        tensor = tensors[int(name.split(".")[1]) if name.startswith("blk.") else 0][name]
+        writer.add_tensor(name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def llama_logits(payload: Any, progress: Any) -> dict[str, Any]:
     """What llama.cpp makes of a GGUF file: the logits after the last of `payload["ids"]`."""
     import ctypes

@@ -9,13 +9,13 @@ from the base's shows that the bound could fail.
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.places import ROOT
+from tests.worker.engine_logits import convert_and_quantize, join_layers
 from tests.worker.small_models import (
     MODELS,
     OTHERS,
@@ -25,6 +25,7 @@ from tests.worker.small_models import (
     write_sentencepiece,
     write_tokens,
 )
+from tests.worker.unpacking import exact, from_gguf, load_base
 from workbench.errors import UserError
 from workbench.machine import isolate
 from workbench.worker.architectures import ARCHITECTURES, EXPERTS, describe
@@ -131,6 +132,7 @@ KINDS: dict[str, dict[str, Any]] = {
 WINDOW = 48
 METHODS = ("awq", "gptq")
 TYPES = ("Q8_0", "Q4_0")
+EVERY_TYPE = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
 NEAR, NEAR_EXACT = 0.06, 0.005
 """Relative root mean square difference of the logits, for quantized and for exact weights. These random models enlarge
 a rounding several times on the way to the logits. llama.cpp keeps keys and values in float16 (0.0005 a number; 0.0016
@@ -217,6 +219,20 @@ def in_transformers(logits_of: Any, checkpoints: dict[str, Any]) -> dict[str, An
 
 
 @pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of a layer a type that its blocks of 256 fit."""
+    pytest.importorskip("llama_cpp")
+    folder = tmp_path_factory.mktemp("mixed")
+    shape = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": len(EVERY_TYPE)}
+    write_sentencepiece(write_model(folder / "base", "llama", 7, **(WIDE | shape)))
+    names = [f"{name}_S" if name in ("Q3_K", "Q4_K", "Q5_K") else name for name in EVERY_TYPE]
+    payload = {"models": {"0": {"base": str(folder / "base"), "imatrix": None}}, "types": names, "folder": str(folder)}
+    made = convert_and_quantize(payload, lambda *_: None)["0"]
+    join_layers(folder / "mixed.gguf", [Path(made[name]) for name in names])
+    return folder / "mixed.gguf"
+
+
+@pytest.fixture(scope="module")
 def from_vllm(logits_of: Any, checkpoints: dict[str, Any], folder: Path, files: dict[str, dict[str, str]]) -> Any:
     pytest.importorskip("vllm")
     last = {"llama/gptq-8bit": {"path": str(folder / "llama/gptq-8bit"), "format": "gptq"}}
@@ -277,58 +293,6 @@ def in_llamacpp(logits_of: Any, files: dict[str, dict[str, str]], carried: dict[
     return dict(found)
 
 
-def exact(model: Any, ids: list[int]) -> Any:
-    """A model's own logits in float32, [tokens - 1, vocabulary]."""
-    import torch
-
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0, :-1]
-
-
-def load_base(folder: Path) -> Any:
-    import torch
-    import transformers
-
-    # Gemma 2's capped scores are left out by the fast kernel.
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-
-
-def from_gguf(base: Path, path: str) -> Any:
-    """The base's model with a GGUF file's matrices in place, de-quantized by the `gguf` package."""
-    import gguf
-    import torch
-
-    config = json.loads((base / "config.json").read_text())
-    architecture = describe(config)
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
-    for layer in range(config["num_hidden_layers"]):
-        for linear, short in architecture.gguf.items():
-            names[f"blk.{layer}.{short}.weight"] = f"model.layers.{layer}.{linear}.weight"
-    model = load_base(base)
-    state = model.state_dict()
-    seen = set()
-    for tensor in gguf.GGUFReader(path).tensors:
-        if tensor.name in names:
-            weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-            weight = weight.reshape(state[names[tensor.name]].shape)
-            if architecture.model_type in ("llama", "mistral") and ".attn_q." in tensor.name:
-                weight = unpermuted(weight, config["num_attention_heads"])
-            if architecture.model_type in ("llama", "mistral") and ".attn_k." in tensor.name:
-                weight = unpermuted(weight, config["num_key_value_heads"])
-            state[names[tensor.name]] = weight
-            seen.add(tensor.name)
-    assert set(names) - seen <= {"output.weight"}
-    model.load_state_dict(state)
-    return model
-
-
-def unpermuted(weight: Any, heads: int) -> Any:
-    """llama.cpp's Llama keeps a head's rotary pairs side by side; the checkpoint keeps them half a head apart."""
-    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["transformers", "vllm", "llamacpp"])
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -375,6 +339,29 @@ def test_gguf_to_vllms_logits(
         print(f"{kind} {name} vllm: {near:.4f} from its own weights, {far:.4f} from the base")
         assert near < NEAR, name
         assert far > 3 * NEAR or name == "Q8_0", "or the bound above says nothing"
+
+
+@pytest.mark.slow
+def test_every_type_of_gguf_as_it_is_handed_to_engines(mixed: Path, ids: list[int]) -> None:
+    """A layer each: the weights that vLLM's loader gets, and transformers' logits, by gguf's own de-quantization."""
+    import gguf
+    import torch
+
+    from workbench.worker.base.gguf_config import load_gguf, read_gguf
+    from workbench.worker.base.gguf_weights import weights_of
+
+    kinds = {each.tensor_type.name for each in gguf.GGUFReader(str(mixed)).tensors}
+    assert kinds - {"F32"} == {*EVERY_TYPE}
+    model = from_gguf(mixed.parent / "base", str(mixed))
+    state, given = model.state_dict(), dict(weights_of(mixed, read_gguf(mixed)))
+    assert set(given) >= {name for name in state if name.endswith("_proj.weight")}
+    assert [name for name, weight in given.items() if not torch.equal(weight, state[name])] == []
+    wanted = exact(model, ids)
+    found = exact(load_gguf(mixed, {"dtype": torch.float32}).eval(), ids)[:, : wanted.shape[1]]
+    assert relative(found, wanted) < 1e-4
+    for layer, kind in enumerate(EVERY_TYPE):
+        other = relative(exact(from_gguf(mixed.parent / "base", str(mixed), without=f"blk.{layer}."), ids), wanted)
+        assert other > 1e-3, f"the bound says nothing of {kind}"
 
 
 @pytest.mark.slow
