@@ -263,11 +263,27 @@ def test_one_machine_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # --- the machine's facts ------------------------------------------------------------------------
 
 
+def test_the_installations_name_stays(home: Path) -> None:
+    name = place.installation()
+    assert len(name) == 6 and int(name, 16) >= 0
+    assert place.installation() == name
+    assert [p.name for p in home.iterdir()] == ["instance"]
+
+
 @pytest.mark.parametrize("text", [b"", b"../..", b"\xff\x00", b"abcdef7"])
-def test_the_last_recipe_is_what_the_file_says(home: Path, text: bytes) -> None:
+def test_a_name_that_is_none_is_made_anew(home: Path, text: bytes) -> None:
     home.mkdir()
+    (home / "instance").write_bytes(text)
+    name = place.installation()
+    assert len(name) == 6 and int(name, 16) >= 0 and place.installation() == name
     (home / "last-recipe").write_bytes(text)
     assert (place.last_recipe() is None) == (not text)
+
+
+def test_two_processes_agree_on_the_installations_name() -> None:
+    children = [python("from workbench.home import installation; print(installation())") for _ in range(4)]
+    names = {child.communicate(timeout=60)[0].strip() for child in children}
+    assert len(names) == 1 and len(names.pop()) == 6
 
 
 def test_the_interpreter_of_a_backend(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

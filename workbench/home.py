@@ -17,6 +17,7 @@ import sys
 import tempfile
 import tomllib
 import urllib.parse
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -73,6 +74,23 @@ def portable(value: Any) -> Any:
 def local(path: str) -> Path:
     """Where a stored row's path, as `portable` writes it, is on this machine; there or not."""
     return Path(os.path.expanduser(path.replace("$WORKBENCH_HOME", str(home()), 1)))
+
+
+def installation() -> str:
+    """Six hex digits that tell this installation from another on the same hardware: two of them each measure for themselves."""
+    file = home() / "instance"
+    spoiled = os.path.lexists(file)  # Asked first: another run may make it at this moment.
+    if not re.fullmatch("[0-9a-f]{6}", _line(file) or ""):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if spoiled:
+            remove(file)
+        # Linked when whole: another run may ask at the same moment and must not read an empty name.
+        temporary = file.with_name(f"instance.{os.getpid()}")
+        temporary.write_text(uuid.uuid4().hex[:6] + "\n")
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, file)
+        temporary.unlink()
+    return _line(file) or ""
 
 
 def _line(file: Path) -> str | None:

@@ -13,7 +13,9 @@ from tests.places import ROOT
 from tests.rows import REAL, a_row
 from workbench import nightly
 from workbench.errors import UserError
+from workbench.home import installation
 from workbench.machine.identity import machine
+from workbench.profile.jobs import already_measured
 from workbench.recipe.load import load
 from workbench.records import Accelerator, Machine
 from workbench.report import store
@@ -92,3 +94,15 @@ def test_rows_of_a_machine_by_either_name_go_into_a_file(tmp_path: Path) -> None
         out = tmp_path / f"{name}.parquet"
         made = command("table", str(tmp_path), "--machine", name, "--format", "parquet", "-o", str(out))
         assert made.returncode == 0 and pyarrow.read_table(out).num_rows == 1, made.stderr
+
+
+def test_what_another_of_such_hardware_published_is_measured_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newcomer's first table is of their own machine, though rows of the same hardware came with the program."""
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
+    own, here = installation(), machine()
+    published = replace(here, installation="0" * 6 if own != "0" * 6 else "1" * 6)
+    older = replace(here, name=f"{here.name}-{own}")
+    for made, known in ((published, False), (replace(here, installation=own), True), (older, True)):
+        assert bool(already_measured([replace(a_row(), machine=made)], "")) is known

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from workbench.engines import uses_gpu
 from workbench.gpus import for_a_job
-from workbench.home import interpreter
+from workbench.home import installation, interpreter
 from workbench.machine.identity import machine, program, versions
 from workbench.quantize.make import Made
 from workbench.recipe.choices import BackendChoice, form_for, limits_of
@@ -50,12 +50,13 @@ def pairs_of(
 
 
 def already_measured(rows: list[Row], since: str, failed: Collection[tuple[str, str]] | None = None) -> dict[str, Row]:
-    """Rows that need not be measured again.
+    """Rows that need not be measured again: those of this installation. Published ones of such hardware are another's.
 
     Failures are tried again: all of them, or those in `failed` (key and start), which were there before this run.
     """
     # That a pair cannot run needs no saying every night.
-    recent = [row for row in rows if row.started_at >= since or row.unsupported]
+    own = [row for row in rows if row.machine.is_of(installation())]
+    recent = [row for row in own if row.started_at >= since or row.unsupported]
     settled = [
         row for row in recent if not row.error or (failed is not None and (row.key, row.started_at) not in failed)
     ]
@@ -129,7 +130,7 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
         backend=choice.name,
         workload=recipe.workload,
         measurement=None,
-        machine=machine(),
+        machine=replace(machine(), installation=installation()),
         versions=found | program(),
         started_at=now(),
         duration_s=0.0,

@@ -296,6 +296,12 @@ class Machine:
     python: str = ""
     copy_bytes_per_s: Size | None = None
     """What its memory copies, read and written both counted."""
+    installation: str = ""
+    """Six hex digits of the cache folder; older rows have them at the end of `name`."""
+
+    def is_of(self, installation: str) -> bool:
+        """Whether this cache folder measured; another on the same hardware measures for itself."""
+        return installation == (self.installation or self.name[-6:])
 
     @property
     def hardware(self) -> str:
