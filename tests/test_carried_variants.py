@@ -26,9 +26,8 @@ def test_a_recipe_that_cannot_be_carried_starts_nothing(bench: Bench) -> None:
     asked = bench.recipe(**{**PARTS, "variants": [{"gguf": "Q8_0"}, {"gguf": {"from": "gguf-Q8_0"}}]})
     answer = bench("run", asked)
     assert answer.returncode == 2 and answer.stdout == ""
-    assert answer.stderr.endswith(
-        "cannot be carried to gguf: name a variant of awq or gptq or checkpoint, not one of gguf\n"
-    )
+    said = "cannot be carried to gguf: name a variant of awq or gptq or checkpoint, not one of gguf\n"
+    assert answer.stderr.endswith(said)
 
 
 def test_what_was_not_made_is_not_carried(bench: Bench) -> None:

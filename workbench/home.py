@@ -77,7 +77,7 @@ def local(path: str) -> Path:
 
 
 def installation() -> str:
-    """Six hex digits that tell this installation from another on the same hardware: two of them each measure for themselves."""
+    """Six hex digits that tell this installation from another on the same hardware: each measures for itself."""
     file = home() / "instance"
     spoiled = os.path.lexists(file)  # Asked first: another run may make it at this moment.
     if not re.fullmatch("[0-9a-f]{6}", _line(file) or ""):
