@@ -86,6 +86,9 @@ def profile(
     random.Random(f"{recipe.name} {recipe.workload.seed}").shuffle(order)
 
     to_do = [planned[place] for place in order if planned[place].key not in measured]
+    if order and not to_do:
+        last = max(measured[planned[place].key].started_at for place in order)
+        show.say(f"nothing to do: all {len(order)} pairs were measured before, the last {last}; --again measures anew")
     outlook = Outlook([row for row in to_do if not row.error and not row.unsupported], show)
 
     def store_row(row: Row) -> None:

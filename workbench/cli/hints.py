@@ -14,13 +14,10 @@ if TYPE_CHECKING:
     from workbench.records import Row
 
 
-def after_run(recipe: Path, results: str, rows: Sequence[Row], since: str) -> None:
-    """Of a recipe's rows; `since`: when the run began (RFC 3339), by which it is told whether it measured any."""
+def after_run(recipe: Path, results: str, rows: Sequence[Row]) -> None:
+    """Of a recipe's rows."""
     from workbench.home import home
 
-    if rows and all(row.started_at < since for row in rows):
-        last = max(row.started_at for row in rows)
-        _say(f"nothing to do: all {len(rows)} pairs were measured before, the last {last}; --again measures anew")
     if rows:
         _say(f"rows:  {results.rstrip('/')}/{rows[0].machine.name}")
     _say(f"files: {home() / 'artifacts'}; `workbench quantize {shlex.quote(str(recipe))} -o DIR` copies them")

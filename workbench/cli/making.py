@@ -25,14 +25,12 @@ def run(
 ) -> None:
     """Quantize, profile and print the table."""
     from workbench.cli import hints
-    from workbench.profile.jobs import now
 
     check_format(format)
-    since = now()
     done = api.run(recipe, results, backends=backend, variants=variant, again=again, quiet=quiet)
     write(None, FILE_FORMATS[format](done.rows) if format in FILE_FORMATS else FORMATS[format](done.table))
     if format == "terminal" and not quiet:
-        hints.after_run(recipe, results, done.rows, since)
+        hints.after_run(recipe, results, done.rows)
     raise typer.Exit(1 if done.failures else 0)
 
 
