@@ -17,6 +17,8 @@ from workbench.machine import isolate
 
 pytestmark = pytest.mark.slow
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
+DRAWN = 0.03
+"""Of a divergence: random models' distributions are flat, and of their tails the reference keeps what it drew."""
 ROUNDED = 0.1
 """Of a divergence: what engines round activations to costs these models a few hundredths of what four bits do."""
 
@@ -145,7 +147,7 @@ def test_a_gguf_file_in_engines_that_unpack_it(
     with torch.inference_mode():
         own = divergence(place, lambda ids: model(torch.tensor([ids])).logits[0])
     assert rows["X-Q4_K_M", backend]["kld_mean"] == pytest.approx(
-        own, rel=0.001 if backend == "transformers" else ROUNDED
+        own, rel=DRAWN if backend == "transformers" else ROUNDED
     )
 
 
