@@ -260,6 +260,25 @@ def test_one_machine_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert child.communicate(timeout=60)[0] == "in\n"
 
 
+def test_who_waits_for_what_another_makes_is_told(home: Path) -> None:
+    program = (
+        "from workbench.home import entry\n"
+        "from workbench.records import Artifact\n"
+        "entry('artifacts', 'k', Artifact, lambda _: Artifact('q', 'm', 'f', '', 'k', 1, 2))"
+    )
+    with place.lock(home / "locks" / "artifacts-k", note=place.who("gguf-Q8_0")):
+        child = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "WORKBENCH_HOME": str(home)},
+        )
+        assert child.stderr is not None
+        said = child.stderr.readline()
+    assert said.startswith(f"waiting for another workbench run, which makes the same: pid {os.getpid()}, `")
+    assert said.endswith(", at gguf-Q8_0\n") and child.communicate(timeout=60)[1] == "" and child.returncode == 0
+
+
 # --- the machine's facts ------------------------------------------------------------------------
 
 

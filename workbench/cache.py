@@ -90,7 +90,7 @@ def clean(everything: bool) -> int:
         targets = _leftovers()
         if everything:
             targets += [home() / name for name in NOTES + get_args(Kind)]
-            targets += set((home() / "locks").iterdir()) - {_lock_file()}
+            _removed([file for file in (home() / "locks").iterdir() if file != _lock_file()])
         return _removed(targets)
 
 

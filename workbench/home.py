@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import tempfile
+import time
 import tomllib
 import urllib.parse
 import uuid
@@ -29,6 +30,10 @@ from workbench.intact import Changed, NotAFile, as_made, keep, open_file
 Record = TypeVar("Record")
 Kind = Literal["artifacts", "bandwidth", "bases", "imatrix", "references", "tasks", "tokens"]
 """What is made once and kept, each kind in a folder of that name."""
+STARTED = time.strftime("%Y-%m-%d %H:%M:%S")
+"""When this program was."""
+WAITING = "waiting for another workbench run"
+"""And then who it is, by `holder`."""
 
 
 def home() -> Path:
@@ -181,12 +186,20 @@ def machine_lock(
         file = home() / "locks" / "machine"
 
     def held() -> None:
-        waiting(_holder(file))
+        waiting(holder(file))
 
     return lock(file, held, note=who)
 
 
-def _holder(file: Path) -> str:
+def who(step: str) -> str:
+    """This run as another sees it that waits for it: process, command, recipe, since when, and the step it is at."""
+    program, *words = sys.argv
+    name = Path(program).stem.replace("__main__", "workbench")
+    recipe = "" if any(word.endswith((".yaml", ".yml")) for word in words) else f" ({last_recipe() or 'no recipe'})"
+    return f"pid {os.getpid()}, `{shlex.join([name, *words])}`{recipe} since {STARTED}, at {step}"
+
+
+def holder(file: Path) -> str:
     """`: ` and what the holder of a lock wrote into its file; anybody may have written there."""
     with contextlib.suppress(OSError):
         descriptor = _lock_file(file)
@@ -207,7 +220,7 @@ def entry(kind: Kind, key: str, record: type[Record], make: Callable[[Path], Rec
     resumed is taken up again. Raises whatever `make` raises; a full disk becomes a `UserError`.
     """
     final = home() / kind / key
-    with lock(home() / "locks" / f"{kind}-{key}"):
+    with _entry_lock(kind, key):
         found = _found(kind, key, record)
         if found is None:
             partial = final.with_name(f"{key}.partial")
@@ -229,8 +242,19 @@ def stored(kind: Kind, key: str, record: type[Record]) -> Record | None:
     """
     if not os.path.lexists(home() / kind / key):
         return None
-    with lock(home() / "locks" / f"{kind}-{key}"):
+    with _entry_lock(kind, key):
         return _found(kind, key, record)
+
+
+def _entry_lock(kind: Kind, key: str) -> contextlib.AbstractContextManager[None]:
+    """While an entry is looked at or made; who waits for another to make it says so."""
+    file = home() / "locks" / f"{kind}-{key}"
+
+    def waiting() -> None:
+        with contextlib.suppress(OSError):
+            print(f"{WAITING}, which makes the same{holder(file)}", file=sys.stderr, flush=True)
+
+    return lock(file, waiting, note=who(f"{kind}/{key}"))
 
 
 def _found(kind: Kind, key: str, record: type[Record]) -> Record | None:

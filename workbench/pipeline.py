@@ -12,11 +12,12 @@ import contextlib
 import random
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from workbench.console import Show
 from workbench.engines import crowded, idle_gpu
-from workbench.home import home, lock, remember
+from workbench.home import WAITING, holder, home, lock, remember, who
 from workbench.machine.identity import machine
 from workbench.profile.jobs import already_measured, harness_missing, is_scored, pairs_of, planned_row
 from workbench.profile.measure import portable_row, run_job
@@ -104,9 +105,10 @@ def profile(
     waited = False
     with Interleaved(ended) as jobs, outlook:
 
-        def wait() -> None:
+        def wait(file: Path) -> None:
             nonlocal waited
             waited = True
+            show.say(f"{WAITING}, which measures the same{holder(file)}")
             # Whoever has the lock may be waiting for one of these.
             jobs.finish()
 
@@ -117,7 +119,9 @@ def profile(
                 continue
             waited = False
             with contextlib.ExitStack() as locks:
-                locks.enter_context(lock(home() / "locks" / f"row-{row.key}", wait))
+                file = home() / "locks" / f"row-{row.key}"
+                step = f"{row.artifact.variant} on {row.backend}"
+                locks.enter_context(lock(file, partial(wait, file), note=who(step)))
                 # Another run may have stored it in the meantime; then its failure counts too.
                 # To read a bucket again for each row would take longer than the rows: there only if it was waited for.
                 if not again and (waited or isinstance(folder, Path)):

@@ -55,10 +55,9 @@ def test_who_waits_is_told_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     program = (
         "import sys\n"
-        "from workbench.home import machine_lock\n"
-        "from workbench.machine.work import _who\n"
+        "from workbench.home import machine_lock, who\n"
         "sys.argv = ['/usr/bin/workbench', 'run', 'mine.yaml']\n"
-        "with machine_lock(lambda who: None, _who('vllm: base')):\n"
+        "with machine_lock(lambda other: None, who('vllm: base')):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
     )

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
-
 from workbench.console import Show
 from workbench.disk import disk_faults
 from workbench.errors import UserError, WorkFailed
 from workbench.gpus import gpus
-from workbench.home import home, last_recipe, machine_lock
+from workbench.home import WAITING, home, machine_lock, who
 from workbench.machine import isolate
 from workbench.machine.monitor import Monitor
 from workbench.records import Cost, digest, from_json, to_json
@@ -106,7 +103,7 @@ def in_rounds(
             what = text if round_ == 1 else f"{text}, round {round_}"
             # The lock first: what a step took is not what it waited.
             with (
-                machine_lock(lambda who: show.say(f"waiting for another workbench run to end{who}"), _who(text)),
+                machine_lock(lambda other: show.say(WAITING + other), who(text)),
                 show.task(what, told) as progress,
                 disk_faults(home()),
             ):
@@ -118,15 +115,6 @@ def in_rounds(
     memory = monitor.memory()
     repeats_s = getattr(value, "conditions", {}).get("repeats_s")
     return value, Cost(round(reply.duration_s, 3), memory.get("peak_rss"), memory, monitor.conditions(repeats_s))
-
-
-def _who(text: str) -> str:
-    """This run as another sees it that waits for it: process, command, recipe, since when, and the step it is at."""
-    program, *words = sys.argv
-    name = Path(program).stem.replace("__main__", "workbench")
-    recipe = "" if any(word.endswith((".yaml", ".yml")) for word in words) else f" ({last_recipe() or 'no recipe'})"
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(psutil.Process().create_time()))
-    return f"pid {os.getpid()}, `{shlex.join([name, *words])}`{recipe} since {since}, at {text}"
 
 
 def _log_folder(function: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from workbench.console import Show
 from workbench.disk import need_room
 from workbench.errors import UserError, WorkFailed
-from workbench.home import entry, home, lock, stored
+from workbench.home import WAITING, entry, holder, home, lock, stored, who
 from workbench.machine.work import work
 from workbench.quantize.record import artifact_key, check, checkpoint_bytes, located, provenance_of
 from workbench.recipe.choices import making_of
@@ -52,7 +52,12 @@ def run_calibration(
     pass_key = digest([base.digest, tokens.digest, sorted(keys[name] for name in missing), need_imatrix])
     try:
         if missing or need_imatrix:
-            with lock(home() / "locks" / f"pass-{base.digest}-{tokens.digest}"):
+            file = home() / "locks" / f"pass-{base.digest}-{tokens.digest}"
+
+            def waiting() -> None:
+                show.say(f"{WAITING}, which calibrates the same{holder(file)}")
+
+            with lock(file, waiting, note=who("calibration pass")):
                 key = imatrix_key if need_imatrix else None
                 asked = {name: variants[name] for name in missing}
                 failures |= _pass(recipe, base, tokens, asked, keys, key, pass_key, show)
