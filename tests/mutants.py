@@ -37,7 +37,7 @@ NOTICED = 0.85
 """Share of the changes that the tests have to notice."""
 BELONGING: dict[str, dict[str, str]] = {
     "workbench": {"sizes": "sizes"},
-    "workbench/plan": {"make need tensors": "need plan"},
+    "workbench/plan": {"make need tensors": "need plan texts"},
     "workbench/report": {
         "estimates": "estimates quality",
         "metrics": "metrics side_by_side verdicts/changes",
@@ -64,8 +64,8 @@ BELONGING: dict[str, dict[str, str]] = {
     "workbench/worker/methods": {
         "awq": "scales layers grouped awq",
         "gguf": "gguf_words gguf",
-        "gptq": "layers grouped gptq",
-        "grouped": "grouped",
+        "gptq": "layers grouped gptq ../ggml/carry",
+        "grouped": "grouped ../../plan/need",
         "rounding": "rounding layers gptq",
     },
     "workbench/worker/scoring": {"head": "head", "reducer reference": "reference_file reducer"},

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.command import command
 from tests.places import ROOT
+from workbench.machine.identity import has_cuda
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -115,6 +116,13 @@ def test_more_threads_than_processors_are_told(plan: Planner) -> None:
     _, told, _ = plan(*CUDA, backends={"llamacpp": {"threads": 1024}})
     assert "note: llamacpp: 1024 threads, and the program may use " in told
     assert "threads" not in plan(*CUDA, backends={"llamacpp": {"threads": 1}})[1]
+
+
+@pytest.mark.skipif(has_cuda(), reason="a GPU is here")
+def test_memory_without_a_device_is_the_processors_where_there_is_no_gpu(plan: Planner) -> None:
+    said = "note: on the processor, since there is no GPU here; --device cuda plans for one\n"
+    assert said in plan("--memory", "24GiB")[1]
+    assert said not in plan()[1] and said not in plan(*CUDA)[1]
 
 
 def test_a_configuration_alone_is_planned_and_said(plan: Planner) -> None:

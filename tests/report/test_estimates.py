@@ -284,6 +284,7 @@ def test_a_share_of_none_or_all_of_a_few_is_not_certain():
             if end not in (0.0, 1.0):
                 assert abs(end - share) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), rel=1e-5)
         assert ends[0] <= share <= ends[1]
+        assert (ends[0] > 0, ends[1] < 1) == (right > 0, right < n)
     assert statistics.share_interval([0] * 10) == (0.0, pytest.approx(0.2775, abs=1e-4))
     assert statistics.share_interval([1] * 10) == (pytest.approx(0.7225, abs=1e-4), 1.0)
 

@@ -189,6 +189,9 @@ def test_the_noise_floor_has_the_bases_own_divergence() -> None:
     rows = [compared(a_row("base", "transformers"), 1e-9), compared(a_row("base", "vllm"), 3e-4), a_row()]
     (floor,) = build(rows).first.noise_floors
     assert floor.divergences == (("transformers", pytest.approx(1e-9)), ("vllm", pytest.approx(3e-4)))
+    assert floor.noise.divergence == pytest.approx(3e-4 - 1e-9)
+    (alone,) = build([rows[0], a_row("base", "vllm")]).first.noise_floors
+    assert alone.noise.divergence is None, "one engine's says nothing of how far they are apart"
 
 
 def test_below_the_noise_floor_is_within_the_engines_or_not_distinct_from_zero() -> None:

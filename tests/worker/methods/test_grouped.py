@@ -94,6 +94,11 @@ def test_the_bytes_of_a_checkpoint_by_hand() -> None:
     assert gptq.sizes(shape, gptq.Options(group_size=32), "gptq").disk_bytes == plain + packed + 4 * (64 + 128)
     left = awq.sizes(shape, awq.Options(group_size=32, modules_to_not_convert=("layers.0.self_attn",)), "awq")
     assert left.disk_bytes == plain + 2 * 64 * 64 + 64 * 128 // 2 + 4 * (32 + 128)
+    whole = gptq.Options(group_size=-1)
+    assert gptq.sizes(shape, whole, "mlx").disk_bytes == plain + 64 * 64 // 2 + 64 * 128 // 2 + 4 * (64 + 64)
+    assert gptq.sizes(shape, gptq.Options(bits=8, group_size=32), "gptq").disk_bytes == plain + sum(
+        rows * columns + columns // 32 * (rows + 2 * rows) + 4 * columns for rows, columns in ((64, 64), (64, 128))
+    )
     assert left.refused is awq.sizes(shape, awq.Options(group_size=64), "awq").refused is None
     assert awq.sizes(shape, awq.Options(), "awq").refused == (
         "group_size 128 does not divide the inputs of every layer; take 32 or 64"
@@ -128,6 +133,13 @@ def test_the_type_that_holds_codes_less_their_zeros(bits: int, zeros: tuple[int,
     fits = min(values) >= -128 and max(values) <= 127
     assert grouped.container(bits, *zeros) == kind
     assert kind in (signed, "Q4_1") or not fits
+
+
+def test_the_type_that_gptqs_codes_are_carried_to() -> None:
+    found = {
+        (bits, sym): gptq.container_of(gptq.Options(bits=bits, sym=sym)) for bits in (4, 8) for sym in (True, False)
+    }  # type: ignore[arg-type]
+    assert found == {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0", (8, False): ""}
 
 
 def test_groups_of_whole_blocks_can_be_carried() -> None:
