@@ -36,6 +36,10 @@ PARTS: dict[str, Any] = {
 }
 
 
+STEP = re.compile(r"(.*): [\d.]+ s|(\S+ +\S+)  .*\(\d+ of \d+ jobs.*\)")
+"""What a run says of a step that is done, or of a job."""
+
+
 @dataclass(frozen=True)
 class Quiet:
     """An undisturbed run: its steps in order with their seconds, its figures, its files' checksums."""
@@ -69,16 +73,22 @@ class Running:
     def __init__(self, place: Bench, *words: str) -> None:
         self.child = place.start(*words)
         self.said: list[str] = []
+        self.seconds: dict[str, float] = {}
+        """By step that is done: how long after the one before."""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.child.stderr is not None
+        last = time.monotonic()
         for line in self.child.stderr:
             self.said.append(line.rstrip())
+            if found := STEP.fullmatch(self.said[-1]):
+                self.seconds[found[1] or found[2]] = time.monotonic() - last
+                last = time.monotonic()
 
     def steps(self) -> list[str]:
-        return [line.rpartition(": ")[0] for line in self.said if re.search(r": [\d.]+ s$", line)]
+        return list(self.seconds)
 
     def worker(self) -> psutil.Process | None:
         with contextlib.suppress(psutil.Error):
@@ -149,10 +159,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Quiet:
     (folder / "new").mkdir()
     run = Running(place, "run", place.recipe(**PARTS))
     assert run.end() == 0, run.said
-    seconds = {
-        line.rpartition(": ")[0]: float(line.split()[-2]) for line in run.said if re.search(r": [\d.]+ s$", line)
-    }
-    return Quiet(seconds, figures(place), files(place))
+    return Quiet(run.seconds, figures(place), files(place))
 
 
 @pytest.fixture
