@@ -233,11 +233,15 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def from_vllm(logits_of: Any, checkpoints: dict[str, Any], folder: Path, files: dict[str, dict[str, str]]) -> Any:
+def from_vllm(
+    logits_of: Any, checkpoints: dict[str, Any], folder: Path, files: dict[str, dict[str, str]], mixed: Path
+) -> Any:
     pytest.importorskip("vllm")
     last = {"llama/gptq-8bit": {"path": str(folder / "llama/gptq-8bit"), "format": "gptq"}}
     every = checkpoints | {name: model for name, model in in_gguf(files).items() if "F32" not in name} | last
-    return logits_of("vllm", {name: {**model, "options": {"enforce_eager": True}} for name, model in every.items()})
+    asked = {name: {**model, "options": {"enforce_eager": True}} for name, model in every.items()}
+    asked["mixed"] = {"path": str(mixed), "format": "gguf", "options": {"enforce_eager": True, "dtype": "float32"}}
+    return logits_of("vllm", asked)
 
 
 def in_gguf(files: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
@@ -342,8 +346,9 @@ def test_gguf_to_vllms_logits(
 
 
 @pytest.mark.slow
-def test_every_type_of_gguf_as_it_is_handed_to_engines(mixed: Path, ids: list[int]) -> None:
-    """A layer each: the weights that vLLM's loader gets, and transformers' logits, by gguf's own de-quantization."""
+def test_every_type_of_gguf_in_engines_that_unpack_it(mixed: Path, in_vllm: dict[str, Any], ids: list[int]) -> None:
+    """A layer each: the weights that vLLM's loader gets, vLLM's and transformers' logits, by gguf's own
+    de-quantization."""
     import gguf
     import torch
 
@@ -359,9 +364,11 @@ def test_every_type_of_gguf_as_it_is_handed_to_engines(mixed: Path, ids: list[in
     wanted = exact(model, ids)
     found = exact(load_gguf(mixed, {"dtype": torch.float32}).eval(), ids)[:, : wanted.shape[1]]
     assert relative(found, wanted) < 1e-4
+    near = relative(in_vllm["mixed"][:, : wanted.shape[1]], wanted)
+    assert near < NEAR_EXACT
     for layer, kind in enumerate(EVERY_TYPE):
         other = relative(exact(from_gguf(mixed.parent / "base", str(mixed), without=f"blk.{layer}."), ids), wanted)
-        assert other > 1e-3, f"the bound says nothing of {kind}"
+        assert other > max(1e-3, 2 * near), f"the bound says nothing of {kind}"
 
 
 @pytest.mark.slow
