@@ -93,7 +93,7 @@ def accept(recipe: Recipe, results: store.Place) -> str:
     Raises `UserError` if there was none.
     """
     here = machine().name
-    notes, _ = _notes(results, here, recipe)
+    notes, _ = _notes(results, here, recipe, _rows(results, here, recipe))
     if not notes:
         raise UserError(f"{recipe.name}: no night of this recipe on this machine yet, so nothing to accept")
     note: NightNote = {**notes[-1], "accepted": True}
@@ -132,11 +132,11 @@ def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] |
     since = _begun(state, show)
     made = pipeline.quantize(recipe, show)
     pipeline.profile(recipe, made, show, results, backends=backends, since=since)
-    notes, skipped = _notes(results, here, recipe)
+    rows = _rows(results, here, recipe)
+    notes, skipped = _notes(results, here, recipe, rows)
     for warning in store.few(skipped):
         show.say(f"warning: {warning}")
     while True:
-        rows = _rows(results, here, recipe)
         before = [row for row in rows if row.started_at < since]
         tonight = [row for row in rows if row.started_at >= since]
         verdict = night.judge(before, tonight, notes)
@@ -150,6 +150,7 @@ def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] |
             tonight = [row for row in _rows(results, here, recipe) if row.started_at >= since]
             verdict = night.judge(before, [*tonight, *tonight, *tonight], notes)
             break
+        rows = _rows(results, here, recipe)
     note = night.note_of(recipe.name, since, _now(), verdict)
     store.append_note(results, here, NIGHTS_NOTE, note, since)
     state.unlink(missing_ok=True)
@@ -162,11 +163,12 @@ def _rows(results: store.Place, here: str, recipe: Recipe) -> list[Row]:
     return [row for row in own if store.machine_of(row) == here]
 
 
-def _notes(results: store.Place, here: str, recipe: Recipe) -> tuple[list[NightNote], list[str]]:
-    """The nights of this machine, in its folder and in those of its older names; and the warnings of reading them."""
+def _notes(results: store.Place, here: str, recipe: Recipe, rows: list[Row]) -> tuple[list[NightNote], list[str]]:
+    """The nights of this machine, in its folder and in those of its older names, which its `rows` are of; and the
+    warnings of reading them."""
     notes: list[NightNote] = []
     skipped: list[str] = []
-    for folder in sorted({here, *(row.machine.name for row in _rows(results, here, recipe))}):
+    for folder in sorted({here, *(row.machine.name for row in rows)}):
         found, bad = store.read_notes(results, folder, NIGHTS_NOTE, NightNote)
         notes += [note for note in found if note["recipe"] == recipe.name]
         skipped += bad

@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 
 from typer import Argument, CallbackParam, Option
 
+from workbench.api import RESULTS as RESULTS
 from workbench.disk import expanded
 from workbench.errors import UserError
 from workbench.report.formats import FILE_FORMATS, FORMATS
@@ -35,9 +36,6 @@ def _limit(param: CallbackParam, value: float | None) -> float | None:
         raise UserError(f"{param.opts[0]} {value:g}: a limit is zero or more")
     return value
 
-
-RESULTS = "results"
-"""The folder that rows are stored in by default."""
 
 RecipeFile = Annotated[Path, Argument(help="A recipe, such as recipes/smollm2-135m.yaml.", show_default=False)]
 SomeRecipe = Annotated[

@@ -55,7 +55,8 @@ def already_measured(rows: list[Row], since: str, failed: Collection[tuple[str, 
     Failures are tried again: all of them, or those in `failed` (key and start), which were there before this run.
     """
     # That a pair cannot run needs no saying every night.
-    own = [row for row in rows if row.machine.is_of(installation())]
+    here = installation()
+    own = [row for row in rows if row.machine.is_of(here)]
     recent = [row for row in own if row.started_at >= since or row.unsupported]
     settled = [
         row for row in recent if not row.error or (failed is not None and (row.key, row.started_at) not in failed)

@@ -29,15 +29,22 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class Proof:
-    """`kld_nats`: mean over the positions of KL(first || second); `limit_nats`: what it may be."""
+    """`kld_nats`: mean over so many `positions` of KL(first || second); `limit_nats`: what it may be."""
 
     kld_nats: float
     limit_nats: float
+    positions: int
 
     @property
     def same(self) -> bool:
         """Whether it is one function; a divergence that is not a number is not."""
         return self.kld_nats <= self.limit_nats
+
+    @property
+    def words(self) -> str:
+        """What a refusal says of it."""
+        found = f"KL divergence {self.kld_nats:.2g} nats on {self.positions} tokens"
+        return f"({found}, at most {self.limit_nats:g} by rounding)"
 
 
 def compare(first: Any, second: Any, limit_nats: float) -> Proof:
@@ -52,7 +59,20 @@ def compare(first: Any, second: Any, limit_nats: float) -> Proof:
         raise ValueError(f"logits of {len(logits[0])} and of {len(logits[1])} positions")
     shared = min(array.shape[-1] for array in logits)
     p, q = (torch.log_softmax(array[:, :shared], -1) for array in logits)
-    return Proof(float((p.exp() * (p - q)).sum(-1).mean()), limit_nats)
+    return Proof(float((p.exp() * (p - q)).sum(-1).mean()), limit_nats, len(p))
+
+
+def ids_for(model: Any, count: int = TOKENS) -> list[int]:
+    """At most `count` ids to compare a model of transformers on, as many as its context has."""
+    return ids_over(model.config.vocab_size, min(count, model.config.max_position_embeddings))
+
+
+def logits_of(model: Any, ids: list[int]) -> Any:
+    """What a model of transformers makes of them: [ids, vocabulary]."""
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
 def ids_over(vocabulary: int, count: int = TOKENS) -> list[int]:

@@ -10,7 +10,6 @@ processors that differ between models; the loop is what all of them share.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from workbench.errors import install_with
 from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import gptqmodel_kernels, graphs, packed
+from workbench.worker.base.checkpoint import read_json
 from workbench.worker.base.gguf_config import load_gguf
 from workbench.worker.scoring.reducer import Scoring
 
@@ -138,7 +138,7 @@ def compile_for(job: Job) -> None:
     options: Options = from_json(Options, job.options)
     by_it = job.artifact.format in ("awq", "gptq") and options.kernel != "workbench" and options.device != "cpu"
     if by_it and load_engine().cuda.is_available():
-        said = json.loads((Path(job.artifact.path) / "config.json").read_text())["quantization_config"]
+        said = read_json(Path(job.artifact.path) / "config.json")["quantization_config"]
         gptqmodel_kernels.ready(int(said["bits"]))
 
 

@@ -100,13 +100,11 @@ def dequantized_directory(path: Path, out: Path, progress: Progress) -> Dequanti
 
 def _proven(path: Path, model: Any, limit_nats: float) -> list[str]:
     """See that a model gives llama.cpp's logits of the file it was read from; a warning where there is no llama.cpp."""
-    import torch
-
     count, rope = proof.TOKENS, getattr(model.config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"] < CONTEXT_STEP:
         # llama.cpp's context is then long already, and it takes the long factors.
         count += CONTEXT_STEP
-    ids = proof.ids_over(model.config.vocab_size, min(count, model.config.max_position_embeddings))
+    ids = proof.ids_for(model, count)
     try:
         expected = logits_of(path, ids)
     except ImportError:
@@ -115,12 +113,10 @@ def _proven(path: Path, model: Any, limit_nats: float) -> list[str]:
         ]
     if expected is None:
         raise UserError(f"{path}: llama.cpp cannot load it; see the log for its words. {USE_SAFETENSORS}")
-    with torch.inference_mode():
-        found = proof.compare(expected, model(input_ids=torch.tensor([ids]), use_cache=False).logits[0], limit_nats)
+    found = proof.compare(expected, proof.logits_of(model, ids), limit_nats)
     if not found.same:
         raise UserError(
-            f"{path}: transformers makes another model of it than llama.cpp (KL divergence {found.kld_nats:.2g} nats "
-            f"on {len(ids)} tokens, at most {limit_nats:g} by rounding). {USE_SAFETENSORS}"
+            f"{path}: transformers makes another model of it than llama.cpp {found.words}. {USE_SAFETENSORS}"
         )
     return []
 

@@ -372,15 +372,10 @@ def _prove(source: Path, out: Path, stems: list[str], kinds: list[str], places: 
         return BlockLinear(torch.from_numpy(blocks[np.argsort(order)]), kinds[i], bias)
 
     model = read_checkpoint(source, "float32", "cpu", "eager", False, layer_of).model
-    ids = proof.ids_over(model.config.vocab_size, min(proof.TOKENS, model.config.max_position_embeddings))
+    ids = proof.ids_for(model)
     expected = logits_of(out, ids)
     if expected is None:
         raise UserError("llama.cpp cannot load what was written; see the log for its words")
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-    found = proof.compare(logits, expected, proof.COARSE_NATS)
+    found = proof.compare(proof.logits_of(model, ids), expected, proof.COARSE_NATS)
     if not found.same:
-        raise UserError(
-            f"llama.cpp makes another model of it (KL divergence {found.kld_nats:.2g} nats on {len(ids)} tokens, at "
-            f"most {found.limit_nats:g} by rounding)"
-        )
+        raise UserError(f"llama.cpp makes another model of it {found.words}")
