@@ -88,8 +88,8 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
             failures |= {name: f"{start_name}, which it is carried from, was not made"} if carried else {}
             continue
         making = wanted[start_name][1]
-        how = replace(making.carried[form], source=making)
-        how = replace(how, file_name=start_name + how.file_name)
+        how = making.carried[form]
+        how = replace(how, source=making, file_name=start_name + how.file_name)
         start, variant = artifacts[start_name][0], wanted[name][0]
         try:
             made = make_alone(recipe, base, variant, how, show, form=form, source=start)

@@ -45,10 +45,7 @@ def found_key(variant: Variant) -> str:
     """Of what others made, as it lies there now; its options name its place in full (`placed`)."""
     from workbench.worker.base.prepare import identify
 
-    options = variant.options
-    source = {"path": options.get("path")} if options.get("path") else {"hub": options["hub"]}
-    if options.get("revision"):
-        source["revision"] = options["revision"]
+    source = {key: variant.options[key] for key in ("hub", "path", "revision") if variant.options.get(key)}
     # Without the versions of the way bases are prepared.
     return identify(source).partition(":")[2]
 

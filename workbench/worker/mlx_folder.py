@@ -20,7 +20,7 @@ from workbench.records import MadeVariant, VariantRequest, from_json, to_json
 from workbench.worker import Progress, Tensors, proof
 from workbench.worker.base.checkpoint import StoredTensor, read_json
 from workbench.worker.base.saving import SHARD_BYTES, for_both_readers, write_json
-from workbench.worker.ggml.carry import LARGEST_ERROR, PARTS, Packed, packed_in
+from workbench.worker.ggml.carry import LARGEST_ERROR, PARTS, Packed, meaning, packed_in
 from workbench.worker.methods import gptq
 from workbench.worker.methods.grouped import mlx_group
 
@@ -38,8 +38,8 @@ def carry(payload: object, progress: Progress) -> object:
     try:
         tensors, found = packed_in(source)
         bits, matrices = found[0].bits or 4, {matrix.stem: matrix for matrix in found}
-        error = _write(source, out, tensors, matrices, progress)
-        _prove(source, out, matrices)
+        error = _write(source, out, tensors, matrices, bits, progress)
+        _prove(source, out, matrices, bits)
     except UserError as problem:
         remove(out)
         raise UserError(f"{source.name} cannot be carried to MLX: {problem}") from None
@@ -55,13 +55,13 @@ def in_groups(matrix: Packed) -> tuple[Tensors, float, int]:
     off, and its group. `UserError` for what no groups hold."""
     import torch
 
-    bits, codes = matrix.bits or 4, torch.from_numpy(matrix.codes())
+    bits, stored = matrix.bits or 4, (matrix.codes(), matrix.zeros, matrix.scales())
     size = mlx_group(matrix.group_size())
-    scales, zeros = torch.from_numpy(matrix.scales()), torch.from_numpy(matrix.zeros).float()
+    codes, zeros, scales = map(torch.from_numpy, stored)
     repeats = codes.shape[1] // scales.shape[1] // size
-    exact = -scales.float() * zeros
+    exact = -scales.float() * zeros.float()
     biases = exact.half()
-    error = float((exact - biases.float()).abs().max() / matrix.weight().abs().max().clamp(min=1e-30))
+    error = float((exact - biases.float()).abs().max() / meaning(*stored).abs().max().clamp(min=1e-30))
     if not error <= LARGEST_ERROR:
         raise UserError(f"{matrix.stem}: a weight is off by {error:.1e} of the largest: its zeros lie far out")
     parts = {
@@ -73,7 +73,12 @@ def in_groups(matrix: Packed) -> tuple[Tensors, float, int]:
 
 
 def _write(
-    source: Path, out: Path, tensors: Mapping[str, StoredTensor], matrices: Mapping[str, Packed], progress: Progress
+    source: Path,
+    out: Path,
+    tensors: Mapping[str, StoredTensor],
+    matrices: Mapping[str, Packed],
+    bits: int,
+    progress: Progress,
 ) -> float:
     """Write the folder, a shard at a time; the largest error of any matrix."""
     import torch
@@ -107,19 +112,18 @@ def _write(
             shutil.copyfile(along, out / along.name)
     config = read_json(source / "config.json")
     config.pop("quantization_config", None)
-    bits = next(iter(matrices.values())).bits or 4
     # Where layers differ mlx-lm goes by their shapes.
     config["quantization"] = {"group_size": max(sizes), "bits": bits, "mode": "affine"}
     write_json(out / "config.json", for_both_readers(config))
     return largest
 
 
-def _prove(source: Path, out: Path, matrices: Mapping[str, Packed]) -> None:
+def _prove(source: Path, out: Path, matrices: Mapping[str, Packed], bits: int) -> None:
     """Compare MLX's logits of the folder with the checkpoint's in transformers, its matrices still packed."""
     import torch
 
     from workbench.worker.backends import mlx
-    from workbench.worker.backends.packed import gptq_bits, read_checkpoint
+    from workbench.worker.backends.packed import read_checkpoint
 
     def layer_of(stem: str, bias: Any) -> Any:
         weight = matrices[stem].weight()
@@ -130,7 +134,7 @@ def _prove(source: Path, out: Path, matrices: Mapping[str, Packed]) -> None:
         return layer
 
     # The kernels know no 3 bits.
-    layers = layer_of if gptq_bits(source) == 3 else None
+    layers = layer_of if bits == 3 else None
     model = read_checkpoint(source, "float32", "cpu", "eager", False, layers).model
     ids = proof.ids_for(model)
     try:

@@ -110,6 +110,20 @@ class Backend(Protocol):
         """The engine with a job's model."""
 
 
+def serve_in_groups(
+    generate: Callable[[list[list[int]], int], Iterator[list[int]]],
+    prompts: list[list[int]],
+    new_tokens: list[int],
+    slots: int,
+) -> Iterator[int]:
+    """Serving by an engine that only decodes prompts together: groups of `slots` prompts one after the other, each
+    until its longest answer is done; yields how many sequences gained a token in each step."""
+    for first in range(0, len(prompts), slots):
+        wanted = new_tokens[first : first + slots]
+        for step, _ in enumerate(generate(prompts[first : first + slots], max(wanted))):
+            yield sum(step < most for most in wanted)
+
+
 def backend_named(name: str) -> Backend:
     """The module of a backend."""
     module = importlib.import_module(BACKENDS[name])

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
+from workbench.worker.backends import serve_in_groups
 from workbench.worker.base.checkpoint import read_json
 from workbench.worker.base.saving import for_both_readers
 from workbench.worker.scoring.reducer import Scoring
@@ -180,10 +181,7 @@ class Engine:
 
     def serve(self, prompts: list[list[int]], new_tokens: list[int], slots: int) -> Iterator[int]:
         """Groups of `slots` prompts one after the other, each until its longest answer is done."""
-        for first in range(0, len(prompts), slots):
-            wanted = new_tokens[first : first + slots]
-            for step, _ in enumerate(self.generate(prompts[first : first + slots], max(wanted))):
-                yield sum(step < most for most in wanted)
+        return serve_in_groups(self.generate, prompts, new_tokens, slots)
 
     def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:
         """The likeliest continuation of each prompt, one prompt after the other."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from workbench.errors import install_with
 from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
-from workbench.worker.backends import gptqmodel_kernels, graphs, packed
+from workbench.worker.backends import gptqmodel_kernels, graphs, packed, serve_in_groups
 from workbench.worker.base.checkpoint import read_json
 from workbench.worker.base.gguf_config import load_gguf
 from workbench.worker.scoring.reducer import Scoring
@@ -300,10 +300,7 @@ class Engine:
 
     def serve(self, prompts: list[list[int]], new_tokens: list[int], slots: int) -> Iterator[int]:
         """Groups of `slots` prompts one after the other, each until its longest answer is done: as `generate` does."""
-        for first in range(0, len(prompts), slots):
-            wanted = new_tokens[first : first + slots]
-            for step, _ in enumerate(self.generate(prompts[first : first + slots], max(wanted))):
-                yield sum(step < most for most in wanted)
+        return serve_in_groups(self.generate, prompts, new_tokens, slots)
 
     def _kept(self, cache: Any, point: tuple[int, int]) -> None:
         """Remember the bytes of the first point's cache, whose warm-up is shorter, and those of the largest."""

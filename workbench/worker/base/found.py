@@ -17,6 +17,7 @@ from pathlib import Path
 from workbench.errors import UserError, short
 from workbench.shape import Shape
 from workbench.worker import Progress
+from workbench.worker.base.hub import BLOB
 from workbench.worker.tokens.spelling import OTHERWISE
 
 ADVICE = "Give one that was made of this base"
@@ -51,10 +52,14 @@ def default_name(hub: str, stem: str) -> str:
     return re.sub(r"[^\w.-]+", "-", f"{owner}-{stem}" if owner else stem).lstrip("._-")
 
 
-def checksums(files: Sequence[Path], progress: Progress) -> dict[str, str]:
-    """SHA-256 of each file, by its name."""
+def checksums(files: Sequence[Path], progress: Progress, fetched: bool) -> dict[str, str]:
+    """SHA-256 of each file, by its name. `fetched`: just now from the hub, whose cache names large files by it: they
+    were read through then."""
     found = {}
     for place, file in enumerate(files):
+        if fetched and BLOB.fullmatch(file.resolve().name):
+            found[file.name] = file.resolve().name
+            continue
         progress(place, len(files), f"reading {file.name}")
         with open(file, "rb") as content:
             found[file.name] = hashlib.file_digest(content, "sha256").hexdigest()

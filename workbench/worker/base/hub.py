@@ -38,6 +38,8 @@ FRONT_BYTES = 1 << 20
 MOST_FRONT_BYTES = 1 << 26
 """Of a GGUF file that are asked for first, and at the most; the header of 150,000 tokens has eight times the first."""
 
+BLOB = re.compile("[0-9a-f]{64}")
+"""The name of a large file in the cache of the hub's client: its SHA-256."""
 REACH_S = 8.0
 """Seconds in which a hub that can be reached has answered; its client would try for half a minute."""
 
@@ -122,13 +124,15 @@ def download_gguf(repo: str, revision: str, name: str, offline: bool, progress: 
 def fetch_fronts(repo: str, revision: str, name: str, offline: bool, folder: Path) -> Path:
     """A GGUF file's header, and those of its parts, without their weights: in `folder`, in files of the same sizes that
     hold nothing behind it. By range requests, but for what the hub's cache holds; the first's path."""
-    hub, paths, why_not = _client(), list[Path](), _why_not(offline)
+    hub, paths = _client(), list[Path]()
+    why_not: str | None = None
     for part in map(str, parts_of(Path(name))):
         paths.append(folder / Path(part).name)
         held = hub.try_to_load_from_cache(repo, part, revision=revision)
         if isinstance(held, str):
             paths[-1].symlink_to(held)
             continue
+        why_not = _why_not(offline) if why_not is None else why_not
         with _hub_faults(repo, revision, why_not, part):
             if why_not:
                 raise hub.errors.OfflineModeIsEnabled
@@ -160,7 +164,7 @@ def _check_blob(blob: Path) -> None:
 
     Raises `UserError` for a file that is not what it is called.
     """
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+    if BLOB.fullmatch(blob.name):
         with open(blob, "rb") as content:
             if hashlib.file_digest(content, "sha256").hexdigest() != blob.name:
                 raise UserError(f"{blob} is not what the hub holds (cut short, or spoiled): delete it, and run again")

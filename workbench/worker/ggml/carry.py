@@ -156,11 +156,7 @@ class Packed:
 
     def weight(self) -> Any:
         """What the codes mean, float32 [outputs, in] in torch."""
-        import torch
-
-        codes, scales = torch.from_numpy(self.codes()).float(), torch.from_numpy(self.scales()).float()
-        groups = codes.view(*scales.shape, -1) - torch.from_numpy(self.zeros).float()[:, :, None]
-        return (groups * scales[:, :, None]).reshape(codes.shape)
+        return meaning(self.codes(), self.zeros, self.scales())
 
     def in_blocks(self, kind: str) -> tuple[Any, float]:
         """The matrix, uint8 [outputs, bytes of a row], and by how much of its largest weight a weight is off."""
@@ -169,7 +165,7 @@ class Packed:
 
         codes, scales = self.codes(), self.scales()
         made = blocks(kind, codes, self.zeros, scales)
-        meant = self.weight().numpy()
+        meant = meaning(codes, self.zeros, scales).numpy()
         written = gguf.quants.dequantize(made, gguf.GGMLQuantizationType[kind])
         error = float(np.abs(written - meant).max() / max(float(np.abs(meant).max()), 1e-30))
         if not error <= (LARGEST_ERROR if kind == "Q4_1" else 0.0):
@@ -177,6 +173,15 @@ class Packed:
                 f"{self.stem}: as {kind} a weight is off by {error:.1e} of the largest: its zeros lie far out"
             )
         return made, error
+
+
+def meaning(codes: Any, zeros: Any, scales: Any) -> Any:
+    """The weights that codes [outputs, in], zeros and scales [outputs, groups] mean, all numpy: float32 [outputs, in]
+    in torch."""
+    import torch
+
+    codes, zeros, scales = (torch.from_numpy(each).float() for each in (codes, zeros, scales))
+    return ((codes.view(*scales.shape, -1) - zeros[:, :, None]) * scales[:, :, None]).reshape(codes.shape)
 
 
 def carry(payload: object, progress: Progress) -> object:
@@ -361,13 +366,19 @@ def _prove(source: Path, out: Path, stems: list[str], kinds: list[str], places: 
 
     written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(str(out)).tensors}
 
+    number = {stem: i for i, stem in enumerate(stems)}
+    lying: dict[int, list[str]] = {}
+    for name, rows in places.items():
+        for i in np.unique(rows[:, 1]).tolist():
+            lying.setdefault(i, []).append(name)
+
     def layer_of(stem: str, bias: Any) -> Any:
         from workbench_kernels.modules import BlockLinear
 
-        i = stems.index(stem)
-        parts = [
-            (rows[mine, 0], written[name][mine]) for name, rows in places.items() if (mine := rows[:, 1] == i).any()
-        ]
+        i, parts = number[stem], list[tuple[Any, Any]]()
+        for name in lying[i]:
+            mine = places[name][:, 1] == i
+            parts.append((places[name][mine, 0], written[name][mine]))
         order, blocks = (np.concatenate(each) for each in zip(*parts, strict=True))
         return BlockLinear(torch.from_numpy(blocks[np.argsort(order)]), kinds[i], bias)
 

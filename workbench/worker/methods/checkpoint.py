@@ -128,7 +128,7 @@ def adopt(payload: object, progress: Progress) -> object:
         found.link(out / file.name, file)
     header = {key: value for key, value in config["quantization_config"].items() if not isinstance(value, dict)}
     about: dict[str, object] = {"hub": options.hub, "revision": commit, "header": header | {"by": _packer(config)}}
-    about["sha256"] = found.checksums(weights, progress)
+    about["sha256"] = found.checksums(weights, progress, bool(options.hub))
     kind = grouped.tensor_type(how.options)
     return to_json(
         MadeVariant(

@@ -114,10 +114,10 @@ def adopt(payload: object, progress: Progress) -> object:
     files = parts_of(first)
     header = {key: _kept(field.contents()) for key, field in readers[0].fields.items() if OF_THE_MAKER.match(key)}
     about: dict[str, object] = {"file": first.name, "hub": options.hub, "revision": commit, "header": header}
-    about["sha256"] = found.checksums(files, progress)
+    about["sha256"] = found.checksums(files, progress, bool(options.hub))
     for name, file in zip(parts_of(Path(request.out)), files, strict=True):
         found.link(name, file)
-    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    tensors = _tensors(readers)
     return to_json(
         MadeVariant(
             {tensor.name: tensor.tensor_type.name for tensor in tensors},
@@ -143,7 +143,7 @@ def headers(payload: object, progress: Progress) -> object:
                 revision = options.revision or "main"
                 first = fetch_fronts(options.hub, revision, options.file, is_offline(), Path(folder))
             readers = open_parts(first)
-            tensors = [tensor for reader in readers for tensor in reader.tensors]
+            tensors = _tensors(readers)
             theirs = _shapes(tensors)
             ours = {
                 each.name: each.shape for each in shape.tensors if len(theirs.get(each.name, ())) == len(each.shape)
@@ -159,6 +159,11 @@ def headers(payload: object, progress: Progress) -> object:
         return {"gguf": to_json(Stored(size_bytes, kinds, limits=_limits(readers)))}
 
 
+def _tensors(readers: list[Any]) -> list[Any]:
+    """Those of all parts."""
+    return [tensor for reader in readers for tensor in reader.tensors]
+
+
 def _limits(readers: list[Any]) -> dict[str, str]:
     """Backend name -> why that engine cannot load the file."""
     return dict.fromkeys(("transformers", "vllm"), SPLIT) if len(readers) > 1 else {}
@@ -170,7 +175,7 @@ def _compared(base: Any, readers: list[Any], name: str) -> list[str]:
     kinds = [str(field_of(reader, "general.architecture")) for reader in (base, first)]
     if kinds[0] != kinds[1]:
         raise UserError(f"{name} is of the architecture '{kinds[1]}', the base of '{kinds[0]}'. {found.ADVICE}")
-    ours, theirs = _shapes(base.tensors), _shapes([tensor for reader in readers for tensor in reader.tensors])
+    ours, theirs = _shapes(base.tensors), _shapes(_tensors(readers))
     found.check_counts(_counts(theirs), _counts(ours), name)
     warnings = []
     for key, field in base.fields.items():

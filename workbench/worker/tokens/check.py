@@ -22,6 +22,7 @@ def check(payload: object, progress: Progress) -> object:
     """
     request: TextsRequest = from_json(TextsRequest, payload)
     unread, texts, evaluated = dict[str, None](), dict[Source, str](), dict[Source, int]()
+    counted = dict[Source, int]()
     for each in request.sets:
         source = source_of(each.source)
         if source.dataset:
@@ -32,7 +33,12 @@ def check(payload: object, progress: Progress) -> object:
         need = each.window + (windows - 1) * (each.stride or each.window)
         used = evaluated.get(source, 0) if each.role == "calibration" else 0
         evaluated[source] = max(evaluated.get(source, 0), need)
-        size, unit = _size(text, used + need, request.tokenizer)
+        size, unit = len(text.encode()), "bytes"
+        # Counting takes longer, and matters to one who needs about so many only.
+        if request.tokenizer and used + need <= size < (used + need) * LONGEST_TOKEN:
+            if source not in counted:
+                counted[source] = _tokens(text, request.tokenizer)
+            size, unit = counted[source], "tokens"
         # No tokenizer spends less than a byte on a token, but for a blank that some put before the text.
         if size + (unit == "bytes") < used + need:
             taken = f" beside the evaluation's {used:,}" if used else ""
@@ -46,11 +52,8 @@ def check(payload: object, progress: Progress) -> object:
     return list(unread)
 
 
-def _size(text: str, need: int, tokenizer: str | None) -> tuple[int, str]:
-    """How many tokens a text has, or at the most as many as bytes; as far as it matters to one who needs so many."""
-    size = len(text.encode())
-    if tokenizer is None or not need <= size < need * LONGEST_TOKEN:
-        return size, "bytes"
+def _tokens(text: str, tokenizer: str) -> int:
+    """How many it has by that `tokenizer.json`, without special ones."""
     from tokenizers import Tokenizer
 
-    return len(Tokenizer.from_file(tokenizer).encode(text, add_special_tokens=False).ids), "tokens"
+    return len(Tokenizer.from_file(tokenizer).encode(text, add_special_tokens=False).ids)
