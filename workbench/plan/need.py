@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from workbench.recipe.choices import BackendChoice, form_for, limits_of, method_of
+from workbench.recipe.choices import BackendChoice, first_loaded, form_for, limits_of, method_of
 from workbench.records import Artifact, Variant
 from workbench.shape import Sequences, Shape, Stored
 from workbench.worker.backends import backend_named
@@ -84,9 +84,8 @@ def need_of(
 ) -> Need:
     """What one variant needs in one engine for those sequences at once, and to score windows. `held`: by format, what
     headers say of a variant that others made."""
-    backend, form = backend_named(choice.name), form_for(variant, choice.name)
-    if held:
-        form = next((each for each in held if each in backend.LOADS), next(iter(held)))
+    backend = backend_named(choice.name)
+    form = first_loaded([*held], choice.name) if held else form_for(variant, choice.name)
     stored = held[form] if held else _stored(variant.method, json.dumps(variant.options), shape, form)
     bits = round(stored.disk_bytes * 8 / shape.parameters, 4)
     need = Need(variant.name, choice.name, choice.options, stored.disk_bytes, bits, fallbacks=stored.fallbacks)

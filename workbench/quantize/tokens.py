@@ -18,7 +18,6 @@ from workbench.records import (
     Task,
     Tasks,
     TasksRequest,
-    TokenSet,
     TokenSets,
     TokensRequest,
     digest,
@@ -31,16 +30,10 @@ TASKS_VERSION = 1
 
 def tokenize(recipe: Recipe, base: PreparedBase, show: Show) -> tuple[dict[str, Evaluation], CalibrationTokens | None]:
     """A recipe's evaluation sets by name, and its calibration, as far as it has them."""
-    folder, look, remote_code = recipe.path.parent, recipe.calibration, recipe.base.trust_remote_code
-    sets = [
-        TokenSet("evaluation", name, test.source.resolved(folder), test.window, test.windows, test.score, test.stride)
-        for name, test in recipe.evaluations.items()
-    ]
+    look, remote_code, sets = recipe.calibration, recipe.base.trust_remote_code, recipe.token_sets()
     # Files are named by place: two recipes may name the same tokens differently.
-    places = ["evaluation" if i == 0 else f"evaluation-{i + 1}" for i in range(len(sets))]
+    places = ["evaluation" if i == 0 else f"evaluation-{i + 1}" for i in range(len(recipe.evaluations))]
     if look:
-        source = look.source.resolved(folder)
-        sets.append(TokenSet("calibration", "calibration", source, look.window, look.windows, "all", seed=look.seed))
         places.append("calibration")
     if not sets or not base.tokenizer:
         return {}, None

@@ -74,8 +74,13 @@ def placed(variant: Variant, folder: Path) -> Variant:
 
 def form_for(variant: Variant, backend: str) -> str:
     """The format that a backend gets of a variant: the first that it loads, or the first of all if it loads none."""
-    written, loaded = forms_of(variant), backend_named(backend).LOADS
-    return next((form for form in written if form in loaded), written[0])
+    return first_loaded(forms_of(variant), backend)
+
+
+def first_loaded(forms: Sequence[str], backend: str) -> str:
+    """The first of one format or more that a backend loads, or the first of all."""
+    loaded = backend_named(backend).LOADS
+    return next((form for form in forms if form in loaded), forms[0])
 
 
 def wants_gguf_base(variants: Sequence[Variant], choices: Sequence[BackendChoice]) -> bool:

@@ -22,7 +22,7 @@ from workbench.recipe.messages import validate
 from workbench.recipe.model import Base, Calibration, Document, EvaluationModel, Limits, TaskModel
 from workbench.recipe.words import LONGEST_NAME, bad_name, twin
 from workbench.recipe.yaml_text import MAX_BYTES, parse_yaml
-from workbench.records import Variant, Workload, digest, to_json
+from workbench.records import TokenSet, Variant, Workload, digest, to_json
 from workbench.worker.backends import BACKENDS, backend_named
 
 
@@ -61,6 +61,22 @@ class Recipe:
         if name not in BACKENDS:
             raise unknown("backend", name, BACKENDS)
         return self.choices(name)[0]
+
+    def token_sets(self) -> list[TokenSet]:
+        """What is cut into windows: the evaluation sets in their order, then the calibration's, if there is one."""
+        folder, look = self.path.parent, self.calibration
+        sets = [
+            TokenSet(
+                "evaluation", name, test.source.resolved(folder), test.window, test.windows, test.score, test.stride
+            )
+            for name, test in self.evaluations.items()
+        ]
+        if look:
+            source = look.source.resolved(folder)
+            sets.append(
+                TokenSet("calibration", "calibration", source, look.window, look.windows, "all", seed=look.seed)
+            )
+        return sets
 
     def choices(self, name: str) -> list[BackendChoice]:
         """The same for each value of an option that is an axis (`kv_cache: [f16, q8_0]`)."""

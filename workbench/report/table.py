@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from workbench.errors import UserError
@@ -91,6 +91,11 @@ class Line:
     """Numbers, from 1, into the table's `footnotes`."""
     tasks: dict[str, Score] = field(default_factory=dict)
     """Scores by name of the task, as far as the row was asked."""
+
+    @cached_property
+    def further(self) -> dict[str, speeds.Rate]:
+        """Speeds at further lengths and batches, and of served requests, by name."""
+        return {rate.name: rate for rate in speeds.further_rates(self.row)}
 
 
 @dataclass(frozen=True)

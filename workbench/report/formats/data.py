@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from workbench.errors import check_known
 from workbench.records import Task
-from workbench.report import quality, speeds
+from workbench.report import quality
 from workbench.report.doubts import quality_missing
 from workbench.report.metrics import METRICS
 from workbench.report.store import machine_of
@@ -162,7 +162,7 @@ def _object(line: Line) -> dict[str, object]:
         **_errors(line),
         "points": {
             rate.name: {"median": rate.median, "ci": list(rate.interval) if rate.interval else None}
-            for rate in speeds.further_rates(row)
+            for rate in line.further.values()
         },
         "quality_missing": quality_missing(row),
         **{f"{name}_ci": list(interval) if interval else None for name, interval in line.intervals.items()},

@@ -70,8 +70,8 @@ def records(rows: Sequence[Row]) -> list[dict[str, object]]:
         }
         for record in objects(build(group)):
             name = (record["machine"], record["key"])
-            flat = flattened(record) | {key: value for key, value in record.items() if isinstance(value, list)}
-            flat = {key: value for key, value in flat.items() if not key.endswith("_ci")}
+            lists = {k: v for k, v in record.items() if isinstance(v, list) and not k.endswith("_ci")}
+            flat = flattened(record) | lists
             own = versions[name]
             flat["commit"] = own.get("commit")
             flat["versions"] = ", ".join(f"{k} {v}" for k, v in own.items() if k != "commit")

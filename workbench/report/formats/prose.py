@@ -10,7 +10,6 @@ import re
 from workbench.records import Evaluation
 from workbench.report.doubts import quality_missing
 from workbench.report.selection import BASE
-from workbench.report.speeds import further_rates
 from workbench.report.table import Table, shared_settings, workload
 
 LONGEST_REASON = 400
@@ -104,7 +103,7 @@ def _rates(table: Table) -> list[str]:
     texts, names = [], set()
     for line in table.lines:
         found = []
-        for rate in further_rates(line.row):
+        for rate in line.further.values():
             half = max(rate.interval[1] - rate.median, rate.median - rate.interval[0]) if rate.interval else 0
             error = "" if not half else f" ±{half / rate.median:.1%}" if half < rate.median else " ±100%+"
             found.append(f"{rate.name} {rate.median:.1f}{error}")

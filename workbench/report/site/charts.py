@@ -153,9 +153,9 @@ def _area_legend(areas: Sequence[float], left: float, y: float) -> list[str]:
     """The smallest and the largest size as points."""
     out, x = [text_element(left - 4, y, "size:", "t")], left + 42
     for area in dict.fromkeys((min(areas), max(areas))):
-        radius = _radius(area, max(areas)) / 1.4
-        out.append(f'<circle class="k" cx="{x:.1f}" cy="{y - 4:.1f}" r="{_radius(area, max(areas)):.1f}"/>')
-        out.append(text_element(x + 1.4 * radius + 6, y, mib_text(area), "t"))
+        radius = _radius(area, max(areas))
+        out.append(f'<circle class="k" cx="{x:.1f}" cy="{y - 4:.1f}" r="{radius:.1f}"/>')
+        out.append(text_element(x + radius + 6, y, mib_text(area), "t"))
         x += 48 + text_width(mib_text(area))
     return out
 

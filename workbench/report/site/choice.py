@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from workbench.records import Row
 from workbench.report import estimates
 from workbench.report.metrics import JUDGED
-from workbench.report.quality import Noise
 from workbench.report.site.plots import row_ids
 from workbench.report.site.words import full_name
 from workbench.report.speeds import decode_rate
 from workbench.report.table import Table
 from workbench.report.verdicts.limits import Candidate, divergence, judged, memory_bytes, on_the_bases_grid
-from workbench.report.verdicts.order import Scale, sure, worse
-from workbench.report.verdicts.recommend import recommend
-from workbench.report.verdicts.wish import FIRST, ORDERS, Constraints
+from workbench.report.verdicts.order import Scale, scale_of, settled, sure, worse
+from workbench.report.verdicts.wish import ORDERS, Constraints
 from workbench.sizes import mib_text, size_text
 
 MOST = 300
@@ -38,29 +36,26 @@ class Choices:
     first: dict[str, object] | None
     contexts: list[int]
     """Tokens of a sequence at which speeds were measured."""
-    firsts: dict[str, str]
-    """What may be asked for first, in words."""
 
 
 def choices(table: Table, command: Callable[[Row], str | None]) -> Choices:
     """The table's rows that ran, as candidates; `command` says how to serve what a row is of."""
-    noise = {floor.base: floor.noise for floor in table.first.noise_floors}
-    scale = Scale(noise, len({line.row.base for line in table.lines}) == 1)
-    all_limits_off = Constraints()
+    scale, ids, all_limits_off = scale_of(table), row_ids(table), Constraints()
     found: list[Candidate] = []
     for place, line in enumerate(table.lines):
         name = full_name(table, line)
-        candidate, failed = judged(table, place, name, all_limits_off, noise.get(line.row.base, Noise()))
+        candidate, failed = judged(table, place, name, all_limits_off, scale.noise_of(line.row))
         if not failed:
             found.append(candidate)
     if len(found) > MOST:
-        return Choices({}, None, [], FIRST)
-    rows = [_object(one, found, scale, row_ids(table)[one.line.row.key], command) for one in found]
-    chosen = recommend(table, all_limits_off).choice
-    first = next((row for one, row in zip(found, rows, strict=True) if chosen and one.line is chosen.line), None)
+        return Choices({}, None, [])
+    rows = [_object(one, found, scale, ids[one.line.row.key], command) for one in found]
+    # Without limits nothing is open, and this is all that `recommend` does.
+    chosen = settled(found, all_limits_off.sort, scale).choice if found else None
+    first = next((row for one, row in zip(found, rows, strict=True) if one is chosen), None)
     contexts = sorted({point[0] for one in found for point in _points(one)})
     data: dict[str, object] = {"rows": rows, "orders": ORDERS, "alike": JUDGED["decode_tok_s"].threshold}
-    return Choices(data, first, contexts, FIRST)
+    return Choices(data, first, contexts)
 
 
 def _object(
@@ -68,7 +63,7 @@ def _object(
 ) -> dict[str, object]:
     line = one.line
     memory, size = memory_bytes(line), line.values["disk_bytes"]
-    kld = divergence(line.row) if line.values["kld_mean"] is not None else None
+    kld = divergence(line)
     ends = estimates.interval(kld) if kld else None
     told = [
         f"divergence {kld.value:.4f} nat" + (f" ({max(0.0, ends[0]):.4f} to {ends[1]:.4f})" if ends else "")

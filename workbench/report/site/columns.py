@@ -9,7 +9,6 @@ from typing import Literal
 
 from workbench.report.metrics import METRICS, Column, Metric
 from workbench.report.selection import BASE
-from workbench.report.speeds import Rate, further_rates
 from workbench.report.table import Line, Score, Table, workload
 
 FIRST = ("disk_bytes", "peak_vram_bytes", "peak_rss_bytes", "decode_tok_s", "kld_mean", "perplexity_delta")
@@ -47,8 +46,7 @@ def columns(table: Table) -> list[PageColumn]:
     found.append(_perplexity_delta())
     for name in [*table.sets][1:]:
         found += [_on_set(column, name, table) for column in found if column.name in OF_A_SET]
-    rates = dict.fromkeys(rate.name for line in table.lines for rate in further_rates(line.row))
-    found += [_further(name) for name in rates]
+    found += [_further(name) for name in dict.fromkeys(name for line in table.lines for name in line.further)]
     for name in dict.fromkeys(name for line in table.lines for name in line.tasks):
         found += [_task(name), _task_delta(name)]
     found = [column for column in found if any(column.value(line) is not None for line in table.lines)]
@@ -115,11 +113,8 @@ def _on_set(column: PageColumn, name: str, table: Table) -> PageColumn:
 def _further(name: str) -> PageColumn:
     """A speed at another length or batch, or of requests served together."""
 
-    def rate(line: Line) -> Rate | None:
-        return next((each for each in further_rates(line.row) if each.name == name), None)
-
     def error(line: Line) -> str:
-        found = rate(line)
+        found = line.further.get(name)
         return "{:.1f}–{:.1f}".format(*found.interval) if found and found.interval else ""
 
     return PageColumn(
@@ -127,7 +122,7 @@ def _further(name: str) -> PageColumn:
         name,
         "tok/s",
         "high",
-        lambda line: found.median if (found := rate(line)) else None,
+        lambda line: found.median if (found := line.further.get(name)) else None,
         lambda value: f"{value:.1f}",
         error,
         "New tokens a second of requests served together; 95 %" if name.startswith("served") else SHORTHAND,

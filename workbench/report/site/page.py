@@ -23,6 +23,7 @@ from workbench.report.site.words import full_name
 from workbench.report.store import machine_of
 from workbench.report.table import Line, Table, shared_settings, workload
 from workbench.report.verdicts.steps import Series, Step
+from workbench.report.verdicts.wish import FIRST
 from workbench.sizes import mib_text
 
 
@@ -56,6 +57,7 @@ def page(
         engines=groups_of(table),
         plots=plots(table, series, steps),
         choices=choices(table, command),
+        firsts=FIRST,
         across=across(table, others),
         details=details(table, command),
         csv=b64encode(comma_separated(table).encode()).decode(),

@@ -232,8 +232,8 @@ def shape_of_mark(group: int, x: float, y: float, radius: float = 4) -> str:
             )
 
 
-def marked(row: str, words: str, body: str, data: str = "") -> str:
-    return f'<g data-r="{row}"{data}><title>{escape_text(words)}</title>{body}</g>'
+def marked(row: str, words: str, body: str) -> str:
+    return f'<g data-r="{row}"><title>{escape_text(words)}</title>{body}</g>'
 
 
 def linked(row: str, words: str, body: str, data: str = "") -> str:

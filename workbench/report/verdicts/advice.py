@@ -148,7 +148,7 @@ def _rate(rate: Rate | None) -> str:
 
 
 def _divergence(one: Candidate) -> str:
-    found = divergence(one.line.row) if one.line.values["kld_mean"] is not None else None
+    found = divergence(one.line)
     if found is None:
         return ""
     ends = estimates.interval(found)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from workbench.records import Row
 from workbench.report import estimates, quality, speeds
+from workbench.report.estimates import Estimate
 from workbench.report.quality import Noise
 from workbench.report.selection import BASE
 from workbench.report.speeds import Rate
@@ -146,14 +147,18 @@ def _quality(table: Table, place: int, wish: Constraints, noise: Noise) -> Itera
     yield _verdict("perplexity", perplexity, exact, limit, "{:.4g}".format, "windows", slack=engines)
     for name, most in named(wish.max_kld):
         own = table.sets[name].lines[place] if name else line
-        found = divergence(own.row) if own.values["kld_mean"] is not None else None
+        found = divergence(own)
         value, interval = (found.value, estimates.interval(found)) if found else (None, None)
         what = f"divergence on {name}" if name else "divergence"
         yield _verdict(what, value, interval, most, "{:.4f} nat".format, "windows")
 
 
-divergence = quality.compared(estimates.divergence)
-"""Mean divergence of a row from its base, nats a token."""
+def divergence(line: Line) -> Estimate | None:
+    """Mean divergence from the base, nats a token; None unless it is from the table's reference."""
+    return _divergence(line.row) if line.values["kld_mean"] is not None else None
+
+
+_divergence = quality.compared(estimates.divergence)
 
 
 def _verdict(

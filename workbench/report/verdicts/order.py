@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from workbench.records import Row
 from workbench.report import estimates, quality
 from workbench.report.metrics import JUDGED
 from workbench.report.quality import Noise
+from workbench.report.table import Table
 from workbench.report.verdicts.limits import Candidate, divergence, memory_bytes, on_the_bases_grid
 from workbench.report.verdicts.wish import ORDERS
 
@@ -32,8 +34,14 @@ class Scale:
     one_base: bool = True
     """Whether all are of one base: how far two are from bases of their own says nothing."""
 
-    def noise_of(self, one: Candidate) -> Noise:
-        return self.noise.get(one.line.row.base, Noise())
+    def noise_of(self, row: Row) -> Noise:
+        return self.noise.get(row.base, Noise())
+
+
+def scale_of(table: Table) -> Scale:
+    """The scale of a table's candidates."""
+    noise = {floor.base: floor.noise for floor in table.first.noise_floors}
+    return Scale(noise, len({line.row.base for line in table.lines}) == 1)
 
 
 class Sure(NamedTuple):
@@ -48,7 +56,7 @@ class Sure(NamedTuple):
 
 def sure(one: Candidate, by: str, scale: Scale) -> Sure:
     """What is sure of a candidate's speed, quality, memory or size."""
-    line, own = one.line, scale.noise_of(one)
+    line, own = one.line, scale.noise_of(one.line.row)
     if by == "speed":
         if one.decode is None:
             return Sure(2, 0.0, 0.0)
@@ -58,7 +66,7 @@ def sure(one: Candidate, by: str, scale: Scale) -> Sure:
         perplexity = line.values["perplexity"]
         if perplexity is None or on_the_bases_grid(line.row):
             return Sure(2, 0.0, 0.0)
-        found = divergence(line.row) if scale.one_base and line.values["kld_mean"] is not None else None
+        found = divergence(line) if scale.one_base else None
         if found is None:
             ends = estimates.interval(line.delta) if line.delta else None
             most = perplexity + (ends[1] - line.delta.value if ends and line.delta else 0.0)
@@ -78,7 +86,7 @@ def worse(by: str, one: Candidate, other: Candidate, scale: Scale) -> bool:
         most = one.decode.interval[1] if one.decode.interval else one.decode.median
         return most < -b.value
     if by == "quality" and one.line.row.base == other.line.row.base:
-        return quality.worse(one.line.row, other.line.row, scale.noise_of(one))
+        return quality.worse(one.line.row, other.line.row, scale.noise_of(one.line.row))
     return a.value > b.value + b.slack
 
 

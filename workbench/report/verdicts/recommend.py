@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from workbench.errors import unknown
 from workbench.records import Row
-from workbench.report.quality import Noise
 from workbench.report.speeds import Rate
 from workbench.report.table import Line, Table
 from workbench.report.verdicts.advice import Recommendation
 from workbench.report.verdicts.limits import Candidate, judged, memory_bytes
-from workbench.report.verdicts.order import Scale, Settled, by_rank, front, settled
+from workbench.report.verdicts.order import Scale, Settled, by_rank, front, scale_of, settled
 from workbench.report.verdicts.wish import ORDERS, Constraints, named, parse_named, parse_share
 
 __all__ = ["Candidate", "Constraints", "Recommendation", "parse_named", "parse_share", "recommend"]
@@ -36,8 +35,7 @@ def recommend(
     """
     sort = constraints.sort
     _check(table, constraints)
-    noise = {floor.base: floor.noise for floor in table.first.noise_floors}
-    scale = Scale(noise, len({line.row.base for line in table.lines}) == 1)
+    scale = scale_of(table)
     fitting: list[Candidate] = []
     measured: list[Candidate] = []
     rejected: dict[str, tuple[str, ...]] = {}
@@ -45,7 +43,7 @@ def recommend(
         if constraints.backend not in (None, line.row.backend):
             continue
         name = _name(table, line)
-        candidate, reasons = judged(table, place, name, constraints, noise.get(line.row.base, Noise()))
+        candidate, reasons = judged(table, place, name, constraints, scale.noise_of(line.row))
         if reasons:
             rejected[name] = reasons
         else:
