@@ -105,7 +105,8 @@ def _load(mx: Any, path: Path, dtype: str) -> tuple[Any, str]:
     if dtype != "auto":
         model.set_dtype(getattr(mx, dtype))
     mx.eval(model.parameters())
-    kinds = {array.dtype for _, array in tree_flatten(model.parameters()) if mx.issubdtype(array.dtype, mx.floating)}
+    leaves: Any = tree_flatten(model.parameters())
+    kinds = {array.dtype for _, array in leaves if mx.issubdtype(array.dtype, mx.floating)}
     return model, " and ".join(sorted(str(kind).removeprefix("mlx.core.") for kind in kinds))
 
 
