@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -14,6 +16,7 @@ import workbench as wb
 from tests.bench import Bench
 from tests.command import command
 from tests.places import ROOT
+from workbench.errors import UserError
 from workbench.records import Row
 
 PUBLISHED = ROOT / "results"
@@ -98,6 +101,20 @@ def test_a_recommendation_is_what_the_command_prints() -> None:
     assert found.choice and found.command and str(found) == command("recommend", str(PUBLISHED), *limits).stdout
     assert wb.recommend(PUBLISHED, memory=8 * 2**30, max_perplexity="5%", min_decode=20) == found
     assert wb.recommend(PUBLISHED, memory=1).choice is None
+
+
+@pytest.mark.parametrize(
+    "wish, said",
+    [
+        ({"max_kld": -1}, "max_kld -1: a limit is zero or more"),
+        ({"min_accuracy": {"arithmetic": float("nan")}}, "min_accuracy nan: a limit is zero or more"),
+        ({"min_decode": -5}, "min_decode -5: a limit is zero or more"),
+        ({"sort": "quaility"}, "unknown order 'quaility'. Did you mean 'quality'?"),
+    ],
+)
+def test_a_wish_that_nothing_could_keep_is_refused(wish: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        wb.recommend(PUBLISHED, **wish)
 
 
 def test_two_sets_of_rows_are_compared_as_the_command_does() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from workbench.errors import UserError
+from workbench.errors import UserError, check_known
 from workbench.sizes import size_text
 
 ORDERS = {
@@ -50,6 +51,15 @@ class Constraints:
     """Tokens of a sequence, prompt and answer, that speeds are of at the least; None: the headline's."""
     backend: str | None = None
     sort: str = "speed"
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for a limit that nothing measured can keep or break, and for an unknown order."""
+        check_known("order", self.sort, ORDERS)
+        limits = [field.name for field in fields(self) if field.name not in ("backend", "sort")]
+        for name in limits:
+            wrong = [each for _, each in named(getattr(self, name)) if not 0 <= each < math.inf]
+            if wrong:
+                raise UserError(f"{name.removesuffix('_tok_s')} {wrong[0]:g}: a limit is zero or more")
 
     def __str__(self) -> str:
         """The wish in words."""
