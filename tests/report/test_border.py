@@ -189,6 +189,7 @@ PLANTED = {
     "workload": ({"prompt_tokens": "x"}, "workload.prompt_tokens"),
     "duration_s": (-1, "duration_s: Expected `float` >= 0.0"),
     "schema_version": (None, "schema_version"),
+    "options": ({"sizes": [{"kv_cache": 2**63}]}, "options: a whole number of more than 64 bits"),
 }
 
 

@@ -76,6 +76,9 @@ def _check(row: Row) -> None:
     """Raises `ValueError` where the parts of a row contradict each other."""
     datetime.fromisoformat(row.started_at)
     measured = row.measurement
+    for name, free in (("options", row.options), ("measurement.settings", measured.settings if measured else {})):
+        if _leaves_64_bits(free):
+            raise ValueError(f"{name}: a whole number of more than 64 bits")
     if measured is None:
         if not row.error and not row.unsupported:
             raise ValueError("neither measured nor a reason why not")
@@ -89,3 +92,10 @@ def _check(row: Row) -> None:
         task = row.tasks.get(name)
         if task is None or task.items not in (None, len(answers["correct"])):
             raise ValueError(f"measurement.tasks.{name}: not of the items of tasks.{name}")
+
+
+def _leaves_64_bits(value: object) -> bool:
+    """Whether a whole number in it, at any depth, is one that other programs' columns cannot hold."""
+    if isinstance(value, dict | list):
+        return any(map(_leaves_64_bits, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63

