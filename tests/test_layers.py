@@ -276,8 +276,9 @@ def test_recipe_words_are_registry_keys_and_module_names() -> None:
 
     for registry, wing in ((BACKENDS, "backends"), (METHODS, "methods")):
         for word, module in registry.items():
-            assert module == f"workbench.worker.{wing}.{word}"
-            assert (HOUSE / "worker" / wing / f"{word}.py").exists()
+            name = word.replace("-", "_")
+            assert module == f"workbench.worker.{wing}.{name}"
+            assert (HOUSE / "worker" / wing / f"{name}.py").exists()
 
 
 def test_kernels_is_a_plain_folder_that_does_not_know_the_house() -> None:

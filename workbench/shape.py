@@ -66,7 +66,13 @@ FLOATS = {
     "BF16": Dtype("bfloat16", 2),
 }
 """Types of unquantized weights by safetensors' and GGUF's names."""
-DTYPES = FLOATS | {"I32": Dtype("int32", 4), "U16": Dtype("uint16", 2)}
+DTYPES = FLOATS | {
+    "I64": Dtype("int64", 8),
+    "I32": Dtype("int32", 4),
+    "U16": Dtype("uint16", 2),
+    "I8": Dtype("int8", 1),
+    "F8_E4M3": Dtype("float8_e4m3fn", 1),
+}
 """The same, with those that packed weights and ids are stored in."""
 DTYPE_BYTES = {dtype.name: dtype.size_bytes for dtype in DTYPES.values()}
 DTYPE_CODES = {dtype.name: code for code, dtype in DTYPES.items()}

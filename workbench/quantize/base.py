@@ -8,11 +8,12 @@ from pathlib import Path
 
 from workbench.console import Show
 from workbench.disk import remove
+from workbench.errors import install_with
 from workbench.home import entry, home
 from workbench.intact import Changed, change, contents
 from workbench.machine.work import work
 from workbench.quantize.alone import make_alone
-from workbench.quantize.record import artifact_key, base_key, provenance_of
+from workbench.quantize.record import artifact_key, base_key, provenance_of, versions_of
 from workbench.recipe.load import Recipe
 from workbench.records import Artifact, BaseRequest, PreparedBase, Variant, digest, to_json
 from workbench.shape import DTYPE_CODES
@@ -77,7 +78,14 @@ def as_gguf(recipe: Recipe, base: PreparedBase, show: Show) -> tuple[Artifact, A
 
 
 def as_loaded(recipe: Recipe, base: PreparedBase, variant: Variant, making: Making, form: str) -> Artifact:
-    """What an engine quantizes while it loads the base: the base's own files, under the variant's name and format."""
+    """What an engine quantizes while it loads the base: the base's own files, under the variant's name and format.
+    Raises `UserError` where the package is missing that does it."""
+    found = versions_of(making)
+    for package in making.packages:
+        if package not in found:
+            raise install_with(
+                f"{package}, which quantizes while {making.python} loads the base,", f"pip install {package}"
+            )
     provenance = provenance_of(recipe, base, variant, making, None, None)
     key = artifact_key(base, variant, making, [])
     named = replace(base_artifact(base), variant=variant.name, method=variant.method, format=form)

@@ -10,7 +10,7 @@ mlx-lm reads 4-bit AWQ itself, but no other bits, no `g_idx`, and GPTQ's codes i
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from workbench.errors import UserError
 from workbench.records import MadeVariant, VariantRequest, from_json, to_json
 from workbench.worker import Progress, Tensors, proof
 from workbench.worker.base.checkpoint import StoredTensor, read_json
-from workbench.worker.base.saving import SHARD_BYTES, for_both_readers, write_json
+from workbench.worker.base.saving import for_both_readers, write_json, write_shards
 from workbench.worker.ggml.carry import LARGEST_ERROR, PARTS, Packed, meaning, packed_in
 from workbench.worker.methods import gptq
 from workbench.worker.methods.grouped import mlx_group
@@ -82,31 +82,25 @@ def _write(
 ) -> float:
     """Write the folder, a shard at a time; the largest error of any matrix."""
     import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
 
     need_room(out, sum(tensor.size_bytes for tensor in tensors.values()))
     packed = {f"{stem}.{part}" for stem in matrices for part in PARTS}
     names = [*matrices, *(name for name in tensors if name not in packed)]
-    content, places, sizes = Tensors(), dict[str, str](), set[int]()
-    largest = 0.0
-    for i, name in enumerate(names):
-        progress(i, len(names), "carrying to MLX")
-        if name in matrices:
-            parts, error, size = in_groups(matrices[name])
-            parts["weight"] = parts["weight"].view(torch.uint32)
-            content |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-            largest = max(largest, error)
+    sizes, errors = set[int](), [0.0]
+
+    def parts() -> Iterator[Tensors]:
+        for i, name in enumerate(names):
+            progress(i, len(names), "carrying to MLX")
+            if name not in matrices:
+                yield {name: tensors[name].read(name)}
+                continue
+            made, error, size = in_groups(matrices[name])
+            made["weight"] = made["weight"].view(torch.uint32)
+            errors.append(error)
             sizes.add(size)
-        else:
-            with safe_open(tensors[name].file, framework="pt") as file:
-                content[name] = file.get_tensor(name)
-        if name == names[-1] or sum(tensor.nbytes for tensor in content.values()) > SHARD_BYTES:
-            shard = f"model-{i:05}.safetensors"
-            save_file(content, out / shard, metadata={"format": "mlx"})
-            places |= dict.fromkeys(content, shard)
-            content = {}
-    write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+            yield {f"{name}.{part}": tensor for part, tensor in made.items()}
+
+    write_shards(out, parts(), "mlx")
     for along in source.iterdir():
         if along.suffix in SIDE_FILES and not along.name.endswith(NOT_ALONG):
             shutil.copyfile(along, out / along.name)
@@ -115,7 +109,7 @@ def _write(
     # Where layers differ mlx-lm goes by their shapes.
     config["quantization"] = {"group_size": max(sizes), "bits": bits, "mode": "affine"}
     write_json(out / "config.json", for_both_readers(config))
-    return largest
+    return max(errors)
 
 
 def _prove(source: Path, out: Path, matrices: Mapping[str, Packed], bits: int) -> None:

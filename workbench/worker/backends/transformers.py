@@ -1,4 +1,5 @@
-"""transformers: safetensors as they are, AWQ and GPTQ through its quantizers, GGUF de-quantized at load.
+"""transformers: safetensors as they are, AWQ and GPTQ through its quantizers, GGUF and compressed-tensors de-quantized
+at load; bitsandbytes and torchao quantize the base while it loads.
 
 With `kernel: workbench` AWQ, GPTQ and GGUF stay packed instead (`packed.py`).
 
@@ -19,28 +20,29 @@ from typing import Any, Literal
 from workbench.errors import install_with
 from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
-from workbench.worker.backends import gptqmodel_kernels, graphs, packed, serve_in_groups
+from workbench.worker.backends import from_files, gptqmodel_kernels, graphs, packed, serve_in_groups
 from workbench.worker.base.checkpoint import read_json
-from workbench.worker.base.gguf_config import load_gguf
+from workbench.worker.methods.loading import ON_LOAD, held_bytes
 from workbench.worker.scoring.reducer import Scoring
 
 MODULE = "transformers"
 PACKAGES: tuple[str, ...] = ("transformers", "torch")
 INSTALL = "pip install transformers accelerate"
-LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "gguf")
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "gguf", "compressed-tensors", *ON_LOAD)
 AXES: tuple[str, ...] = ("kv_cache",)
 MAKES_REFERENCE = True
 # GPTQModel sizes its worker pools by the cores and refuses to start on two (facts of version 7.6).
 ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "4"}
 
-M_MMAP_THRESHOLD = -3
-MMAP_THRESHOLD_BYTES = 32 << 20
-"""glibc's name for what is mapped apart, and where its own adjustment ends (mallopt(3))."""
-
-RUNTIME_BYTES = {"awq": 735e6, "gptq": 895e6}
+RUNTIME_BYTES = {"awq": 735e6, "gptq": 895e6, **dict.fromkeys(ON_LOAD, 560e6)}
 PLAIN_RUNTIME_BYTES = 480e6
 """By format: AWQ and GPTQ bring GPTQModel and its layers. Measured: transformers 5.19 and torch 2.13 (CPU), CPython
 3.11, x86-64."""
+
+DEQUANTIZED = {
+    "gguf": "a GGUF is de-quantized when transformers loads it",
+    "compressed-tensors": "compressed-tensors are de-quantized when transformers loads them",
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Options:
     __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What is computed in. `auto`: the checkpoint's own on a GPU; on a CPU float32, but for AWQ and GPTQ, whose
-    kernels there compute in bfloat16."""
+    """What is computed in. `auto`: the checkpoint's own on a GPU; on a CPU float32, but for AWQ, GPTQ, bitsandbytes and
+    torchao, whose kernels there compute in bfloat16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where; `auto`: on the GPU if there is one."""
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -97,7 +99,7 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
         kv_cache=shape.cached_values * load.tokens * load.batch * (2.0 if quantized else computed),
         workspace=max(activations, logits) + SCORE_CHUNK_BYTES,
         runtime=RUNTIME_BYTES.get(form, PLAIN_RUNTIME_BYTES),
-        notes=("a GGUF is de-quantized when transformers loads it",) if form == "gguf" else (),
+        notes=(DEQUANTIZED[form],) if form in DEQUANTIZED else (),
     )
 
 
@@ -147,15 +149,6 @@ def _attention(options: Options) -> str | None:
     return None if options.attention == "sdpa" else options.attention
 
 
-def _keep_bfloat16() -> None:
-    """Where a GPU is in sight transformers casts AWQ to float16, whose range Gemma's activations leave. GPTQModel's
-    kernels, which it chooses itself, compute in both."""
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizer_awq import AwqQuantizer
-
-    setattr(AwqQuantizer, "update_dtype", HfQuantizer.update_dtype)  # noqa: B010 (mypy's rule against the other way)
-
-
 def _weights(module: Any) -> list[Any]:
     return [*module.parameters(), *module.buffers()] if module is not None else []
 
@@ -182,32 +175,8 @@ class Engine:
         if options.kernel == "workbench" and artifact.format in packed.PACKED_FORMATS:
             self._load_packed(path, options)
         else:
-            self._load(path, options)
-
-    def _load(self, path: Path, options: Options) -> None:
-        """By transformers itself."""
-        from transformers import AutoModelForCausalLM
-
-        torch = self._torch
-        chosen = options.dtype
-        if chosen == "auto" and self._device == "cpu":
-            chosen = "bfloat16" if self._format in ("awq", "gptq") else "float32"
-        arguments: dict[str, object] = {
-            "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
-            "attn_implementation": _attention(options),
-            "trust_remote_code": options.trust_remote_code,
-            "local_files_only": True,
-            **({"device_map": "cuda"} if self._device == "cuda" else {}),
-        }
-        if self._format == "awq":
-            _keep_bfloat16()
-        if self._format == "gguf":
-            # Not by its own reader alone: that leaves keys and tensors out without a word.
-            self._model = load_gguf(path, arguments).eval()
-        else:
-            self._model = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **arguments).eval()
-        if self._device == "cpu" and self._format in ("awq", "gptq"):
-            self._repack()
+            more = options.dtype, _attention(options), options.trust_remote_code
+            self._model = from_files.load(artifact, self._device, *more)
 
     def _load_packed(self, path: Path, options: Options) -> None:
         """By `kernels/`; float32 on a CPU, where the reference computes."""
@@ -222,22 +191,6 @@ class Engine:
         )
         self._model = loaded.model
         self._packed = {"kernel": "workbench", "packed": loaded.packed, "unpacked": loaded.dense}
-
-    def _repack(self) -> None:
-        """Have GPTQModel lay out every layer for its CPU kernel now, as part of loading.
-
-        It does so in each layer's first forward, and what it unpacks there lies between what stays, so that the C
-        library's heap cannot shrink again: three to six bytes a weight, for good. Blocks from mappings of their own
-        are given back.
-        """
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        tuned = hasattr(libc, "mallopt") and libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)
-        with self._torch.inference_mode():
-            self._model(input_ids=self._torch.tensor([[1, 2]]), use_cache=False)
-        if tuned:
-            libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
     def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """One forward a window; the head runs only on the positions that are scored."""
@@ -341,7 +294,7 @@ class Engine:
 
     def memory(self) -> dict[str, int]:
         """Bytes of parameters and buffers; on a GPU the allocator's peaks too, of what came after `forget_peak`."""
-        sizes = {"weights": int(self._model.get_memory_footprint()), "kv_cache": self._cache_bytes}
+        sizes = {"weights": held_bytes(self._model), "kv_cache": self._cache_bytes}
         with contextlib.suppress(NotImplementedError):  # A model with code of its own may not say where it is.
             head = {tensor.data_ptr() for tensor in _weights(self._model.get_output_embeddings())}
             looked_up = _weights(self._model.get_input_embeddings())
@@ -364,9 +317,14 @@ class Engine:
             settings |= self._packed or {"kernel": self._kernel()}
         if self._packed and self._device == "cpu":
             settings["warnings"] = ["packed weights through the plain reference: their size is real, the speed is not"]
-        elif self._format == "gguf" and not self._packed:
+        elif self._format in DEQUANTIZED and not self._packed:
+            name = "GGUF" if self._format == "gguf" else self._format
             settings["warnings"] = [
-                f"GGUF de-quantized to {dtype} at load: size in memory and speed are those of {dtype}"
+                f"{name} de-quantized to {dtype} at load: size in memory and speed are those of {dtype}"
+            ]
+        elif self._format in ON_LOAD:
+            settings["warnings"] = [
+                f"quantized by {self._format} as the base is loaded: the size on disk is the base's"
             ]
         elif self._device == "cuda" and self._format in ("awq", "gptq") and not self._packed:
             slow = gptqmodel_kernels.why_slow(self._kernel().removeprefix("gptqmodel").strip())

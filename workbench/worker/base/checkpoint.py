@@ -69,6 +69,13 @@ class StoredTensor:
     shape: tuple[int, ...]
     size_bytes: int
 
+    def read(self, name: str) -> Any:
+        """The tensor itself, which is called `name`, in torch."""
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as file:
+            return file.get_tensor(name)
+
     def of_type(self, dtype: str) -> StoredTensor:
         """The same in another type of `DTYPES`."""
         return replace(self, dtype=dtype, size_bytes=DTYPES[dtype].size_bytes * math.prod(self.shape))

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from workbench.disk import need_room
 from workbench.front_matter import block
-from workbench.worker import Progress
+from workbench.worker import Progress, Tensors
 
 SHARD_BYTES = 2_000_000_000
 
@@ -81,6 +81,27 @@ def write_weights(
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(out / "model.safetensors.index.json", index)
+
+
+def write_shards(out: Path, parts: Iterable[Tensors], reader: str) -> None:
+    """Write tensors as they come, a shard at a time, with their index; `reader`: whom they are for ("pt", "mlx")."""
+    from safetensors.torch import save_file
+
+    content, places, count = Tensors(), dict[str, str](), 0
+
+    def save() -> None:
+        shard = f"model-{count - 1:05}.safetensors"
+        save_file(content, out / shard, metadata={"format": reader})
+        places.update(dict.fromkeys(content, shard))
+        content.clear()
+
+    for count, part in enumerate(parts, 1):  # noqa: B007 (`save` reads it)
+        content |= part
+        if sum(tensor.nbytes for tensor in content.values()) > SHARD_BYTES:
+            save()
+    if content:
+        save()
+    write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
 
 
 def copy_side_files(source: Path, out: Path, names: tuple[str, ...]) -> None:

@@ -21,6 +21,9 @@ METHODS = {
     "gptq": "workbench.worker.methods.gptq",
     "file": "workbench.worker.methods.file",
     "checkpoint": "workbench.worker.methods.checkpoint",
+    "compressed-tensors": "workbench.worker.methods.compressed_tensors",
+    "bitsandbytes": "workbench.worker.methods.bitsandbytes",
+    "torchao": "workbench.worker.methods.torchao",
 }
 BASE = "base"
 """The word of the base among variants; `base.py` says of it what a method says."""
@@ -67,8 +70,8 @@ class Making:
 
 @runtime_checkable
 class Method(Protocol):
-    """What a method's module says of it. One more may be there: `AXES`, the options of which a recipe may give a list,
-    for a variant each."""
+    """What a method's module says of it. Two more may be there: `AXES`, the options of which a recipe may give a list,
+    for a variant each; and of the stage `load` `quantization_config(options)`, as transformers takes it."""
 
     Options: type[Any]
     """The recipe's keys: a frozen dataclass, on which every function below is asked."""
@@ -95,7 +98,8 @@ class Method(Protocol):
         """How it is made; `cuda`: on a machine with a GPU."""
 
     def sizes(self, shape: Shape, options: Any, form: str) -> Stored:
-        """What the artifact will hold for a base of this shape, in one of the formats it `WRITES`."""
+        """What the artifact will hold for a base of this shape, in one of the formats it `WRITES`; of the stage `load`,
+        what its weights take in memory."""
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ from workbench.worker.architectures import Group, Layer, Producer
 from workbench.worker.methods import Making, grouped, rounding
 
 SHORTHAND = ""
-WRITES: tuple[str, ...] = ("awq", "gguf", "mlx")
+WRITES: tuple[str, ...] = ("awq", "gguf", "mlx", "compressed-tensors")
 LIBRARY = "transformers"
 TAGS: tuple[str, ...] = ("awq", "4-bit")
 CONFIG_FILE = ""
@@ -100,6 +100,8 @@ def sizes(shape: Shape, options: Options, form: str) -> Stored:
     """What the checkpoint will hold, or what it is carried to."""
     if form == "mlx":
         return grouped.mlx_sizes(shape, options, quantizes)
+    if form == "compressed-tensors":
+        return grouped.compressed_sizes(shape, options, quantizes)
     if form == "gguf":
         return grouped.carried_sizes(shape, options, quantizes, "Q4_1")
     return grouped.sizes(shape, options, quantizes, stored)

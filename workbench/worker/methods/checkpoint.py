@@ -1,7 +1,8 @@
-"""AWQ and GPTQ checkpoints that others made, measured beside ours.
+"""AWQ, GPTQ and compressed-tensors checkpoints that others made, measured beside ours.
 
 A folder of safetensors is compared with the base's own, tensor by tensor: what is packed by the sizes that it unpacks
-to (`base/found.py` says what is refused). It is then an artifact like ours, and is carried to GGUF as ours are.
+to (`base/found.py` says what is refused). It is then an artifact like ours, and AWQ and GPTQ are carried to GGUF as
+ours are.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from workbench.worker.base.config_json import text_config
 from workbench.worker.base.hub import download, fetch_headers, is_offline
 from workbench.worker.base.sources import local_path
 from workbench.worker.ggml.carry import PARTS, Packed
-from workbench.worker.methods import Making, awq, gptq, grouped
+from workbench.worker.methods import Making, awq, compressed_tensors, gptq, grouped
 from workbench.worker.tokens.spelling import checkpoint_spelling
 
 SHORTHAND = "path"
 AXES = ("hub", "path")
 WRITES = awq.WRITES
-"""The first stands for GPTQ too: which one it is, the artifact says."""
+"""The first stands for GPTQ and compressed-tensors too: which one it is, the artifact says."""
 LIBRARY = "transformers"
 TAGS: tuple[str, ...] = ()
 
@@ -50,8 +51,8 @@ FUNCTION = ("rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window", "hid
 
 @dataclass(frozen=True)
 class Options:
-    """An AWQ or GPTQ checkpoint that somebody else made, measured as it is; its folder alone may stand in place of the
-    options."""
+    """An AWQ, GPTQ or compressed-tensors checkpoint that somebody else made, measured as it is; its folder alone may
+    stand in place of the options."""
 
     __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
 
@@ -99,7 +100,7 @@ def sizes(shape: Shape, options: Options, form: str) -> Stored:
 
 def adopt(payload: object, progress: Progress) -> object:
     """Worker for a `VariantRequest`: a folder of links to a checkpoint that is compared with the base's. Returns
-    `MadeVariant`; `UserError` for what is not whole, no AWQ or GPTQ, or of another model."""
+    `MadeVariant`; `UserError` for what is not whole, of no such kind, or of another model."""
     request: VariantRequest = from_json(VariantRequest, payload)
     options: Options = from_json(Options, request.options)
     remote_code, commit = request.allow_remote_code, ""
@@ -129,7 +130,7 @@ def adopt(payload: object, progress: Progress) -> object:
     header = {key: value for key, value in config["quantization_config"].items() if not isinstance(value, dict)}
     about: dict[str, object] = {"hub": options.hub, "revision": commit, "header": header | {"by": _packer(config)}}
     about["sha256"] = found.checksums(weights, progress, bool(options.hub))
-    kind = grouped.tensor_type(how.options)
+    kind = how.tensor_type
     return to_json(
         MadeVariant(
             {key: tensors[key].dtype if key in tensors else kind for key in theirs},
@@ -171,8 +172,13 @@ def headers(payload: object, progress: Progress) -> object:
         return {form: to_json(Stored(0, refused=str(problem))) for form in WRITES}
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     stored = {key: each for key, each in tensors.items() if not (tied and key == "lm_head.weight")}
-    forms = {
-        how.method: Stored(sum(each.size_bytes for each in stored.values())),
+    forms = {how.method: Stored(sum(each.size_bytes for each in stored.values()))}
+    if how.method == "compressed-tensors":
+        return {how.method: to_json(forms[how.method])} | {
+            form: to_json(Stored(0, refused=compressed_tensors.CARRIED)) for form in WRITES[1:3]
+        }
+    forms |= {
+        "compressed-tensors": grouped.compressed_sizes(shape, how.options, how.quantizes(tensors)),
         "gguf": grouped.carried_sizes(shape, how.options, how.quantizes(tensors), how.kind),
         "mlx": grouped.mlx_sizes(shape, how.options, how.quantizes(tensors)),
     }
@@ -181,14 +187,28 @@ def headers(payload: object, progress: Progress) -> object:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a checkpoint is packed: `options` as our own method of that name has them."""
+    """How a checkpoint is packed: `options` as our own method of that name has them, or of compressed-tensors what was
+    written."""
 
     method: str
     options: Any
 
     @property
+    def tensor_type(self) -> str:
+        """What a packed tensor is called in an artifact's record."""
+        if self.method == "compressed-tensors":
+            return str(self.options.kind)
+        return grouped.tensor_type(self.options)
+
+    @property
     def stated(self) -> dict[str, object]:
         """What a configuration says of it."""
+        if self.method == "compressed-tensors":
+            return {
+                "bits": self.options.bits,
+                "weights": self.options.kind,
+                "inputs": self.options.inputs or "as they are",
+            }
         names = (
             ("bits", "group_size", "zero_point") if self.method == "awq" else ("bits", "group_size", "sym", "desc_act")
         )
@@ -197,6 +217,8 @@ class Scheme:
     @property
     def limits(self) -> dict[str, str]:
         """Backend name -> why that engine cannot load it."""
+        if self.method == "compressed-tensors":
+            return dict.fromkeys(("llamacpp", "mlx"), compressed_tensors.CARRIED)
         return awq.limits(self.options) if self.method == "awq" else gptq.limits(self.options)
 
     @property
@@ -210,19 +232,22 @@ class Scheme:
 
 
 def scheme(config: Mapping[str, Any], name: str) -> Scheme:
-    """How a `config.json` says that its weights are packed. `UserError` for what is no AWQ or GPTQ, and for layouts of
-    either that engines differ in."""
+    """How a `config.json` says that its weights are packed. `UserError` for what is none of them, and for layouts that
+    engines differ in."""
     said = config.get("quantization_config")
     if not isinstance(said, dict):
         raise UserError(
-            f"{name} is no quantized checkpoint: its config.json has no `quantization_config`. Give a folder of AWQ or "
-            "GPTQ; an unquantized model is a `base`"
+            f"{name} is no quantized checkpoint: its config.json has no `quantization_config`. Give a folder of AWQ, "
+            "GPTQ or compressed-tensors; an unquantized model is a `base`"
         )
     method = said.get("quant_method")
+    if method == "compressed-tensors":
+        return Scheme(method, compressed_tensors.read(said, name))
     layout = said.get("version", "gemm") if method == "awq" else said.get("checkpoint_format") or "gptq"
     if (method, str(layout).lower()) not in (("awq", "gemm"), ("gptq", "gptq")):
         raise UserError(
-            f"{name} is packed as {short(method)} ({short(layout)}): what is read here is awq (gemm) and gptq (gptq)"
+            f"{name} is packed as {short(method)} ({short(layout)}): what is read here is awq (gemm), gptq (gptq) and "
+            "compressed-tensors"
         )
     # The words of the first AWQ checkpoints.
     bits, size = said.get("bits", said.get("w_bit")), said.get("group_size", said.get("q_group_size"))
@@ -245,6 +270,8 @@ def _read(folder: Path, remote_code: bool) -> tuple[dict[str, Any], dict[str, St
 
 def _unpacked(tensors: Mapping[str, StoredTensor], how: Scheme, name: str) -> dict[str, list[int]]:
     """Shapes of what the tensors unpack to, by the base's names."""
+    if how.method == "compressed-tensors":
+        return compressed_tensors.unpacked({key: each.shape for key, each in tensors.items()}, how.options, name)
     stems = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
     if not stems:
         raise UserError(f"{name} is no quantized checkpoint: none of its tensors ends in `.qweight`. Fetch it again")

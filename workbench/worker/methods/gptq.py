@@ -40,7 +40,7 @@ from workbench.worker.methods.rounding import (
 )
 
 SHORTHAND = ""
-WRITES: tuple[str, ...] = ("gptq", "gguf", "mlx")
+WRITES: tuple[str, ...] = ("gptq", "gguf", "mlx", "compressed-tensors")
 LIBRARY = "transformers"
 TAGS: tuple[str, ...] = ("gptq",)
 CONFIG_FILE = "quantize_config.json"
@@ -106,6 +106,8 @@ def sizes(shape: Shape, options: Options, form: str) -> Stored:
     """What the checkpoint will hold, or what it is carried to."""
     if form == "mlx":
         return grouped.mlx_sizes(shape, options, quantizes)
+    if form == "compressed-tensors":
+        return grouped.compressed_sizes(shape, options, quantizes)
     if form == "gguf":
         return grouped.carried_sizes(shape, options, quantizes, container_of(options))
     return grouped.sizes(shape, options, quantizes, stored)

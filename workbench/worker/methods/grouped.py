@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from workbench.errors import UserError
@@ -24,22 +25,32 @@ def sizes(
     quantizes: Callable[[Any, str], bool],
     stored: Callable[[Any, str, int, int], dict[str, tuple[str, tuple[int, ...]]]],
 ) -> Stored:
-    """A checkpoint's bytes: packed linear layers, everything else in 16 bits; and whether groups divide every layer."""
-    total, columns = 0, set[int]()
+    """A checkpoint's bytes, and whether groups divide every layer."""
+    made = checkpoint_sizes(shape, options, quantizes, stored)
+    columns = {tensor.shape[1] for tensor in shape.tensors if _linear(tensor)}
+    size = options.group_size
+    if options.engine != "workbench" or size == -1 or all(count % size == 0 for count in columns):
+        return made
+    possible = " or ".join(map(str, group_sizes(columns) or [-1]))
+    return replace(made, refused=f"group_size {size} does not divide the inputs of every layer; take {possible}")
+
+
+def checkpoint_sizes(
+    shape: Shape,
+    options: Any,
+    quantizes: Callable[[Any, str], bool],
+    stored: Callable[[Any, str, int, int], dict[str, tuple[str, tuple[int, ...]]]],
+) -> Stored:
+    """A checkpoint's bytes: linear layers as `stored`, everything else in 16 bits."""
+    total = 0
     for tensor in shape.tensors:
         linear = _linear(tensor)
-        if linear:
-            columns.add(tensor.shape[1])
         if linear and quantizes(options, linear):
             parts = stored(options, linear, *tensor.shape).values()
             total += sum(DTYPES[dtype].size_bytes * math.prod(sides) for dtype, sides in parts)
         else:
             total += tensor.weights * 2
-    size = options.group_size
-    if options.engine != "workbench" or size == -1 or all(count % size == 0 for count in columns):
-        return Stored(total)
-    possible = " or ".join(map(str, group_sizes(columns) or [-1]))
-    return Stored(total, refused=f"group_size {size} does not divide the inputs of every layer; take {possible}")
+    return Stored(total)
 
 
 def container(bits: int, least_zero: int, largest_zero: int) -> str | None:
@@ -66,6 +77,22 @@ def mlx_sizes(shape: Shape, options: Any, quantizes: Callable[[Any, str], bool])
             bytes_each = options.bits / 8 + 4 / size
         total += tensor.weights * bytes_each
     return Stored(int(total))
+
+
+def compressed_sizes(shape: Shape, options: Any, quantizes: Callable[[Any, str], bool]) -> Stored:
+    """The bytes of the same as compressed-tensors: codes, a scale of 16 bits a group, zeros where there are any, and
+    two numbers a matrix."""
+
+    def stored(options: Any, linear: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        groups = 1 if options.group_size == -1 else columns // options.group_size
+        zeros = {} if symmetric else {"zeros": ("I32", (rows * options.bits // 32, groups))}
+        packed = ("I32", (rows, columns * options.bits // 32))
+        return {"packed": packed, "scale": ("F16", (rows, groups)), "shape": ("I64", (2,)), **zeros}
+
+    if options.bits not in (4, 8):
+        return Stored(0, refused=f"engines read 4 or 8 bits of compressed-tensors, not {options.bits}")
+    symmetric = options.sym if hasattr(options, "sym") else not options.zero_point
+    return checkpoint_sizes(shape, options, quantizes, stored)
 
 
 def mlx_group(size: int) -> int:
@@ -139,6 +166,12 @@ def making(method: str, options: Any) -> Making:
             function="workbench.worker.mlx_folder:carry",
             file_name="-mlx",
             label="to MLX",
+        ),
+        "compressed-tensors": Making(
+            "carry",
+            function="workbench.worker.compressed_folder:carry",
+            file_name="-compressed-tensors",
+            label="to compressed-tensors",
         ),
     }
     if options.engine == "workbench":

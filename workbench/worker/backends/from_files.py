@@ -1,0 +1,74 @@
+"""How transformers itself loads an artifact: in which dtype, by which quantizer, laid out before it is timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from workbench.records import Artifact
+from workbench.worker.base.gguf_config import load_gguf
+from workbench.worker.methods import method_named
+from workbench.worker.methods.loading import ON_LOAD
+
+SIXTEEN_BITS = ("awq", "gptq", *ON_LOAD)
+"""Formats that are computed in bfloat16 on a CPU: their kernels there take no float32, or cast it."""
+M_MMAP_THRESHOLD = -3
+MMAP_THRESHOLD_BYTES = 32 << 20
+"""glibc's name for what is mapped apart, and where its own adjustment ends (mallopt(3))."""
+
+
+def load(artifact: Artifact, device: str, dtype: str, attention: str | None, remote_code: bool) -> Any:
+    """The model in eval mode. `dtype`: `auto` for the checkpoint's own on a GPU, and on a CPU what its kernels take."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path, form = Path(artifact.path), artifact.format
+    if dtype == "auto" and device == "cpu":
+        dtype = "bfloat16" if form in SIXTEEN_BITS else "float32"
+    arguments: dict[str, object] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "attn_implementation": attention,
+        "trust_remote_code": remote_code,
+        "local_files_only": True,
+        **({"device_map": "cuda"} if device == "cuda" else {}),
+    }
+    if form == "awq":
+        _keep_bfloat16()
+    if form in ON_LOAD:
+        method: Any = method_named(artifact.method)
+        arguments["quantization_config"] = method.quantization_config(method.Options(**artifact.provenance["options"]))
+    if form == "gguf":
+        # Not by its own reader alone: that leaves keys and tensors out without a word.
+        return load_gguf(path, arguments).eval()
+    model = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **arguments).eval()
+    if form in ("compressed-tensors", "bitsandbytes") or (device == "cpu" and form in ("awq", "gptq")):
+        _lay_out(model, device)
+    return model
+
+
+def _keep_bfloat16() -> None:
+    """Where a GPU is in sight transformers casts AWQ to float16, whose range Gemma's activations leave. GPTQModel's
+    kernels, which it chooses itself, compute in both."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizer_awq import AwqQuantizer
+
+    setattr(AwqQuantizer, "update_dtype", HfQuantizer.update_dtype)  # noqa: B010 (mypy's rule against the other way)
+
+
+def _lay_out(model: Any, device: str) -> None:
+    """Have GPTQModel and bitsandbytes lay out every layer for their kernels now, and compressed-tensors be
+    de-quantized, as part of loading.
+
+    All do so in the first forward, and what GPTQModel unpacks there lies between what stays, so that the C library's
+    heap cannot shrink again: three to six bytes a weight, for good. Blocks from mappings of their own are given back.
+    """
+    import ctypes
+
+    import torch
+
+    libc = ctypes.CDLL(None)
+    tuned = hasattr(libc, "mallopt") and libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[1, 2]], device=device), use_cache=False)
+    if tuned:
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
