@@ -182,6 +182,12 @@ def test_tasks_have_scores_with_deltas_by_item() -> None:
     alone = build([answering("q", right)]).lines[0].tasks["quiz"]
     assert alone.delta is None and alone.below_noise_floor is None
     assert build([answering("base", right, backend="vllm"), answering("q", right)]).lines[1].tasks["quiz"].delta is None
+    quiz, said = answering("base", right).tasks["quiz"], {"correct": right, "given": [], "warnings": []}
+    two = replace(on(a_row(), tasks={"quiz": said, "later": said}), tasks={"quiz": quiz, "later": quiz})
+    changed = replace(
+        two, artifact=replace(two.artifact, variant="q"), tasks={"quiz": replace(quiz, digest="t2"), "later": quiz}
+    )
+    assert build([two, changed]).lines[1].tasks.keys() == {"later"}, "one with other items hides no other"
 
 
 def floors(table: Table) -> list[tuple[str, tuple[str, ...], float]]:

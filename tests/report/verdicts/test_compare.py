@@ -166,7 +166,8 @@ def test_what_is_not_comparable_is_refused_unless_told_which() -> None:
     here, there = a_row(), a_row(machine="lab")
     with pytest.raises(UserError, match="nothing to compare: the second set"):
         compare([here], [there], machine="desk")
-    assert compare([here, there], [here], machine="desk").machine == "desk"
+    for chosen in ("desk", "lab"):
+        assert compare([here, there], [here, there], machine=chosen).machine == chosen
     with pytest.raises(UserError, match="unknown machine 'dusk'. Did you mean 'desk'"):
         compare([here], [here], machine="dusk")
     with pytest.raises(UserError, match=r"2 evaluations \(e1, e2\).*--evaluation"):

@@ -147,6 +147,7 @@ def test_names_and_limits() -> None:
     assert awq.default_name(awq.Options(rounding="compensated")) == "awq-4bit-g128-compensated"
     assert awq.limits(awq.Options()) == {}
     assert "vllm" in awq.limits(awq.Options(zero_point=False))
+    assert awq.stored(awq.Options(group_size=-1), "a", 16, 96)["scales"] == ("F16", (1, 16)), "one group"
     with pytest.raises(UserError, match="compensated"):
         awq.check(awq.Options(rounding="compensated", engine="gptqmodel"))
 

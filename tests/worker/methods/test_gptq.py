@@ -170,7 +170,8 @@ def test_names_and_limits() -> None:
     assert gptq.default_name(gptq.Options(bits=3, sym=False, desc_act=True)) == "gptq-3bit-g128-asym-act-order"
     assert gptq.limits(gptq.Options()) == {}
     assert "vllm" in gptq.limits(gptq.Options(bits=3))
-    assert "vllm" in gptq.limits(gptq.Options(sym=False))
+    assert gptq.limits(gptq.Options(sym=False)).keys() == {"vllm"}
+    assert gptq.limits(gptq.Options(bits=8, sym=False)).keys() == {"vllm", "llamacpp"}
     assert "desc_act" in gptq.limits(gptq.Options(desc_act=True))["vllm"]
     assert gptq.limits(gptq.Options(desc_act=True, group_size=-1)) == {}
 
