@@ -46,11 +46,14 @@ fi
 if asked engines; then
 say "2/4 engines (about 6 GB) and llama.cpp for architecture $architectures, compiled: 5 minutes on many cores, 20 on two"
 new workbench
-# The CUDA libraries beside torch are found from llama.cpp's own: nobody has to import torch first.
+# The CUDA libraries beside torch are found from llama.cpp's own: nobody has to import torch first. Not from pip's cache,
+# which knows versions only: what it has may be built for another GPU, or for none.
+awk '/^llama-cpp-python==/{p=1} p{print} p&&!/\\$/{exit}' "$here/cuda.lock" >"$folder/llama-cpp.lock"
 PATH="$folder/build/bin:$PATH" CUDA_HOME=$toolkit \
   LDFLAGS="-Wl,-rpath-link,$toolkit/lib/stubs -Wl,-rpath,'\$ORIGIN/../../nvidia/cu13/lib'" LIBRARY_PATH="$toolkit/lib/stubs" \
   CMAKE_ARGS="-DGGML_CUDA=on -DGGML_CUDA_NCCL=off -DCMAKE_CUDA_ARCHITECTURES=$architectures -DCUDAToolkit_ROOT=$toolkit -DCMAKE_CUDA_COMPILER=$toolkit/bin/nvcc" \
-  pip workbench install --require-hashes --no-deps --no-binary llama-cpp-python -r "$here/cuda.lock"
+  pip workbench install --require-hashes --no-deps --no-cache-dir --no-binary llama-cpp-python -r "$folder/llama-cpp.lock"
+pip workbench install --require-hashes --no-deps -r "$here/cuda.lock"
 fi
 
 if asked vllm; then

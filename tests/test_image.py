@@ -110,6 +110,13 @@ def test_the_steps_that_are_taken_without_a_gpu_are_those_of_the_set_up(tmp_path
     assert taken == {"compiler", "engines"} < set(re.findall(r"^if asked (\w+)", set_up, re.MULTILINE))
 
 
+def test_llama_cpp_is_built_for_the_gpus_that_are_here() -> None:
+    """And not taken from pip's cache, which tells builds with other flags apart by nothing."""
+    commands = (ROOT / "requirements" / "install-gpu.sh").read_text().replace("\\\n", " ").splitlines()
+    (built,) = (command for command in commands if "CMAKE_ARGS=" in command)
+    assert "--no-cache-dir --no-binary llama-cpp-python" in built and "PIP_NO_CACHE_DIR=1" in DOCKERFILE
+
+
 def test_cuda_python_is_of_one_generation() -> None:
     """cuda-python 12 holds files where cuda-bindings 13 and cuda-core have theirs: one overwrites the other."""
     locked = pins("cuda-vllm.lock")
