@@ -135,6 +135,8 @@ class Stored:
     """Tensors that get another type than the mixture means for them."""
     refused: str | None = None
     """Why it cannot be made of this shape."""
+    notes: tuple[str, ...] = ()
+    """What else a plan says of it."""
     limits: dict[str, str] = field(default_factory=dict)
     """Backend name -> why that engine cannot load it, where its options alone do not tell."""
 

@@ -75,12 +75,15 @@ def test_at_least_the_three_promised_recipes() -> None:
     assert {"smollm2-135m", "llama8b", "tiny"} <= {path.stem for path in RECIPES}
 
 
+CHOOSING_NOTHING = {"size": None, "bits": None, "like": None, "types": [], "keep": {}}
+
+
 def test_defaults_are_filled_in() -> None:
     loaded = parse(recipe(), Path("folder/mine.yaml"))
     assert (loaded.name, loaded.model) == ("mine", "somewhere")
     assert [(v.name, v.method, v.options) for v in loaded.variants] == [
         ("base", "base", {}),
-        ("gguf-Q4_0", "gguf", {"type": "Q4_0", "imatrix": False, "encoder": "auto"}),
+        ("gguf-Q4_0", "gguf", {"type": "Q4_0", "imatrix": False, "encoder": "auto"} | CHOOSING_NOTHING),
     ]
     assert (loaded.workload.prompt_tokens, loaded.workload.new_tokens, loaded.workload.repeats) == ([512], 64, 3)
     assert [test.window for test in loaded.evaluations.values()] == [512]
@@ -270,7 +273,21 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "type-case": ({"variants": [{"gguf": "q4_k_m"}]}, "unknown value 'q4_k_m'. Did you mean 'Q4_K_M'?"),
     "type-number": ({"variants": [{"gguf": 4}]}, "variants[0].gguf.type: unknown value '4'."),
-    "type-missing": ({"variants": ["gguf"]}, "variants[0].gguf.type: missing"),
+    "type-missing": ({"variants": ["gguf"]}, "one of type, size, bits, like says how large the file becomes, and here"),
+    "type-and-size": ({"variants": [{"gguf": {"type": "Q4_K_M", "size": "1GiB"}}]}, "and here is type and size"),
+    "keep-and-type": (
+        {"variants": [{"gguf": {"type": "Q4_K_M", "types": ["Q4_K"]}}]},
+        "give one of these, and no type",
+    ),
+    "size-bare": ({"variants": [{"gguf": {"size": "4"}}]}, "size 4: write a size with its unit, such as 8GiB or 800MB"),
+    "bits-many": ({"variants": [{"gguf": {"bits": 17}}]}, "bits: 1 to 16 a weight, not 17"),
+    "types-value": ({"variants": [{"gguf": {"bits": 5, "types": ["Q4_K_M"]}}]}, "unknown value 'Q4_K_M'"),
+    "keep-value": ({"variants": [{"gguf": {"bits": 5, "keep": {"*": "Q9"}}}]}, "unknown value 'Q9'"),
+    "chosen-by-workbench": (
+        {"variants": [{"gguf": {"bits": 5, "encoder": "workbench"}}]},
+        "encoder workbench makes mixtures by their `type` only",
+    ),
+    "size-without-calibration": ({"variants": [{"gguf": {"size": "1GiB"}}]}, "add a `calibration`"),
     "bits-value": (
         {"variants": [{"awq": {"bits": 5}}], "calibration": {"source": {"text": "x"}}},
         "variants[0].awq.bits: unknown value '5'. Known: 4.",
@@ -398,6 +415,11 @@ BEYOND_A_SCHEMA = {
     "named-base",
     "needs-imatrix",
     "imatrix-without-calibration",
+    "keep-and-type",
+    "size-bare",
+    "bits-many",
+    "chosen-by-workbench",
+    "size-without-calibration",
     "awq-without-calibration",
 }
 """What hangs on other parts of the recipe; only the program can tell."""

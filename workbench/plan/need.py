@@ -103,7 +103,7 @@ def need_of(
         return replace(need, unsupported=reason)
     found = backend.needs(shape, form, stored, load, chosen, cuda)
     runtime = CUDA_CONTEXT_BYTES if cuda else found.runtime
-    notes = list(found.notes)
+    notes = [*stored.notes, *found.notes]
     if shape.sliding_window:
         notes.insert(0, f"layers with a sliding window of {shape.sliding_window} may keep less than this KV cache")
     return replace(

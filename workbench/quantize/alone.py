@@ -25,6 +25,7 @@ from workbench.records import (
     ImportanceMatrix,
     MadeVariant,
     PreparedBase,
+    Prices,
     Variant,
     VariantRequest,
     to_json,
@@ -41,7 +42,7 @@ def make_alone(
     *,
     form: str,
     source: Artifact | None = None,
-    looks_at: CalibrationTokens | ImportanceMatrix | None = None,
+    looks_at: CalibrationTokens | ImportanceMatrix | Prices | None = None,
     title: str = "",
 ) -> Artifact:
     """The artifact, of format `form`; `source`: the file or directory that it starts from, if not the base's directory,
@@ -71,7 +72,8 @@ def make_alone(
             options=here.options,
             source=source.path if source else None,
             tokens=looks_at.path if isinstance(looks_at, CalibrationTokens) else None,
-            imatrix=looks_at.path if isinstance(looks_at, ImportanceMatrix) else None,
+            imatrix=_matrix(looks_at),
+            prices=looks_at.path if isinstance(looks_at, Prices) else None,
             allow_remote_code=recipe.base.trust_remote_code,
         )
         made, cost = work(
@@ -110,3 +112,10 @@ def make_alone(
         )
 
     return stored_artifact(key, variant, build)
+
+
+def _matrix(looks_at: CalibrationTokens | ImportanceMatrix | Prices | None) -> str | None:
+    """The file of the importance matrix, of what comes with one."""
+    if isinstance(looks_at, Prices):
+        return looks_at.imatrix
+    return looks_at.path if isinstance(looks_at, ImportanceMatrix) else None

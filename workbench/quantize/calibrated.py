@@ -28,6 +28,9 @@ from workbench.records import (
 )
 from workbench.worker.methods import Making, method_named
 
+WEIGHTED = ("imatrix", "prices")
+"""What needs an importance matrix (`Making.calibration`)."""
+
 
 def run_calibration(
     recipe: Recipe,
@@ -39,7 +42,7 @@ def run_calibration(
 ) -> tuple[ImportanceMatrix | None, dict[str, Artifact]]:
     """The importance matrix, and all variants that the pass makes, by name; what fails is added to `failures`."""
     looking = [name for name, (_, making) in wanted.items() if making.calibration]
-    weighted = [name for name, (_, making) in wanted.items() if making.calibration == "imatrix"]
+    weighted = [name for name, (_, making) in wanted.items() if making.calibration in WEIGHTED]
     variants = {name: each for name, each in wanted.items() if each[1].stage == "pass"}
     if tokens is None:
         failures |= dict.fromkeys(looking, "it needs calibration tokens, and this recipe makes none")
@@ -77,7 +80,7 @@ def run_calibration(
 def _precision(recipe: Recipe) -> str:
     """Of the calibration pass: exact where llama.cpp's quantizer is to get an importance matrix, as its own tool is."""
     chosen = recipe.calibration.precision if recipe.calibration else "auto"
-    weighted = any(making_of(variant).calibration == "imatrix" for variant in recipe.variants)
+    weighted = any(making_of(variant).calibration in WEIGHTED for variant in recipe.variants)
     return "float32" if chosen == "auto" and weighted else chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import shutil
 from dataclasses import replace
@@ -26,6 +27,9 @@ def copy_to(folder: Path, artifact: Artifact) -> Path:
         for number in range(2, int(split[2]) + 1):
             part = source.with_name(f"{split[1]}-{number:05}-of-{split[2]}.gguf")
             copy_to(folder, replace(artifact, path=str(part)))
+    for beside in source.parent.glob(f"{glob.escape(source.name)}.*"):
+        # Written under its name: what tells `llama-quantize` the types of a mixture.
+        copy_to(folder, replace(artifact, path=str(beside)))
     target, half = folder / source.name, folder / f".{source.name}.partial"
     if target.exists():
         if _files(target) != _files(source):

@@ -18,6 +18,7 @@ from workbench.plan.make import check_context
 from workbench.quantize.alone import make_alone
 from workbench.quantize.base import as_gguf, as_loaded, base_artifact, prepare
 from workbench.quantize.calibrated import run_calibration
+from workbench.quantize.priced import run_prices
 from workbench.quantize.tokens import tasks, tokenize
 from workbench.recipe.choices import form_for, limits_of, making_of, wants_gguf_base
 from workbench.recipe.load import Recipe
@@ -60,11 +61,12 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
             failures |= dict.fromkeys(lost, f"the base has no GGUF form: {problem}")
             show.say(f"converting the base to GGUF failed: {problem}")
     imatrix, calibrated = run_calibration(recipe, base, calibration, wanted, show, failures)
+    prices = run_prices(recipe, base, calibration, imatrix, wanted, show, failures)
     for name, (variant, making) in wanted.items():
         if name in failures or isinstance(variant, CarriedVariant):
             continue
         show.whole = f"{len(artifacts) - 1} of {len(wanted)} variants made"
-        looks_at = {"": None, "tokens": calibration, "imatrix": imatrix}[making.calibration]
+        looks_at = {"": None, "tokens": calibration, "imatrix": imatrix, "prices": prices}[making.calibration]
         form = method_named(variant.method).WRITES[0]
         try:
             if making.stage == "pass":

@@ -48,7 +48,7 @@ def schema() -> dict[str, object]:
         forms_of_value: list[object] = [options]
         if method.SHORTHAND:
             forms_of_value.append(options["properties"][method.SHORTHAND])
-        if not options.get("required"):
+        if not options.get("required") and "oneOf" not in options:
             forms_of_value.append({"type": "null"})
             forms.append({"const": word})
         forms.append(_entry(word, forms_of_value, options["description"]))

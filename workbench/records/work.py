@@ -158,6 +158,8 @@ class VariantRequest:
     """A token file, for a method that looks at it."""
     imatrix: str | None = None
     """An importance matrix, likewise."""
+    prices: str | None = None
+    """Prices of types, likewise."""
     threads: Count | None = None
     allow_remote_code: bool = False
 
@@ -237,6 +239,52 @@ class ImportanceMatrix:
     """The tokens' digest."""
     cost: Cost | None = None
     path: str = ""
+
+
+@dataclass(frozen=True)
+class PricesRequest:
+    """`worker.calibration.sensitivity:run`: what each type of llama.cpp does to the output, tensor by tensor."""
+
+    base: str
+    tokens: str
+    """A token file."""
+    tokens_digest: str
+    imatrix: str
+    """The importance matrix that files are made with."""
+    state: str
+    """A folder that an interrupted pass goes on from."""
+    device: str = "auto"
+    threads: Count | None = None
+    seed: int = 0
+    precision: str = "auto"
+
+
+@dataclass(frozen=True)
+class Priced:
+    """What a sensitivity pass found."""
+
+    tensors: dict[str, dict[str, float]]
+    """Tensor, as GGUF files call it -> type -> the divergence that it causes, nats a token."""
+    tokens: Count
+    """That it ran over."""
+    seconds: dict[str, Seconds]
+    """By phase."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The prices of a base's tensors, of its calibration tokens and of the importance matrix."""
+
+    digest: str
+    calibration: str = ""
+    """The tokens' digest."""
+    seconds: dict[str, Seconds] = field(default_factory=dict)
+    """By phase."""
+    cost: Cost | None = None
+    path: str = ""
+    """A `Priced` as JSON."""
+    imatrix: str = ""
+    """The importance matrix's file."""
 
 
 @dataclass(frozen=True)

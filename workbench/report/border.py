@@ -66,8 +66,12 @@ def _reader(name: str, kind: Any) -> Callable[[bytes], Any]:
 READERS = {name: _reader(name, kind) for name, kind in typing.get_type_hints(Row, include_extras=True).items()}
 
 
+OF_TENSORS = ("tensor_errors", "tensor_prices")
+"""What an artifact's record says of each tensor and no report needs."""
+
+
 def _lean(artifact: Artifact) -> Artifact:
-    kept = {name: value for name, value in artifact.provenance.items() if name != "tensor_errors"}
+    kept = {name: value for name, value in artifact.provenance.items() if name not in OF_TENSORS}
     types = {kind: name for name, kind in artifact.tensor_types.items()}
     return dataclasses.replace(artifact, tensor_types={name: kind for kind, name in types.items()}, provenance=kept)
 

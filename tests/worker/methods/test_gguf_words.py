@@ -15,7 +15,7 @@ from workbench.records import MadeVariant, from_json
 from workbench.shape import NamedShape, Shape, Traits
 from workbench.worker.ggml import encode
 from workbench.worker.methods import gguf as method
-from workbench.worker.methods.gguf import Options
+from workbench.worker.methods.gguf import CHOOSING, Options
 
 
 def making(kind: str, cuda: bool = False, **more: Any) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def making(kind: str, cuda: bool = False, **more: Any) -> dict[str, Any]:
 
 
 def test_what_the_bytes_depend_on() -> None:
-    ours = {"stage": "gguf", "calibration": "", "ignored": ("encoder",), "file_name": "Q8_0.gguf"}
+    ours = {"stage": "gguf", "calibration": "", "ignored": ("encoder", *CHOOSING), "file_name": "Q8_0.gguf"}
     theirs = ours | {"arguments": {"type": "Q8_0", "encoder": "llamacpp"}, "maker": "", "maker_packages": ()}
     assert making("Q8_0") == making("Q8_0", encoder="llamacpp") == theirs
     assert making("Q8_0", cuda=True, encoder="llamacpp") == theirs
@@ -111,7 +111,7 @@ def quantized(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check
         return checked
 
     monkeypatch.setattr(encode, "write", lambda source, out, *_: write(out))
-    monkeypatch.setattr(method, "_by_llamacpp", lambda request, _: write(Path(request.out)))
+    monkeypatch.setattr(method, "run_quantizer", lambda source, out, *_, **named: write(Path(out)))
     request = {"out": str(tmp_path / "o.gguf"), "source": str(file), "type": "Q8_0"} | more
     return from_json(MadeVariant, method.quantize(request, lambda *_: None))
 

@@ -187,6 +187,7 @@ def meaning(codes: Any, zeros: Any, scales: Any) -> Any:
 def carry(payload: object, progress: Progress) -> object:
     """Worker for a `VariantRequest` whose `source` is an AWQ or GPTQ checkpoint: the GGUF file of it. Returns
     `MadeVariant`. Raises `UserError` for what llama.cpp's types do not hold."""
+    from workbench.worker.ggml.quantizer import describe
     from workbench.worker.methods import gguf
 
     request: VariantRequest = from_json(VariantRequest, payload)
@@ -206,7 +207,7 @@ def carry(payload: object, progress: Progress) -> object:
     except UserError as problem:
         out.unlink(missing_ok=True)
         raise UserError(f"{source.name} cannot be carried to GGUF: {problem}") from None
-    made = gguf.describe(str(out), max(kinds))
+    made = describe(str(out), max(kinds))
     told = f"the checkpoint's own codes and scales in blocks of {' and '.join(sorted(set(kinds)))}"
     told += f"; weights equal to {error:.1e} of the largest" if error else "; weights equal bit for bit"
     carried = {"from": source.name, "types": sorted(set(kinds)), "largest_error": error}

@@ -77,6 +77,19 @@ class Checked:
     equal: int
 
 
+def traits_of(reader: Any) -> Traits:
+    """What a GGUF file says of its model, as far as the rules ask."""
+    kind = str(field_of(reader, "general.architecture"))
+    heads = int(field_of(reader, f"{kind}.attention.head_count"))
+    return Traits(
+        layers=int(field_of(reader, f"{kind}.block_count")),
+        heads=heads,
+        kv_heads=int(field_of(reader, f"{kind}.attention.head_count_kv", heads)),
+        experts=int(field_of(reader, f"{kind}.expert_count", 0)),
+        model_type=kind,
+    )
+
+
 def types_in(reader: Any, mixture: str, weighted: bool) -> dict[str, str | None] | str:
     """The type of each tensor of a GGUF file in a mixture, in the order of the file to write; None: left as it is. Or
     why the encoders do not make it. `weighted`: with an importance matrix."""
@@ -85,14 +98,7 @@ def types_in(reader: Any, mixture: str, weighted: bool) -> dict[str, str | None]
     kind = str(field_of(reader, "general.architecture"))
     if kind not in RULED:
         return f"it makes files of {', '.join(RULED)}, and this is one of {kind}"
-    heads = int(field_of(reader, f"{kind}.attention.head_count"))
-    traits = Traits(
-        layers=int(field_of(reader, f"{kind}.block_count")),
-        heads=heads,
-        kv_heads=int(field_of(reader, f"{kind}.attention.head_count_kv", heads)),
-        experts=int(field_of(reader, f"{kind}.expert_count", 0)),
-        model_type=kind,
-    )
+    traits = traits_of(reader)
     shapes = [NamedShape(each.name, tuple(map(int, reversed(each.shape)))) for each in reader.tensors]
     stored = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     kept = {shape.name for shape in shapes if not is_quantized(shape)}

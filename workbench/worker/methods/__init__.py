@@ -36,9 +36,9 @@ class Making:
     stage: Literal["base", "gguf", "pass", "load", "carry"]
     """Where: in a worker of its own from the base's directory, from the base's GGUF file, or from another form of the
     variant; in the calibration pass; or nowhere, because the engine quantizes the base as it loads it."""
-    calibration: Literal["", "tokens", "imatrix"] = ""
-    """What it looks at: nothing, the calibration's tokens (in the pass: their Gram matrices), or the importance matrix
-    that the pass makes of them."""
+    calibration: Literal["", "tokens", "imatrix", "prices"] = ""
+    """What it looks at: nothing, the calibration's tokens (in the pass: their Gram matrices), the importance matrix
+    that the pass makes of them, or that and the prices of types (`calibration/sensitivity.py`)."""
     packages: tuple[str, ...] = ()
     """Distributions whose versions the bytes depend on."""
     python: str = ""

