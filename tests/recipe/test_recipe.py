@@ -75,15 +75,12 @@ def test_at_least_the_three_promised_recipes() -> None:
     assert {"smollm2-135m", "llama8b", "tiny"} <= {path.stem for path in RECIPES}
 
 
-CHOOSING_NOTHING = {"size": None, "bits": None, "like": None, "types": [], "keep": {}}
-
-
 def test_defaults_are_filled_in() -> None:
     loaded = parse(recipe(), Path("folder/mine.yaml"))
     assert (loaded.name, loaded.model) == ("mine", "somewhere")
     assert [(v.name, v.method, v.options) for v in loaded.variants] == [
         ("base", "base", {}),
-        ("gguf-Q4_0", "gguf", {"type": "Q4_0", "imatrix": False, "encoder": "auto"} | CHOOSING_NOTHING),
+        ("gguf-Q4_0", "gguf", {"type": "Q4_0", "imatrix": False, "encoder": "auto"}),
     ]
     assert (loaded.workload.prompt_tokens, loaded.workload.new_tokens, loaded.workload.repeats) == ([512], 64, 3)
     assert [test.window for test in loaded.evaluations.values()] == [512]

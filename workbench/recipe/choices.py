@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,17 @@ def _made(value: Any, word: str, where: str, place: str) -> list[Variant]:
             method.check(options)
         except UserError as error:
             raise UserError(f"{where}: {place}: {error}") from None
-        made.append(Variant(method.default_name(options), word, to_json(options)))
+        made.append(Variant(method.default_name(options), word, _as_before(method, options)))
     return made
+
+
+def _as_before(method: Method, options: Any) -> dict[str, object]:
+    """Options as JSON, without those that came later and say nothing: keys are made of them, and stay."""
+    later = [each for each in fields(options) if each.name in getattr(method, "LATER", ())]
+    usual = {
+        each.name: to_json(each.default_factory() if callable(each.default_factory) else each.default) for each in later
+    }
+    return {name: value for name, value in to_json(options).items() if name not in usual or value != usual[name]}
 
 
 def _carried(value: Any, form: str, above: Sequence[Variant], where: str) -> CarriedVariant:

@@ -70,8 +70,9 @@ class Making:
 
 @runtime_checkable
 class Method(Protocol):
-    """What a method's module says of it. Two more may be there: `AXES`, the options of which a recipe may give a list,
-    for a variant each; and of the stage `load` `quantization_config(options)`, as transformers takes it."""
+    """What a method's module says of it. Three more may be there: `AXES`, the options of which a recipe may give a
+    list, for a variant each; `LATER`, options that came after others and are left out of a variant at their default, so
+    that keys stay; and of the stage `load` `quantization_config(options)`, as transformers takes it."""
 
     Options: type[Any]
     """The recipe's keys: a frozen dataclass, on which every function below is asked."""

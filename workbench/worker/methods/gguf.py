@@ -30,6 +30,7 @@ from workbench.worker.ggml.quantizer import INSTALL, all_threads, describe, run_
 from workbench.worker.methods import Making
 
 SHORTHAND = "type"
+LATER = ("size", "bits", "like", "types", "keep")
 WRITES: tuple[str, ...] = ("gguf",)
 LIBRARY = "gguf"
 TAGS: tuple[str, ...] = ("gguf",)
@@ -55,8 +56,6 @@ NEEDS_IMATRIX = frozenset({"Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2
 
 SIZED_BY = ("type", "size", "bits", "like")
 """Options of which one is given."""
-CHOOSING = ("size", "bits", "like", "types", "keep")
-"""Options by which types are chosen; they have nothing to say where a `type` is given."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,13 @@ class Options:
     }
 
     type: TypeName | None = None
-    """The mixture of types, as `llama-quantize` names it; or one of the next three, by which each tensor gets the type
-    that costs the output least, as measured on the calibration's tokens, together with an importance matrix."""
+    """The mixture of types, as `llama-quantize` names it. In its place `size`, `bits` or `like` may stand: then each
+    tensor gets the type that costs the output least, by the calibration's tokens, with an importance matrix."""
+    imatrix: bool = False
+    """Weigh rounding errors by an importance matrix, which the calibration pass makes."""
+    encoder: Literal["auto", "llamacpp", "workbench"] = "auto"
+    """What makes the blocks: llama.cpp's quantizer, or this project's encoders (the same bytes). `auto`: these where a
+    CUDA GPU is."""
     size: str | None = None
     """Bytes of the whole file, such as 4.5GiB."""
     bits: float | None = None
@@ -83,11 +87,6 @@ class Options:
     keep: Mapping[str, BlockType] = field(default_factory=dict)
     """Tensors that get a type whatever it costs: names or patterns, such as `token_embd.weight` or `*.ffn_down.weight`,
     and the type of each."""
-    imatrix: bool = False
-    """Weigh rounding errors by an importance matrix, which the calibration pass makes."""
-    encoder: Literal["auto", "llamacpp", "workbench"] = "auto"
-    """What makes the blocks: llama.cpp's quantizer, or this project's encoders (the same bytes). `auto`: these where a
-    CUDA GPU is."""
 
 
 def budget_of(options: Options) -> Budget | None:
@@ -175,7 +174,7 @@ def making(options: Options, cuda: bool) -> Making:
         arguments={"type": options.type, "encoder": encoder},
         maker=encoder if ours else "",
         maker_packages=("torch",) if ours else (),
-        ignored=("encoder", *CHOOSING),
+        ignored=("encoder",),
         file_name=f"imatrix-{options.type}.gguf" if options.imatrix else f"{options.type}.gguf",
     )
 
