@@ -56,6 +56,7 @@ ROOMS = (
         "home",
         "scratch",
         "shape",
+        "serving",
         "worker",
         "console",
         "cache",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from workbench.api import load as load
     from workbench.api import plan as plan
     from workbench.api import profile as profile
+    from workbench.api import profile_endpoint as profile_endpoint
     from workbench.api import quantize as quantize
     from workbench.api import recommend as recommend
     from workbench.api import rows as rows
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = (
-    *("Run", "UserError", "compare", "load", "plan", "profile", "quantize", "recommend", "rows", "run", "table"),
-    "__version__",
+    *("Run", "UserError", "compare", "load", "plan", "profile", "profile_endpoint", "quantize", "recommend", "rows"),
+    *("run", "table", "__version__"),
 )
 
 

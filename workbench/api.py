@@ -107,6 +107,39 @@ def profile(
     return run(chosen, results, backends=backends, variants=variants, again=again, quiet=quiet)
 
 
+def profile_endpoint(
+    url: str,
+    results: Place = RESULTS,
+    *,
+    model: str | None = None,
+    api_key_env: str | None = None,
+    yes_remote: bool = False,
+    concurrency: Sequence[int] = (4, 16),
+    rates: Sequence[float] = (),
+    arrivals: str = "poisson",
+    limits: Sequence[str] = (),
+    prompt_tokens: int = 512,
+    new_tokens: int = 64,
+    requests: int = 100,
+    quiet: bool = True,
+) -> Row:
+    """Measure a server that speaks the OpenAI API, one answer at a time and under load; its row is stored and returned.
+
+    `api_key_env`: the variable that holds its key; `yes_remote`: it may be another machine; `concurrency`: so many
+    requests at once, each a point; `rates`: so many a second, which arrive `poisson` or `constant`; `limits`: as
+    `ttft:500ms`, for goodput and the largest rate that keeps them; `requests`: of each point. A server that dies under
+    load leaves a row with its error and what was measured before.
+    """
+    from workbench.console import Console
+    from workbench.profile import endpoint as wing
+    from workbench.serving.address import address_of
+
+    address = address_of(url, api_key_env)
+    wish = wing.wish_of(concurrency, rates, arrivals, limits, prompt_tokens, new_tokens, requests)
+    wing.check_remote(address, wish, yes_remote)
+    return wing.measure_endpoint(address, model, api_key_env, wish, results, Console(quiet))
+
+
 def quantize(recipe: Place | Recipe, *, variants: Sequence[str] | None = None, quiet: bool = True) -> Made:
     """Make the variants of a recipe (`variants`: only these, or patterns); `artifacts` says where each is."""
     from workbench import cache, pipeline

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.rows import a_row
-from workbench.records import Measurement, Row
+from workbench.records import LoadPoint, Measurement, Request, Row, Serving
 from workbench.report import quality, speeds
 from workbench.report.metrics import METRICS, OF_THE_REFERENCE
 
@@ -35,10 +35,12 @@ def test_every_metric_by_hand() -> None:
         memory={"peak_rss": 1000, "peak_vram": 2000, "weights": 700, "kv_cache": 108, "workspace": 50},
     )
     speed = row.measurement.speeds[0]
+    answers = [Request(0.0, 0.0, 5, 0.5, 0.2, [0.3], [1, 1]), Request(0.2, 0.0, 5, 0.8, 0.4, [0.4], [1, 1])]
+    served = Serving([LoadPoint("closed", 2.0, answers)], {"ttft": 0.3}, [2.5, 3.5])
     row = replace(
         row,
         machine=replace(row.machine, copy_bytes_per_s=16_000.0),
-        measurement=replace(row.measurement, speeds=[replace(speed, energy_j=[12.0, None, 20.0])]),
+        measurement=replace(row.measurement, speeds=[replace(speed, energy_j=[12.0, None, 20.0])], serving=served),
     )
     assert values(row) == {
         "bits_per_weight": 16.0,
@@ -55,6 +57,9 @@ def test_every_metric_by_hand() -> None:
         "itl_p50_s": pytest.approx(0.275),
         "itl_p95_s": pytest.approx(0.5),
         "itl_p99_s": pytest.approx(0.5),
+        # Of two requests within a second, one within the limit.
+        "goodput_req_s": pytest.approx(1.0),
+        "largest_rate_req_s": 2.5,
         "energy_j_per_token": pytest.approx(16 / (speed.new_tokens * 2)),
         # 4 steps a second; of the cache the prompt's part and half of the answer's.
         "bandwidth_fraction": pytest.approx(
@@ -98,6 +103,8 @@ def test_directions_and_order() -> None:
         "itl_p50_s",
         "itl_p95_s",
         "itl_p99_s",
+        "goodput_req_s",
+        "largest_rate_req_s",
         "energy_j_per_token",
         "bandwidth_fraction",
         "perplexity",
@@ -112,7 +119,8 @@ def test_directions_and_order() -> None:
         "bits_per_byte",
     ]
     higher = {name for name, metric in METRICS.items() if metric.better == "higher"}
-    assert higher == {"prefill_tok_s", "decode_tok_s", "top1_agreement", "bandwidth_fraction"}
+    of_servers = {"goodput_req_s", "largest_rate_req_s"}
+    assert higher == {"prefill_tok_s", "decode_tok_s", "top1_agreement", "bandwidth_fraction"} | of_servers
     assert all(name == metric.name for name, metric in METRICS.items())
 
 

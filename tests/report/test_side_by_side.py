@@ -42,6 +42,8 @@ def test_what_pages_and_tables_show_of_a_metric() -> None:
         "decode_tok_s": ("tok/s", ".1f", 1, "always"),
         "ttft_s": ("ms", ".1f", 1e-3, "never"),
         "itl_p95_s": ("ms", ".1f", 1e-3, "never"),
+        "goodput_req_s": ("req/s", ".2f", 1, "where measured"),
+        "largest_rate_req_s": ("req/s", ".2f", 1, "where measured"),
         "energy_j_per_token": ("J/token", ".3f", 1, "never"),
         "bandwidth_fraction": ("%", ".0f", 0.01, "never"),
         "perplexity": ("", ".3f", 1, "never"),

@@ -10,7 +10,7 @@ from workbench import api
 from workbench.cli import options as o
 from workbench.cli.rows import check_format
 from workbench.console import write
-from workbench.errors import check_known
+from workbench.errors import UserError, check_known
 from workbench.report.formats import FILE_FORMATS, FORMATS
 
 
@@ -67,11 +67,49 @@ def profile(
     again: o.Again = False,
     format: o.TableFormat = "terminal",
     quiet: o.Quiet = False,
+    endpoint: o.Endpoint = None,
+    model: o.EndpointModel = None,
+    api_key_env: o.KeyVariable = None,
+    yes_remote: o.YesRemote = False,
+    concurrency: o.AtOnce = None,
+    rate: o.Rates = None,
+    arrivals: o.Arrivals = "poisson",
+    slo: o.Slo = None,
+    prompt_tokens: o.PromptTokens = 512,
+    new_tokens: o.NewTokens = 64,
+    requests: o.Requests = 100,
 ) -> None:
-    """Run every variant in every engine and store what is measured."""
+    """Run every variant in every engine and store what is measured; or measure a server that is already there."""
     from workbench.home import recipe_or_last
 
-    run(recipe_or_last(recipe), results, backend, variant, again, format, quiet)
+    if endpoint is None:
+        if model or api_key_env or yes_remote or concurrency or rate or slo:
+            raise UserError(
+                "--model, --api-key-env, --concurrency, --rate and --slo are about a server: --endpoint URL"
+            )
+        run(recipe_or_last(recipe), results, backend, variant, again, format, quiet)
+        return
+    if recipe or backend or variant:
+        raise UserError("--endpoint measures a server as it is: leave out the recipe, --backend and --variant")
+    check_format(format)
+    row = api.profile_endpoint(
+        endpoint,
+        results,
+        model=model,
+        api_key_env=api_key_env,
+        yes_remote=yes_remote,
+        concurrency=concurrency or (4, 16),
+        rates=rate or (),
+        arrivals=arrivals,
+        limits=slo or (),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        requests=requests,
+        quiet=quiet,
+    )
+    shown = FILE_FORMATS[format]([row]) if format in FILE_FORMATS else FORMATS[format](api.table([row]))
+    write(None, shown)
+    raise typer.Exit(1 if row.error else 0)
 
 
 def plan(

@@ -55,6 +55,35 @@ OldRows = Annotated[
 ]
 NewRows = Annotated[str, Argument(metavar="B", help="The same, for the later ones.", callback=_home)]
 
+Endpoint = Annotated[
+    str | None,
+    Option(help="Measure this server, as http://127.0.0.1:8000/v1, instead of a recipe.", show_default=False),
+]
+EndpointModel = Annotated[str | None, Option("--model", help="Its model; default: the only one.", show_default=False)]
+KeyVariable = Annotated[
+    str | None, Option("--api-key-env", metavar="VAR", help="The variable that holds its key.", show_default=False)
+]
+YesRemote = Annotated[bool, Option("--yes-remote", help="It may be another machine.")]
+AtOnce = Annotated[
+    list[int] | None,
+    Option("--concurrency", help="So many requests at once; may be repeated. Default: 4 and 16.", min=1, max=4096),
+]
+Rates = Annotated[
+    list[float] | None,
+    Option("--rate", help="So many requests a second; may be repeated.", show_default=False),
+]
+Arrivals = Annotated[str, Option(help="poisson or constant: how requests of a rate come.")]
+Slo = Annotated[
+    list[str] | None,
+    Option(
+        help="A limit for goodput and the largest rate, as ttft:500ms, itl:50ms, tpot:40ms, e2e:5s; may be repeated.",
+        show_default=False,
+    ),
+]
+PromptTokens = Annotated[int, Option(help="Tokens of a prompt.", min=1, max=10**6)]
+NewTokens = Annotated[int, Option(help="Tokens of an answer.", min=2, max=10**5)]
+Requests = Annotated[int, Option(help="Requests of each load.", min=10, max=10**5)]
+
 OnlyBackends = Annotated[
     list[str] | None,
     Option("--backend", "-b", help="Only this engine; may be given several times.", show_default=False),

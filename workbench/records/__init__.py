@@ -9,4 +9,5 @@ from workbench.records.codec import *  # noqa: F403
 from workbench.records.limits import *  # noqa: F403
 from workbench.records.rows import *  # noqa: F403
 from workbench.records.scores import *  # noqa: F403
+from workbench.records.serving import *  # noqa: F403
 from workbench.records.work import *  # noqa: F403

@@ -25,6 +25,7 @@ from workbench.records.limits import (
     limit,
 )
 from workbench.records.scores import Answers, Quality, check_quality
+from workbench.records.serving import Serving
 
 SCHEMA_VERSION = 2
 """Version of a stored row's form. Raise it when a field changes, and teach `report/migrate.py` to read the old one."""
@@ -337,6 +338,8 @@ class Measurement:
     served: list[Served] = field(default_factory=list)
     conditions: Conditions = field(default_factory=lambda: Conditions())
     tasks: dict[str, Answers] = field(default_factory=dict)
+    serving: Serving | None = None
+    """Of a server: what it answered under load."""
 
     def __post_init__(self) -> None:
         for name, quality in self.qualities.items():

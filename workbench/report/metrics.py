@@ -17,7 +17,7 @@ from statistics import median
 from typing import Literal
 
 from workbench.records import Row
-from workbench.report import estimates, quality, speeds
+from workbench.report import estimates, loads, quality, speeds
 from workbench.report.estimates import Estimate
 from workbench.report.units import MIB
 
@@ -157,6 +157,12 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("itl_p95_s", "between tokens, 95 %", "s", "lower", speeds.itl(0.95),
            column=Column("between tokens, 95 %", "ms", ".1f", 1e-3, "95 % of the decoding steps are faster")),
     Metric("itl_p99_s", "between tokens, 99 %", "s", "lower", speeds.itl(0.99)),
+    Metric("goodput_req_s", "goodput", "req/s", "higher", loads.goodput,
+           column=Column("goodput", "req/s", ".2f", 1, "Requests a second within the limits, at the best load point",
+                         "where measured")),
+    Metric("largest_rate_req_s", "largest rate", "req/s", "higher", loads.largest_rate,
+           column=Column("largest rate", "req/s", ".2f", 1, "At which 95 of 100 requests surely keep the limits",
+                         "where measured")),
     Metric("energy_j_per_token", "energy a token", "J", "lower", speeds.energy_j_per_token,
            column=Column("energy", "J/token", ".3f", 1, "Of GPUs, and of processors whose counter can be read")),
     Metric("bandwidth_fraction", "of the copy bandwidth", "", "higher", speeds.bandwidth_fraction,

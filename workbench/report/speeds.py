@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from workbench.records import Row, Speed
-from workbench.report import estimates
+from workbench.report import estimates, loads
 
 
 def interval(samples: Sequence[float], rounds: Sequence[int] = ()) -> tuple[float, float] | None:
@@ -110,7 +110,18 @@ def served_rates(row: Row) -> list[tuple[int, Rate]]:
             f"served b{served.slots}{how}", [tokens / each for each in served.seconds if tokens], served.rounds
         )
         found += [(served.slots, rate)] if rate else []
-    return found
+    return found + _under_load(row)
+
+
+def _under_load(row: Row) -> list[tuple[int, Rate]]:
+    """The same of a server's closed loops; the points of one size are repeats."""
+    serving = row.measurement.serving if row.measurement else None
+    rates: dict[int, list[float]] = {}
+    for point in serving.points if serving else ():
+        own = loads.figures(point, {})
+        if point.arrivals == "closed" and own and own.output_tok_s:
+            rates.setdefault(round(point.level), []).append(own.output_tok_s)
+    return [(slots, Rate(f"served b{slots}", statistics.median(each), interval(each))) for slots, each in rates.items()]
 
 
 def further_rates(row: Row) -> list[Rate]:

@@ -251,6 +251,8 @@ def _slim(row: Row) -> None:
     if measurement is None:
         return
     del measurement.speeds[1:], measurement.served[:]
+    if measurement.serving is not None:
+        del measurement.serving.points[:]
     for quality in measurement.qualities.values():
         for window in quality["windows"]:
             window.pop("kld", None)

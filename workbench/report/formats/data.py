@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from workbench.errors import check_known
 from workbench.records import Task
-from workbench.report import quality
+from workbench.report import loads, quality
 from workbench.report.doubts import quality_missing
+from workbench.report.loads import Figures
 from workbench.report.metrics import METRICS
 from workbench.report.store import machine_of
 from workbench.report.table import Line, Score, Table, TableOnSet, workload
@@ -74,9 +75,9 @@ def objects(table: Table) -> list[dict[str, object]]:
     """One flat object a line: SI units, None where not measured, never NaN.
 
     `*_ci` are pairs (95 %, of the median), `*_se` one standard error. `options` is what the recipe asked of the engine,
-    `settings` what it ran with; `points` has the speeds of further prompt lengths, batches and requests;
-    `evaluations` the quality on further sets by name, under the keys of the first; `tasks` accuracies by name, None for
-    what a row was not asked; `notes` what stands below the table.
+    `settings` what it ran with; `points` has the speeds of further prompt lengths, batches and requests; `loads` what a
+    server did under load; `evaluations` the quality on further sets by name, under the keys of the first; `tasks`
+    accuracies by name, None for what a row was not asked; `notes` what stands below the table.
     """
     found = []
     for place, line in enumerate(table.lines):
@@ -137,6 +138,19 @@ def _score(score: Score | None, task: Task) -> dict[str, object]:
     }
 
 
+def _load(own: Figures) -> dict[str, object]:
+    """A load point, its quantiles as `ttft_s_p50`, `ttft_s_p90`, `ttft_s_p99`."""
+    found: dict[str, object] = {}
+    for name, value in vars(own).items():
+        if name == "name":
+            continue
+        if name in ("ttft_s", "itl_s", "tpot_s", "e2e_s"):
+            found |= dict(zip((f"{name}_p50", f"{name}_p90", f"{name}_p99"), value or (None,) * 3, strict=True))
+        else:
+            found[name] = value
+    return found
+
+
 def _object(line: Line) -> dict[str, object]:
     row = line.row
     prompt_tokens, new_tokens, batch = workload(row)
@@ -164,6 +178,7 @@ def _object(line: Line) -> dict[str, object]:
             rate.name: {"median": rate.median, "ci": list(rate.interval) if rate.interval else None}
             for rate in line.further.values()
         },
+        "loads": {own.name: _load(own) for own in loads.all_figures(row)},
         "quality_missing": quality_missing(row),
         **{f"{name}_ci": list(interval) if interval else None for name, interval in line.intervals.items()},
         "warnings": list(line.warnings),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from workbench.records import Evaluation
+from workbench.report import loads
 from workbench.report.doubts import quality_missing
 from workbench.report.selection import BASE
 from workbench.report.table import Table, shared_settings, workload
@@ -77,7 +78,10 @@ def remarks_of(table: Table) -> list[str]:
             each = [f"{backend} {format(value, '.1e') if value else 0}" for backend, value in floor.divergences]
             texts.append(f"noise floor{where}: divergence of {floor.base} from its own reference: {', '.join(each)}")
     missing = dict.fromkeys(why for line in table.lines if (why := quality_missing(line.row)))
-    return [plain(text) for text in (*texts, *missing, *_rates(table), *_settings(table), *_idle(table), *table.notes)]
+    return [
+        plain(text)
+        for text in (*texts, *missing, *_rates(table), *_loads(table), *_settings(table), *_idle(table), *table.notes)
+    ]
 
 
 def _idle(table: Table) -> list[str]:
@@ -119,6 +123,38 @@ def _rates(table: Table) -> list[str]:
     }
     meant = [meaning for word, meaning in words.items() if any(word in name for name in names)]
     return [*texts, f"there {'; '.join(meant)}"] if texts else []
+
+
+def _loads(table: Table) -> list[str]:
+    """A line for each load that a server was put under, and what that means."""
+    texts = []
+    for line in table.lines:
+        for own in loads.all_figures(line.row):
+            failed = f", {own.failed} failed" if own.failed else ""
+            good = f", goodput {own.goodput_req_s:.3g} req/s ({own.kept:.1%})" if own.goodput_req_s is not None else ""
+            spreads = {"TTFT": own.ttft_s, "ITL": own.itl_s, "TPOT": own.tpot_s, "E2E": own.e2e_s}
+            times = ", ".join(
+                f"{name} {'/'.join(f'{1e3 * each:.4g}' for each in found)}" for name, found in spreads.items() if found
+            )
+            texts.append(
+                f"{line.row.artifact.variant} on {line.row.backend}, {own.name}: {own.asked} requests{failed}, "
+                f"{own.output_tok_s:.1f} t/s, {own.requests_s:.3g} req/s{good}, {times}, client {1e3 * own.late_s:.2g}"
+            )
+        serving = line.row.measurement.serving if line.row.measurement else None
+        if serving and serving.largest_rate:
+            low, high = serving.largest_rate
+            rate = f"{low:.3g} to {high:.3g}" if high < 1e18 else f"at least {low:.3g}"
+            limits = ", ".join(f"{name} {1e3 * most:g} ms" for name, most in serving.limits.items())
+            texts.append(
+                f"{line.row.artifact.variant} on {line.row.backend}: the largest rate at which 95 of 100 requests keep "
+                f"{limits} is {rate} requests a second (95 %, {len(serving.largest_rate_trials)} trials)"
+            )
+    if texts:
+        texts.append(
+            "there TTFT: to the first token; ITL: between tokens; TPOT: per output token; E2E: to the end; ms, median, "
+            "90 % and 99 %; client: how late the measuring itself was"
+        )
+    return texts
 
 
 def _settings(table: Table) -> list[str]:

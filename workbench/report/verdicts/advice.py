@@ -88,7 +88,12 @@ def _text(found: Recommendation) -> str:
         room = max(row.workload.longest, row.longest_window)
         lines += ["", f"Serve it with (room for {room} tokens a sequence, as measured):", *_command(found.command)]
     else:
-        lines += ["", f"{found.choice.line.row.backend} has no server of its own for it."]
+        row = found.choice.line.row
+        url = row.options.get("url")
+        lines += [
+            "",
+            printable(f"It is served at {url}.") if url else f"{row.backend} has no server of its own for it.",
+        ]
     told = {found.choice.name, found.runner_up.name if found.runner_up else ""}
     front = [one for one in found.front if one in found.fitting and one.name not in told]
     if front:

@@ -1,0 +1,124 @@
+"""What a server's answers under load come to: latencies, throughput, and how much of it kept limits.
+
+    TTFT  from sending a request to its first token
+    ITL   between an arrival of tokens and the next; a request's own is the time that 99 % of its waits are below
+    TPOT  from the first token to the last, over the tokens after the first arrival's
+    E2E   from sending to the answer's end
+
+Requests and tokens a second are over the time from the first request's sending to the last one's end, as `vllm bench
+serve` has them. **Goodput** counts the requests whose answers came whole and kept every limit (Y. Zhong et al.,
+DistServe, OSDI 2024); a fault keeps none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from workbench.records import Limited, LoadPoint, Request, Row, Seconds
+from workbench.report.estimates import quantile
+
+Spread = tuple[float, float, float] | None
+"""Median, 90 % and 99 %, seconds; None without a sample."""
+
+
+def own(request: Request, what: Limited) -> float | None:
+    """A latency of one answer, seconds; None where it has none, as one token has no time between tokens."""
+    if what == "ttft":
+        return request.first_token_s
+    if what == "e2e":
+        return request.end_s
+    if not request.gaps_s:
+        return None
+    if what == "itl":
+        return quantile(sorted(request.gaps_s), 0.99)
+    later = sum(request.gained[1:])
+    return sum(request.gaps_s) / later if later else None
+
+
+def keeps(request: Request, limits: Mapping[Limited, Seconds]) -> bool:
+    """Whether an answer came, and kept every limit that is about it."""
+    if request.error:
+        return False
+    return all((value := own(request, what)) is None or value <= most for what, most in limits.items())
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A load point as people read it."""
+
+    name: str
+    """`4 at once`, `2.5/s poisson`."""
+    asked: int
+    failed: int
+    output_tok_s: float
+    requests_s: float
+    ttft_s: Spread
+    itl_s: Spread
+    """Over all waits of all answers."""
+    tpot_s: Spread
+    e2e_s: Spread
+    goodput_req_s: float | None
+    """None without limits."""
+    kept: float | None
+    """Share of the requests that kept the limits."""
+    late_s: float
+    """The client's own delay: the longest that a request was sent too late, or that its clock ticked too late in 99 of
+    100 ticks."""
+
+
+def name_of(point: LoadPoint) -> str:
+    """What a load point is called."""
+    return f"{point.level:g} at once" if point.arrivals == "closed" else f"{point.level:.3g}/s {point.arrivals}"
+
+
+def figures(point: LoadPoint, limits: Mapping[Limited, Seconds]) -> Figures | None:
+    """None of a point without requests."""
+    asked = point.counted
+    if not asked:
+        return None
+    good = [request for request in asked if not request.error]
+    seconds = max(each.sent_s + each.end_s for each in asked) - min(each.sent_s for each in asked)
+    kept = sum(keeps(request, limits) for request in asked) if limits else None
+
+    def spread(what: Limited) -> Spread:
+        return _spread([value for each in good if (value := own(each, what)) is not None])
+
+    return Figures(
+        name=name_of(point),
+        asked=len(asked),
+        failed=len(asked) - len(good),
+        output_tok_s=sum(each.new_tokens for each in good) / seconds if seconds else 0.0,
+        requests_s=len(good) / seconds if seconds else 0.0,
+        ttft_s=spread("ttft"),
+        itl_s=_spread([gap for each in good for gap in each.gaps_s]),
+        tpot_s=spread("tpot"),
+        e2e_s=spread("e2e"),
+        goodput_req_s=kept / seconds if kept is not None and seconds else None,
+        kept=kept / len(asked) if kept is not None else None,
+        late_s=max([*(each.late_s for each in asked), *point.lag_s[1:2]]),
+    )
+
+
+def all_figures(row: Row) -> list[Figures]:
+    """Of every load point of a row."""
+    serving = row.measurement.serving if row.measurement else None
+    if serving is None:
+        return []
+    return [found for point in serving.points if (found := figures(point, serving.limits))]
+
+
+def goodput(row: Row) -> float | None:
+    """Requests a second that kept the limits, at the load point where they were most; None without limits."""
+    return max((each.goodput_req_s for each in all_figures(row) if each.goodput_req_s is not None), default=None)
+
+
+def largest_rate(row: Row) -> float | None:
+    """Requests a second: the lower end of the interval of the largest rate that keeps the limits."""
+    serving = row.measurement.serving if row.measurement else None
+    return serving.largest_rate[0] if serving and serving.largest_rate else None
+
+
+def _spread(values: list[float]) -> Spread:
+    found = sorted(values)
+    return (quantile(found, 0.5), quantile(found, 0.9), quantile(found, 0.99)) if found else None
