@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workbench.plan.need import Plan
     from workbench.quantize.make import Made
     from workbench.recipe.load import Recipe
-    from workbench.records import Row
+    from workbench.records import LayerKind, Row
     from workbench.report.table import Table
     from workbench.report.verdicts.compare import Comparison
     from workbench.report.verdicts.recommend import Recommendation
@@ -279,6 +279,13 @@ def plan(
         check_known("device", device, ["cpu", "cuda"])
     cuda = None if device is None else device == "cuda"
     return wing.make(load(recipe), memory_bytes=_bytes(memory, "--memory"), context=context, batch=batch, cuda=cuda)
+
+
+def layers(recipe: Place | Recipe) -> list[LayerKind]:
+    """Which linear layers of the base's decoder layers share an input, and what produces it, by kind of layer."""
+    from workbench.plan import make as wing
+
+    return wing.layers(load(recipe))
 
 
 def _rows(

@@ -244,6 +244,20 @@ def test_a_directory_is_planned_from_its_headers(tiny_llama: Path) -> None:
     assert 0 < files - base.disk_bytes < 8192  # The rest is the file's header.
 
 
+def test_a_bases_layers_are_shown_as_running_them_finds_them(tiny_llama: Path) -> None:
+    kinds = plan.layers(recipe(base={"path": str(tiny_llama)}))
+    assert formats.layers(kinds, "terminal").splitlines()[1:] == [
+        "  self_attn.q_proj, self_attn.k_proj, self_attn.v_proj <- input_layernorm",
+        "  self_attn.o_proj <- self_attn.v_proj, each for 2 heads",
+        "  mlp.gate_proj, mlp.up_proj <- post_attention_layernorm",
+        "  mlp.down_proj <- mlp.up_proj",
+    ]
+    (found,) = json.loads(formats.layers(kinds, "json"))
+    assert found["layers"] == "0-1" and len(found["groups"]) == 4
+    with pytest.raises(UserError, match="'gpt_neox' keeps its decoder layers elsewhere"):
+        plan.layers(recipe(base={"config": LLAMA_8B | {"model_type": "gpt_neox"}, "init": "random"}))
+
+
 def hub_plan(tmp_path: Path, **env: str) -> list[dict[str, Any]]:
     """What `workbench plan` prints as JSON for a base on the hub, with a hub cache of its own."""
     (tmp_path / "r.yaml").write_text("base: {hub: owner/name}\nvariants: [{gguf: Q8_0}]\n")

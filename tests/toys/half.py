@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.shape import Shape, Stored
-from workbench.worker.architectures import Layer
+from workbench.worker.layers import Layer
 from workbench.worker.methods import Making
 
 SHORTHAND = ""
@@ -74,7 +74,7 @@ def quantization_config(options: Options) -> dict[str, Any]:
 def quantize(layer: Layer, options: Options) -> tuple[dict[str, Any], dict[str, float], list[str]]:
     """The weights again, and the diagonal of each Gram matrix."""
     tensors, errors = dict(layer.tensors), {}
-    for group in layer.architecture.groups:
+    for group in layer.structure.groups:
         for linear in group.linears:
             if quantizes(options, linear):
                 tensors[f"{linear}.half"] = tensors.pop(f"{linear}.weight")

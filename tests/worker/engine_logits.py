@@ -83,7 +83,8 @@ def _job(backend: str, model: dict[str, Any]) -> Any:
 def convert_and_quantize(payload: dict[str, Any], progress: Any) -> dict[str, Any]:
     """GGUF forms of several bases by the program's own workers: an exact one, then each type from it.
 
-    Payload: `models` (name -> `base`, `imatrix` or null), `types`, `folder`. Returns name -> type -> path.
+    Payload: `models` (name -> `base`, `imatrix` or null), `types`, `folder`. Returns name -> type -> path, or
+    `refused` -> why there is none.
     """
     from workbench.worker.methods import gguf
 
@@ -91,7 +92,13 @@ def convert_and_quantize(payload: dict[str, Any], progress: Any) -> dict[str, An
     for number, (name, model) in enumerate(payload["models"].items()):
         # A number for a name: llama.cpp looks for the special tokens of Phi-3 in what is called so.
         exact = Path(payload["folder"]) / f"small-{number}-F32.gguf"
-        gguf.convert({"base": model["base"], "out": str(exact), "dtype": "float32", "name": str(number)}, progress)
+        order = {"base": model["base"], "out": str(exact), "dtype": "float32", "name": str(number)}
+        try:
+            gguf.convert(order, progress)
+        except Exception as error:
+            traceback.print_exc()
+            made[name] = {"refused": f"{type(error).__name__}: {error}"}
+            continue
         made[name] = {"F32": str(exact)}
         for kind in payload["types"]:
             out = exact.with_name(f"small-{number}-{kind}.gguf")

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from workbench.worker.architectures import Layer, describe
+from workbench.worker.architectures import ARCHITECTURES, sizes_of
+from workbench.worker.calibration.discover import structures_of
+from workbench.worker.layers import Layer
 
 torch = pytest.importorskip("torch")
 
@@ -35,18 +37,18 @@ def layer_of(kind: str = "llama", seed: int = 0) -> Layer:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    architecture = describe(config)
-    axes = architecture.sizes.axes
+    (structure,) = structures_of(config | {"head_dim": 16})
+    axes = sizes_of(config).axes
     chance = torch.Generator().manual_seed(seed)
     tensors, grams = {}, {}
-    for name, linear in architecture.family.linears.items():
+    for name, linear in ARCHITECTURES[kind].linears.items():
         tensors[f"{name}.weight"] = torch.randn(axes[linear.rows], axes[linear.columns], generator=chance)
         tensors[f"{name}.bias"] = torch.randn(axes[linear.rows], generator=chance)
-    for group in architecture.groups:
+    for group in structure.groups:
         inputs = tensors[f"{group.linears[0]}.weight"].shape[1]
         sizes = torch.logspace(-1, 1, inputs)[torch.randperm(inputs, generator=chance)]
         x = torch.randn(400, inputs, generator=chance) * sizes
         grams[group.linears[0]] = x.t() @ x / 400
-        if group.producer.kind == "norm":
+        if group.producer and group.producer.kind == "norm":
             tensors[f"{group.producer.module}.weight"] = torch.rand(inputs, generator=chance) + 0.5
-    return Layer(0, tensors, grams, architecture)
+    return Layer(0, tensors, grams, structure)

@@ -48,11 +48,12 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 def write_model(folder: Path, kind: str, seed: int = 0, **sizes: Any) -> Path:
     """A random model, float32, with weights large enough for its layers to matter, and biases and norms that are
-    not trivial. `kind` is a key of `MODELS` or `OTHERS`; `sizes` replaces entries of its configuration."""
+    not trivial. `kind` is a key of `MODELS` or `OTHERS`, or a `model_type`; `sizes` replaces entries of its
+    configuration."""
     import torch
     import transformers
 
-    more = SIZES | (MODELS | OTHERS)[kind] | sizes
+    more = SIZES | (MODELS | OTHERS).get(kind, {}) | sizes
     config = transformers.AutoConfig.for_model(more.pop("model_type", kind), **more)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

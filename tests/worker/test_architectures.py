@@ -1,4 +1,4 @@
-"""The table of architectures: what it refuses, and each entry from a random model to the logits of three engines.
+"""The model types of plans' table, each from a random model to the logits of three engines.
 
 What is held against what: an engine's logits of a checkpoint against transformers' float32 logits of the same
 checkpoint de-quantized by our own unpacking (by the `gguf` package where the checkpoint is a GGUF file), so that what
@@ -18,7 +18,6 @@ from tests.places import ROOT
 from tests.worker.engine_logits import convert_and_quantize, join_layers
 from tests.worker.small_models import (
     MODELS,
-    OTHERS,
     dequantized,
     relative,
     write_model,
@@ -26,91 +25,11 @@ from tests.worker.small_models import (
     write_tokens,
 )
 from tests.worker.unpacking import exact, from_gguf, load_base
-from workbench.errors import UserError
 from workbench.machine import isolate
-from workbench.worker.architectures import ARCHITECTURES, EXPERTS, describe
+from workbench.worker.architectures import ARCHITECTURES
 from workbench.worker.backends import BACKENDS
 from workbench.worker.calibration import run as calibrate
 from workbench.worker.ggml import carry
-
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
-def test_unknown_architecture_names_the_way_out() -> None:
-    with pytest.raises(UserError, match="(?s)'lama'.*Did you mean 'llama'.*engine: gptqmodel"):
-        describe(LLAMA | {"model_type": "lama"})
-
-
-@pytest.mark.parametrize("kind", sorted(EXPERTS))
-def test_experts_are_refused_by_name(kind: str) -> None:
-    with pytest.raises(UserError, match=f"'{kind}': the calibration pass takes no experts yet.*engine: gptqmodel"):
-        describe(LLAMA | {"model_type": kind})
-
-
-@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])
-def test_experts_are_known_by_their_number_too(key: str) -> None:
-    with pytest.raises(UserError, match="'unheard_of': the calibration pass takes no experts yet.*gptqmodel"):
-        describe(LLAMA | {"model_type": "unheard_of", key: 8})
-    assert describe(LLAMA | {key: 0}).model_type == "llama"
-
-
-def test_multimodal_configuration_is_refused() -> None:
-    with pytest.raises(UserError, match=r"only text models.*\(gemma3_text\).*as the base.*engine: gptqmodel") as told:
-        describe({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
-    assert "Did you mean" not in str(told.value)
-
-
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
-def test_every_entry_is_whole(kind: str) -> None:
-    architecture = describe(LLAMA | {"model_type": kind})
-    assert architecture.model_type == kind
-    assert set(architecture.gguf) == set(architecture.linears)
-    assert len(set(architecture.gguf.values())) == len(architecture.linears)
-    for group in architecture.groups:
-        if group.producer.kind == "linear":
-            assert group.producer.module in architecture.linears
-        else:
-            assert group.producer.module not in architecture.linears
-
-
-def test_phi3_values_and_up_rows_are_the_last_ones() -> None:
-    by_linear = {group.linears[0]: group.producer for group in describe(LLAMA | {"model_type": "phi3"}).groups}
-    assert by_linear["self_attn.o_proj"].rows == (64 + 32, 64 + 32 + 32)
-    assert by_linear["self_attn.o_proj"].repeats == 2
-    assert by_linear["mlp.down_proj"].rows == (128, 256)
-
-
-@pytest.mark.parametrize("kind", sorted(OTHERS))
-def test_the_pass_refuses_a_real_directory_of_them(kind: str, tmp_path: Path) -> None:
-    """Not only a configuration made by hand: a model that transformers builds and saves."""
-    pytest.importorskip("transformers")
-    base = write_model(tmp_path / "base", kind)
-    tokens = write_tokens(tmp_path / "tokens.json", [40] * 24)
-    request = {
-        "base": str(base),
-        "tokens": str(tokens),
-        "tokens_digest": "t",
-        "variants": [],
-        "imatrix_out": None,
-        "state": str(tmp_path / "state"),
-        "device": "cpu",
-        "threads": 1,
-        "seed": 0,
-    }
-    reason = (
-        "is not in the calibration pass's table" if kind == "gpt_neox" else "the calibration pass takes no experts yet"
-    )
-    with pytest.raises(UserError, match=f"'{kind}'.*{reason}.*engine: gptqmodel") as caught:
-        calibrate.run(request, lambda *_: None)
-    assert "\n" not in str(caught.value)
-
 
 # --- engines ------------------------------------------------------------------------------------
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from workbench.worker.architectures import describe
+from workbench.errors import UserError
+from workbench.worker.calibration.discover import structures_of
+from workbench.worker.ggml.names import tensor_names
 from workbench.worker.methods.awq import NIBBLES
 
 torch = pytest.importorskip("torch")
@@ -76,11 +78,10 @@ def from_gguf(base: Path, path: str, without: str = "none") -> Any:
     import gguf
 
     config = json.loads((base / "config.json").read_text())
-    architecture = describe(config)
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
-    for layer in range(config["num_hidden_layers"]):
-        for linear, short in architecture.gguf.items():
-            names[f"blk.{layer}.{short}.weight"] = f"model.layers.{layer}.{linear}.weight"
+    weights = ["model.embed_tokens.weight", "lm_head.weight"]
+    for layer, structure in enumerate(structures_of(config)):
+        weights += [f"model.layers.{layer}.{linear}.weight" for linear in structure.linears]
+    names = {short: name for name, short in tensor_names(config, weights).items()}
     model = load_base(base)
     state = model.state_dict()
     seen = set()
@@ -89,9 +90,9 @@ def from_gguf(base: Path, path: str, without: str = "none") -> Any:
         if tensor.name in names and not tensor.name.startswith(without):
             weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
             weight = weight.reshape(state[names[tensor.name]].shape)
-            if architecture.model_type in ("llama", "mistral") and ".attn_q." in tensor.name:
+            if config["model_type"] in ("llama", "mistral") and ".attn_q." in tensor.name:
                 weight = unpermuted(weight, config["num_attention_heads"])
-            if architecture.model_type in ("llama", "mistral") and ".attn_k." in tensor.name:
+            if config["model_type"] in ("llama", "mistral") and ".attn_k." in tensor.name:
                 weight = unpermuted(weight, config["num_key_value_heads"])
             state[names[tensor.name]] = weight
     assert set(names) - seen <= {"output.weight"}
@@ -102,3 +103,39 @@ def from_gguf(base: Path, path: str, without: str = "none") -> Any:
 def unpermuted(weight: Any, heads: int) -> Any:
     """llama.cpp's Llama keeps a head's rotary pairs side by side; the checkpoint keeps them half a head apart."""
     return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def with_files_weights(base: Path, exact_path: str, path: str) -> Any:
+    """The base's model with a GGUF file's matrices in place, their rows in the order that a file of the same
+    architecture with the base's own weights shows."""
+    import gguf
+
+    config = json.loads((base / "config.json").read_text())
+    model = load_base(base)
+    state = model.state_dict()
+    names = {short: name for name, short in _names(config, state).items()}
+    own = {tensor.name: tensor for tensor in gguf.GGUFReader(exact_path).tensors}
+    for tensor in gguf.GGUFReader(path).tensors:
+        name = names.get(tensor.name)
+        if name is None or len(tensor.shape) != 2 or tensor.tensor_type.name == "F32":
+            continue
+        wanted = state[name]
+        rows = torch.from_numpy(own[tensor.name].data.copy())
+        apart = torch.cdist(wanted.double(), rows.double())
+        assert float(apart.min(1).values.max()) < 1e-6, f"{tensor.name} holds other rows than {name}"
+        weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        state[name] = weight[apart.argmin(1)]
+    model.load_state_dict(state)
+    return model
+
+
+def _names(config: dict[str, Any], state: dict[str, Any]) -> dict[str, str]:
+    weights = [name for name, tensor in state.items() if name.endswith(".weight") and tensor.dim() == 2]
+    return {name: short for each in weights for name, short in _named(config, each).items()}
+
+
+def _named(config: dict[str, Any], name: str) -> dict[str, str]:
+    try:
+        return tensor_names(config, [name])
+    except UserError:
+        return {}

@@ -118,6 +118,7 @@ def plan(
     context: o.Context = None,
     batch: o.Batch = None,
     device: o.Device = None,
+    layers: o.Layers = False,
     format: o.TextFormat = "terminal",
 ) -> None:
     """What each variant will need in each engine, and what fits, before anything is made; exit 1 if nothing fits."""
@@ -127,6 +128,9 @@ def plan(
     loaded = api.load(recipe)
     if loaded.base.hub and format == "terminal":
         print(f"reading what the hub has of {loaded.base.hub}: its configuration and headers", file=sys.stderr)
+    if layers:
+        sys.stdout.write(formats.layers(api.layers(loaded), format))
+        return
     made = api.plan(loaded, memory=memory, context=context, batch=batch, device=device)
     sys.stdout.write(formats.FORMATS[format](made))
     raise typer.Exit(0 if any(need.fits for need in made.needs) else 1)

@@ -166,6 +166,9 @@ Sort = Annotated[str, Option(help="speed, quality, memory or size.")]
 Memory = Annotated[str | None, Option(help="Fit into this much, as 24GiB; default: this machine's.")]
 Context = Annotated[int | None, Option(help="Tokens of a sequence, prompt and new ones.")]
 Batch = Annotated[int | None, Option(help="Sequences at once.")]
+Layers = Annotated[
+    bool, Option("--layers", help="Show instead which linear layers share an input, and what AWQ can scale.")
+]
 Device = Annotated[str | None, Option(help="cpu or cuda; default: what is here.", show_default=False)]
 
 Page = Annotated[Path, Option("--output", "-o", help="The page.", callback=_home)]

@@ -14,6 +14,7 @@ from workbench.worker.backends import backend_named
 
 if TYPE_CHECKING:
     from workbench.plan.need import Need, Plan
+    from workbench.records import LayerKind
 
 
 def objects(plan: Plan) -> list[dict[str, Any]]:
@@ -90,6 +91,16 @@ def terminal(plan: Plan) -> str:
         for text, number in footnotes.items():
             console.print(f"[{number}] {text}", markup=False)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().split("\n")) + "\n"
+
+
+def layers(kinds: Sequence[LayerKind], format: str) -> str:
+    """Which linear layers share an input and what produces it, a paragraph a kind of layer; or as JSON."""
+    if format == "json":
+        return json.dumps(to_json(list(kinds)), indent=2) + "\n"
+    paragraphs = (
+        f"decoder layers {kind.layers}\n" + "".join(f"  {group}\n" for group in kind.groups) for kind in kinds
+    )
+    return "\n".join(paragraphs)
 
 
 def _sequences(plan: Plan) -> str:

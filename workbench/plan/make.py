@@ -36,7 +36,7 @@ from workbench.recipe.choices import (
     wants_gguf_base,
 )
 from workbench.recipe.load import Recipe
-from workbench.records import BaseRequest, CarriedVariant, Variant, from_json, to_json
+from workbench.records import BaseRequest, CarriedVariant, LayerKind, Variant, from_json, to_json
 from workbench.shape import DTYPE_BYTES, Described, Sequences, Shape, Stored
 from workbench.sizes import size_text
 from workbench.worker.methods import BASE
@@ -139,6 +139,18 @@ def advice(recipe: Recipe, choice: BackendChoice, name: str) -> str:
         return ""
     what = f"a batch of {low}" if low else "no batch, but fewer tokens or a smaller variant"
     return f"{said}, and {what} would fit"
+
+
+def layers(recipe: Recipe) -> list[LayerKind]:
+    """The kinds of decoder layers of a recipe's base, as the calibration pass will see them.
+
+    Raises `UserError` where that pass cannot take the base.
+    """
+    config = dict(_read(recipe)["config"])
+    found: list[LayerKind] = from_json(
+        list[LayerKind], ask("workbench.worker.calibration.discover:read", config, limit_s=600)
+    )
+    return found
 
 
 def check_context(recipe: Recipe, context_tokens: int, asked: int | None = None) -> None:

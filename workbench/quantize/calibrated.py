@@ -25,6 +25,7 @@ from workbench.records import (
     PreparedBase,
     Variant,
     digest,
+    to_json,
 )
 from workbench.worker.methods import Making, method_named
 
@@ -63,7 +64,9 @@ def run_calibration(
             with lock(file, waiting, note=who("calibration pass")):
                 key = imatrix_key if need_imatrix else None
                 asked = {name: variants[name] for name in missing}
-                failures |= _pass(recipe, base, tokens, asked, keys, key, pass_key, show)
+                done = _pass(recipe, base, tokens, asked, keys, key, pass_key, show)
+                if done:
+                    failures |= done.refused | dict.fromkeys(weighted if done.no_imatrix else [], done.no_imatrix)
     except (WorkFailed, UserError) as problem:
         failures |= dict.fromkeys(missing + (weighted if need_imatrix else []), str(problem))
         show.say(f"calibration failed: {problem}")
@@ -93,15 +96,15 @@ def _pass(
     imatrix_key: str | None,
     pass_key: str,
     show: Show,
-) -> dict[str, str]:
-    """Run the one pass for what is missing and put each result into the cache; the reasons of what it refused."""
+) -> Calibrated | None:
+    """Run the one pass for what is missing and put each result into the cache; None where nothing was."""
     root = home() / "artifacts"
     # Another run may have made some of it while this one waited for the lock.
     missing = {name: each for name, each in missing.items() if stored("artifacts", keys[name], Artifact) is None}
     if imatrix_key and stored("imatrix", imatrix_key, ImportanceMatrix):
         imatrix_key = None
     if not missing and not imatrix_key:
-        return {}
+        return None
     check(recipe, base)
     outs = {}
     for name in missing:
@@ -149,10 +152,11 @@ def _pass(
             parameters=base.parameters,
             tensor_types=one.tensor_types,
             warnings=one.warnings,
-            provenance=provenance | {"seconds": made.seconds, "tensor_errors": one.tensor_errors},
+            provenance=provenance
+            | {"seconds": made.seconds, "tensor_errors": one.tensor_errors, "layers": to_json(made.layers)},
         )
         entry("artifacts", keys[name], Artifact, lambda _folder, artifact=artifact: artifact)  # type: ignore[misc]
-    if imatrix_key and imatrix_out:
+    if imatrix_key and imatrix_out and not made.no_imatrix:
 
         def keep(folder: Path) -> ImportanceMatrix:
             shutil.copy2(imatrix_out, folder / imatrix_out.name)
@@ -160,4 +164,4 @@ def _pass(
 
         entry("imatrix", imatrix_key, ImportanceMatrix, keep)
     shutil.rmtree(state, ignore_errors=True)
-    return made.refused
+    return made

@@ -212,6 +212,16 @@ class CalibrationRequest:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """Decoder layers of one kind, as running them showed (`worker/calibration/discover.py`)."""
+
+    layers: str
+    """`0-29`; `0, 2, 4`."""
+    groups: list[str]
+    """Linear layers that share an input, and what produces it: `q_proj, k_proj, v_proj <- input_layernorm`."""
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """What a calibration pass made."""
 
@@ -220,6 +230,9 @@ class Calibrated:
     variants: dict[str, MadeVariant]
     refused: dict[str, str]
     """Variant -> why its options do not fit this base."""
+    no_imatrix: str = ""
+    """Why there is no importance matrix though one was asked for."""
+    layers: list[LayerKind] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

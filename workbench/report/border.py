@@ -66,8 +66,8 @@ def _reader(name: str, kind: Any) -> Callable[[bytes], Any]:
 READERS = {name: _reader(name, kind) for name, kind in typing.get_type_hints(Row, include_extras=True).items()}
 
 
-OF_TENSORS = ("tensor_errors", "tensor_prices")
-"""What an artifact's record says of each tensor and no report needs."""
+OF_TENSORS = ("tensor_errors", "tensor_prices", "layers")
+"""What an artifact's record says of each tensor or layer and no report needs."""
 
 
 def _lean(artifact: Artifact) -> Artifact:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.worker.layers import layer_of
-from workbench.worker.architectures import Layer
 from workbench.worker.calibration.balance import balanced
+from workbench.worker.layers import Layer
 
 torch = pytest.importorskip("torch")
 

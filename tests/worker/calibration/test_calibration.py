@@ -21,6 +21,7 @@ from workbench.worker.calibration import layout
 from workbench.worker.calibration import run as calibrate
 from workbench.worker.calibration.weights import open_weights
 from workbench.worker.ggml import imatrix
+from workbench.worker.ggml.names import tensor_names
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -82,13 +83,18 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(windows).logits
     importance = imatrix.load(tmp_path / "work/i.gguf")
-    described = open_weights(base).architecture
-    assert len(importance) == 2 * len(described.linears)
+    weights = open_weights(base)
+    linears = weights.structures[0].linears
+    named = tensor_names(weights.config, [f"model.layers.{n}.{linear}.weight" for n in (0, 1) for linear in linears])
+    assert set(importance) == set(named.values())
     for layer in range(2):
-        for linear, short in described.gguf.items():
+        for linear in linears:
             x = inputs[f"model.layers.{layer}.{linear}"]
             torch.testing.assert_close(
-                torch.from_numpy(importance[f"blk.{layer}.{short}.weight"]), (x * x).mean(0), rtol=2e-4, atol=1e-6
+                torch.from_numpy(importance[named[f"model.layers.{layer}.{linear}.weight"]]),
+                (x * x).mean(0),
+                rtol=2e-4,
+                atol=1e-6,
             )
     # How near 4 bits come depends on the architecture; that 8 bits come much nearer shows that nothing else is off.
     shares = {}
@@ -97,7 +103,7 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
         with torch.no_grad():
             shares[name] = relative(quantized(windows).logits, expected)
         errors = made["variants"][name]["tensor_errors"]
-        assert len(errors) == 2 * len(described.linears)
+        assert len(errors) == 2 * len(linears)
         assert all(0 <= value < 0.05 for value in errors.values())
     assert shares["gptq-8"] < 0.03
     assert shares["gptq"] < 0.5 and shares["awq"] < 1.4 * shares["gptq"], shares

@@ -12,9 +12,10 @@ import pytest
 
 from workbench.errors import UserError
 from workbench.records import CalibrationRequest, CheckpointRequest
-from workbench.worker.architectures import describe
+from workbench.worker.architectures import SEPARATE, sizes_of
 from workbench.worker.base.checkpoint import StoredTensor
-from workbench.worker.calibration import gram, layout, resume, run, walk
+from workbench.worker.calibration import gram, layout, resume, run, skeleton, walk
+from workbench.worker.calibration.discover import structures_of
 from workbench.worker.calibration.gram import Grams
 from workbench.worker.calibration.weights import Weights
 from workbench.worker.calibration.windows import Windows, read_windows
@@ -37,12 +38,11 @@ CPU = torch.device("cpu")
 def weights_of(folder: Path, tied: bool = False, layers: int = 12) -> Weights:
     """A base of so many layers as its headers would say."""
     config = CONFIG | {"num_hidden_layers": layers, "tie_word_embeddings": tied}
-    architecture = describe(config)
-    axes = architecture.sizes.axes
+    axes = sizes_of(config).axes
     shapes: dict[str, tuple[int, ...]] = {"model.norm.weight": (64,), "lm_head.weight": (50, 64)}
     for index in range(layers):
         shapes[f"model.layers.{index}.input_layernorm.weight"] = (64,)
-        for name, linear in architecture.family.linears.items():
+        for name, linear in SEPARATE.items():
             shapes[f"model.layers.{index}.{name}.weight"] = (axes[linear.rows], axes[linear.columns])
             shapes[f"model.layers.{index}.{name}.bias"] = (axes[linear.rows],)
     shapes["model.embed_tokens.weight"] = (50, 64)
@@ -50,7 +50,10 @@ def weights_of(folder: Path, tied: bool = False, layers: int = 12) -> Weights:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"weights")
     return Weights(
-        folder, config, architecture, {name: StoredTensor(file, "F32", each, 4) for name, each in shapes.items()}
+        folder,
+        config,
+        structures_of(config),
+        {name: StoredTensor(file, "F32", each, 4) for name, each in shapes.items()},
     )
 
 
@@ -136,7 +139,7 @@ def test_batches_are_the_largest_of_equal_windows_that_keep_activations_small(mo
 
 def test_what_a_layer_is_called_with_is_moved_whole() -> None:
     inside = {"a": (torch.zeros(2), [torch.ones(1), None]), "b": {"c": torch.zeros(1)}, "d": 5}
-    moved = walk._moved(inside, torch.device("meta"))
+    moved = skeleton._moved(inside, torch.device("meta"))
     assert moved["a"][0].is_meta and moved["a"][1][0].is_meta and moved["b"]["c"].is_meta
     assert moved["a"][1][1] is None and moved["d"] == 5 and isinstance(moved["a"], tuple)
 

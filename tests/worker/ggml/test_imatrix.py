@@ -16,8 +16,8 @@ pytest.importorskip("gguf")
 def matrix(seed: int = 0):
     chance = np.random.default_rng(seed)
     return {
-        imatrix.tensor_name(0, "attn_q"): chance.random(64, dtype=np.float32),
-        imatrix.tensor_name(0, "ffn_down"): chance.random(128, dtype=np.float32),
+        "blk.0.attn_q.weight": chance.random(64, dtype=np.float32),
+        "blk.0.ffn_down.weight": chance.random(128, dtype=np.float32),
     }
 
 

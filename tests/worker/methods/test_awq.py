@@ -9,7 +9,8 @@ import pytest
 from tests.worker.unpacking import dequantize_awq, unpack_awq
 from workbench.errors import UserError
 from workbench.recipe.load import parse
-from workbench.worker.architectures import Layer, Producer, describe
+from workbench.worker.calibration.discover import structures_of
+from workbench.worker.layers import Layer, Producer
 from workbench.worker.methods import awq, rounding
 
 torch = pytest.importorskip("torch")
@@ -28,7 +29,7 @@ def layer_of(kind: str = "llama", seed: int = 0, **more) -> Layer:
         "num_key_value_heads": 2,
         **more,
     }
-    architecture = describe(config)
+    (structure,) = structures_of(config | {"head_dim": 16})
     chance = torch.Generator().manual_seed(seed)
     rows = {
         "self_attn.q_proj": (64, 64),
@@ -41,18 +42,18 @@ def layer_of(kind: str = "llama", seed: int = 0, **more) -> Layer:
         "mlp.gate_up_proj": (256, 64),
         "mlp.down_proj": (64, 128),
     }
-    tensors = {f"{name}.weight": torch.randn(*rows[name], generator=chance) for name in architecture.linears}
+    tensors = {f"{name}.weight": torch.randn(*rows[name], generator=chance) for name in structure.linears}
     grams = {}
-    for group in architecture.groups:
+    for group in structure.groups:
         inputs = rows[group.linears[0]][1]
         x = (
             torch.randn(800, inputs, generator=chance)
             * torch.logspace(-1, 1, inputs)[torch.randperm(inputs, generator=chance)]
         )
         grams[group.linears[0]] = x.t() @ x / 800
-        if group.producer.kind == "norm":
+        if group.producer and group.producer.kind == "norm":
             tensors[f"{group.producer.module}.weight"] = torch.rand(inputs, generator=chance) + 0.5
-    return Layer(0, tensors, grams, architecture)
+    return Layer(0, tensors, grams, structure)
 
 
 def test_pack_and_unpack_are_inverse_in_autoawqs_order() -> None:
@@ -98,7 +99,7 @@ def test_folded_weights_compute_the_same(kind: str, rounding: str) -> None:
     made, errors, warnings = awq.quantize(layer, options)
     assert not warnings
     assert all(torch.equal(layer.tensors[name], before[name]) for name in before)
-    folds = [(group, awq._scales(layer, group, options)) for group in layer.architecture.groups]
+    folds = [(group, awq._scales(layer, group, options)) for group in layer.structure.groups]
     assert any(scales is not None for _, scales in folds)
     for group, scales in folds:
         producer = group.producer
@@ -124,7 +125,7 @@ def test_folded_weights_compute_the_same(kind: str, rounding: str) -> None:
 
 def test_scales_of_repeated_heads_are_equal() -> None:
     layer = layer_of()
-    group = layer.architecture.groups[1]
+    group = layer.structure.groups[1]
     scales = awq._scales(layer, group, awq.Options(group_size=32)).view(2, 2, 16)
     assert torch.equal(scales[:, 0], scales[:, 1])
 

@@ -100,7 +100,7 @@ def test_error_feedback_is_worth_it() -> None:
     for name, error in errors.items():
         weight = layer.tensors[name]
         gram = layer.grams[
-            next(g.linears[0] for g in layer.architecture.groups if name.removesuffix(".weight") in g.linears)
+            next(g.linears[0] for g in layer.structure.groups if name.removesuffix(".weight") in g.linears)
         ]
         scale = weight.abs().amax(1, keepdim=True) / 127
         lost = weight - (weight / scale).round() * scale

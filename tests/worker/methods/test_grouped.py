@@ -174,3 +174,11 @@ def test_the_bytes_of_a_carried_file_by_hand(kind: str, block_bytes: int) -> Non
     assert some.types["blk.0.ffn_down.weight"] == "BF16"
     refused = grouped.carried_sizes(shape, gptq.Options(group_size=48), gptq.quantizes, "")
     assert refused.disk_bytes == 0 and refused.refused
+
+
+def test_matrices_that_gguf_has_no_name_for_here_count_by_their_own() -> None:
+    """A plan of an architecture that its table does not hold, by its files' headers."""
+    names = ("blk.3.self_attn.dense.weight", "blk.3.attn_q.weight", "blk.3.ffn_gate_inp.weight", "lm_head.weight")
+    found = [grouped._linear(NamedShape(name, (64, 64))) for name in names]
+    assert found == ["model.layers.3.self_attn.dense", "model.layers.3.self_attn.q_proj", None, None]
+    assert grouped._linear(NamedShape("blk.3.self_attn.q_norm.weight", (64,))) is None

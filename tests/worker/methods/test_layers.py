@@ -9,7 +9,7 @@ import pytest
 
 from tests.worker.layers import layer_of
 from tests.worker.unpacking import dequantize_awq, dequantize_gptq, unpack_awq, unpack_gptq
-from workbench.worker.architectures import Group, Producer
+from workbench.worker.layers import Group, Producer
 from workbench.worker.methods import awq, gptq
 
 torch = pytest.importorskip("torch")
@@ -26,13 +26,13 @@ def test_awq_tells_the_share_that_each_layer_loses(kind: str) -> None:
     """Of what is stored: columns multiplied by their scales, rows divided by those of what they feed."""
     layer, options = layer_of(kind), awq.Options(group_size=32)
     made, errors, _ = awq.quantize(layer, options)
-    folds = {group.linears: awq._scales(layer, group, options) for group in layer.architecture.groups}
+    folds = {group.linears: awq._scales(layer, group, options) for group in layer.structure.groups}
     assert sum(scales is not None for scales in folds.values()) >= 3
     folded = dict(layer.tensors)
-    for group in layer.architecture.groups:
+    for group in layer.structure.groups:
         if folds[group.linears] is not None:
             awq.fold(folded, group, folds[group.linears])
-    for group in layer.architecture.groups:
+    for group in layer.structure.groups:
         scales = folds[group.linears]
         gram = layer.grams[group.linears[0]]
         gram = gram if scales is None else gram / scales[:, None] / scales
@@ -91,11 +91,11 @@ def test_what_stays_unconverted_is_folded_and_not_packed() -> None:
         f"{name}.weight"
         for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
     }
-    scales = awq._scales(layer, layer.architecture.groups[0], options)
+    scales = awq._scales(layer, layer.structure.groups[0], options)
     torch.testing.assert_close(made["self_attn.k_proj.weight"], layer.tensors["self_attn.k_proj.weight"] * scales)
     assert torch.equal(made["mlp.down_proj.weight"], layer.tensors["mlp.down_proj.weight"])
     # The rows of the up projection are not divided for it.
-    into = awq._scales(layer, layer.architecture.groups[2], options)
+    into = awq._scales(layer, layer.structure.groups[2], options)
     rows = dequantize_awq({part: made[f"mlp.up_proj.{part}"] for part in ("qweight", "qzeros", "scales")}) / into
     wanted = layer.tensors["mlp.up_proj.weight"]
     assert float((rows - wanted).norm() / wanted.norm()) < 0.2
@@ -129,8 +129,8 @@ GPTQ = [{}, {"sym": False}, {"desc_act": True}, {"bits": 3}, {"order": "natural"
 def test_gptq_tells_the_share_that_each_layer_loses(changes: dict[str, Any]) -> None:
     layer, options = layer_of(), replace(gptq.Options(group_size=32), **changes)
     made, errors, warnings = gptq.quantize(layer, options)
-    assert warnings == [] and set(errors) == {f"{name}.weight" for name in layer.architecture.linears}
-    for group in layer.architecture.groups:
+    assert warnings == [] and set(errors) == {f"{name}.weight" for name in layer.structure.linears}
+    for group in layer.structure.groups:
         gram = layer.grams[group.linears[0]]
         for name in group.linears:
             parts = {part: made[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.worker.layers import half, problem
-from workbench.worker.architectures import Producer
+from workbench.worker.layers import Producer
 from workbench.worker.methods import awq
 
 torch = pytest.importorskip("torch")

@@ -27,6 +27,7 @@ from workbench.worker.base.checkpoint import checked_weights, read_json
 from workbench.worker.base.gguf_config import read_gguf
 from workbench.worker.base.gguf_weights import Mapped
 from workbench.worker.kernels import import_kernels
+from workbench.worker.layers import kept_dtype
 
 PACKED_FORMATS = ("awq", "gptq", "gguf")
 
@@ -153,7 +154,7 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str | None
     except UserError as error:
         cut = _first_cut_tensor(path)
         raise UserError(f"{error} The first tensor beyond its end is {cut}.") if cut else error from None
-    model, kind = _empty(read.config, dtype or _safe_dtype(read.config), attention, remote_code)
+    model, kind = _empty(read.config, dtype or kept_dtype(read.config.to_dict()), attention, remote_code)
     mapped = Mapped(path, read, model)
     packed: dict[str, tuple[Any, str]] = {}
     values: Tensors = {}
@@ -202,16 +203,6 @@ def _first_cut_tensor(path: Path) -> str | None:
     size_bytes = path.stat().st_size
     ends = ((t.name, header.data_start + t.offset + t.nbytes) for t in sorted(header.tensors, key=lambda t: t.offset))
     return next((name for name, end in ends if end > size_bytes), None)
-
-
-def _safe_dtype(config: Any) -> str:
-    """float16 unless the architecture is known to leave its range, or is not known."""
-    from workbench.worker.architectures import describe
-
-    try:
-        return describe(config.to_dict()).family.dtype
-    except UserError:
-        return "bfloat16"
 
 
 def _packable(model: Any, name: str) -> bool:

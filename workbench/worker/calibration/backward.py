@@ -13,7 +13,8 @@ from typing import Any
 
 from workbench.worker import Tensors
 from workbench.worker.calibration.layout import reserve
-from workbench.worker.calibration.walk import Skeleton, batches
+from workbench.worker.calibration.skeleton import output_of
+from workbench.worker.calibration.walk import Walk, batches
 from workbench.worker.calibration.weights import Weights
 
 KEPT = 8
@@ -55,7 +56,7 @@ class Seen:
     gradients: Tensors
 
 
-def forward(model: Skeleton, index: int, layer: Any, states: States, precision: str) -> None:
+def forward(model: Walk, index: int, layer: Any, states: States, precision: str) -> None:
     """Push all tokens through a layer: the input of the next is written."""
     import torch
 
@@ -64,18 +65,18 @@ def forward(model: Skeleton, index: int, layer: Any, states: States, precision: 
         for start, count, length in model.batches:
             piece = slice(start, start + count * length)
             x = source[piece].to(model.device).view(count, length, -1)
-            out = _output(layer, x, model.calls[length][index])
+            out = output_of(layer, x, model.calls[length][index])
             target[piece] = out.reshape(count * length, -1).to(device="cpu", dtype=torch.float32)
 
 
 def backward(
-    model: Skeleton, weights: Weights, index: int, layer: Any, states: States, sample: Any, precision: str
+    model: Walk, weights: Weights, index: int, layer: Any, states: States, sample: Any, precision: str
 ) -> Seen:
     """Pull the gradients through a layer: those by its input are written. `sample`: numbers of tokens, ascending."""
     import torch
 
-    inputs: dict[str, list[Any]] = {group.linears[0]: [] for group in weights.architecture.groups}
-    gradients: dict[str, list[Any]] = {name: [] for name in weights.architecture.linears}
+    inputs: dict[str, list[Any]] = {group.linears[0]: [] for group in weights.structures[index].groups}
+    gradients: dict[str, list[Any]] = {name: [] for name in weights.structures[index].linears}
     came: Tensors = {}
     went: Tensors = {}
 
@@ -92,7 +93,7 @@ def backward(
             piece = slice(start, start + count * length)
             with torch.enable_grad(), _autocast(model, precision):
                 x = source[piece].to(model.device).view(count, length, -1).requires_grad_()
-                out = _output(layer, x, model.calls[length][index])
+                out = output_of(layer, x, model.calls[length][index])
             given = after[piece].to(model.device).view(out.shape).to(out.dtype)
             by_x, *by_outputs = torch.autograd.grad(out, [x, *went.values()], given)
             before[piece] = by_x.reshape(count * length, -1).to(device="cpu", dtype=torch.float32)
@@ -115,12 +116,7 @@ def _joined(parts: dict[str, list[Any]]) -> Tensors:
     return {name: torch.cat(found) for name, found in parts.items()}
 
 
-def _output(layer: Any, x: Any, arguments: Any) -> Any:
-    out = layer(x, **arguments)
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _autocast(model: Skeleton, precision: str) -> AbstractContextManager[Any]:
+def _autocast(model: Walk, precision: str) -> AbstractContextManager[Any]:
     import torch
 
     return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

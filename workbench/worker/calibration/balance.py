@@ -14,8 +14,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from workbench.worker.architectures import Group, Layer
-from workbench.worker.methods.awq import fold
+from workbench.worker.layers import Group, Layer, fold, made_by
 
 SMALLEST = 2.0**-14
 """The smallest normal float16."""
@@ -27,8 +26,8 @@ FELT = 0.01
 def balanced(layer: Layer) -> Layer:
     """The layer itself, or the same function with groups in float16's range; the grams are of its own activations."""
     tensors, grams = dict(layer.tensors), dict(layer.grams)
-    changed = _queries_and_keys(tensors, layer.architecture.family.head_norms)
-    for group in layer.architecture.groups:
+    changed = layer.structure.scores is not None and _queries_and_keys(tensors, *layer.structure.scores)
+    for group in layer.structure.groups:
         scales = _scales(tensors, group)
         if scales is not None:
             fold(tensors, group, scales)
@@ -38,20 +37,16 @@ def balanced(layer: Layer) -> Layer:
     return replace(layer, tensors=tensors, grams=grams, shared={}) if changed else layer
 
 
-def _queries_and_keys(tensors: Any, normed: bool) -> bool:
-    """Give queries and keys the same size where one is beyond float16; whether that was needed. Only their product
-    counts, unless they are normed."""
-    query, key = (tensors.get(f"self_attn.{name}.weight") for name in ("q_proj", "k_proj"))
-    if normed or query is None or key is None:
-        return False
-    sizes = [float(each.abs().amax()) for each in (query, key)]
+def _queries_and_keys(tensors: Any, query: str, key: str) -> bool:
+    """Give queries and keys the same size where one is beyond float16; whether that was needed."""
+    sizes = [float(tensors[f"{name}.weight"].abs().amax()) for name in (query, key)]
     if not min(sizes) or (min(sizes) >= 8 * SMALLEST and max(sizes) <= LARGEST):
         return False
     factor = 2.0 ** round(math.log2(sizes[1] / sizes[0]) / 2)
-    for name, by in (("q_proj", factor), ("k_proj", 1 / factor)):
-        for part in ("weight", "bias"):
-            if f"self_attn.{name}.{part}" in tensors:
-                tensors[f"self_attn.{name}.{part}"] = tensors[f"self_attn.{name}.{part}"] * by
+    for name, by in ((query, factor), (key, 1 / factor)):
+        for part in (f"{name}.weight", f"{name}.bias"):
+            if part in tensors:
+                tensors[part] = tensors[part] * by
     return True
 
 
@@ -60,13 +55,12 @@ def _scales(tensors: Any, group: Group) -> Any:
     import torch
 
     producer = group.producer
+    if producer is None:
+        return None
     columns = torch.stack([tensors[f"{name}.weight"].abs().amax(0) for name in group.linears]).amax(0)
     made = tensors[f"{producer.module}.weight"].abs()
-    if producer.kind == "norm":
-        sizes = made + 1 if producer.one_plus else made
-    else:
-        rows = made.amax(1)[slice(*producer.rows) if producer.rows else slice(None)].view(-1, 1, producer.head_dim)
-        sizes = rows.expand(-1, producer.repeats, -1).reshape(-1)
+    sizes = made_by(producer, made.amax(1) if producer.kind == "linear" else made + producer.one_plus)
+    if producer.repeats > 1:
         # Heads that share a producing row share a factor.
         columns = columns.view(-1, producer.repeats, producer.head_dim).amax(1, keepdim=True)
         columns = columns.expand(-1, producer.repeats, -1).reshape(-1)

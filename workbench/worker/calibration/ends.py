@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from workbench.errors import UserError
 from workbench.worker.calibration.weights import Weights, read_tensor
 
 LOGITS = 2**24
@@ -28,6 +29,11 @@ class Head:
 
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(weights.folder))
+        if "model.norm.weight" not in weights.tensors or not hasattr(whole.model, "norm"):
+            raise UserError(
+                f"model_type '{weights.config['model_type']}' does not end in `model.norm`, and types are "
+                "priced from there on: name a `type`"
+            )
         self.weights, self.device = weights, device
         self.name = "model.embed_tokens.weight" if weights.tied else "lm_head.weight"
         self.rows, self.columns = weights.tensors[self.name].shape

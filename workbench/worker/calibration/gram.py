@@ -13,9 +13,9 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.worker import Tensors
-from workbench.worker.architectures import Architecture
 from workbench.worker.calibration.device import synchronize
 from workbench.worker.calibration.windows import Windows
+from workbench.worker.layers import Structure
 
 GRAM_BLOCK = 256
 
@@ -32,9 +32,9 @@ class Grams:
     """The first token of the batch that is being run."""
     seconds: float = 0.0
 
-    def watch(self, module: Any, architecture: Architecture) -> list[Any]:
+    def watch(self, module: Any, structure: Structure) -> list[Any]:
         """Hooks on the layer's module that see each group's input; the caller removes them."""
-        firsts = [group.linears[0] for group in architecture.groups]
+        firsts = [group.linears[0] for group in structure.groups]
         return [module.get_submodule(name).register_forward_pre_hook(self._hook(name)) for name in firsts]
 
     def _hook(self, name: str) -> Callable[..., None]:

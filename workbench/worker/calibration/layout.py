@@ -15,10 +15,10 @@ from typing import Any
 from workbench.errors import UserError
 from workbench.front_matter import fields_of, stated_licence
 from workbench.shape import DTYPE_CODES, DTYPES
-from workbench.worker.architectures import LAYERS, WAY_OUT
 from workbench.worker.base.checkpoint import TOKENIZER_FILES, lay_out
 from workbench.worker.base.saving import copy_side_files, for_both_readers, write_card, write_json
 from workbench.worker.calibration.weights import Weights
+from workbench.worker.layers import LAYERS, WAY_OUT, kept_dtype
 from workbench.worker.methods import CalibratedMethod
 from workbench.worker.methods.grouped import group_sizes
 
@@ -88,12 +88,12 @@ class Checkpoint:
         place += offset_rows * math.prod(shape[1:]) * DTYPES[kind].size_bytes
         with file.open("r+b") as stream:
             stream.seek(place)
-            stream.write(memoryview(stored.view(torch.uint8).numpy() if stored.dim() else stored.numpy()).cast("B"))
+            stream.write(memoryview(stored.reshape(-1).view(torch.uint8).numpy()))
 
 
 def layout_of(weights: Weights, method: CalibratedMethod, options: Any) -> tuple[Layout, dict[str, str]]:
     """The tensors that a method with these options makes of a base, and the type that each of the base's becomes."""
-    kept = DTYPE_CODES[weights.architecture.family.dtype]
+    kept = DTYPE_CODES[kept_dtype(weights.config)]
     layout: Layout = {}
     types: dict[str, str] = {}
     for name in sorted(weights.tensors, key=_layer_order):
@@ -102,7 +102,8 @@ def layout_of(weights: Weights, method: CalibratedMethod, options: Any) -> tuple
         shape = weights.tensors[name].shape
         stem = name.removesuffix(".weight")
         inside = stem.split(".", 3)[-1] if name.startswith(f"{LAYERS}.") else ""
-        if name != stem and inside in weights.architecture.linears and method.quantizes(options, stem):
+        linears = weights.structures[_layer_order(name)[0]].linears if inside else ()
+        if name != stem and inside in linears and method.quantizes(options, stem):
             layout |= {f"{stem}.{suffix}": entry for suffix, entry in method.stored(options, inside, *shape).items()}
             types[name] = method.tensor_type(options)
         else:
@@ -119,12 +120,12 @@ def _layer_order(name: str) -> tuple[int, str]:
 
 def check_shapes(weights: Weights, name: str, method: CalibratedMethod, options: Any) -> None:
     """Refuse shapes that variant `name` cannot hold, naming the layer."""
-    linears = {name: weights.tensors[f"{LAYERS}.0.{name}.weight"].shape for name in weights.architecture.linears}
+    names = [f"{LAYERS}.{index}.{name}" for structure, index in weights.kinds().items() for name in structure.linears]
+    linears = {name: weights.tensors[f"{name}.weight"].shape for name in names}
     possible = [str(size) for size in group_sizes(columns for _, columns in linears.values())]
     for linear, (rows, columns) in linears.items():
-        if method.quantizes(options, f"{LAYERS}.0.{linear}"):
-            where = f"{name}: {LAYERS}.0.{linear} ({rows} x {columns})"
-            method.check_linear(options, where, rows, columns, possible)
+        if method.quantizes(options, linear):
+            method.check_linear(options, f"{name}: {linear} ({rows} x {columns})", rows, columns, possible)
 
 
 def finish(checkpoint: Checkpoint, weights: Weights, method: CalibratedMethod, options: Any) -> None:
@@ -149,7 +150,7 @@ def finish(checkpoint: Checkpoint, weights: Weights, method: CalibratedMethod, o
         write_json(out / "model.safetensors.index.json", index)
     copy_side_files(weights.folder, out, (*TOKENIZER_FILES, "generation_config.json"))
     config = {key: value for key, value in weights.config.items() if key not in ("dtype", "torch_dtype")}
-    config["dtype"] = weights.architecture.family.dtype
+    config["dtype"] = kept_dtype(weights.config)
     quantization = method.quantization_config(options)
     config["quantization_config"] = quantization
     if weights.tied:

@@ -83,7 +83,7 @@ def open_work(
 ) -> Work:
     """Work noted in `folder` under this key with its files whole, or new work with its files laid out."""
     fresh = Note(key, errors={name: {} for name in checkpoints}, warnings={name: [] for name in checkpoints})
-    work = Work(folder, windows.tokens, weights.architecture.sizes.hidden, fresh)
+    work = Work(folder, windows.tokens, weights.sizes.hidden, fresh)
     size = work.tokens * work.width * 4
     files = [folder / f"hidden-{turn}.bin" for turn in (0, 1)]
     whole = all(checkpoint.laid_out() for checkpoint in checkpoints.values())

@@ -24,7 +24,6 @@ from workbench.disk import disk_faults
 from workbench.errors import UserError, out_of_memory, unknown
 from workbench.records import Calibrated, CalibrationRequest, CheckpointRequest, MadeVariant, from_json, to_json
 from workbench.worker import Progress, Tensors
-from workbench.worker.architectures import LAYERS, Layer, on_cpu
 from workbench.worker.calibration.balance import balanced
 from workbench.worker.calibration.device import (
     choose_device,
@@ -33,12 +32,14 @@ from workbench.worker.calibration.device import (
     synchronize,
     with_cpu_fallback,
 )
+from workbench.worker.calibration.discover import told
 from workbench.worker.calibration.layout import Checkpoint, check_shapes, finish, layout_of
 from workbench.worker.calibration.resume import Work, key_of, open_work
-from workbench.worker.calibration.walk import Skeleton, forward
+from workbench.worker.calibration.walk import Walk, forward
 from workbench.worker.calibration.weights import Weights, open_weights, read_layer
 from workbench.worker.calibration.windows import Windows, read_windows
-from workbench.worker.ggml import imatrix
+from workbench.worker.ggml import imatrix, names
+from workbench.worker.layers import LAYERS, Layer, on_cpu
 from workbench.worker.methods import METHODS, CalibratedMethod, method_named
 
 LOST_SHARE = 0.2
@@ -65,16 +66,18 @@ def run(payload: object, progress: Progress) -> object:
     weights = open_weights(Path(request.base))
     windows = read_windows(Path(request.tokens), weights)
     variants, refused = _variants(request.variants, weights)
-    if refused and not variants and not request.imatrix_out:
-        raise UserError("; ".join(refused.values()))
+    named, no_imatrix = _gguf_names(weights) if request.imatrix_out else ({}, "")
+    if (refused or no_imatrix) and not variants and not named:
+        raise UserError("; ".join(filter(None, [*refused.values(), no_imatrix])))
 
     state = Path(request.state)
     with torch.inference_mode(), disk_faults(state, "The finished layers are kept."):
+        model = Walk(weights, windows, device)
+        weights = model.proven(weights)
         checkpoints = {variant.name: variant.checkpoint for variant in variants}
         work = open_work(state, key_of(request, weights, device, precision), windows, weights, checkpoints)
         note = work.note
         seconds = note.seconds
-        model = Skeleton(weights, windows, device)
         if note.layer == 0:
             with _timed(seconds, "read"):
                 model.embed(work.hidden(0))
@@ -92,9 +95,9 @@ def run(payload: object, progress: Progress) -> object:
                     f"layer {index} and its Gram matrices do not fit into the free memory of {device}: free some, or "
                     "set CUDA_VISIBLE_DEVICES to another device, or to nothing for the CPU; finished layers are kept"
                 ) from None
-            if request.imatrix_out:
+            if named:
                 work.keep_importance(index, grams)
-            layer = balanced(Layer(index, tensors, grams, weights.architecture))
+            layer = balanced(Layer(index, tensors, grams, weights.structures[index]))
             for variant in variants:
                 bar.text(f"layer {index + 1} of {weights.layers}: {variant.name}")
                 with _timed(seconds, variant.name):
@@ -109,8 +112,8 @@ def run(payload: object, progress: Progress) -> object:
         with _timed(seconds, "write"):
             for variant in variants:
                 finish(variant.checkpoint, weights, variant.method, variant.options)
-            if request.imatrix_out:
-                _write_imatrix(Path(request.imatrix_out), work, weights, windows, request.tokens_digest)
+            if request.imatrix_out and named:
+                _write_imatrix(Path(request.imatrix_out), work, weights, named, windows, request.tokens_digest)
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - started
     too_short = _too_short(windows, weights)
     made_variants = {
@@ -122,7 +125,7 @@ def run(payload: object, progress: Progress) -> object:
         )
         for variant in variants
     }
-    return to_json(Calibrated(seconds, made_variants, refused))
+    return to_json(Calibrated(seconds, made_variants, refused, no_imatrix, told(weights.structures)))
 
 
 @dataclass(frozen=True)
@@ -183,14 +186,24 @@ def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> Tenso
     return dict(made)
 
 
-def _write_imatrix(out: Path, work: Work, weights: Weights, windows: Windows, dataset: str) -> None:
+def _gguf_names(weights: Weights) -> tuple[dict[str, str], str]:
+    """The names in a GGUF file of all linear layers' weights, or why there are none."""
+    try:
+        return names.tensor_names(weights.config, weights.matrices()), ""
+    except UserError as error:
+        return {}, str(error)
+
+
+def _write_imatrix(
+    out: Path, work: Work, weights: Weights, named: dict[str, str], windows: Windows, dataset: str
+) -> None:
     """Write the importance matrix from the stored diagonals."""
     means = {}
-    for index in range(weights.layers):
+    for index, structure in enumerate(weights.structures):
         diagonals = work.importance(index)
-        for group in weights.architecture.groups:
+        for group in structure.groups:
             for name in group.linears:
-                tensor = imatrix.tensor_name(index, weights.architecture.gguf[name])
+                tensor = named[f"{LAYERS}.{index}.{name}.weight"]
                 means[tensor] = diagonals[group.linears[0]].numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
     count, longest = len(windows.lengths), max(windows.lengths)

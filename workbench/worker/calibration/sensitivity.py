@@ -25,12 +25,14 @@ from workbench.worker import Progress, Tensors
 from workbench.worker.calibration.backward import Seen, States, backward, forward
 from workbench.worker.calibration.device import choose_device, choose_precision, exact_products, name_of
 from workbench.worker.calibration.ends import Head
-from workbench.worker.calibration.walk import Skeleton
+from workbench.worker.calibration.walk import Walk
 from workbench.worker.calibration.weights import Weights, open_weights, read_layer
 from workbench.worker.calibration.windows import Windows, read_windows
 from workbench.worker.ggml import imatrix, prices
 from workbench.worker.ggml.blocks import round_trip
 from workbench.worker.ggml.choice import types_for
+from workbench.worker.ggml.names import tensor_names
+from workbench.worker.layers import LAYERS
 
 RUN_TOKENS = 4096
 """Tokens that gradients are taken of: whole windows, evenly spread, one at least."""
@@ -93,11 +95,12 @@ class _Work:
         self.precision = choose_precision(request.precision, self.device)
         self.weights = open_weights(Path(request.base))
         self.windows = _some(read_windows(Path(request.tokens), self.weights))
+        self.names = tensor_names(self.weights.config, self.weights.matrices())
         self.means = imatrix.load(request.imatrix)
-        self.states = States(state, self.windows.tokens, self.weights.architecture.sizes.hidden)
+        self.states = States(state, self.windows.tokens, self.weights.sizes.hidden)
         self.file = state / "progress.json"
         self.note = _noted(self.file, _key(request, self.weights, self.device, self.precision), self.weights.layers)
-        self.model = Skeleton(self.weights, self.windows, self.device)
+        self.model = Walk(self.weights, self.windows, self.device)
         self.sample = torch.arange(0, self.windows.tokens, max(1, self.windows.tokens // PRICED_TOKENS))
 
     def forward(self) -> None:
@@ -149,7 +152,7 @@ class _Work:
         """The embedding's prices; where it is the output matrix too, both added."""
         import torch
 
-        table = self.model.model.get_input_embeddings()
+        table = self.model.skeleton.model.get_input_embeddings()
         rows, embedded = table.weight.detach(), torch.empty(self.states.tokens, self.states.width)
 
         def embed(errors: Any) -> Any:
@@ -168,9 +171,9 @@ class _Work:
     def _price(self, index: int, tensors: Tensors, seen: Seen) -> None:
         """The prices of a layer's matrices."""
         chance = self._chance(index)
-        for group in self.weights.architecture.groups:
+        for group in self.weights.structures[index].groups:
             for name in group.linears:
-                tensor = imatrix.tensor_name(index, self.weights.architecture.gguf[name])
+                tensor = self.names[f"{LAYERS}.{index}.{name}.weight"]
                 weight, gradients = tensors[f"{name}.weight"], seen.gradients[name]
                 self._check(gradients, f"at {name} of layer {index}")
                 importance = self.means.get(tensor)

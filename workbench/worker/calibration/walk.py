@@ -1,82 +1,58 @@
 """The layer walk: the hidden states of all calibration tokens, pushed through one decoder layer at a time.
 
-What a layer is called with (masks, rotary embeddings, sliding windows) is not written here: a model without layers
-is built by transformers, recorders are put in the layers' places, and its own `forward` is run once for each
-length of window. Layers are transformers' own classes too; only their weights come from the base's files.
+What a layer is called with comes from transformers' own model without layers (`skeleton.py`), run once for each length
+of window. Layers are transformers' own classes too; only their weights come from the base's files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from workbench.errors import UserError
 from workbench.worker import Tensors
-from workbench.worker.architectures import WAY_OUT
+from workbench.worker.calibration.discover import proven
 from workbench.worker.calibration.gram import Grams, now
-from workbench.worker.calibration.weights import Weights, read_tensor
+from workbench.worker.calibration.skeleton import Skeleton, output_of
+from workbench.worker.calibration.weights import Weights, read_layer, read_tensor
 from workbench.worker.calibration.windows import Windows
+from workbench.worker.layers import WAY_OUT
 
 ACTIVATIONS = 2**23
 """Numbers in the widest activation of one batch: 32 MiB in float32."""
 
-Arguments = dict[str, object]
-"""What a layer is called with beside its input: masks, rotary embeddings, whatever transformers passes."""
 
-
-class Skeleton:
-    """transformers' model without its layers: embeds tokens, and knows what each layer is called with."""
+class Walk:
+    """The base on its way through the pass: its skeleton with the weights that are outside of layers, and what each
+    layer is called with for each length of window."""
 
     def __init__(self, weights: Weights, windows: Windows, device: Any) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
 
         self.device, self.windows = device, windows
-        self.config = AutoConfig.from_pretrained(weights.folder)
-        self.config.use_cache = False
-        attention = {"attn_implementation": weights.architecture.family.attention, "dtype": torch.float32}
-        with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(self.config, **attention)
-        self.layers = whole.model.layers
-        self.batches = batches(windows.lengths, max(weights.widest, self.config.hidden_size))
-
         # Only the rows of tokens that occur, renumbered: an embedding of 128,256 x 4,096 is 2 GB in float32.
         occurring, self.renumbered = torch.unique(windows.ids, return_inverse=True)
-        small = AutoConfig.from_pretrained(weights.folder)
-        small.use_cache = False
-        small.num_hidden_layers = 0
-        small.vocab_size = len(occurring)
-        small.pad_token_id = None
-        self.model = AutoModelForCausalLM.from_config(small, **attention).model
-        rows = read_tensor(weights, "model.embed_tokens.weight")[occurring].to(torch.float32)
-        self.model.embed_tokens.weight = torch.nn.Parameter(rows, requires_grad=False)
-        self.model.norm = torch.nn.Identity()
-        self.model.config.num_hidden_layers = weights.layers
-        self.model.layers = torch.nn.ModuleList(_recorder() for _ in range(weights.layers))
-        self.model.eval()
-        self.calls: dict[int, list[Arguments]] = {}
-        for length in sorted(set(windows.lengths)):
-            self._run(self.renumbered[:length].view(1, length))
-            self.calls[length] = [
-                {key: _moved(value, device) for key, value in recorder.seen[1].items()}
-                for recorder in self.model.layers
-            ]
-
-    def _run(self, ids: Any) -> Any:
-        self.model(input_ids=ids, use_cache=False)
-        return self.model.layers[0].seen[0]
+        self.skeleton = Skeleton(weights.config, len(occurring))
+        _fill(self.skeleton.model, weights, occurring)
+        self.batches = batches(windows.lengths, max(weights.widest, self.skeleton.hidden))
+        self.calls = {
+            length: self.skeleton.calls(self.renumbered[:length].view(1, length), device)
+            for length in sorted(set(windows.lengths))
+        }
 
     def embed(self, hidden: Any) -> None:
         """Write the first layer's input for all windows, [tokens, hidden]."""
         for start, count, length in self.batches:
             ids = self.renumbered[start : start + count * length].view(count, length)
-            hidden[start : start + count * length] = self._run(ids).reshape(count * length, -1)
+            hidden[start : start + count * length] = self.skeleton.run(ids).reshape(count * length, -1)
 
     def layer(self, index: int, tensors: Tensors, precision: str) -> Any:
         """A decoder layer with its weights in place, ready to be called; frees nothing of `tensors`."""
         import torch
 
-        layer = self.layers[index]
+        layer = self.skeleton.layers[index]
         narrow = torch.bfloat16 if precision == "bfloat16" else torch.float32
         state = {name: tensor.to(narrow) if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
         missing, extra = layer.load_state_dict(state, strict=False, assign=True)
@@ -89,11 +65,38 @@ class Skeleton:
 
     def release(self, index: int) -> None:
         """Drop a layer's weights."""
-        self.layers[index].to("meta")
+        self.skeleton.layers[index].to("meta")
+
+    def proven(self, weights: Weights) -> Weights:
+        """The base without the producers that do not hold on its own weights: one layer of each kind, one window."""
+        length = self.windows.lengths[0]
+        x = self.skeleton.run(self.renumbered[:length].view(1, length)).to(self.device)
+        found = {}
+        for structure, index in weights.kinds().items():
+            tensors = read_layer(weights, index, self.device)
+            run = partial(output_of, self.layer(index, tensors, "float32"), x, self.calls[length][index])
+            found[structure] = proven(structure, tensors, run)
+            self.release(index)
+        return replace(weights, structures=tuple(found[structure] for structure in weights.structures))
+
+
+def _fill(model: Any, weights: Weights, occurring: Any) -> None:
+    """Put the base's own tensors into what is around its layers; of the embedding the rows of the tokens that occur."""
+    import torch
+
+    embedding = model.get_input_embeddings()
+    for stem, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = ".".join(filter(None, ("model", stem, leaf)))
+            if name not in weights.tensors:
+                raise UserError(f"{weights.folder}: tensor '{name}' is missing. {WAY_OUT}.")
+            tensor = read_tensor(weights, name)
+            tensor = (tensor[occurring] if module is embedding else tensor).to(parameter.dtype)
+            setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
 
 def forward(
-    model: Skeleton,
+    model: Walk,
     weights: Weights,
     index: int,
     tensors: Tensors,
@@ -113,7 +116,7 @@ def forward(
     device = model.device
     grams = Grams(index, device, model.windows)
     layer = model.layer(index, tensors, precision)
-    hooks = grams.watch(layer, weights.architecture)
+    hooks = grams.watch(layer, weights.structures[index])
     begun = now(device)
     source, target = hidden(index), hidden(index + 1)
     last = index + 1 == weights.layers
@@ -123,8 +126,7 @@ def forward(
                 grams.start = start
                 piece = slice(start, start + count * length)
                 x = source[piece].to(device).view(count, length, -1)
-                out = layer(x, **model.calls[length][index])
-                out = out[0] if isinstance(out, tuple) else out
+                out = output_of(layer, x, model.calls[length][index])
                 if not last:
                     target[piece] = out.reshape(count * length, -1).to(device="cpu", dtype=torch.float32)
                 step(1 / len(model.batches))
@@ -150,30 +152,3 @@ def batches(lengths: list[int], width: int) -> list[tuple[int, int, int]]:
         found.append((start, count, length))
         start, place = start + count * length, place + count
     return found
-
-
-def _recorder() -> Any:
-    import torch
-
-    class Recorder(torch.nn.Module):
-        """Stands in a layer's place, lets hidden states through and remembers how it was called."""
-
-        seen: tuple[Any, Arguments]
-
-        def forward(self, hidden_states: Any, **arguments: Any) -> Any:
-            self.seen = (hidden_states, arguments)
-            return hidden_states
-
-    return Recorder()
-
-
-def _moved(value: Any, device: Any) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return value

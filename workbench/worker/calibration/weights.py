@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
 from workbench.worker import Tensors
-from workbench.worker.architectures import LAYERS, WAY_OUT, Architecture, describe
+from workbench.worker.architectures import Sizes, sizes_of
 from workbench.worker.base.checkpoint import StoredTensor, checked_weights, read_json
+from workbench.worker.calibration.discover import structures_of
+from workbench.worker.layers import LAYERS, WAY_OUT, Structure
 
 DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Buffers that old exporters saved and that the configuration determines."""
@@ -22,22 +25,44 @@ DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cache
 
 @dataclass(frozen=True)
 class Weights:
-    """A base: its configuration, what it is as an architecture, and where each tensor lies."""
+    """A base: its configuration, what its decoder layers are made of, and where each tensor lies."""
 
     folder: Path
     config: Mapping[str, Any]
-    architecture: Architecture
+    structures: tuple[Structure, ...]
+    """Of each decoder layer."""
     tensors: dict[str, StoredTensor]
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """What the configuration says of them."""
+        return sizes_of(self.config)
 
     @property
     def layers(self) -> int:
         """How many decoder layers."""
-        return self.architecture.sizes.layers
+        return len(self.structures)
+
+    def kinds(self) -> dict[Structure, int]:
+        """Each structure and the first layer that has it."""
+        return {structure: self.structures.index(structure) for structure in dict.fromkeys(self.structures)}
+
+    def matrices(self) -> list[str]:
+        """The names of all weights of linear layers of decoder layers."""
+        return [
+            f"{LAYERS}.{index}.{name}.weight"
+            for index, structure in enumerate(self.structures)
+            for name in structure.linears
+        ]
 
     @property
     def widest(self) -> int:
         """The most inputs of any linear layer."""
-        return max(self.tensors[f"{LAYERS}.0.{name}.weight"].shape[1] for name in self.architecture.linears)
+        return max(
+            self.tensors[f"{LAYERS}.{index}.{name}.weight"].shape[1]
+            for structure, index in self.kinds().items()
+            for name in structure.linears
+        )
 
     @property
     def tied(self) -> bool:
@@ -46,18 +71,17 @@ class Weights:
 
 
 def open_weights(folder: Path) -> Weights:
-    """Read a base's headers. Raises `UserError` if it is no directory of an architecture in the table."""
+    """Read a base's headers. Raises `UserError` if it is no directory of a model whose layers can be run."""
     config = read_json(folder / "config.json")
-    architecture = describe(config)
+    structures = structures_of(config)
     tensors = {name: tensor for name, tensor in checked_weights(folder).items() if not name.endswith(DERIVED)}
-    for index in range(architecture.sizes.layers):
-        for linear in architecture.linears:
-            name = f"{LAYERS}.{index}.{linear}.weight"
-            if name not in tensors:
-                raise UserError(
-                    f"{folder}: tensor '{name}' is missing: not a plain {architecture.model_type} model. {WAY_OUT}."
-                )
-    return Weights(folder, config, architecture, tensors)
+    weights = Weights(folder, config, structures, tensors)
+    for name in weights.matrices():
+        if name not in tensors:
+            raise UserError(
+                f"{folder}: tensor '{name}' is missing: not a plain {config['model_type']} model. {WAY_OUT}."
+            )
+    return weights
 
 
 def read_tensor(weights: Weights, name: str) -> Any:

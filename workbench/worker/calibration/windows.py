@@ -42,7 +42,7 @@ def read_windows(path: Path, weights: Weights) -> Windows:
     """Read `{"windows": [[id, ...], ...]}`. Raises `UserError` for tokens that the base cannot be run on."""
     import torch
 
-    vocab_size, most = weights.architecture.sizes.vocab_size, weights.config.get("max_position_embeddings")
+    vocab_size, most = weights.sizes.vocab_size, weights.config.get("max_position_embeddings")
     content = read_tokens(path).windows
     for number, window in enumerate(content):
         if not window:

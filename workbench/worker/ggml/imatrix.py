@@ -24,11 +24,6 @@ Means = dict[str, "NDArray[float32]"]
 SUMS, COUNTS = ".in_sum2", ".counts"
 
 
-def tensor_name(layer: int, gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` for layer 3's `attn_q`."""
-    return f"blk.{layer}.{gguf_name}.weight"
-
-
 def write(path: str | Path, means: Means, *, tokens: int, windows: int, window: int, dataset: str) -> None:
     """Write an importance matrix that `llama-quantize --imatrix` reads.
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from workbench.shape import Shape, Stored
 from workbench.worker import Tensors
-from workbench.worker.architectures import Layer
+from workbench.worker.layers import Layer
 
 METHODS = {
     "gguf": "workbench.worker.methods.gguf",

@@ -2,7 +2,7 @@
 
 AWQ (arXiv 2306.00978) multiplies the columns of a linear layer by scales s before rounding and divides its input
 by the same, so that inputs that matter fall on a finer grid; the division is folded into whatever produced the
-input (`architectures.Producer`). The scales are importance^a / size^(1 - a) for the best of a row of exponents a, where
+input (`layers.Producer`). The scales are importance^a / size^(1 - a) for the best of a row of exponents a, where
 size is that of a column's weights beside the largest of their group. (Why that form: a group's step grows as the
 p-norm of its scaled weights for some p, and minimising step^2 x sum(importance^2 / s^2) gives a = 2 / (p + 2).)
 AutoAWQ finds a by running the layer on the calibration tokens for each. But the error it measures,
@@ -24,7 +24,7 @@ from typing import Any, Literal
 from workbench.errors import UserError
 from workbench.shape import Shape, Stored
 from workbench.worker import Tensors
-from workbench.worker.architectures import Group, Layer, Producer
+from workbench.worker.layers import Group, Layer, Producer, fold, producing_rows
 from workbench.worker.methods import Making, grouped, rounding
 
 SHORTHAND = ""
@@ -146,10 +146,10 @@ def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float],
 
     errors: dict[str, float] = {}
     warnings: list[str] = []
-    skipped = [name for name in layer.architecture.linears if not quantizes(options, f".{layer.index}.{name}")]
+    skipped = [name for name in layer.structure.linears if not quantizes(options, f".{layer.index}.{name}")]
     folds = [
         (group, None if set(group.linears) <= set(skipped) else _scales(layer, group, options))
-        for group in layer.architecture.groups
+        for group in layer.structure.groups
     ]
     tensors = dict(layer.tensors)
     for group, scales in folds:
@@ -196,10 +196,12 @@ def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float],
 
 
 def _scales(layer: Layer, group: Group, options: Options) -> Any:
-    """The best scales for a group's input channels, [in], or None if plain rounding is best.
+    """The best scales for a group's input channels, [in], or None if plain rounding is best or all that there is.
 
     Shared by all AWQ variants with the same grid, so computed once.
     """
+    if group.producer is None:
+        return None
     key = ("awq scales", group.linears, options.group_size, options.zero_point)
     if key not in layer.shared:
         gram = layer.grams[group.linears[0]]
@@ -283,41 +285,14 @@ def _rounding_error(weight: Any, size: int, options: Options) -> Any:
     return table.sub_(code.sub_(zero).mul_(scale)).view_as(weight)
 
 
-def fold(tensors: Tensors, group: Group, scales: Any) -> None:
-    """Multiply the group's columns by the scales and divide the producer by them; replaces entries of `tensors`."""
-    for name in group.linears:
-        tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * scales
-    producer = group.producer
-    key = f"{producer.module}.weight"
-    if producer.kind == "norm":
-        tensors[key] = (1 + tensors[key]) / scales - 1 if producer.one_plus else tensors[key] / scales
-        return
-    divisor = producing_rows(producer, scales, tensors[key].shape[0])
-    tensors[key] = tensors[key] / divisor[:, None]
-    bias = f"{producer.module}.bias"
-    if bias in tensors:
-        tensors[bias] = tensors[bias] / divisor
-
-
-def producing_rows(producer: Producer, scales: Any, rows: int) -> Any:
-    """What each row of a producing linear layer is divided by: [rows]."""
-    import torch
-
-    per_row = scales.view(-1, producer.repeats, producer.head_dim)[:, 0].reshape(-1) if producer.repeats > 1 else scales
-    if producer.rows is None:
-        return per_row
-    divisor = torch.ones(rows, dtype=scales.dtype, device=scales.device)
-    divisor[slice(*producer.rows)] = per_row
-    return divisor
-
-
 def _row_factors(layer: Layer, group: Group, folds: list[tuple[Group, Any]], power: Any) -> Any:
     """`power` of a group's output channels after their rows were divided for the groups they feed."""
     slices = dict(rounding.row_slices(layer, group))
     for other, scales in folds:
-        if scales is not None and other.producer.kind == "linear" and other.producer.module in slices:
-            rows = slices[other.producer.module]
-            divisor = producing_rows(other.producer, scales, rows.stop - rows.start)
+        producer = other.producer
+        if scales is not None and producer and producer.kind == "linear" and producer.module in slices:
+            rows = slices[producer.module]
+            divisor = producing_rows(producer, scales, rows.stop - rows.start)
             power = power.clone()
             power[rows] /= divisor * divisor
     return power

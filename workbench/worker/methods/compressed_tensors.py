@@ -17,7 +17,7 @@ from typing import Any, Literal
 from workbench.errors import UserError, short
 from workbench.shape import Shape, Stored
 from workbench.worker import Tensors
-from workbench.worker.architectures import Layer
+from workbench.worker.layers import Layer
 from workbench.worker.methods import Making, grouped, rounding
 
 SHORTHAND = "scheme"
@@ -126,7 +126,7 @@ def written(
 def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float], list[str]]:
     """A decoder layer's tensors as stored, each linear's relative error, and warnings."""
     tensors, errors, warnings = dict(layer.tensors), dict[str, float](), list[str]()
-    for group in layer.architecture.groups:
+    for group in layer.structure.groups:
         gram, weight = layer.grams[group.linears[0]], rounding.stacked(layer, group)
         if options.scheme == "W8A8":
             where = f"layer {layer.index} {group.linears[0]}"

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from workbench.shape import Shape, Stored
 from workbench.worker import Tensors
-from workbench.worker.architectures import Layer
+from workbench.worker.layers import Layer
 from workbench.worker.methods import Making, grouped
 from workbench.worker.methods.rounding import (
     check_grid,
@@ -174,7 +174,7 @@ def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float],
     tensors = {name: tensor for name, tensor in layer.tensors.items()}
     errors: dict[str, float] = {}
     warnings: list[str] = []
-    for group in layer.architecture.groups:
+    for group in layer.structure.groups:
         gram = layer.grams[group.linears[0]]
         weight = stacked(layer, group)
         size = gram.shape[0] if options.group_size == -1 else options.group_size

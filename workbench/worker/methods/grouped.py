@@ -9,8 +9,9 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.shape import DTYPES, NamedShape, Shape, Stored
-from workbench.worker.architectures import FUSED, LAYERS, SEPARATE
+from workbench.worker.architectures import FUSED, SEPARATE
 from workbench.worker.ggml.mixtures import tensor_bytes
+from workbench.worker.layers import LAYERS
 from workbench.worker.methods import Making
 
 BLOCK = 32
@@ -200,6 +201,8 @@ def group_sizes(columns: Iterable[int]) -> list[int]:
 def _linear(tensor: NamedShape) -> str | None:
     """The full name in a checkpoint of a matrix of a decoder layer, which AWQ and GPTQ quantize."""
     parts = tensor.name.split(".")
-    if tensor.layer is None or len(tensor.shape) != 2 or parts[2] not in LINEARS:
+    if tensor.layer is None or len(tensor.shape) != 2:
         return None
-    return f"{LAYERS}.{tensor.layer}.{LINEARS[parts[2]]}"
+    # Shapes keep a checkpoint's own name where GGUF's is not known.
+    name = LINEARS.get(parts[2]) or ".".join(parts[2:-1] if len(parts) > 4 else ())
+    return f"{LAYERS}.{tensor.layer}.{name}" if name else None

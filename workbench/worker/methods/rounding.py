@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.errors import UserError, short
-from workbench.worker.architectures import Group, Layer
+from workbench.worker.layers import Group, Layer
 
 BLOCK = 128
 """Columns between two large products that spread the error (the lazy batches of GPTQ)."""

