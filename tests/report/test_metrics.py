@@ -66,7 +66,7 @@ def test_every_metric_by_hand() -> None:
             (700 + 108 * (100 + speed.new_tokens / 2) / (100 + speed.new_tokens)) * 4 / 16_000
         ),
         "perplexity": pytest.approx(math.exp(2.1)),
-        **dict.fromkeys((*OF_THE_REFERENCE, "bits_per_byte")),
+        **dict.fromkeys((*OF_THE_REFERENCE, "kld_predicted", "bits_per_byte")),
     }
     untied = {"weights": 1000, "embedding": 300, "kv_cache": 108}
     assert row.measurement is not None
@@ -109,6 +109,7 @@ def test_directions_and_order() -> None:
         "bandwidth_fraction",
         "perplexity",
         "kld_mean",
+        "kld_predicted",
         "kld_p50",
         "kld_p90",
         "kld_p99",
@@ -122,6 +123,13 @@ def test_directions_and_order() -> None:
     of_servers = {"goodput_req_s", "largest_rate_req_s"}
     assert higher == {"prefill_tok_s", "decode_tok_s", "top1_agreement", "bandwidth_fraction"} | of_servers
     assert all(name == metric.name for name, metric in METRICS.items())
+
+
+def test_what_types_were_expected_to_cost_is_in_the_artifact() -> None:
+    row = a_row()
+    for choice, expected in (({"divergence": 0.031}, 0.031), ({}, None), ("a word", None), (None, None)):
+        chosen = replace(row, artifact=replace(row.artifact, provenance={"choice": choice}))
+        assert values(chosen)["kld_predicted"] == expected
 
 
 def test_what_was_not_measured_is_none() -> None:

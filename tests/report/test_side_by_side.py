@@ -48,6 +48,7 @@ def test_what_pages_and_tables_show_of_a_metric() -> None:
         "bandwidth_fraction": ("%", ".0f", 0.01, "never"),
         "perplexity": ("", ".3f", 1, "never"),
         "kld_mean": ("nat", ".4f", 1, "never"),
+        "kld_predicted": ("nat", ".4f", 1, "where measured"),
         "kld_p99": ("nat", ".3f", 1, "never"),
         "top1_agreement": ("%", ".2f", 0.01, "never"),
     }

@@ -103,6 +103,13 @@ def _bits_per_weight(row: Row) -> float | None:
     return row.artifact.bits_per_weight or None
 
 
+def _predicted(row: Row) -> float | None:
+    """Of types that were chosen by prices, their sum."""
+    choice = row.artifact.provenance.get("choice")
+    found = choice.get("divergence") if isinstance(choice, dict) else None
+    return found if isinstance(found, float) else None
+
+
 def _divergence(p: float) -> Callable[[Row], float | None]:
     """The p-quantile over tokens of the divergence from the base."""
     return quality.compared(partial(estimates.divergence_quantile, p=p))
@@ -175,6 +182,9 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            column=Column("divergence", "nat", ".4f", 1, "Mean KL divergence from the base, a token"),
            judged=Judged(4, 0.10, plotted=True),
            difference=quality.mean_delta("kld_sum", "kld_count"), scored_on="reference"),
+    Metric("kld_predicted", "KLD, predicted", "nat", "lower", _predicted,
+           column=Column("KLD, predicted", "nat", ".4f", 1, "What the chosen types were expected to cost, on the "
+                         "calibration's tokens and in exact arithmetic", "where measured")),
     Metric("kld_p50", "KLD, median", "nat", "lower", _divergence(0.5), scored_on="reference"),
     Metric("kld_p90", "KLD, 90 %", "nat", "lower", _divergence(0.9), scored_on="reference"),
     Metric("kld_p99", "KLD, 99 %", "nat", "lower", _divergence(0.99), scored_on="reference",
