@@ -34,9 +34,9 @@ from workbench.worker.ggml.choice import types_for
 from workbench.worker.ggml.names import tensor_names
 from workbench.worker.layers import LAYERS
 
-RUN_TOKENS = 4096
+RUN_TOKENS = 3072
 """Tokens that gradients are taken of: whole windows, evenly spread, one at least."""
-PRICED_TOKENS = 1024
+PRICED_TOKENS = 1536
 """Tokens, evenly spread over those, that matrices of layers are priced by."""
 HEAD_TOKENS = 256
 """The same of the output matrix, of which no token is drawn but all are looked at."""
