@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4},
+    "qwen3_moe": {"num_experts": 4},
     "gpt_neox": {},
 }
 """Not in the table."""

@@ -42,3 +42,48 @@ def test_an_embedding_that_is_not_the_head_is_told_apart(tmp_path: Path, kind: s
     )
     assert reply.error is None, reply.log
     assert reply.value["embedding"] == (354 * 64 * 4 if apart else 0) < reply.value["weights"]
+
+
+def lacking(payload: Any, progress: Any) -> str:
+    """A worker: what the engine says to a file without one of its tensors."""
+    import gguf
+
+    from workbench.worker.backends import llamacpp
+    from workbench.worker.methods import gguf as method
+
+    method.convert({"base": payload["base"], "out": payload["out"], "dtype": "float32", "name": "m"}, progress)
+    whole = gguf.GGUFReader(payload["out"])
+    writer = gguf.GGUFWriter(payload["job"]["artifact"]["path"], "llama")
+    for key, field in whole.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], inner)
+    for tensor in whole.tensors:
+        if tensor.name != "blk.1.ffn_up.weight":
+            writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    try:
+        llamacpp.Engine(from_json(Job, payload["job"]))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def test_a_file_that_lacks_a_tensor_is_an_error(tmp_path: Path) -> None:
+    job = Job("b", Artifact("v", "m", "gguf", str(tmp_path / "cut.gguf"), "", 1, 1), "llamacpp", {}, Workload())
+    reply = isolate.call(
+        "tests.worker.backends.test_llamacpp:lacking",
+        {
+            "base": str(write_sentencepiece(write_model(tmp_path / "base", "llama"))),
+            "out": str(tmp_path / "m.gguf"),
+            "job": to_json(job),
+        },
+        workdir=tmp_path / "w",
+        time_limit_s=120,
+        environment={"PYTHONPATH": str(ROOT)},
+    )
+    assert reply.error is None, reply.log
+    assert "Error: " in reply.value, "not loaded"

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from tests.places import ROOT
+from tests.worker.others import pack_as_autoawq
 from tests.worker.small_models import write_model, write_tokens
+from workbench.errors import UserError
 from workbench.records import Artifact, Job, Workload
 from workbench.worker.backends import transformers as backend
 from workbench.worker.calibration import run as calibrate
@@ -29,6 +31,23 @@ def an_engine(path: Path, format: str = "safetensors", **load: Any) -> Any:
 def test_an_embedding_that_is_not_the_head_is_told_apart(tmp_path: Path, kind: str, apart: int) -> None:
     memory = an_engine(write_model(tmp_path, kind)).memory()
     assert memory["embedding"] == apart < memory["weights"]
+
+
+def test_weights_that_no_file_has_are_an_error(tmp_path: Path) -> None:
+    """An AWQ checkpoint of experts, which transformers has as one tensor a layer, and one of another shape."""
+    from safetensors.torch import load_file, save_file
+
+    sizes = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+    experts = pack_as_autoawq(write_model(tmp_path / "base", "qwen3_moe", **sizes), tmp_path / "X-AWQ", 32)
+    with pytest.raises(UserError, match=r"Qwen3MoeForCausalLM finds 6 of its weights not in the files.*experts.0.down"):
+        an_engine(experts, "awq")
+    dense = write_model(tmp_path / "dense", "llama")
+    file = dense / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"LlamaForCausalLM finds 1 of its weights not in the files.*up_proj.weight\. "):
+        an_engine(dense)
 
 
 class Allocator:

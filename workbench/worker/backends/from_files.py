@@ -1,10 +1,16 @@
-"""How transformers itself loads an artifact: in which dtype, by which quantizer, laid out before it is timed."""
+"""How transformers itself loads an artifact: in which dtype, by which quantizer, whole, laid out before it is timed.
+
+Whatever its class has and the files have not, or in another shape, transformers fills with random numbers and goes on;
+it reports so, which is read here and refused.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from workbench.errors import UserError
 from workbench.records import Artifact
 from workbench.worker.base.gguf_config import load_gguf
 from workbench.worker.methods import method_named
@@ -12,6 +18,8 @@ from workbench.worker.methods.loading import ON_LOAD
 
 SIXTEEN_BITS = ("awq", "gptq", *ON_LOAD)
 """Formats that are computed in bfloat16 on a CPU: their kernels there take no float32, or cast it."""
+SHOWN = 3
+"""Names of tensors in a message."""
 M_MMAP_THRESHOLD = -3
 MMAP_THRESHOLD_BYTES = 32 << 20
 """glibc's name for what is mapped apart, and where its own adjustment ends (mallopt(3))."""
@@ -40,10 +48,26 @@ def load(artifact: Artifact, device: str, dtype: str, attention: str | None, rem
     if form == "gguf":
         # Not by its own reader alone: that leaves keys and tensors out without a word.
         return load_gguf(path, arguments).eval()
-    model = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **arguments).eval()
+    arguments |= {"use_safetensors": True, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), **arguments)
+    model, report = loaded
+    check_report(report, f"{path}: transformers' {type(model).__name__}")
+    model.eval()
     if form in ("compressed-tensors", "bitsandbytes") or (device == "cpu" and form in ("awq", "gptq")):
         _lay_out(model, device)
     return model
+
+
+def check_report(report: Mapping[str, Any], who: str) -> None:
+    """Refuse a model with weights that are not the files'; `report`: transformers' `loading_info`."""
+    lost = {*map(str, report["missing_keys"]), *(str(each[0]) for each in report["mismatched_keys"])}
+    if lost:
+        unused = sorted(map(str, report["unexpected_keys"]))
+        more = f", and has no place for {len(unused)} that are there ({unused[0]})" if unused else ""
+        raise UserError(
+            f"{who} finds {len(lost)} of its weights not in the files, and would draw them at random: "
+            f"{', '.join(sorted(lost)[:SHOWN])}{more}. Measure it in another engine"
+        )
 
 
 def _keep_bfloat16() -> None:

@@ -46,6 +46,7 @@ KV_BLOCK_MARGIN = 1.25
 GPU_SHARE = 0.01
 """The part of a GPU's memory that vLLM wants free before it loads anything: its own guard, where it sizes its cache
 itself. The cache is of a stated size here, so that a GPU which also draws a screen is no reason to refuse."""
+CPU_INFO = Path("/proc/cpuinfo")
 RUNTIME_BYTES = 1050e6
 """Measured: vLLM 0.32 and torch 2.13 (CPU), CPython 3.11, x86-64."""
 
@@ -72,13 +73,21 @@ class Options:
 
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:
-    """GPTQ's other widths are for GPUs."""
+    """GPTQ's other widths are for GPUs, 4-bit experts for processors with AMX too."""
     if artifact.format not in LOADS:
         return f"vLLM does not read {artifact.format}"
     bits = (artifact.provenance.get("options") or {}).get("bits", 4)
     if artifact.format == "gptq" and bits != 4 and not cuda:
         return f"vLLM reads GPTQ of {bits} bits on GPUs only; its kernels on a CPU take 4"
+    four_bits = (kind for name, kind in artifact.tensor_types.items() if ".experts." in name)
+    if any(kind.lower().startswith(("i4-", "int4-")) for kind in four_bits) and not cuda and not _has_amx():
+        return "vLLM computes with 4-bit experts on GPUs, or on a CPU with AMX, which this one has not"
     return None
+
+
+def _has_amx() -> bool:
+    """Whether this processor multiplies tiles (Intel's AMX)."""
+    return CPU_INFO.is_file() and "amx_tile" in CPU_INFO.read_text()
 
 
 def refuses(options: Options, cuda: bool) -> str | None:
@@ -174,7 +183,8 @@ class Engine:
             dtype = "bfloat16"
         elif dtype == "auto" and job.artifact.format in ("awq", "gptq"):
             dtype = _kernel_dtype(job.artifact.path)
-        self._path, more = job.artifact.path, dict[str, Any]()
+        # By itself vLLM looks for weights that no file has only where nothing is quantized.
+        self._path, more = job.artifact.path, dict[str, Any](model_loader_extra_config={"enable_weights_track": True})
         if job.artifact.format == "gguf":
             self._folder = tempfile.TemporaryDirectory()
             vllm_gguf.write_config(Path(self._path), Path(self._folder.name))
@@ -215,7 +225,7 @@ class Engine:
         self._requests = 0
         self._scored_in = ""
         self._not_proven: str | None = None
-        self._unproven = bool(more)
+        self._unproven = job.artifact.format == "gguf"
         if not job.longest_window:
             self._prove()
 
