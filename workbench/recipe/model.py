@@ -112,6 +112,9 @@ class Base(Strict):
     no tasks and no perplexity."""
     seed: Seed = 0
     """The seed of random weights."""
+    adapter: File | None = None
+    """A LoRA adapter that is merged into the base before anything else: a folder, relative to the recipe, or a hub
+    repository."""
     equivalent: Equivalent | None = None
     """Rewrite the base into another with the same function before anything is made of it."""
     trust_remote_code: bool = False
@@ -137,10 +140,20 @@ class Base(Strict):
         _in_package(self.package, self.file, "the model")
         if self.config and self.init != "random":
             raise ValueError("a config alone has no weights: add `init: random`")
+        if self.config and self.adapter:
+            raise ValueError("an adapter changes a model's weights, and a config alone has none")
         return self
 
     def source(self, folder: Path) -> dict[str, Any]:
         """As `worker/base/prepare.py` wants it, with paths made absolute against the recipe's folder."""
+        return self._source(folder) | ({"adapter": self._adapter(folder)} if self.adapter else {})
+
+    def _adapter(self, folder: Path) -> str:
+        """Its folder, or the name of a repository."""
+        here = _absolute(str(self.adapter), folder)
+        return str(self.adapter) if re.fullmatch(HUB, str(self.adapter)) and not here.exists() else str(here)
+
+    def _source(self, folder: Path) -> dict[str, Any]:
         if self.hub:
             return {"hub": self.hub, "revision": self.revision or "main"}
         if self.path:

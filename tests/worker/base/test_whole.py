@@ -133,7 +133,7 @@ def test_strays_are_left_out_and_told(model: Path, tmp_path: Path) -> None:
     }
     (said,) = made["warnings"]
     assert said.startswith("left out, no part of the model: adapter_config.json, adapter_model.safetensors, ")
-    assert "merged into the weights" in said
+    assert "name it as the base's `adapter`" in said
 
 
 def test_a_head_of_its_own_in_a_tied_configuration(model: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def alone(path: Path, config: Mapping[str, Any], tensors: dict[str, StoredTensor
         shown = ", ".join(strays[:3]) + (", ..." if len(strays) > 3 else "")
         said.append(f"left out, no part of the model: {shown}")
         if ADAPTER in strays:
-            said[-1] += ". An adapter counts only where it is merged into the weights"
+            said[-1] += ". To have an adapter merged, name it as the base's `adapter`"
     head = _own_head(config, tensors)
     if head:
         said.append(f"config.json ties the head to the embedding, but {head} differs from it: both are kept")

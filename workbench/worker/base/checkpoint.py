@@ -143,7 +143,7 @@ def checked_config(path: Path, remote_code: bool) -> dict[str, Any]:
             raise UserError(f"{path} has no config.json but GGUF files: name one, as in `path: {path / ggufs[0]}`.")
         if (path / "adapter_config.json").is_file():
             of = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "a model"
-            raise UserError(f"{path} is an adapter of {of}, not a model: merge it into that first, as with peft.")
+            raise UserError(f"{path} is an adapter of {of}, not a model: give that as the base, and this as its `adapter`.")
         raise UserError(f"{path} has no config.json: it is not a Hugging Face model directory, or is incomplete.")
     config = read_json(file)
     tokenizer = path / "tokenizer_config.json"

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,18 @@ def _why_not(offline: bool) -> str:
     return f"the hub cannot be reached ({reason[0]}): check the connection" if reason[0] else ""
 
 
-def download(repo: str, revision: str, offline: bool, progress: Progress, weights: bool = True) -> Path:
-    """A snapshot of a hub repository's safetensors, configuration and tokenizer, in the hub's own cache."""
+def download(
+    repo: str, revision: str, offline: bool, progress: Progress, weights: bool = True, also: Sequence[str] = ()
+) -> Path:
+    """A snapshot of a hub repository's safetensors, configuration, tokenizer and what is named, in the hub's own
+    cache."""
     huggingface_hub = _client()
-    patterns = [*TOKENIZER_FILES, *CONFIG_FILES, *(["*.safetensors", "*.safetensors.index.json"] if weights else [])]
+    patterns = [
+        *also,
+        *TOKENIZER_FILES,
+        *CONFIG_FILES,
+        *(["*.safetensors", "*.safetensors.index.json"] if weights else []),
+    ]
     where = f"hub repository '{repo}' at '{revision}'"
     progress(0, 1, f"fetching {repo}")
     why_not = _why_not(offline)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from workbench.disk import disk_faults, expanded
@@ -23,6 +24,7 @@ from workbench.front_matter import stated_licence
 from workbench.records import BaseRequest, PreparedBase, from_json, to_json
 from workbench.records import digest as short_digest
 from workbench.worker import Progress
+from workbench.worker.base import adapter
 from workbench.worker.base.alone import alone
 from workbench.worker.base.checkpoint import (
     CONFIG_FILES,
@@ -42,8 +44,15 @@ from workbench.worker.base.equivalent import write_equivalent
 from workbench.worker.base.floats import plain_dtype, write_plain
 from workbench.worker.base.gguf_file import present_parts
 from workbench.worker.base.hub import download, is_offline
-from workbench.worker.base.random_weights import config_of, random_directory, tokenizer_source
-from workbench.worker.base.sources import BaseSource, content_digest, distribution_of, source_of, stamps
+from workbench.worker.base.random_weights import config_of, random_directory
+from workbench.worker.base.sources import (
+    BaseSource,
+    content_digest,
+    distribution_of,
+    named_source,
+    source_of,
+    stamps,
+)
 from workbench.worker.base.whole import check_finite, check_tokenizer, check_whole
 
 PREPARE_VERSION = 1
@@ -63,12 +72,12 @@ def prepare(payload: object, progress: Progress) -> object:
     out, equivalent, remote_code = Path(request.out), request.equivalent, request.allow_remote_code
     offline = request.offline or is_offline()
     out.mkdir(parents=True, exist_ok=True)
-    plain = out / ".plain" if equivalent else out
+    source = source_of(request.source)
+    merged = out / ".merged" if equivalent else out
+    plain = out / ".plain" if equivalent or source.adapter else out
 
     with disk_faults(out):
-        path, revision, license_name, made = _directory(
-            source_of(request.source), plain, remote_code, offline, progress
-        )
+        path, revision, license_name, made = _directory(source, plain, remote_code, offline, progress)
         config, tensors = read_model(path, remote_code)
         dtype, rewritten = plain_dtype(config, tensors), list[str]()
         float8 = sorted({tensor.dtype for tensor in tensors.values()} & FLOAT8)
@@ -78,12 +87,22 @@ def prepare(payload: object, progress: Progress) -> object:
             config, tensors = read_model(path, remote_code)
         path, warnings = alone(path, config, tensors, plain)
         config = checked_config(path, remote_code)
+        adapted = ""
+        if source.adapter:
+            folder = adapter.fetch(named_source(source.adapter), offline, progress)
+            warnings += adapter.merge(path, tensors, folder, merged, remote_code, progress)
+            license_name, path = license_name or stated_licence(path / "README.md"), merged
+            adapted, (config, tensors) = (
+                content_digest(adapter.files_of(folder), progress),
+                read_model(path, remote_code),
+            )
         if equivalent:
             write_equivalent(path, config, tensors, equivalent["hidden"], equivalent["seed"], out, progress)
             license_name = license_name or stated_licence(path / "README.md")
-            shutil.rmtree(plain, ignore_errors=True)
             path = out
             config, tensors = read_model(out, remote_code)
+        for scratch in {plain, merged} - {out}:
+            shutil.rmtree(scratch, ignore_errors=True)
         vocab_size = int(text_config(config)["vocab_size"])
         check_whole(path, config, tensors, remote_code)
         check_tokenizer(path, vocab_size, remote_code)
@@ -96,6 +115,8 @@ def prepare(payload: object, progress: Progress) -> object:
         identity["carried"] = made.carried
     if dtype:
         identity["dtype"] = dtype
+    if adapted:
+        identity["adapter"] = adapted
     prepared = PreparedBase(
         path=str(path),
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
@@ -110,8 +131,8 @@ def prepare(payload: object, progress: Progress) -> object:
         license=license_name or stated_licence(path / "README.md"),
         revision=revision,
         warnings=(made.warnings if made else []) + rewritten + warnings,
-        # An equivalent's weights are other numbers, on nobody's grid.
-        quantized_types=[] if equivalent else made.quantized_types if made else float8,
+        # An equivalent's weights are other numbers, on nobody's grid, and so are most of a merged adapter's.
+        quantized_types=[] if equivalent or adapted else made.quantized_types if made else float8,
     )
     return to_json(prepared)
 
@@ -126,12 +147,14 @@ def identify(source: object) -> str:
 
 
 def _state(source: BaseSource) -> str:
+    if source.adapter:
+        return f"{_state(replace(source, adapter=''))}+{_state(named_source(source.adapter))}"
     if source.hub:
         return f"hub:{source.hub}@{source.revision}"
     if source.package:
         return f"package:{source.package}=={distribution_of(source.package).version}/{source.file or ''}"
     if source.config:
-        tokenizer = _state(tokenizer_source(source.tokenizer)) if source.tokenizer else None
+        tokenizer = _state(named_source(source.tokenizer)) if source.tokenizer else None
         facts = {"config": config_of(source.config), "seed": source.seed, "tokenizer": tokenizer}
         return f"config:{short_digest(facts)}"
     path, _ = source.located()

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workbench.disk import expanded
 from workbench.errors import UserError, unknown
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import TOKENIZER_FILES, read_json
@@ -26,7 +24,7 @@ from workbench.worker.base.dequantize import save_tokenizer
 from workbench.worker.base.gguf_file import open_gguf
 from workbench.worker.base.hub import download
 from workbench.worker.base.saving import copy_side_files, for_both_readers, write_card, write_json, write_weights
-from workbench.worker.base.sources import BaseSource, content_digest, local_path, source_of
+from workbench.worker.base.sources import BaseSource, content_digest, local_path, named_source
 
 
 def random_directory(
@@ -93,7 +91,7 @@ def random_directory(
     )
     tokenizer_id = None
     if source.tokenizer:
-        tokenizer_id = _bring_tokenizer(tokenizer_source(source.tokenizer), out, saved, offline, progress)
+        tokenizer_id = _bring_tokenizer(named_source(source.tokenizer), out, saved, offline, progress)
     write_card(
         out, f"random-{given['model_type']}", None, f"Random weights of a shape, seed {seed}. Its text means nothing."
     )
@@ -111,14 +109,6 @@ def config_of(value: Mapping[str, Any] | str) -> Mapping[str, Any]:
         raise UserError("base.config has no `model_type` (such as llama): transformers cannot tell what to build.")
     check_config(config, "base.config")
     return config
-
-
-def tokenizer_source(value: Mapping[str, Any] | str) -> BaseSource:
-    """A tokenizer given as a source, a local path, or a hub repository's name."""
-    if not isinstance(value, str):
-        return source_of(value)
-    is_path = os.path.exists(expanded(value)) or value.startswith((".", "/", "~")) or value.count("/") != 1
-    return BaseSource(path=value) if is_path else BaseSource(hub=value)
 
 
 def _bring_tokenizer(

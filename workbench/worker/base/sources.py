@@ -40,6 +40,8 @@ class BaseSource:
     seed: int = 0
     tokenizer: Mapping[str, Any] | str | None = None
     """Another model's, as a source of its own or by its name."""
+    adapter: str = ""
+    """A folder or a hub repository, merged into it."""
 
     def located(self) -> tuple[Path, str | None]:
         """The file or directory of a source on this machine, and the license it came with."""
@@ -55,6 +57,14 @@ def source_of(given: object) -> BaseSource:
     if not any(found.get(kind) for kind in SOURCES):
         raise UserError(f"the base has no source. Give one of: {', '.join(SOURCES)}.")
     return BaseSource(**found)
+
+
+def named_source(value: Mapping[str, Any] | str) -> BaseSource:
+    """A tokenizer or adapter: a source of its own, a local path, or a hub repository's name."""
+    if not isinstance(value, str):
+        return source_of(value)
+    is_path = os.path.exists(expanded(value)) or value.startswith((".", "/", "~")) or value.count("/") != 1
+    return BaseSource(path=value) if is_path else BaseSource(hub=value)
 
 
 def local_path(value: str | os.PathLike[str]) -> Path:
