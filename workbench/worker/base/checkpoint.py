@@ -57,6 +57,13 @@ OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|projector")
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 FLOAT8_SCALES = (".weight_scale_inv", ".weight_scale")
 """Ends of the names of what FP8 weights are to be multiplied by, whatever the first is called."""
+PACKED = {
+    "awq": (".qweight",),
+    "gptq": (".qweight",),
+    "compressed-tensors": (".weight_packed", ".weight_scale"),
+    "mxfp4": ("_blocks",),
+}
+"""How weights are packed that are unpacked without loss, by `quant_method`, and ends of the names of such tensors."""
 NOT_WEIGHTS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attention.masked_bias")
 
 
@@ -143,7 +150,9 @@ def checked_config(path: Path, remote_code: bool) -> dict[str, Any]:
             raise UserError(f"{path} has no config.json but GGUF files: name one, as in `path: {path / ggufs[0]}`.")
         if (path / "adapter_config.json").is_file():
             of = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "a model"
-            raise UserError(f"{path} is an adapter of {of}, not a model: give that as the base, and this as its `adapter`.")
+            raise UserError(
+                f"{path} is an adapter of {of}, no model: give that as the base, and this as its `adapter`."
+            )
         raise UserError(f"{path} has no config.json: it is not a Hugging Face model directory, or is incomplete.")
     config = read_json(file)
     tokenizer = path / "tokenizer_config.json"
@@ -311,9 +320,18 @@ def scale_of(name: str, tensors: Mapping[str, StoredTensor]) -> str | None:
     return next((scale for scale in names if scale in tensors), None)
 
 
+def packed_by(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
+    """The method of `PACKED` that a configuration names and by which tensors are packed; empty if there is none."""
+    said = config.get("quantization_config")
+    method = str(said.get("quant_method")) if isinstance(said, dict) else ""
+    return method if any(name.endswith(PACKED.get(method, ())) for name in tensors) else ""
+
+
 def check_types(path: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
     """Refuse a model that is already quantized, by what its config.json says or by the types of its tensors, but for
-    FP8 with scales."""
+    FP8 with scales and what `PACKED` names."""
+    if packed_by(config, tensors):
+        return
     float8 = [name for name, tensor in tensors.items() if tensor.dtype in FLOAT8]
     scaled = bool(float8) and all(scale_of(name, tensors) for name in float8)
     quantized = next(filter(None, (c.get(k) for c in (config, text_config(config)) for k in QUANTIZATION_KEYS)), None)

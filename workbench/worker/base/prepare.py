@@ -28,7 +28,6 @@ from workbench.worker.base import adapter
 from workbench.worker.base.alone import alone
 from workbench.worker.base.checkpoint import (
     CONFIG_FILES,
-    FLOAT8,
     PICKLES,
     TOKENIZER_FILES,
     VOCABULARY_FILES,
@@ -41,7 +40,7 @@ from workbench.worker.base.checkpoint import (
 from workbench.worker.base.config_json import context_tokens, text_config, window_tokens
 from workbench.worker.base.dequantize import Dequantized, dequantized_directory
 from workbench.worker.base.equivalent import write_equivalent
-from workbench.worker.base.floats import plain_dtype, write_plain
+from workbench.worker.base.floats import plain_dtype, quantized_types, write_plain
 from workbench.worker.base.gguf_file import present_parts
 from workbench.worker.base.hub import download, is_offline
 from workbench.worker.base.random_weights import config_of, random_directory
@@ -80,7 +79,7 @@ def prepare(payload: object, progress: Progress) -> object:
         path, revision, license_name, made = _directory(source, plain, remote_code, offline, progress)
         config, tensors = read_model(path, remote_code)
         dtype, rewritten = plain_dtype(config, tensors), list[str]()
-        float8 = sorted({tensor.dtype for tensor in tensors.values()} & FLOAT8)
+        stored_in = quantized_types(config, tensors)
         if dtype:
             rewritten = write_plain(path, config, tensors, plain, progress)
             path = plain
@@ -132,7 +131,7 @@ def prepare(payload: object, progress: Progress) -> object:
         revision=revision,
         warnings=(made.warnings if made else []) + rewritten + warnings,
         # An equivalent's weights are other numbers, on nobody's grid, and so are most of a merged adapter's.
-        quantized_types=[] if equivalent or adapted else made.quantized_types if made else float8,
+        quantized_types=[] if equivalent or adapted else made.quantized_types if made else stored_in,
     )
     return to_json(prepared)
 

@@ -112,7 +112,7 @@ def adopt(payload: object, progress: Progress) -> object:
     name = options.hub or folder.name
     config, tensors = _read(folder, remote_code)
     how = scheme(config, name)
-    base, theirs = Path(request.base), _unpacked(tensors, how, name)
+    base, theirs = Path(request.base), unpacked(tensors, how, name)
     base_config, base_tensors = read_model(base, remote_code)
     warnings = _compared(base_config, config, name)
     ours = {key: list(each.shape) for key, each in parameters_of(base_config, base_tensors).items()}
@@ -163,7 +163,7 @@ def headers(payload: object, progress: Progress) -> object:
             raise UserError(f"{name}: its headers are not in the hub's cache, and the hub cannot be asked for them")
         tensors = told
         how, text = scheme(config, name), text_config(config)
-        _unpacked(tensors, how, name)
+        unpacked(tensors, how, name)
         counts = int(text["vocab_size"]), int(text.get("num_hidden_layers") or 0)
         found.check_counts(counts, (shape.vocab_size, shape.traits.layers), name)
         if text.get("hidden_size") not in (None, shape.hidden):
@@ -268,7 +268,7 @@ def _read(folder: Path, remote_code: bool) -> tuple[dict[str, Any], dict[str, St
     return checked_config(folder, remote_code), checked_weights(folder)
 
 
-def _unpacked(tensors: Mapping[str, StoredTensor], how: Scheme, name: str) -> dict[str, list[int]]:
+def unpacked(tensors: Mapping[str, StoredTensor], how: Scheme, name: str) -> dict[str, list[int]]:
     """Shapes of what the tensors unpack to, by the base's names."""
     if how.method == "compressed-tensors":
         return compressed_tensors.unpacked({key: each.shape for key, each in tensors.items()}, how.options, name)
