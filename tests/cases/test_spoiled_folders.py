@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "compression_config": (config(compression_config={"quant_method": "x"}), "already quantized (x)"),
     "nested quantization_config": (nested_quantized, "already quantized (fp8)"),
     "fp8 weights, no config": (weights(as_float8), "lm_head.weight is stored as F8_E4M3"),
-    "adapter": (both(adapter, alone), "is an adapter of owner/name, not a model"),
+    "adapter": (both(adapter, alone), "is an adapter of owner/name, no model"),
     "only pickles": (both(pickled, lambda f: (f / "model.safetensors").unlink()), "holds only pickled weights"),
     "shards without an index": (unindexed, "has 2 *.safetensors but no model.safetensors.index.json"),
     "prefix language_model.": (prefixed("language_model."), "It holds language_model.lm_head.weight"),

@@ -105,7 +105,7 @@ def test_two_sets_of_weights(model: Path, tmp_path: Path) -> None:
 def test_an_adapter_is_no_model(model: Path, tmp_path: Path) -> None:
     (model / "config.json").unlink()
     (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/name"}))
-    assert "an adapter of owner/name, not a model" in refusal({"path": str(model)}, tmp_path / "o")
+    assert "an adapter of owner/name, no model" in refusal({"path": str(model)}, tmp_path / "o")
 
 
 def test_weights_that_are_quantized_though_nothing_says_so(model: Path, tmp_path: Path) -> None:
