@@ -31,7 +31,8 @@ def write_compressed(base: Path, out: Path, scheme: str, group_size: int = 32) -
     compressor.compress_model(model)
     model.save_pretrained(out)
     compressor.update_config(str(out))
-    AutoTokenizer.from_pretrained(base).save_pretrained(out)
+    if (base / "tokenizer.json").is_file():
+        AutoTokenizer.from_pretrained(base).save_pretrained(out)
     return out
 
 

