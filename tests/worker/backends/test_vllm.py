@@ -11,7 +11,6 @@ import pytest
 
 from tests.places import ROOT
 from tests.worker.small_models import write_model
-from tests.worker.written import write_compressed
 from workbench.machine import isolate
 from workbench.records import Artifact, Job, Workload, from_json, to_json
 from workbench.worker.backends import vllm as backend
@@ -63,40 +62,6 @@ def test_experts_of_four_bits_need_amx(
 
     assert refusal(dense, "I4-g128") is refusal(experts, "F16") is refusal(experts, "I4-g128", cuda=True) is None
     assert (refusal(experts, "I4-g128") is None) is reads
-
-
-def load(payload: Any, progress: Any) -> str:
-    """A worker: what the engine says to a checkpoint that it loads, and its likeliest next tokens."""
-    try:
-        engine = backend.Engine(from_json(Job, payload))
-    except ValueError as error:
-        return str(error)
-    return str(engine.complete([list(range(10, 30))], [8], []))
-
-
-@pytest.mark.slow
-def test_a_quantized_checkpoint_that_lacks_a_tensor_is_an_error(tmp_path: Path) -> None:
-    """vLLM by itself leaves the tensor as it was made. And compressed-tensors run on its CPU build."""
-    from safetensors.torch import load_file, save_file
-
-    base = write_model(tmp_path / "base", "llama", head_dim=32)
-    for scheme in ("W4A16_ASYM", "W8A8", "FP8_DYNAMIC"):
-        folder = write_compressed(base, tmp_path / scheme, scheme)
-        whole = load_file(folder / "model.safetensors")
-        for lacks in ("", "model.layers.1.mlp.down_proj.weight_scale"):
-            save_file({k: t for k, t in whole.items() if k != lacks}, folder / "model.safetensors", {"format": "pt"})
-            job = to_json(a_job(folder))
-            job["artifact"]["format"] = "compressed-tensors"
-            reply = isolate.call(
-                "tests.worker.backends.test_vllm:load",
-                job,
-                workdir=tmp_path / "w",
-                time_limit_s=300,
-                environment=backend.ENVIRONMENT | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            )
-            assert reply.error is None, reply.log
-            said = str(reply.value)
-            assert ("not initialized from checkpoint" in said and lacks in said) if lacks else said.count(",") == 7
 
 
 def child(payload: Any, progress: Any) -> dict[str, Any]:
