@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 8
 PARTS = {
     "evaluation": {"source": {"text": TEXT}, "window": 32, "windows": 3},
-    "variants": [{"gguf": "Q8_0"}, {"gguf": {"type": "Q4_0", "imatrix": True}}],
+    "variants": [{"gguf": "Q8_0"}, {"gguf": {"type": "Q4_0", "rounding": "compensated"}}],
     "calibration": {"source": {"text": TEXT[::-1]}, "window": 32, "windows": 4},
     "backends": {"llamacpp": {}},
 }
@@ -51,12 +51,13 @@ def test_every_kind_of_file_in_the_cache_is_made_anew(place: Bench) -> None:
         *place.home.glob("tokens/*/evaluation.json"),
         *place.home.glob("references/*/*.safetensors"),
         *place.home.glob("imatrix/*/*.gguf"),
+        *sorted(place.home.glob("grams/*/*.safetensors"))[:1],
     ]
-    assert len(files) == 7
+    assert len(files) == 8
     for file in files:
         zero_tail(file)
     answer = place("cache", "verify")
-    assert answer.returncode == 1 and len(answer.stdout.splitlines()) == 8
+    assert answer.returncode == 1 and len(answer.stdout.splitlines()) == 9
     answer = place("run", place.recipe(**PARTS), "--format", "json", "--again")
     assert answer.returncode == 0, answer.stderr
     told = [line for line in answer.stderr.splitlines() if line.startswith("warning: ")]

@@ -22,6 +22,7 @@ from workbench.records import (
     Bandwidth,
     Cost,
     Evaluation,
+    GramMatrices,
     ImportanceMatrix,
     PreparedBase,
     Reference,
@@ -39,6 +40,7 @@ RECORDS: dict[Kind, Any] = {
     "bases": PreparedBase(
         "m", "0" * 64, "float32", 200, 800, "LlamaForCausalLM", 354, 2048, source={"path": "/m"}, cost=COST
     ),
+    "grams": GramMatrices("k", "t", cost=COST),
     "imatrix": ImportanceMatrix("k", "t", cost=COST),
     "references": Reference("d", {"dtype": "float32"}, "b", "e", cost=COST),
     "tasks": Tasks({"t": Task("t", "t.json", "d", 3, 40)}, text_version=1, cost=COST),

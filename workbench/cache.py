@@ -17,6 +17,7 @@ from workbench.intact import Changed, as_made, contents
 from workbench.records import (
     Artifact,
     Bandwidth,
+    GramMatrices,
     ImportanceMatrix,
     PreparedBase,
     Prices,
@@ -32,6 +33,7 @@ RECORDS: dict[Kind, type] = {
     "artifacts": Artifact,
     "bandwidth": Bandwidth,
     "bases": PreparedBase,
+    "grams": GramMatrices,
     "imatrix": ImportanceMatrix,
     "prices": Prices,
     "references": Reference,

@@ -28,7 +28,7 @@ from workbench.errors import UserError, short
 from workbench.intact import Changed, NotAFile, as_made, keep, open_file
 
 Record = TypeVar("Record")
-Kind = Literal["artifacts", "bandwidth", "bases", "imatrix", "prices", "references", "tasks", "tokens"]
+Kind = Literal["artifacts", "bandwidth", "bases", "grams", "imatrix", "prices", "references", "tasks", "tokens"]
 """What is made once and kept, each kind in a folder of that name."""
 STARTED = time.strftime("%Y-%m-%d %H:%M:%S")
 """When this program was."""

@@ -258,6 +258,22 @@ def test_a_bases_layers_are_shown_as_running_them_finds_them(tiny_llama: Path) -
         plan.layers(recipe(base={"config": LLAMA_8B | {"model_type": "gpt_neox"}, "init": "random"}))
 
 
+def test_gram_matrices_that_are_kept_are_planned(tiny_llama: Path) -> None:
+    """Once, whatever looks at them: half a symmetric matrix of 64 inputs three times a layer, and one of 128."""
+    calibration = {"source": {"text": "many words " * 99}, "window": 8, "windows": 2}
+    plain, one, two = (
+        plan.make(recipe(base={"path": str(tiny_llama)}, variants=variants, calibration=calibration), cuda=False)
+        for variants in (
+            [{"gguf": {"type": "Q4_0", "imatrix": True}}],
+            [{"gguf": {"type": "Q4_0", "rounding": "compensated"}}],
+            [{"gguf": {"type": kind, "rounding": "compensated"}} for kind in ("Q4_0", "Q4_1")],
+        )
+    )
+    grams = 2 * 4 * (3 * 64 * 65 // 2 + 128 * 129 // 2)
+    assert one.disk_bytes - plain.disk_bytes == grams
+    assert two.disk_bytes - one.disk_bytes == two.needs[-1].disk_bytes
+
+
 def hub_plan(tmp_path: Path, **env: str) -> list[dict[str, Any]]:
     """What `workbench plan` prints as JSON for a base on the hub, with a hub cache of its own."""
     (tmp_path / "r.yaml").write_text("base: {hub: owner/name}\nvariants: [{gguf: Q8_0}]\n")

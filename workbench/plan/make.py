@@ -225,7 +225,8 @@ def _fitted(
 
 
 def _all_disk(recipe: Recipe, shape: Shape) -> int:
-    """Everything a recipe writes: the base where it is rewritten, one conversion, each variant in each form."""
+    """Everything a recipe writes: the base where it is rewritten, one conversion, Gram matrices that are kept, each
+    variant in each form."""
     base_bytes = shape.parameters * DTYPE_BYTES[shape.dtype]
     total = 0 if recipe.base.hub is None and recipe.base.path else base_bytes
     files: dict[tuple[str, str], int] = {}
@@ -246,7 +247,22 @@ def _all_disk(recipe: Recipe, shape: Shape) -> int:
         elif variant.method == BASE and wants_gguf_base(recipe.variants, recipe.backends):
             total += base_bytes
             total += method.sizes(shape, options, "gguf").disk_bytes if shape.dtype == "float32" else 0
-    return total + sum(files.values())
+    grams = _grams_bytes(shape) if any(making_of(variant).grams for variant in recipe.variants) else 0
+    return total + grams + sum(files.values())
+
+
+SHARING = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
+"""Tensors of a GGUF file's layer that have the input of another."""
+
+
+def _grams_bytes(shape: Shape) -> int:
+    """Half of a symmetric matrix in float32 for each distinct input of a layer's matrices (`worker/ggml/grams.py`)."""
+    inputs = {}
+    for tensor in shape.tensors:
+        if tensor.layer is not None and len(tensor.shape) == 2:
+            name = tensor.name.split(".")[2]
+            inputs[tensor.layer, SHARING.get(name, name)] = tensor.shape[-1]
+    return sum(columns * (columns + 1) // 2 * 4 for columns in inputs.values())
 
 
 def _existing(folder: Any) -> Any:

@@ -43,10 +43,11 @@ def make_alone(
     form: str,
     source: Artifact | None = None,
     looks_at: CalibrationTokens | ImportanceMatrix | Prices | None = None,
+    grams: str | None = None,
     title: str = "",
 ) -> Artifact:
     """The artifact, of format `form`; `source`: the file or directory that it starts from, if not the base's directory,
-    `looks_at`: what it takes of the calibration, `title`: what progress calls it.
+    `looks_at`: what it takes of the calibration, `grams`: a folder of Gram matrices, `title`: what progress calls it.
 
     Raises `UserError` and `WorkFailed` for what the worker refuses and what it cannot.
     """
@@ -74,6 +75,7 @@ def make_alone(
             tokens=looks_at.path if isinstance(looks_at, CalibrationTokens) else None,
             imatrix=_matrix(looks_at),
             prices=looks_at.path if isinstance(looks_at, Prices) else None,
+            grams=grams,
             allow_remote_code=recipe.base.trust_remote_code,
         )
         made, cost = work(

@@ -21,6 +21,7 @@ from workbench.records import (
     CalibrationRequest,
     CalibrationTokens,
     CheckpointRequest,
+    GramMatrices,
     ImportanceMatrix,
     PreparedBase,
     Variant,
@@ -53,22 +54,27 @@ def run_calibration(
     imatrix_key = digest([base.digest, tokens.digest, "imatrix", precision, 1])
     missing = [name for name in variants if stored("artifacts", keys[name], Artifact) is None]
     need_imatrix = bool(weighted) and stored("imatrix", imatrix_key, ImportanceMatrix) is None
-    pass_key = digest([base.digest, tokens.digest, sorted(keys[name] for name in missing), need_imatrix])
+    compensated = [name for name, (_, making) in wanted.items() if making.grams]
+    grams_key = digest([base.digest, tokens.digest, "grams", precision, 1]) if compensated else None
+    need_grams = grams_key is not None and stored("grams", grams_key, GramMatrices) is None
+    asked_for = [sorted(keys[name] for name in missing), need_imatrix, *(["grams"] if need_grams else [])]
+    pass_key = digest([base.digest, tokens.digest, *asked_for])
     try:
-        if missing or need_imatrix:
+        if missing or need_imatrix or need_grams:
             file = home() / "locks" / f"pass-{base.digest}-{tokens.digest}"
 
             def waiting() -> None:
                 show.say(f"{WAITING}, which calibrates the same{holder(file)}")
 
             with lock(file, waiting, note=who("calibration pass")):
-                key = imatrix_key if need_imatrix else None
+                more = (imatrix_key if need_imatrix else None, grams_key if need_grams else None)
                 asked = {name: variants[name] for name in missing}
-                done = _pass(recipe, base, tokens, asked, keys, key, pass_key, show)
+                done = _pass(recipe, base, tokens, asked, keys, *more, pass_key, show)
                 if done:
                     failures |= done.refused | dict.fromkeys(weighted if done.no_imatrix else [], done.no_imatrix)
     except (WorkFailed, UserError) as problem:
-        failures |= dict.fromkeys(missing + (weighted if need_imatrix else []), str(problem))
+        without = (weighted if need_imatrix else []) + (compensated if need_grams else [])
+        failures |= dict.fromkeys(missing + without, str(problem))
         show.say(f"calibration failed: {problem}")
     found = {
         name: located(made, variant)
@@ -77,7 +83,8 @@ def run_calibration(
     }
     imatrix = stored("imatrix", imatrix_key, ImportanceMatrix) if weighted else None
     file = home() / "imatrix" / imatrix_key / f"{recipe.model}.imatrix.gguf"
-    return imatrix and replace(imatrix, path=str(file)), found
+    grams = str(home() / "grams" / grams_key) if grams_key else ""
+    return imatrix and replace(imatrix, path=str(file), grams=grams), found
 
 
 def _precision(recipe: Recipe) -> str:
@@ -94,6 +101,7 @@ def _pass(
     missing: Mapping[str, tuple[Variant, Making]],
     keys: dict[str, str],
     imatrix_key: str | None,
+    grams_key: str | None,
     pass_key: str,
     show: Show,
 ) -> Calibrated | None:
@@ -103,7 +111,9 @@ def _pass(
     missing = {name: each for name, each in missing.items() if stored("artifacts", keys[name], Artifact) is None}
     if imatrix_key and stored("imatrix", imatrix_key, ImportanceMatrix):
         imatrix_key = None
-    if not missing and not imatrix_key:
+    if grams_key and stored("grams", grams_key, GramMatrices):
+        grams_key = None
+    if not missing and not imatrix_key and not grams_key:
         return None
     check(recipe, base)
     outs = {}
@@ -114,6 +124,7 @@ def _pass(
     state.mkdir(parents=True, exist_ok=True)
     need_room(state, base.parameters * len(missing))
     imatrix_out = state / f"{recipe.model}.imatrix.gguf" if imatrix_key else None
+    grams_out = state / "grams" if grams_key else None
     request = CalibrationRequest(
         base=base.path,
         tokens=tokens.path,
@@ -125,8 +136,10 @@ def _pass(
         imatrix_out=str(imatrix_out) if imatrix_out else None,
         state=str(state),
         precision=_precision(recipe),
+        grams_out=str(grams_out) if grams_out else None,
     )
-    names = ", ".join([*missing] + (["importance matrix"] if imatrix_key else []))
+    others = {"importance matrix": imatrix_key, "Gram matrices": grams_key}
+    names = ", ".join([*missing, *(name for name, key in others.items() if key)])
     made, cost = work(
         "workbench.worker.calibration.run:run",
         request,
@@ -163,5 +176,14 @@ def _pass(
             return ImportanceMatrix(imatrix_key, tokens.digest, cost)
 
         entry("imatrix", imatrix_key, ImportanceMatrix, keep)
+    if grams_key and grams_out and not made.no_imatrix:
+
+        def move(folder: Path) -> GramMatrices:
+            # Large, and of no further use where they were written.
+            for file in grams_out.iterdir():
+                file.rename(folder / file.name)
+            return GramMatrices(grams_key, tokens.digest, cost)
+
+        entry("grams", grams_key, GramMatrices, move)
     shutil.rmtree(state, ignore_errors=True)
     return made

@@ -77,8 +77,11 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
                 artifacts[name] = [as_loaded(recipe, base, variant, making, form)]
             else:
                 start = source if making.stage == "gguf" else None
+                grams = imatrix.grams if imatrix and making.grams else None
                 artifacts[name] = [
-                    make_alone(recipe, base, variant, making, show, form=form, source=start, looks_at=looks_at)
+                    make_alone(
+                        recipe, base, variant, making, show, form=form, source=start, looks_at=looks_at, grams=grams
+                    )
                 ]
         except (WorkFailed, UserError) as problem:
             failures[name] = str(problem)

@@ -158,6 +158,8 @@ class VariantRequest:
     """A token file, for a method that looks at it."""
     imatrix: str | None = None
     """An importance matrix, likewise."""
+    grams: str | None = None
+    """A folder of Gram matrices, likewise."""
     prices: str | None = None
     """Prices of types, likewise."""
     threads: Count | None = None
@@ -209,6 +211,8 @@ class CalibrationRequest:
     threads: Count | None = None
     seed: int = 0
     precision: str = "auto"
+    grams_out: str | None = None
+    """A folder for the Gram matrices, if they are wanted."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,18 @@ class ImportanceMatrix:
     """The tokens' digest."""
     cost: Cost | None = None
     path: str = ""
+    grams: str = ""
+    """The folder of the Gram matrices of the same tokens, where a variant needs them too."""
+
+
+@dataclass(frozen=True)
+class GramMatrices:
+    """The Gram matrices of a base and its calibration tokens (`worker/ggml/grams.py`)."""
+
+    digest: str
+    calibration: str = ""
+    """The tokens' digest."""
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)

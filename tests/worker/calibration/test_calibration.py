@@ -20,7 +20,7 @@ from workbench.errors import UserError
 from workbench.worker.calibration import layout
 from workbench.worker.calibration import run as calibrate
 from workbench.worker.calibration.weights import open_weights
-from workbench.worker.ggml import imatrix
+from workbench.worker.ggml import grams, imatrix
 from workbench.worker.ggml.names import tensor_names
 
 torch = pytest.importorskip("torch")
@@ -68,7 +68,7 @@ VARIANTS = {
 def test_every_architecture(kind: str, tmp_path: Path) -> None:
     """The forward pass is the model's own, and every variant computes nearly what the base does."""
     base = write_model(tmp_path / "base", kind)
-    made = run(base, tmp_path / "work", VARIANTS)
+    made = run(base, tmp_path / "work", VARIANTS, grams_out=str(tmp_path / "grams"))
     model = transformers.AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -83,6 +83,7 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(windows).logits
     importance = imatrix.load(tmp_path / "work/i.gguf")
+    kept = grams.read(tmp_path / "grams")
     weights = open_weights(base)
     linears = weights.structures[0].linears
     named = tensor_names(weights.config, [f"model.layers.{n}.{linear}.weight" for n in (0, 1) for linear in linears])
@@ -96,6 +97,8 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
                 rtol=2e-4,
                 atol=1e-6,
             )
+            matrix = kept.load(named[f"model.layers.{layer}.{linear}.weight"])
+            torch.testing.assert_close(matrix, x.t() @ x / len(x), rtol=2e-4, atol=1e-5)
     # How near 4 bits come depends on the architecture; that 8 bits come much nearer shows that nothing else is off.
     shares = {}
     for name, (method, options) in VARIANTS.items():

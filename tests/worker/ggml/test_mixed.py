@@ -11,7 +11,7 @@ import pytest
 from tests.worker.small_models import write_model
 from workbench.errors import UserError
 from workbench.records import MadeVariant, Priced, from_json, to_json
-from workbench.worker.ggml import imatrix, index, mixed
+from workbench.worker.ggml import compensate, grams, imatrix, index, mixed
 from workbench.worker.ggml.choice import TYPES
 from workbench.worker.methods import gguf as method
 
@@ -70,6 +70,23 @@ def test_the_same_bytes_every_time_and_like_a_mixture(request_: dict[str, Any]) 
     usual = request_ | {"type": "Q4_K_M", "out": str(out.with_name("usual.gguf"))}
     theirs = from_json(MadeVariant, method.quantize(usual, quiet))
     assert 0.98 * int(theirs.disk_bytes or 0) < int(found.disk_bytes or 0) <= int(theirs.disk_bytes or 0)
+
+
+def test_codes_are_chosen_anew_in_what_is_chosen(request_: dict[str, Any], tmp_path: Path) -> None:
+    """The prices are those that are left, the size stays, and the artifact says of how many tensors it is so."""
+    torch = pytest.importorskip("torch")
+    held = [each for each in index.entries(request_["source"]) if each.shape[1] > 1 and each.name.startswith("blk.0.")]
+    grams.write(tmp_path, 0, {(each.name,): torch.eye(each.shape[0]) for each in held})
+    nearest = made(request_, like="Q4_K_M", types=["Q6_K", "Q4_K", "Q3_K"])
+    found = made(request_ | {"grams": str(tmp_path)}, like="Q4_K_M", types=["Q6_K", "Q4_K", "Q3_K"])
+    assert found.provenance["rounding"]["compensated_tensors"] == len(held) == 7  # type: ignore[index]
+    assert found.disk_bytes == pytest.approx(nearest.disk_bytes, rel=0.02)
+    left: Any = found.provenance["tensor_prices"]
+    wide = {name: kind for name, kind in found.tensor_types.items() if name in left and kind == "Q6_K"}
+    assert {left[name] for name in wide if not name.startswith("blk.0.")} == {0.1 * 2.0 ** -TYPES[::-1].index("Q6_K")}
+    for name in (each.name for each in held):
+        kind = found.tensor_types[name]
+        assert left[name] == pytest.approx(compensate.LEFT[kind] * 0.1 * 2.0 ** -TYPES[::-1].index(kind))
 
 
 def test_a_size_that_cannot_be_is_refused_and_nothing_is_left(request_: dict[str, Any]) -> None:

@@ -255,6 +255,55 @@ def test_the_matrix_changes_what_is_made(converted: dict[str, Any], matrix: Path
 
 
 @pytest.mark.slow
+def test_compensated_codes_are_the_same_file_with_less_lost(
+    converted: dict[str, Any], matrix: Path, call: Any, tmp_path: Path
+) -> None:
+    """Types, sizes and metadata are the quantizer's; what has no Gram matrix keeps its bytes; llama.cpp loads it."""
+    import gguf
+    import numpy as np
+    import torch
+
+    from workbench.worker.ggml import grams
+
+    chance = np.random.default_rng(1)
+    exact = {tensor.name: tensor.data for tensor in gguf.GGUFReader(converted["path"]).tensors}
+    inputs = {}
+    for width in (256, 512):
+        x = chance.normal(size=(2000, width)) @ (chance.normal(size=(width, width)) * chance.random(width) ** 3)
+        inputs[width] = (x.T @ x / 2000).astype(np.float32)
+    layers = [name for name in exact if name.startswith("blk.") and name.endswith("weight") and exact[name].ndim == 2]
+    for layer in range(2):
+        mine = {(name,): torch.tensor(inputs[exact[name].shape[1]]) for name in layers if f"blk.{layer}." in name}
+        grams.write(tmp_path / "grams", layer, mine)
+    payload = {"source": converted["path"], "type": "Q4_K_M", "imatrix": str(matrix), "threads": 1}
+    made = {}
+    for name, more in (("nearest", {}), ("codes", {"grams": str(tmp_path / "grams")})):
+        for turn in (1, 2):
+            out = str(tmp_path / f"{name}-{turn}.gguf")
+            made[name] = call("workbench.worker.methods.gguf:quantize", payload | {"out": out} | more)
+        read_back(out, made[name], "Q4_K_M")
+        assert Path(out).read_bytes() == (tmp_path / f"{name}-1.gguf").read_bytes()
+    assert made["codes"]["tensor_types"] == made["nearest"]["tensor_types"]
+    assert made["codes"]["provenance"]["rounding"]["compensated_tensors"] == len(layers) == 14
+    files = [(tmp_path / f"{name}-1.gguf").read_bytes() for name in ("nearest", "codes")]
+    readers = [gguf.GGUFReader(tmp_path / f"{name}-1.gguf") for name in ("nearest", "codes")]
+    start = readers[0].data_offset
+    assert len(files[0]) == len(files[1]) and files[0][:start] == files[1][:start]
+    for nearest, codes in zip(readers[0].tensors, readers[1].tensors, strict=True):
+        if nearest.name not in layers:
+            assert np.array_equal(nearest.data, codes.data)
+            continue
+        wanted, gram = exact[nearest.name], inputs[exact[nearest.name].shape[1]]
+        errors = [
+            wanted - gguf.dequantize(each.data, each.tensor_type).reshape(wanted.shape) for each in (nearest, codes)
+        ]
+        powers = [float(((error @ gram) * error).sum()) for error in errors]
+        assert powers[1] < 0.7 * powers[0], nearest.name
+    answer = call("tests.worker.engine_logits:llama_logits", {"path": str(tmp_path / "codes-1.gguf"), "ids": IDS})
+    assert answer["status"] == 0 and None not in answer["logits"]
+
+
+@pytest.mark.slow
 def test_a_source_that_is_no_gguf(call: Any, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_text("not a model")
     source, out = str(tmp_path / "x.gguf"), str(tmp_path / "y.gguf")

@@ -39,8 +39,24 @@ def test_what_the_bytes_depend_on() -> None:
     weighted = making("IQ4_XS", cuda=True, imatrix=True)
     assert (weighted["calibration"], weighted["file_name"]) == ("imatrix", "imatrix-IQ4_XS.gguf")
     assert weighted["arguments"]["encoder"] == "llamacpp", "there is no encoder for it, GPU or not"
+    compensated = making("Q4_K_M", rounding="compensated")
+    assert compensated == making("Q4_K_M", imatrix=True, rounding="compensated"), "it takes the matrix anyway"
+    assert (compensated["calibration"], compensated["ignored"]) == ("imatrix", ("encoder", "imatrix"))
+    assert compensated["file_name"] == "compensated-Q4_K_M.gguf"
+    assert method.making(Options("Q4_K_M", rounding="compensated"), False).grams
+    assert not method.making(Options("Q4_K_M", imatrix=True), False).grams
+    sized = method.making(Options(like="Q4_K_M", rounding="compensated"), False)
+    assert (sized.calibration, sized.grams, sized.file_name) == ("prices", True, "like-Q4_K_M-compensated.gguf")
     source = method.making(Options("Q8_0"), False).source
     assert source is not None and (source.stage, source.packages) == ("base", method.PACKAGES)
+
+
+def test_what_has_no_codes_of_its_own_is_not_compensated() -> None:
+    for kind in ("F16", "BF16", "IQ3_M", "IQ2_XXS", "IQ1_S"):
+        with pytest.raises(UserError, match=f"^rounding compensated chooses no codes of {kind}: .*Q6_K.*IQ4_XS"):
+            method.check(Options(kind, imatrix=True, rounding="compensated"))
+    method.check(Options("Q2_K_S", rounding="compensated"))
+    assert method.default_name(Options("Q2_K_S", imatrix=True, rounding="compensated")) == "gguf-Q2_K_S-compensated"
 
 
 def test_sizes_are_the_blocks_of_each_tensor() -> None:

@@ -100,29 +100,6 @@ def test_float16_has_an_end_on_either_side() -> None:
     assert found.dtype == torch.float32
 
 
-def test_the_factor_gives_the_damped_matrix_back() -> None:
-    _, gram = problem(24, 1, 7)
-    gram[5], gram[:, 5] = 0, 0
-    upper, spread, damping = rounding._factor(gram.clone(), 0.03, "here")
-    mean = float(gram.diagonal().sum()) / 23
-    damped = gram.double() + 0.03 * mean * torch.eye(24, dtype=torch.float64)
-    damped[5, 5] = mean
-    unit = upper.double()
-    assert damping == 0.03 and float(spread[5]) == 0.0
-    spread = spread.double()
-    spread[5] = mean
-    torch.testing.assert_close(unit @ torch.diag(spread) @ unit.t(), damped, rtol=1e-4, atol=1e-5)
-    assert torch.equal(upper.diagonal(), torch.ones(24)) and not upper.tril(-1).any()
-    # A matrix of one input's products takes ten times as much until it can be factored, from 1e-4 on.
-    x = torch.randn(1, 24, generator=torch.Generator().manual_seed(0))
-    assert rounding._factor(x.t() @ x - 1e-3 * torch.eye(24), 0.0, "here")[2] in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    assert rounding._factor(torch.eye(4) - 0.05 * torch.ones(4, 4) * 5, 0.02, "here")[2] == 0.02
-    tight = torch.eye(8) + 1.5 * (torch.ones(8, 8) - torch.eye(8))  # its least eigenvalue is -0.5
-    assert rounding._factor(tight, 0.06, "here")[2] == pytest.approx(0.6)
-    with pytest.raises(UserError, match="^here: the Gram matrix cannot be factored even with damping 1"):
-        rounding._factor(tight, 0.2, "here")  # 2 would do
-
-
 def test_what_the_damping_added_is_not_told_as_error() -> None:
     weight, gram = problem(40, 12, 8)
     gram[7], gram[:, 7] = 0, 0

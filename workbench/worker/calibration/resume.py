@@ -126,6 +126,7 @@ def key_of(request: CalibrationRequest, weights: Weights, device: Any, precision
             [[each.name, each.method, each.options] for each in request.variants],
             _boot(),
             request.imatrix_out is not None,
+            *(["grams"] if request.grams_out else []),
             torch.__version__,
             transformers.__version__,
         ]

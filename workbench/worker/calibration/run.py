@@ -38,6 +38,7 @@ from workbench.worker.calibration.resume import Work, key_of, open_work
 from workbench.worker.calibration.walk import Walk, forward
 from workbench.worker.calibration.weights import Weights, open_weights, read_layer
 from workbench.worker.calibration.windows import Windows, read_windows
+from workbench.worker.ggml import grams as gram_files
 from workbench.worker.ggml import imatrix, names
 from workbench.worker.layers import LAYERS, Layer, on_cpu
 from workbench.worker.methods import METHODS, CalibratedMethod, method_named
@@ -66,7 +67,7 @@ def run(payload: object, progress: Progress) -> object:
     weights = open_weights(Path(request.base))
     windows = read_windows(Path(request.tokens), weights)
     variants, refused = _variants(request.variants, weights)
-    named, no_imatrix = _gguf_names(weights) if request.imatrix_out else ({}, "")
+    named, no_imatrix = _gguf_names(weights) if request.imatrix_out or request.grams_out else ({}, "")
     if (refused or no_imatrix) and not variants and not named:
         raise UserError("; ".join(filter(None, [*refused.values(), no_imatrix])))
 
@@ -95,8 +96,17 @@ def run(payload: object, progress: Progress) -> object:
                     f"layer {index} and its Gram matrices do not fit into the free memory of {device}: free some, or "
                     "set CUDA_VISIBLE_DEVICES to another device, or to nothing for the CPU; finished layers are kept"
                 ) from None
-            if named:
+            if request.imatrix_out and named:
                 work.keep_importance(index, grams)
+            if request.grams_out and named:
+                with _timed(seconds, "write"):
+                    shared = {
+                        tuple(named[f"{LAYERS}.{index}.{name}.weight"] for name in group.linears): grams[
+                            group.linears[0]
+                        ]
+                        for group in weights.structures[index].groups
+                    }
+                    gram_files.write(Path(request.grams_out), index, shared)
             layer = balanced(Layer(index, tensors, grams, weights.structures[index]))
             for variant in variants:
                 bar.text(f"layer {index + 1} of {weights.layers}: {variant.name}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workbench.disk import write_whole
@@ -17,7 +17,7 @@ from workbench.errors import UserError, WorkFailed, cannot_import
 from workbench.records import MadeVariant, Priced, from_json, to_json
 from workbench.shape import NamedShape
 from workbench.worker import Progress
-from workbench.worker.ggml import lost
+from workbench.worker.ggml import compensate, lost
 from workbench.worker.ggml.choice import TYPES, Budget, Choice, allowed, choose, range_of, refusal
 from workbench.worker.ggml.encode import traits_of
 from workbench.worker.ggml.index import entries
@@ -40,6 +40,7 @@ class Request:
     source: str
     imatrix: str
     prices: str
+    grams: str | None = None
     budget: Budget = field(default_factory=Budget)
     threads: int | None = None
 
@@ -67,6 +68,8 @@ def make(payload: object, progress: Progress) -> object:
     size_bytes = budget.weight_bytes(tensors, traits, others)
     if problem := refusal(budget, size_bytes, *range_of(tensors, may)):
         raise UserError(problem)
+    if request.grams:
+        priced = replace(priced, tensors=compensate.repriced(priced.tensors, Path(request.grams)))
     choice = choose(tensors, may, priced.tensors, size_bytes)
     out = Path(request.out)
     try:
@@ -79,6 +82,7 @@ def make(payload: object, progress: Progress) -> object:
             progress=progress,
             types=choice.types,
         )
+        chosen = compensate.told(request.source, request.out, request.grams, progress)
     except UserError:
         out.unlink(missing_ok=True)
         raise
@@ -98,7 +102,8 @@ def make(payload: object, progress: Progress) -> object:
             disk_bytes=sum(each.size_bytes for each in made),
             warnings=lost.warnings(request.source, request.out),
             notes=[f"predicted divergence {choice.divergence:.4f}; {_counted(choice)}"],
-            provenance={"encoder": {"name": "llamacpp", "device": "cpu"}, "choice": told, "tensor_prices": prices},
+            provenance={"encoder": {"name": "llamacpp", "device": "cpu"}, "choice": told, "tensor_prices": prices}
+            | chosen,
         )
     )
 

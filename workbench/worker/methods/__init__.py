@@ -61,6 +61,8 @@ class Making:
     label: str = ""
     """Before the variant's name, where progress is shown."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    grams: bool = False
+    """Whether it looks at the pass's Gram matrices too."""
     headers: str = ""
     """Of what others made, which is linked to where it lies: the worker that a plan asks what it holds, given a
     `worker.base.found.HeadersRequest`."""

@@ -21,14 +21,14 @@ from workbench.shape import DTYPE_CODES, Shape, Stored
 from workbench.sizes import mib_text, parse_size
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import VOCABULARY_FILES
-from workbench.worker.ggml import converter, encode, lost
+from workbench.worker.ggml import compensate, converter, encode, lost
 from workbench.worker.ggml.choice import TYPES, Budget, allowed, choose, range_of, refusal
-from workbench.worker.ggml.mixtures import BLOCKS, tensor_bytes, types_of
+from workbench.worker.ggml.mixtures import BLOCKS, main_type, tensor_bytes, types_of
 from workbench.worker.ggml.quantizer import INSTALL, all_threads, describe, run_quantizer
 from workbench.worker.methods import Making
 
 SHORTHAND = "type"
-LATER = ("size", "bits", "like", "types", "keep")
+LATER = ("rounding", "size", "bits", "like", "types", "keep")
 WRITES: tuple[str, ...] = ("gguf",)
 LIBRARY = "gguf"
 TAGS: tuple[str, ...] = ("gguf",)
@@ -71,6 +71,10 @@ class Options:
     tensor gets the type that costs the output least, by the calibration's tokens, with an importance matrix."""
     imatrix: bool = False
     """Weigh rounding errors by an importance matrix, which the calibration pass makes."""
+    rounding: Literal["nearest", "compensated"] = "nearest"
+    """Each code the nearest to its weight, as llama.cpp does; or codes and scales by error feedback through the
+    calibration pass's Gram matrices (`compensated`), in files that everything reads as before; these take an importance
+    matrix, whatever `imatrix` says."""
     encoder: Literal["auto", "llamacpp", "workbench"] = "auto"
     """What makes the blocks: llama.cpp's quantizer, or this project's encoders (the same bytes). `auto`: these where a
     CUDA GPU is."""
@@ -86,6 +90,16 @@ class Options:
     """Tensors that get a type whatever it costs: names or patterns, such as `token_embd.weight` or `*.ffn_down.weight`,
     and the type of each."""
 
+    @property
+    def compensated(self) -> bool:
+        """Whether codes are chosen by error feedback."""
+        return self.rounding == "compensated"
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it takes an importance matrix."""
+        return self.imatrix or self.compensated
+
 
 def budget_of(options: Options) -> Budget | None:
     """How large the file may be, where its types are to be chosen by that."""
@@ -95,16 +109,16 @@ def budget_of(options: Options) -> Budget | None:
 
 
 def default_name(options: Options) -> str:
-    """`gguf-Q4_K_M`, `gguf-Q4_K_M-imatrix`, `gguf-4.5GiB`, `gguf-4.85-bits` or `gguf-like-Q4_K_M`; with the encoder
-    after it where one is asked for."""
-    if options.type is None:
-        if options.like:
-            return f"gguf-like-{options.like}"
-        return f"gguf-{options.bits:g}-bits" if options.bits else f"gguf-{options.size}".replace(" ", "")
-    parts = [f"gguf-{options.type}"]
-    parts += ["imatrix"] if options.imatrix else []
+    """`gguf-Q4_K_M`, `gguf-Q4_K_M-imatrix`, `gguf-4.5GiB`, `gguf-4.85-bits` or `gguf-like-Q4_K_M`; behind it
+    `compensated` in the place of `imatrix`, and the encoder where one is asked for."""
+    bits = f"{options.bits:g}-bits" if options.bits else str(options.size).replace(" ", "")
+    parts = ["gguf", options.type or (f"like-{options.like}" if options.like else bits), *_words(options)]
     parts += [options.encoder] if options.encoder != "auto" else []
     return "-".join(parts)
+
+
+def _words(options: Options) -> list[str]:
+    return ["compensated"] if options.compensated else ["imatrix"] if options.imatrix and options.type else []
 
 
 def limits(options: Options) -> dict[str, str]:
@@ -133,7 +147,12 @@ def check(options: Options) -> None:
             f"encoder workbench does not make {options.type}, only {', '.join(t for t in TYPE_NAMES if t in ENCODED)}: "
             "leave `encoder` out, and llama.cpp's quantizer makes it"
         )
-    if options.type in NEEDS_IMATRIX and not options.imatrix:
+    if options.compensated and main_type(options.type) not in compensate.TYPES:
+        raise UserError(
+            f"rounding compensated chooses no codes of {options.type}: leave it out, or take one of "
+            f"{', '.join(t for t in TYPE_NAMES if main_type(t) in compensate.TYPES)}"
+        )
+    if options.type in NEEDS_IMATRIX and not options.weighted:
         raise UserError(
             f"type {options.type} cannot be made without an importance matrix: "
             f"write `gguf: {{type: {options.type}, imatrix: true}}` and give the recipe a `calibration`"
@@ -147,15 +166,17 @@ def making(options: Options, cuda: bool) -> Making:
     where that is tested, and are not passed off as llama.cpp's.
     """
     source = Making("base", packages=PACKAGES)
+    packages = ("llama-cpp-python", "gguf", *(["torch"] if options.compensated else []))
     if budget := budget_of(options):
         return Making(
             "gguf",
             "prices",
-            ("llama-cpp-python", "gguf"),
+            packages,
             python="llamacpp",
             source=source,
             function="workbench.worker.ggml.mixed:make",
             arguments={"budget": asdict(budget)},
+            grams=options.compensated,
             ignored=("type", "imatrix", "encoder"),
             file_name=f"{default_name(options).removeprefix('gguf-')}.gguf",
         )
@@ -164,16 +185,17 @@ def making(options: Options, cuda: bool) -> Making:
     ours = encoder != "llamacpp"
     return Making(
         "gguf",
-        "imatrix" if options.imatrix else "",
-        ("llama-cpp-python", "gguf"),
+        "imatrix" if options.weighted else "",
+        packages,
         python="llamacpp",
         source=source,
         function="workbench.worker.methods.gguf:quantize",
         arguments={"type": options.type, "encoder": encoder},
+        grams=options.compensated,
         maker=encoder if ours else "",
         maker_packages=("torch",) if ours else (),
-        ignored=("encoder",),
-        file_name=f"imatrix-{options.type}.gguf" if options.imatrix else f"{options.type}.gguf",
+        ignored=("encoder", "imatrix") if options.compensated else ("encoder",),
+        file_name=f"{'-'.join([*_words(options), str(options.type)])}.gguf",
     )
 
 
@@ -181,7 +203,7 @@ def sizes(shape: Shape, options: Options, form: str) -> Stored:
     """By llama.cpp's rules of which tensor gets which type; of a budget the budget, if a mixture has that size."""
     if budget := budget_of(options):
         return _sizes(shape, budget)
-    types, fell = types_of(str(options.type), shape.tensors, shape.traits, options.imatrix)
+    types, fell = types_of(str(options.type), shape.tensors, shape.traits, options.weighted)
     return Stored(sum(tensor_bytes(types[each.name], each) for each in shape.tensors), types, tuple(sorted(fell)))
 
 
@@ -216,6 +238,7 @@ class Request:
     source: str | None = None
     type: str = ""
     imatrix: str | None = None
+    grams: str | None = None
     threads: int | None = None
     encoder: str = "llamacpp"
 
@@ -283,12 +306,15 @@ def quantize(payload: object, progress: Progress) -> object:
             run_quantizer(
                 str(request.source), request.out, request.type, request.imatrix, request.threads, progress=progress
             )
+        chosen = compensate.told(request.source, request.out, request.grams, progress)
     except UserError:
         Path(request.out).unlink(missing_ok=True)
         raise
     made = describe(request.out, request.type)
     made = replace(
-        made, warnings=made.warnings + lost.warnings(str(request.source), request.out), provenance={"encoder": by}
+        made,
+        warnings=made.warnings + lost.warnings(str(request.source), request.out),
+        provenance={"encoder": by} | chosen,
     )
     if isinstance(checked, str):
         return to_json(made)

@@ -1,4 +1,4 @@
-"""Rounding a matrix to a grid with error feedback: grids, scale search, column order, the feedback itself."""
+"""Rounding a matrix to a grid, to nearest or with error feedback: grids, scale search, column order."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from typing import Any
 
 from workbench.errors import UserError, short
 from workbench.worker.layers import Group, Layer
+from workbench.worker.methods.feedback import Factor, factored, feedback
 
-BLOCK = 128
-"""Columns between two large products that spread the error (the lazy batches of GPTQ)."""
 MOST_GROUP = 2**16
 """Columns of a group."""
-SUB_BLOCK = 16
-"""Columns between two products inside a block, so that a column's own step touches few rows."""
 CHUNK = 1024
 """Output channels in one step of the scale search: with a group of 128 it stays in a core's cache."""
 
@@ -247,94 +244,52 @@ def singular(where: str, damping: float) -> str:
 def compensate(
     weight: Any, gram: Any, grid: Grid, group_of: Any, order: Any, damping: float, where: str = "a layer"
 ) -> Rounded:
-    """Round columns in `order`, each taking up the error of those before it (module docstring).
+    """Round columns in `order`, each taking up the error of those before it (`feedback.py`).
 
     `weight` [in, out], `gram` [in, in], `group_of` [in]: the grid's row for each input, `order` a permutation.
-    Inputs that never fire have no say and get a unit diagonal. If the factorisation fails, the damping is raised
-    tenfold until it works; past 1 that is a `UserError`, which begins with `where`.
+    Inputs that never fire have no say. Raises `UserError` as `factored` does.
     """
     import torch
 
-    inputs, outputs = weight.shape
     top = float(2**grid.bits - 1)
-    upper, spread, damping = _factor(gram[order][:, order], damping, where)
-    sorted_weight = weight[order]
-    error = torch.empty_like(sorted_weight)
-    residual = torch.empty_like(sorted_weight)
-    codes = torch.empty_like(sorted_weight)
+    codes = torch.empty_like(weight)
     rows = group_of[order].tolist()
     last = -1
     scale, zero, inverse = grid.scale[0], grid.zero[0], 1.0 / grid.scale[0]
-    for block in range(0, inputs, BLOCK):
-        block_end = min(block + BLOCK, inputs)
-        target = sorted_weight[block:block_end].clone()
-        if block:
-            target.addmm_(upper[:block, block:block_end].t(), error[:block])
-        for sub in range(block, block_end, SUB_BLOCK):
-            sub_end = min(sub + SUB_BLOCK, block_end)
-            if sub > block:
-                target[sub - block : sub_end - block].addmm_(upper[block:sub, sub:sub_end].t(), error[block:sub])
-            for k in range(sub, sub_end):
-                if rows[k] != last:
-                    last = rows[k]
-                    scale, zero = grid.scale[last], grid.zero[last]
-                    inverse = 1.0 / scale
-                wanted = target[k - block]
-                if k > sub:
-                    wanted.addmv_(error[sub:k].t(), upper[sub:k, k])
-                code = codes[k]
-                torch.mul(wanted, inverse, out=code)
-                code.add_(zero).round_().clamp_(0.0, top)
-                value = torch.sub(code, zero).mul_(scale)
-                torch.sub(wanted, value, out=residual[k])
-                torch.sub(sorted_weight[k], value, out=error[k])
-    squared = residual.mul_(residual)
-    channel_error = spread @ squared
-    back = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight.device)
+
+    def nearest_to(k: int, wanted: Any) -> Any:
+        nonlocal last, scale, zero, inverse
+        if rows[k] != last:
+            last = rows[k]
+            scale, zero = grid.scale[last], grid.zero[last]
+            inverse = 1.0 / scale
+        code = codes[k]
+        torch.mul(wanted, inverse, out=code)
+        code.add_(zero).round_().clamp_(0.0, top)
+        return torch.sub(code, zero).mul_(scale)
+
+    factor = factored(gram, order, damping, where)
+    error, residual = feedback(weight, factor, nearest_to)
+    back = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     back[order] = codes.to(torch.uint8)
-    if damping:
-        # The factored matrix was damped; what the damping alone contributed is not error.
-        diagonal = gram.diagonal()
-        live = diagonal > 0
-        share = damping * float(diagonal[live].mean()) if bool(live.any()) else 0.0
-        live_error = error[live[order]]
-        damped = share * (live_error * live_error).sum(0)
-        if float(damped.sum()) < NEARLY_ALL * float(channel_error.sum()):
-            channel_error = channel_error - damped
-        else:
-            unsorted = torch.empty_like(error)
-            unsorted[order] = error
-            channel_error = quadratic(unsorted, gram)
-    return Rounded(back, channel_error, damping)
+    return Rounded(back, _channel_error(error, residual, factor, gram), factor.damping)
 
 
-def _factor(gram: Any, damping: float, where: str) -> tuple[Any, Any, float]:
-    """U (unit upper triangular), D (vector) with G + damping = U D U^T, and the damping it took."""
+def _channel_error(error: Any, residual: Any, factor: Factor, gram: Any) -> Any:
+    """e G e^T of each output channel, [out], by `gram` as it was before it was damped."""
     import torch
 
+    channel_error = factor.spread @ residual.mul_(residual)
+    if not factor.damping:
+        return channel_error
+    # The factored matrix was damped; what the damping alone contributed is not error.
     diagonal = gram.diagonal()
-    dead = diagonal <= 0
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-    tried = damping
-    while True:
-        # Flipping both axes turns the lower factor into the upper one.
-        damped = gram.flip(0, 1)
-        damped.diagonal().add_(tried * mean)
-        damped.diagonal()[dead.flip(0)] = mean
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed) and bool(torch.isfinite(factor.diagonal()).all()):
-            break
-        tried = max(tried * 10, 1e-4)
-        if tried > 1:
-            raise UserError(
-                f"{where}: the Gram matrix cannot be factored even with damping 1: the calibration activations are "
-                "not usable; take more or other calibration text"
-            )
-    del damped
-    upper = factor.flip(0, 1)
-    del factor
-    root = upper.diagonal().clone()
-    upper.div_(root)
-    spread = root * root
-    spread[dead] = 0.0
-    return upper, spread, tried
+    live = diagonal > 0
+    share = factor.damping * float(diagonal[live].mean()) if bool(live.any()) else 0.0
+    live_error = error[live[factor.order]]
+    damped = share * (live_error * live_error).sum(0)
+    if float(damped.sum()) < NEARLY_ALL * float(channel_error.sum()):
+        return channel_error - damped
+    unsorted = torch.empty_like(error)
+    unsorted[factor.order] = error
+    return quadratic(unsorted, gram)

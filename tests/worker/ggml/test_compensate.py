@@ -1,0 +1,127 @@
+"""Codes chosen anew: what is left of e G e^T, in files that others read, and by the pass's own matrices."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workbench.errors import UserError
+from workbench.worker.ggml import compensate, grams
+from workbench.worker.ggml.index import library
+
+torch = pytest.importorskip("torch")
+np = pytest.importorskip("numpy")
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp")
+
+from gguf.quants import dequantize  # noqa: E402
+
+COLUMNS = 512
+
+
+def by_llama_cpp(kind: str, weight: Any, importance: Any) -> Any:
+    """Its quantizer's blocks, uint8 [out, bytes of a row]."""
+    quantize = library().ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    quantize.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p)
+    number = gguf.GGMLQuantizationType[kind]
+    count, size = gguf.GGML_QUANT_SIZES[number]
+    blocks = torch.zeros(len(weight), weight.shape[1] // count * size, dtype=torch.uint8)
+    assert weight.is_contiguous()
+    quantize(int(number), weight.data_ptr(), blocks.data_ptr(), 0, *weight.shape, importance.data_ptr())
+    return blocks
+
+
+def case() -> tuple[Any, Any, Any]:
+    """A weight, and G of correlated inputs of many sizes, of which one never fires, on two samples."""
+    chance = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, COLUMNS, generator=chance) * 0.02
+    mix = torch.randn(COLUMNS, COLUMNS, generator=chance) * torch.rand(COLUMNS, generator=chance).pow(4)
+    mix[:, 77] = 0
+    x, other = (torch.randn(4000, COLUMNS, generator=chance) @ mix for _ in range(2))
+    return weight, x.t() @ x / 4000, other.t() @ other / 4000
+
+
+def left(weight: Any, kind: str, blocks: Any, gram: Any) -> float:
+    """tr(E G E^T) by gguf's de-quantization."""
+    error = weight - torch.from_numpy(dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind]))
+    return float(((error @ gram) * error).sum())
+
+
+@pytest.mark.parametrize("kind", sorted(compensate.TYPES))
+def test_less_of_the_output_is_lost(kind: str) -> None:
+    """A third less at least, on inputs that it has not seen; the same bytes each time; blocks as gguf reads them."""
+    weight, gram, other = case()
+    blocks = by_llama_cpp(kind, weight, gram.diagonal().contiguous())
+    given = compensate.input_of(gram, "here")
+    made = compensate.compensated(kind, blocks, weight, given)
+    assert made.shape == blocks.shape and made.dtype == torch.uint8
+    for seen in (gram, other):
+        assert left(weight, kind, made, seen) < 0.67 * left(weight, kind, blocks, seen)
+    assert torch.equal(made, compensate.compensated(kind, blocks, weight, given))
+    # What never fires is rounded to the nearest that its scale allows.
+    found = torch.from_numpy(dequantize(made.numpy(), gguf.GGMLQuantizationType[kind]))
+    spread = (weight - found)[:, 70:90].abs().amax(1)
+    assert bool(((weight - found)[:, 77].abs() <= 2 * spread).all())
+
+
+def test_rows_are_chosen_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that prices may look at some of them, and memory holds a slab."""
+    weight, gram, _ = case()
+    blocks = by_llama_cpp("Q4_K", weight, gram.diagonal().contiguous())
+    given = compensate.input_of(gram, "here")
+    whole = compensate.compensated("Q4_K", blocks, weight, given)
+    monkeypatch.setattr(compensate, "SLAB", 5 * COLUMNS)
+    pieces = compensate.compensated("Q4_K", blocks, weight, given)
+    # A sum in another order may tip a code; that is all.
+    assert float((whole != pieces).float().mean()) < 0.01
+
+
+def test_a_row_may_be_one_block() -> None:
+    weight, gram, _ = case()
+    weight, gram = weight[:, :256].contiguous(), gram[:256, :256]
+    blocks = by_llama_cpp("Q5_K", weight, gram.diagonal().contiguous())
+    made = compensate.compensated("Q5_K", blocks, weight, compensate.input_of(gram, "here"))
+    assert left(weight, "Q5_K", made, gram) < 0.9 * left(weight, "Q5_K", blocks, gram)
+
+
+def test_each_step_after_the_feedback_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram, _ = case()
+    blocks = by_llama_cpp("Q2_K", weight, gram.diagonal().contiguous())
+    given = compensate.input_of(gram, "here")
+    rows = compensate._Rows("Q2_K", blocks, weight, given)
+
+    def now() -> float:
+        return float(((rows.error.t() @ given.gram) * rows.error.t()).sum())
+
+    rows._feed_back()
+    errors = [now()]
+    for step in (rows._sweep, rows._search_scales, rows._sweep, rows._search_scales, rows._sweep):
+        step()
+        errors.append(now())
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.9 * errors[0]
+    # The error that is carried along is that of the bytes.
+    found = dequantize(rows._packed().numpy(), gguf.GGMLQuantizationType.Q2_K)
+    torch.testing.assert_close(weight - torch.from_numpy(found), rows.error.t(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_matrix_that_cannot_be_factored_is_named() -> None:
+    tight = torch.eye(8) + 9 * (torch.ones(8, 8) - torch.eye(8))
+    with pytest.raises(UserError, match="^blk.3.ffn_down.weight: the Gram matrix cannot be factored"):
+        compensate.input_of(tight, "blk.3.ffn_down.weight")
+
+
+def test_types_are_priced_by_what_is_left(tmp_path: Path) -> None:
+    """Of tensors with a matrix, and of types whose codes are chosen; every such type has its share."""
+    assert set(compensate.LEFT) == compensate.TYPES and all(0 < left < 1 for left in compensate.LEFT.values())
+    grams.write(tmp_path, 0, {("a",): torch.eye(4)})
+    prices = {"a": {"Q4_K": 10.0, "IQ2_S": 20.0}, "b": {"Q4_K": 10.0}}
+    left = compensate.LEFT["Q4_K"] * 10
+    assert compensate.repriced(prices, tmp_path) == {"a": {"Q4_K": left, "IQ2_S": 20.0}, "b": {"Q4_K": 10.0}}
+
+
+def test_without_matrices_nothing_is_chosen(tmp_path: Path) -> None:
+    assert compensate.told(None, str(tmp_path / "x.gguf"), None, lambda *_: None) == {}
