@@ -19,6 +19,7 @@ from workbench.errors import UserError
 from workbench.records import BaseRequest, from_json
 from workbench.shape import DTYPE_BYTES, FLOATS, Described
 from workbench.worker import Progress
+from workbench.worker.base import text_part
 from workbench.worker.base.checkpoint import (
     PICKLES,
     StoredTensor,
@@ -66,11 +67,17 @@ def _of_directory(path: Path, remote_code: bool) -> Described:
 
 def _of_files(config: Mapping[str, Any], tensors: dict[str, StoredTensor] | None) -> Described:
     """From a `config.json` and the headers of safetensors files, where there are any."""
+    text = text_part.of(config)
     if tensors is None:
+        config = text or config
         said = str(config.get("dtype") or config.get("torch_dtype"))
         dtype = said if said in DTYPE_BYTES else "bfloat16"
         return Described(config=config, dtype=dtype, tensors=None, naming="hf")
-    counted = parameters_of(config, as_plain(config, tensors))
+    plain = as_plain(config, tensors)
+    if text:
+        plain = {name: plain[stored] for name, stored in text_part.inside(plain).items()}
+        config = text_part.tied(text, plain)
+    counted = parameters_of(config, plain)
     shapes = {name: list(tensor.shape) for name, tensor in counted.items()}
     return Described(config=config, dtype=main_dtype(counted), tensors=shapes, naming="hf")
 

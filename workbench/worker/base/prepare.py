@@ -24,7 +24,7 @@ from workbench.front_matter import stated_licence
 from workbench.records import BaseRequest, PreparedBase, from_json, to_json
 from workbench.records import digest as short_digest
 from workbench.worker import Progress
-from workbench.worker.base import adapter
+from workbench.worker.base import adapter, text_part
 from workbench.worker.base.alone import alone
 from workbench.worker.base.checkpoint import (
     CONFIG_FILES,
@@ -57,7 +57,7 @@ from workbench.worker.base.whole import check_finite, check_tokenizer, check_who
 PREPARE_VERSION = 1
 """Version of the bytes that `prepare` writes for a given source. Raise it when they change."""
 
-CHECKS_VERSION = 4
+CHECKS_VERSION = 5
 """Version of what `prepare` refuses. Raise it, and every base is looked at anew, though its bytes and digest stay."""
 
 
@@ -80,8 +80,16 @@ def prepare(payload: object, progress: Progress) -> object:
         config, tensors = read_model(path, remote_code)
         dtype, rewritten = plain_dtype(config, tensors), list[str]()
         stored_in = quantized_types(config, tensors)
+        # What was drawn at random is measured for speed alone.
+        text = None if source.config else text_part.of(config)
         if dtype:
-            rewritten = write_plain(path, config, tensors, plain, progress)
+            raw = out / ".raw" if text else plain
+            rewritten = write_plain(path, config, tensors, raw, progress)
+            path = raw
+            config, tensors = read_model(path, remote_code)
+        if text:
+            text |= {"dtype": dtype} if dtype else {}
+            rewritten += text_part.write(path, config, text, tensors, plain, progress)
             path = plain
             config, tensors = read_model(path, remote_code)
         path, warnings = alone(path, config, tensors, plain)
@@ -100,7 +108,7 @@ def prepare(payload: object, progress: Progress) -> object:
             license_name = license_name or stated_licence(path / "README.md")
             path = out
             config, tensors = read_model(out, remote_code)
-        for scratch in {plain, merged} - {out}:
+        for scratch in {plain, merged, out / ".raw"} - {out}:
             shutil.rmtree(scratch, ignore_errors=True)
         vocab_size = int(text_config(config)["vocab_size"])
         check_whole(path, config, tensors, remote_code)
@@ -114,6 +122,8 @@ def prepare(payload: object, progress: Progress) -> object:
         identity["carried"] = made.carried
     if dtype:
         identity["dtype"] = dtype
+    if text:
+        identity["part"] = "text"
     if adapted:
         identity["adapter"] = adapted
     prepared = PreparedBase(
