@@ -1,4 +1,5 @@
-"""Peak memory of the calibration pass: a model of Llama-3.2-1B's shape, random weights, on the CPU, under 4 GiB.
+"""Peak memory of the passes: a model of Llama-3.2-1B's shape, random weights, on the CPU; the calibration pass under
+4 GiB, and the sensitivity pass, which prices types, at most 1.2 of that.
 
     python -P benchmarks/calibration_memory.py OUT [--layers 2 16] [--windows 32]
 
@@ -25,6 +26,8 @@ from quantize_vs_gptqmodel import call  # noqa: E402
 from workbench.machine.monitor import Monitor  # noqa: E402
 
 LIMIT_BYTES = 4 * 2**30
+MORE = 1.2
+"""Of the calibration pass's memory, what the sensitivity pass may take."""
 SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -87,11 +90,21 @@ def main() -> int:
             "seed": 0,
         }
         made, peak_bytes, taken_s = worked("workbench.worker.calibration.run:run", payload, out / "work")
-        good &= peak_bytes <= LIMIT_BYTES
+        asked = {name: payload[name] for name in ("base", "tokens", "tokens_digest", "device", "threads", "seed")}
+        asked |= {"imatrix": payload["imatrix_out"], "state": str(out / "prices")}
+        shutil.rmtree(out / "prices", ignore_errors=True)
+        priced, more_bytes, more_s = worked("workbench.worker.calibration.sensitivity:run", asked, out / "work")
+        good &= peak_bytes <= LIMIT_BYTES and more_bytes <= MORE * peak_bytes
         phases = ", ".join(f"{name} {value:.0f}" for name, value in made["seconds"].items())
         print(
             f"{layers} layers, {arguments.windows} windows of 512: peak {peak_bytes / 2**30:.2f} GiB "
             f"(goal {LIMIT_BYTES / 2**30:.0f}), {taken_s:.0f} s ({phases})",
+            flush=True,
+        )
+        phases = ", ".join(f"{name} {value:.0f}" for name, value in priced["seconds"].items())
+        print(
+            f"  sensitivity: peak {more_bytes / 2**30:.2f} GiB ({more_bytes / peak_bytes:.2f} of that, goal {MORE}), "
+            f"{more_s:.0f} s ({phases})",
             flush=True,
         )
     return 0 if good else 1

@@ -4,6 +4,9 @@ Prices add up (`prices.py`), so what is looked for is one type a tensor with the
 bytes. Of each tensor only the types on the lower hull of prices over bytes count: from the smallest mixture on, that
 step up is taken next which saves most a byte, wherever it is. What is too little for the next step goes to the steps
 that still fit. Every mixture on the way is the best of its size; the last one lacks less than a step.
+
+Each tensor is chosen for alone: llama.cpp multiplies with one at a time, vLLM gets GGUF files de-quantized, and the
+experts of a layer are one tensor.
 """
 
 from __future__ import annotations

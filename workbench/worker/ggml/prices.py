@@ -49,14 +49,15 @@ def of_linear(
 
     `importance`: float32 numpy [in], or None. `chance`: a generator that draws the sample of rows.
     """
-    reference = reference_of(types)
 
-    def price(kind: str, rows: Any) -> float:
-        moved = inputs @ _error(weight[rows], kind, importance, round_trip).t()
-        return float((gradients[:, rows] * moved).square().sum() / (2 * len(inputs)))
+    def price(kind: str, part: Any, slopes: Any) -> float:
+        moved = inputs @ _error(part, kind, importance, round_trip).t()
+        return float((slopes * moved).square().sum()) / (2 * len(inputs))
 
-    rows = sample_of_rows(len(weight), chance).to(weight.device)
-    return scaled(price(reference, slice(None)), {kind: price(kind, rows) for kind in types}, reference)
+    reference, rows = reference_of(types), sample_of_rows(len(weight), chance).to(weight.device)
+    some, slopes = weight[rows], gradients[:, rows]
+    whole, parts = price(reference, weight, gradients), {kind: price(kind, some, slopes) for kind in types}
+    return scaled(whole, parts, reference)
 
 
 def of_head(head: Head, hidden: Any, types: Sequence[str], round_trip: RoundTrip, chance: Any) -> Prices:
