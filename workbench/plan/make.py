@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
@@ -116,6 +117,18 @@ def make(
         needs=tuple(needs),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def cannot_be_made(recipe: Recipe, variants: Sequence[Variant]) -> dict[str, str]:
+    """Those of the variants that cannot be made of this base, and why: before hours of work, not after them."""
+    if not variants:
+        return {}
+    shape, found = shape_of(_read(recipe), f"{recipe.path}: base"), {}
+    for variant in variants:
+        method, options = method_of(variant)
+        if reason := method.sizes(shape, options, forms_of(variant)[0]).refused:
+            found[variant.name] = reason
+    return found
 
 
 def advice(recipe: Recipe, choice: BackendChoice, name: str) -> str:

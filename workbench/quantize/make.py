@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from workbench.console import Show
 from workbench.errors import UserError, WorkFailed
 from workbench.machine.identity import has_cuda
-from workbench.plan.make import check_context
+from workbench.plan.make import cannot_be_made, check_context
 from workbench.quantize.alone import make_alone
 from workbench.quantize.base import as_gguf, as_loaded, base_artifact, prepare
 from workbench.quantize.calibrated import run_calibration
@@ -50,7 +50,9 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     chosen = [v for v in recipe.variants if v.method != BASE and (names is None or v.name in names | starts)]
     wanted = {variant.name: (variant, making_of(variant, has_cuda())) for variant in chosen}
     artifacts: dict[str, list[Artifact]] = {BASE: [base_artifact(base)]}
-    failures: dict[str, str] = {}
+    failures = cannot_be_made(recipe, [v for v, making in wanted.values() if making.calibration == "prices"])
+    for name, reason in failures.items():
+        show.say(f"{name} failed: {reason}")
     source: Artifact | None = None
     if wants_gguf_base(chosen, recipe.backends):
         try:
@@ -60,8 +62,9 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
             lost = [BASE, *(name for name, (_, making) in wanted.items() if making.stage == "gguf")]
             failures |= dict.fromkeys(lost, f"the base has no GGUF form: {problem}")
             show.say(f"converting the base to GGUF failed: {problem}")
-    imatrix, calibrated = run_calibration(recipe, base, calibration, wanted, show, failures)
-    prices = run_prices(recipe, base, calibration, imatrix, wanted, show, failures)
+    possible = {name: each for name, each in wanted.items() if name not in failures}
+    imatrix, calibrated = run_calibration(recipe, base, calibration, possible, show, failures)
+    prices = run_prices(recipe, base, calibration, imatrix, possible, show, failures)
     for name, (variant, making) in wanted.items():
         if name in failures or isinstance(variant, CarriedVariant):
             continue
