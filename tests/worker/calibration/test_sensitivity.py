@@ -40,7 +40,7 @@ def priced(request: dict[str, Any], progress: Any = quiet) -> Any:
     return sensitivity.run(request, progress)["tensors"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3", "cohere"])
 def test_prices_are_what_a_rounded_tensor_moves_the_output_by(kind: str, tmp_path: Path) -> None:
     """Of a model with its own factors, caps and norms: a tensor in Q4_0 at a time, the divergence over the tokens."""
     base = write_model(tmp_path / "base", kind, hidden_size=128)
@@ -60,7 +60,7 @@ def test_prices_are_what_a_rounded_tensor_moves_the_output_by(kind: str, tmp_pat
         "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj",
         "blk.1.ffn_up.weight": f"model.layers.1.mlp.{'gate_up_proj' if kind == 'phi3' else 'up_proj'}",
     }
-    if kind != "gemma2":
+    if kind not in ("gemma2", "cohere"):
         names["output.weight"] = "lm_head"
     for tensor, module in names.items():
         weight = model.get_submodule(module).weight.data
