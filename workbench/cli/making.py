@@ -46,7 +46,8 @@ def quantize(
     for name, artifacts in made.artifacts.items():
         for artifact in artifacts:
             bits = f"{artifact.bits_per_weight:.2f} bits/weight" if artifact.bits_per_weight else ""
-            path = copy_to(output, artifact) if output and name != "base" else artifact.path
+            own = name != "base" and not artifact.provenance.get("loaded")
+            path = copy_to(output, artifact) if output and own else artifact.path
             print(f"{name:32} {bits:22} {mib_text(artifact.disk_bytes):>13}  {path}")
             for warning in artifact.warnings:
                 print(f"{'':32} warning: {warning}")

@@ -66,6 +66,10 @@ def push(
         raise UserError(f"{repository}: write the repository as OWNER/NAME")
     if row.artifact.provenance.get("found"):
         raise UserError(f"not pushed: {row.artifact.variant} was made by others, and is theirs to publish")
+    if row.artifact.provenance.get("loaded"):
+        raise UserError(
+            f"not pushed: {row.artifact.variant} is the base's own files, quantized only as they are loaded"
+        )
     licence = licence or licence_of(row, rows)
     reason = refusal(licence, row.base)
     if reason and not anyway:

@@ -86,7 +86,7 @@ def as_loaded(recipe: Recipe, base: PreparedBase, variant: Variant, making: Maki
             raise install_with(
                 f"{package}, which quantizes while {making.python} loads the base,", f"pip install {package}"
             )
-    provenance = provenance_of(recipe, base, variant, making, None, None)
+    provenance = provenance_of(recipe, base, variant, making, None, None) | {"loaded": True}
     key = artifact_key(base, variant, making, [])
     named = replace(base_artifact(base), variant=variant.name, method=variant.method, format=form)
     return replace(named, digest=key, provenance=provenance)

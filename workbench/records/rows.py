@@ -64,7 +64,7 @@ class Artifact:
     variant: Name
     method: Name
     format: str
-    """What a backend must be able to load: `safetensors`, `gguf`, `awq`, `gptq`."""
+    """What a backend must be able to load: `safetensors`, `gguf`, `awq`, `gptq`, `compressed-tensors` and so on."""
     path: Place
     """A Hugging Face directory, or a `.gguf` file."""
     digest: str

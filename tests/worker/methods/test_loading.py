@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.bench import Bench
+from tests.rows import a_row
+from workbench.errors import UserError
+from workbench.hub.push import push
 from workbench.plan.tensors import shape_of
 from workbench.recipe.load import parse
 from workbench.records import Artifact, Job, Workload
@@ -62,6 +66,19 @@ def test_names_and_refusals() -> None:
     for entry in ({"bitsandbytes": "nf5"}, {"torchao": {"type": "int8", "group_size": 32}}):
         with pytest.raises(Exception, match="nf4|leave `group_size` out"):
             parse({"base": {"path": "base"}, "variants": [entry]}, Path("r.yaml"))
+
+
+def test_nothing_of_it_is_copied_uploaded_or_served(tmp_path: Path, bench: Bench) -> None:
+    """It is the base's own files: a copy of them, or a server of them, would be another model under its name."""
+    pytest.importorskip("torchao")
+    answer = bench("quantize", bench.recipe(variants=[{"torchao": "int8"}]), "-o", str(tmp_path / "copies"))
+    assert answer.returncode == 0, answer.stderr
+    assert "torchao-int8" in answer.stdout and not (tmp_path / "copies").exists()
+    artifact = replace(a_row().artifact, variant="torchao-int8", format="torchao", provenance={"loaded": True})
+    row = replace(a_row(), artifact=artifact)
+    assert backend.serving_command("base", row) is None
+    with pytest.raises(UserError, match="not pushed: torchao-int8 is the base's own files"):
+        push([row], row, "owner/name")
 
 
 def test_bytes_by_hand(tiny_llama: Path) -> None:

@@ -104,9 +104,10 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
 
 
 def serving_command(path: str, row: Row) -> list[str] | None:
-    """Its own server, which takes any context. It has no kernels for weights that were left packed."""
+    """Its own server, which takes any context. It has no kernels for weights that were left packed, and would serve the
+    base of what is quantized as it loads."""
     options = row.options
-    if row.artifact.format == "gguf" or options.get("kernel") == "workbench":
+    if row.artifact.format in ("gguf", *ON_LOAD) or options.get("kernel") == "workbench":
         return None
     words = ["transformers", "serve", path]
     dtype = (row.measurement.settings if row.measurement else options).get("dtype")
