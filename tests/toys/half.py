@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,7 @@ def tensor_type(options: Options) -> str:
     return "HALF"
 
 
-def quantization_config(options: Options) -> dict[str, Any]:
+def quantization_config(options: Options, kept: Sequence[str] = ()) -> dict[str, Any]:
     """Its name."""
     return {"quant_method": "half"}
 

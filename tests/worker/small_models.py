@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def write_model(folder: Path, kind: str, seed: int = 0, **sizes: Any) -> Path:
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight") or name.endswith(".bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-            elif parameter.dim() == 2 and "embed" not in name:
+            elif parameter.dim() in (2, 3) and "embed" not in name and "conv" not in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return folder
@@ -103,12 +104,11 @@ def dequantized(base: Path, out: Path, method: str, bits: int) -> Any:
     """The base's model with a written checkpoint's weights in place, float32."""
     import torch
     import transformers
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     from tests.worker.unpacking import dequantize_awq, dequantize_gptq
 
     tensors = load_file(out / "model.safetensors")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     state = {}
     for name, tensor in tensors.items():
         stem, _, suffix = name.rpartition(".")
@@ -119,8 +119,14 @@ def dequantized(base: Path, out: Path, method: str, bits: int) -> Any:
             state[f"{stem}.weight"] = dequantize_awq(parts) if method == "awq" else dequantize_gptq(parts, bits)
         elif suffix not in ("qzeros", "scales", "g_idx"):
             state[name] = tensor.float()
-    missing, extra = model.load_state_dict(state, strict=False)
-    assert not extra and set(missing) <= {"lm_head.weight"}
+    plain = out.with_name(f"{out.name}-plain")
+    plain.mkdir(exist_ok=True)
+    shutil.copy2(base / "config.json", plain)
+    save_file(state, plain / "model.safetensors", {"format": "pt"})
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["unexpected_keys"] and set(report["missing_keys"]) <= {"lm_head.weight"}
     return model.eval()
 
 

@@ -166,7 +166,12 @@ def _pass(
             tensor_types=one.tensor_types,
             warnings=one.warnings,
             provenance=provenance
-            | {"seconds": made.seconds, "tensor_errors": one.tensor_errors, "layers": to_json(made.layers)},
+            | {
+                "seconds": made.seconds,
+                "tensor_errors": one.tensor_errors,
+                "layers": to_json(made.layers),
+                "experts": made.experts,
+            },
         )
         entry("artifacts", keys[name], Artifact, lambda _folder, artifact=artifact: artifact)  # type: ignore[misc]
     if imatrix_key and imatrix_out and not made.no_imatrix:

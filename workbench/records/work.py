@@ -237,6 +237,8 @@ class Calibrated:
     no_imatrix: str = ""
     """Why there is no importance matrix though one was asked for."""
     layers: list[LayerKind] = field(default_factory=list)
+    experts: dict[str, list[Count]] = field(default_factory=dict)
+    """Module with a layer's experts -> calibration tokens that each of them saw."""
 
 
 @dataclass(frozen=True)

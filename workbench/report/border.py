@@ -66,7 +66,7 @@ def _reader(name: str, kind: Any) -> Callable[[bytes], Any]:
 READERS = {name: _reader(name, kind) for name, kind in typing.get_type_hints(Row, include_extras=True).items()}
 
 
-OF_TENSORS = ("tensor_errors", "tensor_prices", "layers")
+OF_TENSORS = ("tensor_errors", "tensor_prices", "layers", "experts")
 """What an artifact's record says of each tensor or layer and no report needs."""
 
 

@@ -20,9 +20,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """A size's usual name -> other names for it (GPT-2's, Bloom's, MPT's, OPT's)."""
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Where configurations say how many experts they have."""
-
 
 class Linear(NamedTuple):
     """A linear layer: its tensor's name in a GGUF block, and which of `Sizes.axes` its rows and columns run over."""

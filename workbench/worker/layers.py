@@ -46,6 +46,8 @@ class Group:
     linears: tuple[str, ...]
     producer: Producer | None
     """None: nothing whose scaling undoes that of the columns; such a group is quantized as it is."""
+    routed: str = ""
+    """Of an expert: the module that all experts are in. Its input is that of the tokens that are sent to it."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,19 @@ class Structure:
     """A decoder layer's groups, in the order in which they run."""
 
     groups: tuple[Group, ...]
+    kept: tuple[str, ...] = ()
+    """Linear layers in no group, which stay as they are: gates of one channel, what does not run once over tokens."""
     scores: tuple[str, str] | None = None
     """The linear layers of queries and keys, where only the product of their outputs counts."""
+
+    @property
+    def experts(self) -> dict[str, list[Group]]:
+        """The groups of experts by the module that they are in, an expert after another."""
+        found: dict[str, list[Group]] = {}
+        for group in self.groups:
+            if group.routed:
+                found.setdefault(group.routed, []).append(group)
+        return found
 
     @property
     def linears(self) -> tuple[str, ...]:

@@ -166,7 +166,7 @@ def test_a_producer_that_does_not_hold_on_the_base_is_left_out() -> None:
     layer.load_state_dict(tensors, assign=True)
     structure = structures_of(config_of("llama"))[0]
     wrong = Group(("self_attn.o_proj",), Producer("self_attn.q_proj", "linear"))
-    mixed = Structure((structure.groups[0], wrong, *structure.groups[2:]), structure.scores)
+    mixed = Structure((structure.groups[0], wrong, *structure.groups[2:]), scores=structure.scores)
 
     def run(state: Any = None) -> Any:
         return output_of(layer, x, call, state)
@@ -180,7 +180,8 @@ def test_a_producer_that_does_not_hold_on_the_base_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("kind", "more", "words"),
     [
-        ("mixtral", {}, "takes no experts yet"),
+        ("granitemoe", {"num_local_experts": 4}, "keep a layer's experts in one tensor"),
+        ("gpt_oss", {"num_local_experts": 4}, "keep a layer's experts in one tensor"),
         ("gpt_neox", {}, "keeps its decoder layers elsewhere than in `model.layers`"),
         ("mamba", {}, "keeps its decoder layers elsewhere than in `model.layers`"),
         ("t5", {}, "is no causal language model"),
@@ -199,8 +200,6 @@ def test_what_transformers_does_not_know_and_wrappers_are_refused() -> None:
         structures_of(SIZES | {"model_type": "lama"})
     with pytest.raises(UserError, match=r"only text models.*\(gemma3_text\).*as the base.*engine: gptqmodel"):
         structures_of({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
-    with pytest.raises(UserError, match="'unheard_of': the calibration pass takes no experts yet"):
-        structures_of(SIZES | {"model_type": "unheard_of", "n_routed_experts": 8})
 
 
 def test_layers_are_told_in_runs() -> None:

@@ -351,5 +351,6 @@ def test_the_note_is_what_it_was(tmp_path: Path) -> None:
         "errors": {"v": {}},
         "warnings": {"v": []},
         "seconds": {},
+        "experts": {},
         "layer": 1,
     }

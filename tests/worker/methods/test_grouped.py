@@ -23,7 +23,10 @@ def test_what_configurations_say() -> None:
         "modules_to_not_convert": None,
     }
     assert awq.quantization_config(awq.Options(modules_to_not_convert=("a",)))["modules_to_not_convert"] == ["a"]
+    assert awq.quantization_config(awq.Options(), ["mlp.gate"])["modules_to_not_convert"] == ["mlp.gate"]
+    assert gptq.quantization_config(gptq.Options(), ["mlp.gate"])["dynamic"] == {r"-:.*\.mlp\.gate$": {}}
     config = gptq.quantization_config(gptq.Options())
+    assert "dynamic" not in config
     assert config["meta"] == {"damp_percent": 0.01, "act_group_aware": True} and config["lm_head"] is False
     for options in (gptq.Options(desc_act=True), gptq.Options(order="natural")):
         assert gptq.quantization_config(options)["meta"] == {"damp_percent": 0.01, "act_group_aware": False}
@@ -182,3 +185,15 @@ def test_matrices_that_gguf_has_no_name_for_here_count_by_their_own() -> None:
     found = [grouped._linear(NamedShape(name, (64, 64))) for name in names]
     assert found == ["model.layers.3.self_attn.dense", "model.layers.3.self_attn.q_proj", None, None]
     assert grouped._linear(NamedShape("blk.3.self_attn.q_norm.weight", (64,))) is None
+    assert grouped._linear(NamedShape("blk.3.ffn_up_exps.weight", (8, 64, 64))) == "model.layers.3.ffn_up_exps"
+    assert grouped._linear(NamedShape("blk.3.linear_attn.conv1d.weight", (64, 1, 4))) is None
+
+
+def test_experts_count_one_by_one() -> None:
+    traits = Traits(layers=1, heads=4, kv_heads=2, experts=8)
+    sizes = {}
+    for shape in ((64, 128), (8, 64, 128)):
+        tensors = (NamedShape("blk.0.ffn_up_exps.weight" if len(shape) == 3 else "blk.0.ffn_up.weight", shape),)
+        whole = Shape(tensors, traits, 128, 32, 64, 100, 0, "bfloat16")
+        sizes[len(shape)] = gptq.sizes(whole, gptq.Options(group_size=32), "gptq").disk_bytes
+    assert sizes[3] == 8 * sizes[2] > 0

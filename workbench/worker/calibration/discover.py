@@ -14,6 +14,7 @@ rule for every operation. Running knows no operation and is wrong about none.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from typing import Any
 from workbench.errors import UserError
 from workbench.records import LayerKind, from_json, to_json
 from workbench.worker import Progress, Tensors
-from workbench.worker.architectures import EXPERT_COUNTS
+from workbench.worker.calibration.experts import groups_in
 from workbench.worker.calibration.skeleton import Call, Skeleton, output_of
 from workbench.worker.layers import WAY_OUT, Group, Producer, Structure, fold, scale_columns
 
@@ -47,13 +48,11 @@ def read(payload: object, progress: Progress) -> object:
 def structures_of(config: Mapping[str, Any]) -> tuple[Structure, ...]:
     """The structure of each decoder layer of a `config.json`'s model; equal layers share one.
 
-    Raises `UserError` for what transformers does not build, for experts, and where a layer cannot be run by itself.
+    Raises `UserError` for what transformers does not build, and where a layer or its experts cannot be taken.
     """
     import torch
 
     kind = config.get("model_type")
-    if any(config.get(key) for key in EXPERT_COUNTS):
-        raise UserError(f"model_type '{kind}': the calibration pass takes no experts yet. {WAY_OUT}.")
     if isinstance(config.get("text_config"), dict):
         raise UserError(
             f"model_type '{kind}' is a text model with other senses, and only text models are calibrated. Save its "
@@ -90,7 +89,11 @@ def _structures(skeleton: Skeleton) -> Iterator[Structure]:
             layer.load_state_dict(tensors, assign=True)
             layer.eval()
             run = partial(output_of, layer, x, call)
-            found[look] = _with_producers(groups_of(layer, run), layer, tensors, run)
+            structure = _with_producers(groups_of(layer, run), layer, tensors, run)
+            groups = (*structure.groups, *groups_in(layer))
+            grouped = {name for group in groups for name in group.linears}
+            kept = tuple(name for name, module in layer.named_modules() if _is_linear(module) and name not in grouped)
+            found[look] = replace(structure, groups=groups, kept=kept)
             layer.to("meta")
         yield found[look]
 
@@ -141,8 +144,6 @@ def signature(layer: Any) -> object:
 
 def groups_of(layer: Any, run: Callable[[], Any]) -> list[tuple[str, ...]]:
     """Linear layers by the tensor that they are given, in the order in which they run; `run` runs the layer once."""
-    import torch
-
     given: dict[tuple[int, int, int], list[str]] = {}
     kept = []
     often: dict[str, int] = {}
@@ -157,7 +158,13 @@ def groups_of(layer: Any, run: Callable[[], Any]) -> list[tuple[str, ...]]:
 
         return before
 
-    linears = {name: module for name, module in layer.named_modules() if type(module) is torch.nn.Linear}
+    of_experts = {name for group in groups_in(layer) for name in group.linears}
+    linears = {
+        name: module
+        for name, module in layer.named_modules()
+        # One channel is no matrix but a gate.
+        if _is_linear(module) and module.out_features > 1 and name not in of_experts
+    }
     hooks = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
     try:
         run()
@@ -183,7 +190,9 @@ def _with_producers(groups: Sequence[tuple[str, ...]], layer: Any, tensors: Tens
         felt = _difference(before, run(_changed(tensors, bare, scale_columns))) > FELT
         found.append(next((group for group in candidates if felt and holds(group, tensors, run, before)), bare))
     pairs = ((a, b) for group in groups for a in group for b in group if a != b)
-    return Structure(tuple(found), next((pair for pair in pairs if _only_product(pair, tensors, run, before)), None))
+    return Structure(
+        tuple(found), scores=next((pair for pair in pairs if _only_product(pair, tensors, run, before)), None)
+    )
 
 
 def proven(structure: Structure, tensors: Tensors, run: Run) -> Structure:
@@ -192,7 +201,10 @@ def proven(structure: Structure, tensors: Tensors, run: Run) -> Structure:
     return replace(
         structure,
         groups=tuple(
-            group if group.producer is None or holds(group, tensors, run, before) else replace(group, producer=None)
+            # What experts compute is written here (`experts.py`), and not all of them are sent tokens.
+            group
+            if group.producer is None or group.routed or holds(group, tensors, run, before)
+            else replace(group, producer=None)
             for group in structure.groups
         ),
     )
@@ -257,6 +269,12 @@ def _heads(name: str, rows: int, heads: int, head_dim: int) -> Iterator[Producer
             yield Producer(name, "linear", False, (run - head_dim, run), groups, repeats, head_dim)
 
 
+def _is_linear(module: Any) -> bool:
+    import torch
+
+    return type(module) is torch.nn.Linear
+
+
 def _is_norm(module: Any) -> bool:
     """Whether all that a module has is a vector of weights, and perhaps of biases."""
     names = {name: tensor.dim() for name, tensor in module.named_parameters()}
@@ -290,15 +308,18 @@ def _difference(before: Any, after: Any) -> float:
 
 
 def _random_weights(layer: Any, chance: Any) -> Tensors:
-    """Weights that let every part of a layer matter: matrices that keep their input's size, vectors away from zero."""
+    """Weights that let every part of a layer matter: matrices that keep their input's size, vectors away from zero.
+    All experts of a layer share theirs, which do not fit beside each other in every memory."""
     import torch
 
-    return {
+    drawn = {
         name: torch.randn(tensor.shape, generator=chance) / max(1, tensor[0].numel()) ** 0.5
         if tensor.dim() > 1
         else torch.rand(tensor.shape, generator=chance) + 0.5
         for name, tensor in layer.state_dict().items()
+        if not (shared := re.search(r"\.experts\.\d+\.", name)) or shared[0] == ".experts.0."
     }
+    return {name: drawn[re.sub(r"\.experts\.\d+\.", ".experts.0.", name)] for name in layer.state_dict()}
 
 
 # --- told ---------------------------------------------------------------------------------------
@@ -308,7 +329,9 @@ def told(structures: Sequence[Structure]) -> list[LayerKind]:
     """Structures in words, those of equal layers together."""
     return [
         LayerKind(
-            _ranges([index for index, other in enumerate(structures) if other == each]), list(map(words, each.groups))
+            _ranges([index for index, other in enumerate(structures) if other == each]),
+            [words(group) for group in each.groups if not group.routed]
+            + [_experts(name, groups) for name, groups in each.experts.items()],
         )
         for each in dict.fromkeys(structures)
     ]
@@ -324,6 +347,12 @@ def words(group: Group) -> str:
     more += [f" of each of {producer.blocks} runs" if producer.blocks > 1 else ""]
     more += [f", each for {producer.repeats} heads" if producer.repeats > 1 else ""]
     return f"{', '.join(group.linears)} <- {producer.module}{''.join(more)}"
+
+
+def _experts(name: str, groups: Sequence[Group]) -> str:
+    """The groups of a layer's experts: `mlp.experts.0 to 63: gate_proj, up_proj <- ...; down_proj <- up_proj`."""
+    first = [words(group).replace(f"{name}.0.", "") for group in groups[:2]]
+    return f"{name}.0 to {len(groups) // 2 - 1}, each: {'; '.join(first)}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

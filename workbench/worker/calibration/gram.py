@@ -28,6 +28,10 @@ class Grams:
     device: Any
     windows: Windows
     matrices: Tensors = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    """Tokens that went into each."""
+    listening: frozenset[str] | None = None
+    """The first linears of the groups that are listened to; all if None."""
     start: int = 0
     """The first token of the batch that is being run."""
     seconds: float = 0.0
@@ -39,6 +43,8 @@ class Grams:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def before(module: Any, inputs: tuple[Any, ...]) -> None:
+            if self.listening is not None and name not in self.listening:
+                return
             begun = now(self.device)
             self._add(name, inputs[0])
             self.seconds += now(self.device) - begun
@@ -52,6 +58,7 @@ class Grams:
         if name not in self.matrices:
             self.matrices[name] = torch.zeros(x.shape[1], x.shape[1], device=self.device)
         accumulate(self.matrices[name], x)
+        self.counts[name] = self.counts.get(name, 0) + len(x)
         if not bool(torch.isfinite(self.matrices[name].diagonal()).all()):
             bad = (~torch.isfinite(x).all(1)).nonzero()
             sample = self.windows.number_at(self.start + (int(bad[0]) if len(bad) else 0))
@@ -60,11 +67,18 @@ class Grams:
                 "base's weights are damaged or overflow; fetch the base again, or take another"
             )
 
+    def forget(self, names: frozenset[str]) -> None:
+        """Begin these anew, and listen to nothing else from here on."""
+        self.listening = names
+        for name in names:
+            self.matrices.pop(name, None)
+            self.counts.pop(name, None)
+
     def finish(self) -> Tensors:
         """The means, symmetric; to be called once, after the last batch."""
-        for matrix in self.matrices.values():
+        for name, matrix in self.matrices.items():
             mirror(matrix)
-            matrix.div_(self.windows.tokens)
+            matrix.div_(self.counts[name])
         return self.matrices
 
 

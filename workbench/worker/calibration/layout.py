@@ -151,7 +151,8 @@ def finish(checkpoint: Checkpoint, weights: Weights, method: CalibratedMethod, o
     copy_side_files(weights.folder, out, (*TOKENIZER_FILES, "generation_config.json"))
     config = {key: value for key, value in weights.config.items() if key not in ("dtype", "torch_dtype")}
     config["dtype"] = kept_dtype(weights.config)
-    quantization = method.quantization_config(options)
+    kept = sorted({name for structure in weights.kinds() for name in structure.kept})
+    quantization = method.quantization_config(options, kept)
     config["quantization_config"] = quantization
     if weights.tied:
         config["tie_word_embeddings"] = True

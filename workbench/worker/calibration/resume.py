@@ -35,6 +35,8 @@ class Note:
     errors: dict[str, dict[str, float]]
     warnings: dict[str, list[str]]
     seconds: dict[str, float] = field(default_factory=dict)
+    experts: dict[str, list[int]] = field(default_factory=dict)
+    """Module with a layer's experts -> tokens that each of them saw."""
     layer: int = 0
     """The next to do."""
 

@@ -35,7 +35,7 @@ from workbench.worker.calibration.device import (
 from workbench.worker.calibration.discover import told
 from workbench.worker.calibration.layout import Checkpoint, check_shapes, finish, layout_of
 from workbench.worker.calibration.resume import Work, key_of, open_work
-from workbench.worker.calibration.walk import Walk, forward
+from workbench.worker.calibration.walk import FEWEST_ROUTED, Walk, forward
 from workbench.worker.calibration.weights import Weights, open_weights, read_layer
 from workbench.worker.calibration.windows import Windows, read_windows
 from workbench.worker.ggml import grams as gram_files
@@ -88,7 +88,7 @@ def run(payload: object, progress: Progress) -> object:
                 tensors = read_layer(weights, index, device)
             bar.text(f"layer {index + 1} of {weights.layers}: forward pass")
             try:
-                grams = forward(model, weights, index, tensors, work.hidden, precision, seconds, bar.step)
+                grams, counts = forward(model, weights, index, tensors, work.hidden, precision, seconds, bar.step)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -96,6 +96,7 @@ def run(payload: object, progress: Progress) -> object:
                     f"layer {index} and its Gram matrices do not fit into the free memory of {device}: free some, or "
                     "set CUDA_VISIBLE_DEVICES to another device, or to nothing for the CPU; finished layers are kept"
                 ) from None
+            note.experts |= {f"{LAYERS}.{index}.{name}": seen for name, seen in counts.items()}
             if request.imatrix_out and named:
                 work.keep_importance(index, grams)
             if request.grams_out and named:
@@ -105,6 +106,7 @@ def run(payload: object, progress: Progress) -> object:
                             group.linears[0]
                         ]
                         for group in weights.structures[index].groups
+                        if not group.routed
                     }
                     gram_files.write(Path(request.grams_out), index, shared)
             layer = balanced(Layer(index, tensors, grams, weights.structures[index]))
@@ -125,17 +127,17 @@ def run(payload: object, progress: Progress) -> object:
             if request.imatrix_out and named:
                 _write_imatrix(Path(request.imatrix_out), work, weights, named, windows, request.tokens_digest)
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - started
-    too_short = _too_short(windows, weights)
+    told_to_all = _too_short(windows, weights) + _starved(note.experts)
     made_variants = {
         variant.name: MadeVariant(
             variant.tensor_types,
             tensor_errors=note.errors[variant.name],
-            warnings=note.warnings[variant.name] + too_short + _lost(note.errors[variant.name]),
+            warnings=note.warnings[variant.name] + told_to_all + _lost(note.errors[variant.name]),
             seconds=seconds.get(variant.name, 0.0),
         )
         for variant in variants
     }
-    return to_json(Calibrated(seconds, made_variants, refused, no_imatrix, told(weights.structures)))
+    return to_json(Calibrated(seconds, made_variants, refused, no_imatrix, told(weights.structures), note.experts))
 
 
 @dataclass(frozen=True)
@@ -208,13 +210,16 @@ def _write_imatrix(
     out: Path, work: Work, weights: Weights, named: dict[str, str], windows: Windows, dataset: str
 ) -> None:
     """Write the importance matrix from the stored diagonals."""
-    means = {}
+    import numpy as np
+
+    rows: dict[str, list[Any]] = {}
     for index, structure in enumerate(weights.structures):
         diagonals = work.importance(index)
         for group in structure.groups:
             for name in group.linears:
-                tensor = named[f"{LAYERS}.{index}.{name}.weight"]
-                means[tensor] = diagonals[group.linears[0]].numpy()
+                # Of experts there is one tensor a layer, in which they stand one after another.
+                rows.setdefault(named[f"{LAYERS}.{index}.{name}.weight"], []).append(diagonals[group.linears[0]])
+    means = {tensor: np.stack([row.numpy() for row in each]) for tensor, each in rows.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     count, longest = len(windows.lengths), max(windows.lengths)
     imatrix.write(out, means, tokens=windows.tokens, windows=count, window=longest, dataset=dataset)
@@ -226,6 +231,19 @@ def _too_short(windows: Windows, weights: Weights) -> list[str]:
     return [
         f"{windows.tokens} calibration tokens are fewer than the widest layer's {weights.widest} inputs: "
         "its Gram matrix is singular and the result leans on the damping; take more"
+    ]
+
+
+def _starved(experts: dict[str, list[int]]) -> list[str]:
+    """A warning of experts that were calibrated on tokens of others, the emptiest first."""
+    found = [(n, f"{name}.{i}") for name, seen in experts.items() for i, n in enumerate(seen) if n < FEWEST_ROUTED]
+    if not found:
+        return []
+    shown = ", ".join(f"{name} ({count})" for count, name in sorted(found)[:3])
+    more = f" and {len(found) - 3} more" if found[3:] else ""
+    return [
+        f"{len(found)} of {sum(map(len, experts.values()))} experts saw fewer than {FEWEST_ROUTED} calibration tokens "
+        f"and were calibrated on all of their layer's: {shown}{more}. Take more text"
     ]
 
 

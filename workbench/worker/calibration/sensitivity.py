@@ -95,6 +95,8 @@ class _Work:
         self.precision = choose_precision(request.precision, self.device)
         self.weights = open_weights(Path(request.base))
         self.windows = _some(read_windows(Path(request.tokens), self.weights))
+        if any(structure.experts for structure in self.weights.structures):
+            raise UserError("types are not priced for models with experts: name a `type`")
         self.names = tensor_names(self.weights.config, self.weights.matrices())
         self.means = imatrix.load(request.imatrix)
         self.states = States(state, self.windows.tokens, self.weights.sizes.hidden)

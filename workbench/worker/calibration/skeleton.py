@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from workbench.errors import UserError
+from workbench.worker.calibration.experts import take_apart
 from workbench.worker.layers import LAYERS, WAY_OUT
 
 
@@ -51,6 +52,7 @@ class Skeleton:
                 f"model_type '{kind}' keeps its decoder layers elsewhere than in `{LAYERS}`, where the calibration "
                 f"pass looks for them. {WAY_OUT}."
             )
+        take_apart(kind, layers)
         self.layers = layers
         self.model.config.num_hidden_layers = len(layers)
         self.model.layers = torch.nn.ModuleList(_recorder(layer) for layer in layers)
@@ -105,7 +107,11 @@ def _settings(config: Any) -> dict[str, Any]:
     capped = getattr(config, "attn_logit_softcapping", None)
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     fast = not capped and getattr(kind, "_supports_sdpa", False)
-    return {"attn_implementation": "sdpa" if fast else "eager", "dtype": torch.float32}
+    return {
+        "attn_implementation": "sdpa" if fast else "eager",
+        "experts_implementation": "eager",
+        "dtype": torch.float32,
+    }
 
 
 def _recorder(layer: Any) -> Any:

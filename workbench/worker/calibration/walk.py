@@ -6,7 +6,7 @@ of window. Layers are transformers' own classes too; only their weights come fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,8 +17,14 @@ from workbench.worker.calibration.discover import proven
 from workbench.worker.calibration.gram import Grams, now
 from workbench.worker.calibration.skeleton import Skeleton, output_of
 from workbench.worker.calibration.weights import Weights, read_layer, read_tensor
-from workbench.worker.calibration.windows import Windows
-from workbench.worker.layers import WAY_OUT
+from workbench.worker.calibration.windows import FEWEST_TOKENS, Windows
+from workbench.worker.layers import WAY_OUT, Structure
+
+FEWEST_ROUTED = FEWEST_TOKENS
+"""Tokens that an expert is calibrated on by itself; with fewer it is calibrated on all that its layer's experts see."""
+
+Counts = dict[str, list[int]]
+"""Module with a layer's experts -> how many tokens each of them was sent."""
 
 ACTIVATIONS = 2**23
 """Numbers in the widest activation of one batch: 32 MiB in float32."""
@@ -63,6 +69,17 @@ class Walk:
             )
         return layer.eval()
 
+    def outputs(self, index: int, layer: Any, source: Any, precision: str, grams: Grams) -> Iterator[tuple[slice, Any]]:
+        """Run a layer on its input [tokens, hidden], batch by batch: which tokens, and its output for them."""
+        import torch
+
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            for start, count, length in self.batches:
+                grams.start = start
+                piece = slice(start, start + count * length)
+                x = source[piece].to(self.device).view(count, length, -1)
+                yield piece, output_of(layer, x, self.calls[length][index])
+
     def release(self, index: int) -> None:
         """Drop a layer's weights."""
         self.skeleton.layers[index].to("meta")
@@ -104,8 +121,9 @@ def forward(
     precision: str,
     seconds: dict[str, float],
     step: Callable[[float], None],
-) -> Tensors:
-    """Push all tokens through a layer: its Gram matrices, float32 [in, in] on the device by a group's first linear.
+) -> tuple[Tensors, Counts]:
+    """Push all tokens through a layer: its Gram matrices, float32 [in, in] on the device by a group's first linear, and
+    how many tokens reached each of its experts.
 
     `hidden(n)` is layer n's input for all tokens, [tokens, hidden]; that of the next layer is written. `seconds`
     gains what was spent under `forward` and `gram`; `step(share)` is called after each batch. Raises `UserError`
@@ -113,23 +131,23 @@ def forward(
     """
     import torch
 
-    device = model.device
+    device, structure = model.device, weights.structures[index]
     grams = Grams(index, device, model.windows)
     layer = model.layer(index, tensors, precision)
-    hooks = grams.watch(layer, weights.structures[index])
+    hooks = grams.watch(layer, structure)
     begun = now(device)
-    source, target = hidden(index), hidden(index + 1)
+    target = hidden(index + 1)
     last = index + 1 == weights.layers
     try:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            for start, count, length in model.batches:
-                grams.start = start
-                piece = slice(start, start + count * length)
-                x = source[piece].to(device).view(count, length, -1)
-                out = output_of(layer, x, model.calls[length][index])
-                if not last:
-                    target[piece] = out.reshape(count * length, -1).to(device="cpu", dtype=torch.float32)
-                step(1 / len(model.batches))
+        for piece, out in model.outputs(index, layer, hidden(index), precision, grams):
+            if not last:
+                target[piece] = out.reshape(-1, out.shape[-1]).to(device="cpu", dtype=torch.float32)
+            step(1 / len(model.batches))
+        counts = {
+            name: [grams.counts.get(group.linears[0], 0) for group in groups[::2]]
+            for name, groups in structure.experts.items()
+        }
+        _feed_the_starved(model, index, layer, hidden(index), precision, grams, counts, structure)
     finally:
         for hook in hooks:
             hook.remove()
@@ -137,7 +155,42 @@ def forward(
     found = grams.finish()
     seconds["gram"] = seconds.get("gram", 0.0) + grams.seconds
     seconds["forward"] = seconds.get("forward", 0.0) + now(device) - begun - grams.seconds
-    return found
+    return found, counts
+
+
+def _feed_the_starved(
+    model: Walk,
+    index: int,
+    layer: Any,
+    source: Any,
+    precision: str,
+    grams: Grams,
+    counts: Counts,
+    structure: Structure,
+) -> None:
+    """Run experts that saw fewer than `FEWEST_ROUTED` tokens on all that reach their layer's experts, so that their
+    Gram matrices are of these."""
+    for name, seen in counts.items():
+        starved = [number for number, count in enumerate(seen) if count < FEWEST_ROUTED]
+        if not starved:
+            continue
+        groups = structure.experts[name]
+        firsts = frozenset(group.linears[0] for number in starved for group in groups[2 * number : 2 * number + 2])
+
+        def feed(module: Any, inputs: tuple[Any, ...], starved: list[int] = starved, firsts: Any = firsts) -> None:
+            grams.listening = firsts
+            for number in starved:
+                module.expert(number, inputs[0])
+            grams.listening = frozenset()
+
+        hook = layer.get_submodule(name).register_forward_pre_hook(feed)
+        grams.forget(firsts)
+        grams.listening = frozenset()
+        try:
+            for _ in model.outputs(index, layer, source, precision, grams):
+                pass
+        finally:
+            hook.remove()
 
 
 def batches(lengths: list[int], width: int) -> list[tuple[int, int, int]]:

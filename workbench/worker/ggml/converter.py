@@ -35,20 +35,24 @@ def convert(base: str, out: str, kind: str, name: str, vocabulary: bool) -> None
         converter.main()
 
 
+def class_of(find: Callable[..., Any], *rest: Any, **named: Any) -> Any:
+    """What the converter's `get_model_class` finds, with placeholders for names that `gguf` lacks."""
+    while True:
+        try:
+            return find(*rest, **named)
+        except AttributeError as lacks:
+            if not isinstance(lacks.obj, EnumMeta) or lacks.name is None or lacks.name in vars(lacks.obj):
+                raise
+            type.__setattr__(lacks.obj, lacks.name, None)
+
+
 @contextlib.contextmanager
 def _classes(converter: Any, changes: list[Callable[[Any], Callable[[], None]]]) -> Iterator[None]:
     """Have the converter find every class that it has, with `changes`, each of which returns how to undo it."""
     find, undo = converter.get_model_class, list[Callable[[], None]]()
 
     def found(*rest: Any, **named: Any) -> Any:
-        while True:
-            try:
-                kind = find(*rest, **named)
-                break
-            except AttributeError as lacks:
-                if not isinstance(lacks.obj, EnumMeta) or lacks.name is None or lacks.name in vars(lacks.obj):
-                    raise
-                type.__setattr__(lacks.obj, lacks.name, None)
+        kind = class_of(find, *rest, **named)
         undo.extend(change(kind) for change in changes)
         return kind
 

@@ -27,8 +27,8 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 def write(path: str | Path, means: Means, *, tokens: int, windows: int, window: int, dataset: str) -> None:
     """Write an importance matrix that `llama-quantize --imatrix` reads.
 
-    `means`: GGUF tensor name -> float32 [in], the mean square of each input over `tokens` tokens. `dataset` names
-    the calibration; `windows` and `window` (tokens in one) are recorded as chunks.
+    `means`: GGUF tensor name -> float32 [in], or [experts, in], the mean square of each input over `tokens` tokens.
+    `dataset` names the calibration; `windows` and `window` (tokens in one) are recorded as chunks.
     """
     import gguf
     import numpy as np
@@ -40,8 +40,9 @@ def write(path: str | Path, means: Means, *, tokens: int, windows: int, window: 
     writer.add_uint32("imatrix.chunk_size", window)
     for name in sorted(means):
         sums = np.asarray(means[name], dtype=np.float32) * np.float32(tokens)
-        writer.add_tensor(name + SUMS, sums.reshape(1, -1))
-        writer.add_tensor(name + COUNTS, np.full((1, 1), tokens, dtype=np.float32))
+        rows = sums.reshape(-1, sums.shape[-1])
+        writer.add_tensor(name + SUMS, rows)
+        writer.add_tensor(name + COUNTS, np.full((len(rows), 1), tokens, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

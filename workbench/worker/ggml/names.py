@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from workbench.errors import UserError, cannot_import
+from workbench.worker.ggml.converter import class_of
 
 
 def tensor_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
@@ -21,19 +23,18 @@ def tensor_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, s
 
     architecture = (config.get("architectures") or ["?"])[0]
     try:
-        kind = get_model_class(architecture).model_arch
+        kind = class_of(get_model_class, architecture).model_arch
     except NotImplementedError:
         raise UserError(
             f"llama.cpp's converter does not know {architecture}, so its tensors have no names in a GGUF file: leave "
             "out what needs one (`gguf` variants, the backend llamacpp)"
         ) from None
-    except Exception as error:  # its modules ask the `gguf` package for names that one of another day lacks
-        raise UserError(
-            f"llama.cpp's converter, as installed, fails on {architecture} ({type(error).__name__}: {error}): leave "
-            "out what needs a GGUF file, or install a `gguf` of the converter's day"
-        ) from None
     known = gguf.get_tensor_name_map(kind, int(config["num_hidden_layers"]))
-    found = {name: known.get_name(name, try_suffixes=(".weight",)) for name in names}
+    # A layer's experts are one tensor there, by a name without their number.
+    found = {
+        name: known.get_name(re.sub(r"\.experts\.\d+\.", ".experts.", name), try_suffixes=(".weight",))
+        for name in names
+    }
     unknown = [name for name, other in found.items() if other is None]
     if unknown:
         raise UserError(

@@ -7,7 +7,7 @@ pass says what `CalibratedMethod` adds. The base is no entry: it is what all of 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
@@ -124,8 +124,8 @@ class CalibratedMethod(Method, Protocol):
     def tensor_type(self, options: Any) -> str:
         """What a quantized tensor is called in an artifact's record."""
 
-    def quantization_config(self, options: Any) -> dict[str, object]:
-        """What config.json says of it."""
+    def quantization_config(self, options: Any, kept: Sequence[str] = ()) -> dict[str, object]:
+        """What config.json says of it; `kept`: linear layers of decoder layers that the pass leaves as they are."""
 
     def quantize(self, layer: Layer, options: Any) -> tuple[Tensors, dict[str, float], list[str]]:
         """A decoder layer's tensors as stored, each linear's relative error, and warnings."""

@@ -18,6 +18,7 @@ when it clips; here the search weighs the outputs and clipping them loses nothin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,7 +129,7 @@ def stored(options: Options, linear: str, rows: int, columns: int) -> dict[str, 
     }
 
 
-def quantization_config(options: Options) -> dict[str, object]:
+def quantization_config(options: Options, kept: Sequence[str] = ()) -> dict[str, object]:
     """As AutoAWQ writes it, for config.json."""
     return {
         "quant_method": "awq",
@@ -136,7 +137,7 @@ def quantization_config(options: Options) -> dict[str, object]:
         "group_size": options.group_size,
         "zero_point": options.zero_point,
         "version": "gemm",
-        "modules_to_not_convert": list(options.modules_to_not_convert) or None,
+        "modules_to_not_convert": [*options.modules_to_not_convert, *kept] or None,
     }
 
 

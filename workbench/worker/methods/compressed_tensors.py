@@ -10,6 +10,7 @@ Four bits with 16-bit inputs (W4A16) are AWQ's and GPTQ's own codes: `compressed
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -101,12 +102,14 @@ def tensor_type(options: Options) -> str:
     return options.scheme
 
 
-def quantization_config(options: Options) -> dict[str, object]:
+def quantization_config(options: Options, kept: Sequence[str] = ()) -> dict[str, object]:
     """As compressed-tensors writes it, for config.json."""
     kind = "int" if options.scheme == "W8A8" else "float"
     weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel", "dynamic": False}
     inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
-    return written(LAYOUTS[options.scheme], weights, inputs, ["lm_head"])
+    return written(
+        LAYOUTS[options.scheme], weights, inputs, ["lm_head", *(rf"re:.*\.{re.escape(name)}$" for name in kept)]
+    )
 
 
 def written(

@@ -20,6 +20,8 @@ the whole of it is less than the forward pass.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,9 +145,11 @@ def quantizes(options: Options, linear: str) -> bool:
     return True
 
 
-def quantization_config(options: Options) -> dict[str, object]:
+def quantization_config(options: Options, kept: Sequence[str] = ()) -> dict[str, object]:
     """As GPTQModel writes it, for config.json and quantize_config.json."""
-    return {
+    # GPTQModel's word for layers that are left out, by expressions.
+    spared: dict[str, object] = {"dynamic": {rf"-:.*\.{re.escape(name)}$": {} for name in kept}} if kept else {}
+    return spared | {
         "bits": options.bits,
         "group_size": options.group_size,
         "desc_act": options.desc_act,

@@ -28,7 +28,7 @@ def sizes(
 ) -> Stored:
     """A checkpoint's bytes, and whether groups divide every layer."""
     made = checkpoint_sizes(shape, options, quantizes, stored)
-    columns = {tensor.shape[1] for tensor in shape.tensors if _linear(tensor)}
+    columns = {tensor.shape[-1] for tensor in shape.tensors if _linear(tensor)}
     size = options.group_size
     if options.engine != "workbench" or size == -1 or all(count % size == 0 for count in columns):
         return made
@@ -47,8 +47,9 @@ def checkpoint_sizes(
     for tensor in shape.tensors:
         linear = _linear(tensor)
         if linear and quantizes(options, linear):
-            parts = stored(options, linear, *tensor.shape).values()
-            total += sum(DTYPES[dtype].size_bytes * math.prod(sides) for dtype, sides in parts)
+            parts = stored(options, linear, *tensor.shape[-2:]).values()
+            matrices = math.prod(tensor.shape[:-2])
+            total += matrices * sum(DTYPES[dtype].size_bytes * math.prod(sides) for dtype, sides in parts)
         else:
             total += tensor.weights * 2
     return Stored(total)
@@ -201,8 +202,11 @@ def group_sizes(columns: Iterable[int]) -> list[int]:
 def _linear(tensor: NamedShape) -> str | None:
     """The full name in a checkpoint of a matrix of a decoder layer, which AWQ and GPTQ quantize."""
     parts = tensor.name.split(".")
-    if tensor.layer is None or len(tensor.shape) != 2:
+    if tensor.layer is None or len(tensor.shape) < 2:
         return None
+    if len(tensor.shape) == 3:
+        # A layer's experts, which are one tensor in GGUF's terms and one each in a checkpoint.
+        return f"{LAYERS}.{tensor.layer}.{parts[2]}" if parts[2].endswith("_exps") else None
     # Shapes keep a checkpoint's own name where GGUF's is not known.
     name = LINEARS.get(parts[2]) or ".".join(parts[2:-1] if len(parts) > 4 else ())
     return f"{LAYERS}.{tensor.layer}.{name}" if name else None

@@ -1,0 +1,160 @@
+"""Experts through the pass: each by the tokens that are sent to it, or by all of its layer's where those are few."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.worker.small_models import dequantized, relative, write_model, write_tokens
+from workbench.worker.calibration import run as calibrate
+from workbench.worker.calibration import walk
+from workbench.worker.calibration.weights import open_weights
+from workbench.worker.ggml import imatrix
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 32}
+KINDS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {"num_experts": 4},
+    "olmoe": {"num_experts": 4},
+    "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8}
+    | LATENT
+    | {"num_key_value_heads": 4},
+}
+VARIANTS = {
+    "awq": {"group_size": 32},
+    "gptq": {"group_size": 32},
+    "gptq-8": {"group_size": 32, "bits": 8},
+}
+
+
+def base_of(folder: Path, kind: str, **more: Any) -> Path:
+    """Two experts a token, of 64 channels each."""
+    sizes = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "tie_word_embeddings": False}
+    return write_model(folder / "base", kind, **sizes | KINDS[kind] | more)
+
+
+def run(base: Path, folder: Path, windows: int = 24, variants: Any = VARIANTS) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    request = {
+        "base": str(base),
+        "tokens": str(write_tokens(folder / "tokens.json", [40] * windows)),
+        "tokens_digest": "t",
+        "variants": [
+            {"name": name, "method": name.partition("-")[0], "options": options, "out": str(folder / name)}
+            for name, options in variants.items()
+        ],
+        "imatrix_out": str(folder / "imatrix.gguf"),
+        "state": str(folder / "state"),
+        "device": "cpu",
+        "threads": 1,
+        "seed": 0,
+        "precision": "float32",
+    }
+    return dict(calibrate.run(request, lambda *_: None))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_expert_is_quantized_and_the_model_computes_nearly_the_same(kind: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path, kind)
+    made = run(base, tmp_path / "work")
+    assert made["refused"] == {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = torch.randint(3, 354, (2, 40), generator=torch.Generator().manual_seed(5))
+    shares = {}
+    with torch.no_grad():
+        expected = model(ids).logits
+        for name, options in VARIANTS.items():
+            quantized = dequantized(base, tmp_path / "work" / name, name.partition("-")[0], options.get("bits", 4))
+            shares[name] = relative(quantized(ids).logits, expected)
+            errors = made["variants"][name]["tensor_errors"]
+            # Three linear layers of each of four experts of each layer that has some.
+            routed = [error for tensor, error in errors.items() if ".experts." in tensor]
+            layers = 1 if "first_k_dense_replace" in KINDS[kind] else 2
+            assert len(routed) == 12 * layers and all(0 < error < 0.06 for error in errors.values())
+    # A router may send a token elsewhere, so that eight bits are no sixteenth of four.
+    assert shares["gptq-8"] < 0.12 and max(shares["gptq"], shares["awq"]) < 0.7, shares
+    assert shares["gptq-8"] < 0.5 * shares["gptq"]
+    assert sum(map(len, made["experts"].values())) == 4 * layers
+
+
+def means_of(model: Any, ids: Any, name: str) -> Callable[[int], Any]:
+    """The mean square of what each expert of a module is sent."""
+    sent: dict[int, list[Any]] = {}
+
+    def before(module: Any, inputs: tuple[Any, ...]) -> None:
+        hidden, index = inputs[:2]
+        for number in range(module.num_experts):
+            sent.setdefault(number, []).append(hidden[(index == number).any(-1)])
+
+    hook = model.get_submodule(name).register_forward_pre_hook(before)
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    return lambda number: torch.cat(sent[number])
+
+
+def test_importance_is_each_experts_own(tmp_path: Path) -> None:
+    base = base_of(tmp_path, "qwen3_moe")
+    made = run(base, tmp_path / "work", variants={})
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = torch.tensor(json.loads((tmp_path / "work/tokens.json").read_text())["windows"])
+    sent = means_of(model, ids, "model.layers.1.mlp.experts")
+    found = imatrix.load(tmp_path / "work/imatrix.gguf")
+    gate = torch.from_numpy(found["blk.1.ffn_gate_exps.weight"]).view(4, 64)
+    assert torch.equal(gate, torch.from_numpy(found["blk.1.ffn_up_exps.weight"]).view(4, 64))
+    assert found["blk.1.ffn_down_exps.weight"].shape == (4 * 64,)
+    for number, count in enumerate(made["experts"]["model.layers.1.mlp.experts"]):
+        x = sent(number)
+        assert len(x) == count >= walk.FEWEST_ROUTED
+        torch.testing.assert_close(gate[number], (x * x).mean(0), rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(gate[0], gate[1], rtol=0.05)
+
+
+def test_starved_experts_are_calibrated_on_all_tokens_of_their_layer_and_named(tmp_path: Path) -> None:
+    base = base_of(tmp_path, "qwen3_moe", num_experts=16)
+    made = run(base, tmp_path / "work")
+    counts = made["experts"]["model.layers.0.mlp.experts"]
+    starved = [number for number, count in enumerate(counts) if count < walk.FEWEST_ROUTED]
+    assert 0 < len(starved) < 16 and sum(counts) == 2 * 24 * 40
+    (told,) = [each for each in made["variants"]["gptq"]["warnings"] if "experts saw fewer than" in each]
+    assert told.startswith(f"{sum(c < 128 for each in made['experts'].values() for c in each)} of 32 experts")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = torch.tensor(json.loads((tmp_path / "work/tokens.json").read_text())["windows"])
+    everything: list[Any] = []
+    hook = model.get_submodule("model.layers.0.mlp.experts").register_forward_pre_hook(
+        lambda _, inputs: everything.append(inputs[0])
+    )
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    mean = (everything[0] ** 2).mean(0)
+    gate = torch.from_numpy(imatrix.load(tmp_path / "work/imatrix.gguf")["blk.0.ffn_gate_exps.weight"]).view(16, 64)
+    for number in range(16):
+        near = torch.allclose(gate[number], mean, rtol=1e-3, atol=1e-6)
+        assert near == (number in starved)
+
+
+def test_what_no_layout_holds_is_named_to_readers(tmp_path: Path) -> None:
+    """The shared expert's gate has one channel."""
+    base = base_of(tmp_path, "qwen2_moe")
+    run(base, tmp_path / "work")
+    said = {name: json.loads((tmp_path / f"work/{name}/config.json").read_text()) for name in ("awq", "gptq")}
+    assert said["awq"]["quantization_config"]["modules_to_not_convert"] == ["mlp.shared_expert_gate"]
+    assert list(said["gptq"]["quantization_config"]["dynamic"]) == [r"-:.*\.mlp\.shared_expert_gate$"]
+
+
+def test_layers_without_experts_are_of_their_own_kind(tmp_path: Path) -> None:
+    weights = open_weights(base_of(tmp_path, "deepseek_v3"))
+    dense, sparse = weights.structures
+    assert dense.experts == {} and list(sparse.experts) == ["mlp.experts"]
+    assert "mlp.gate_proj" in dense.linears and "mlp.experts.3.down_proj" in sparse.linears
+    assert "mlp.shared_experts.up_proj" in sparse.linears and "mlp.gate" not in sparse.linears
