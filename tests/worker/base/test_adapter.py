@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.fake_hub import hub
+from tests.places import ROOT
 from tests.worker.base.bases import logits, refusal, run
 from workbench.recipe.load import parse
 from workbench.worker.base.prepare import identify
@@ -98,6 +100,22 @@ def test_a_bfloat16_base_is_rounded_once(model: Path, adapter: Path, tmp_path: P
     assert (after[f"{name}.weight"] != meant).float().mean() < 0.01, (
         "but where the sum lies between two, to the last bit"
     )
+
+
+def test_from_the_hub(model: Path, adapter: Path, tmp_path: Path) -> None:
+    from workbench.machine import isolate
+
+    here = run({"path": str(model), "adapter": str(adapter)}, tmp_path / "here")
+    with hub({"someone/lora": adapter}) as (endpoint, _):
+        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        reply = isolate.call(
+            "workbench.worker.base.prepare:prepare",
+            {"source": {"path": str(model), "adapter": "someone/lora"}, "out": str(tmp_path / "there")},
+            workdir=tmp_path / "work",
+            environment=environment | {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)},
+        )
+    assert reply.error is None, reply.log
+    assert reply.value["digest"] == here["digest"]
 
 
 def configured(**entries: Any) -> Callable[[Path], None]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.worker.base.bases import refusal, run
+from tests.worker.small_models import write_model
 
 Weights = dict[str, Any]
 
@@ -158,3 +159,13 @@ def test_weights_that_are_no_numbers(model: Path, tmp_path: Path, value: float) 
 
     rewrite(model, change)
     assert "down_proj.weight has NaN or infinite weights" in refusal({"path": str(model)}, tmp_path / "o")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_an_expert_count_that_is_not_the_files(kind: str, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "base", kind)
+    config = json.loads((model / "config.json").read_text())
+    count = next(key for key in ("num_local_experts", "num_experts") if key in config)
+    configure(model, **{count: config[count] - 1})
+    said = refusal({"path": str(model)}, tmp_path / "o")
+    assert "have another shape than config.json says" in said and "experts" in said
