@@ -55,6 +55,9 @@ def test_what_has_no_codes_of_its_own_is_not_compensated() -> None:
     for kind in ("F16", "BF16", "IQ3_M", "IQ2_XXS", "IQ1_S"):
         with pytest.raises(UserError, match=f"^rounding compensated chooses no codes of {kind}: .*Q6_K.*IQ4_XS"):
             method.check(Options(kind, imatrix=True, rounding="compensated"))
+    with pytest.raises(UserError, match="^rounding compensated chooses no codes of IQ3_S, F16, only of Q8_0, "):
+        method.check(Options(bits=4, types=("IQ3_S", "F16"), rounding="compensated"))
+    method.check(Options(bits=4, types=("IQ3_S", "Q4_K"), rounding="compensated"))
     method.check(Options("Q2_K_S", rounding="compensated"))
     assert method.default_name(Options("Q2_K_S", imatrix=True, rounding="compensated")) == "gguf-Q2_K_S-compensated"
 

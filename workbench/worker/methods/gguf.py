@@ -139,6 +139,9 @@ def check(options: Options) -> None:
             raise UserError(f"bits: 1 to 16 a weight, not {options.bits:g}")
         if options.encoder == "workbench":
             raise UserError("encoder workbench makes mixtures by their `type` only: leave `encoder` out")
+        if options.compensated and options.types and not compensate.TYPES & {*options.types}:
+            able = ", ".join(kind for kind in TYPES if kind in compensate.TYPES)
+            raise UserError(f"rounding compensated chooses no codes of {', '.join(options.types)}, only of {able}")
         return
     if options.types or options.keep:
         raise UserError("types and keep say what `size`, `bits` or `like` choose from: give one of these, and no type")
