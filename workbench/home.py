@@ -113,7 +113,7 @@ def interpreter(backend: str, default: str) -> str:
     `WORKBENCH_PYTHON_<BACKEND>` in the environment, then `[python]` in `$WORKBENCH_HOME/config.toml`,
     then `default`.
     """
-    chosen = os.environ.get(f"WORKBENCH_PYTHON_{backend.upper()}")
+    chosen = os.environ.get(f"WORKBENCH_PYTHON_{backend.upper().replace('-', '_')}")
     if chosen:
         return chosen
     file = home() / "config.toml"

@@ -222,7 +222,7 @@ def test_single_faults_are_counted_and_the_rest_is_measured(results: Path) -> No
     (point,) = row.measurement.serving.points
     assert len({each.error for each in point.requests if each.error}) == 5
     told = " ".join(row.measurement.warnings)
-    assert "3 at once: 5 of 12 requests failed" in told and "one at a time: 1 of 5 requests failed" in told
+    assert "3 at once: 5 of 12 requests failed" in told and "1 at once: 1 of 5 requests failed" in told
     assert len(row.measurement.speeds[0].first_token_s) == 4
     assert "5 failed" in str(wb.table(results))
 

@@ -172,7 +172,8 @@ def watch(event, arguments):
 from workbench.recipe.load import load, parse
 from pathlib import Path
 load({str(ROOT / "recipes" / "llama8b.yaml")!r})  # so that every module is imported
-import workbench.worker.backends.mlx  # which only recipes get that name it
+from workbench.worker.backends import BACKENDS, backend_named
+[backend_named(name) for name in BACKENDS]  # some of which only recipes get that name them
 sys.addaudithook(watch)
 load({str(path)!r})
 tokens = {{"source": {{"dataset": "no/such"}}}}

@@ -31,14 +31,14 @@ def test_limits() -> None:
 
 def test_figures_of_a_point() -> None:
     requests = [request(9.0), request(0.0), request(1.0, first_s=0.5), request(1.86, error="status 500")]
-    found = figures(LoadPoint("poisson", 2.0, requests, 1, [0.001, 0.002, 0.3]), {"ttft": 0.2})
+    found = figures([LoadPoint("poisson", 2.0, requests, 1, [0.001, 0.002, 0.3])], {"ttft": 0.2})
     assert found is not None and (found.name, found.asked, found.failed) == ("2/s poisson", 3, 1)
     assert found.requests_s == pytest.approx(2 / 2) and found.output_tok_s == pytest.approx(10 / 2)
     assert found.goodput_req_s == pytest.approx(1 / 2) and found.kept == pytest.approx(1 / 3)
     assert found.ttft_s == pytest.approx((0.3, 0.46, 0.496)) and found.late_s == 0.002
-    plain = figures(LoadPoint("closed", 4.0, requests), {})
+    plain = figures([LoadPoint("closed", 4.0, requests)], {})
     assert plain is not None and plain.goodput_req_s is None and plain.name == "4 at once"
-    assert figures(LoadPoint("closed", 4.0, []), {}) is None
+    assert figures([LoadPoint("closed", 4.0, [])], {}) is None
 
 
 def test_a_sample_without_its_times_is_refused() -> None:

@@ -36,6 +36,7 @@ class Fake:
     streamed: int = 0
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[str] = field(default_factory=list)
+    port: int = 0
     url: str = ""
     at_once: int = 0
 
@@ -48,7 +49,7 @@ class Fake:
     def _run(self, ready: threading.Event) -> None:
         async def main() -> None:
             self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+            server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
             self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
             ready.set()
             await self._stop.wait()
@@ -84,6 +85,8 @@ class Fake:
         """Whether the connection stays."""
         if self.key and headers.get("authorization") != f"Bearer {self.key}":
             return self._plain(writer, 401, {"error": f"wrong key {headers.get('authorization')}"})
+        if path == "/health":
+            return self._plain(writer, 200, {})
         if path == "/v1/models":
             return self._plain(writer, 200, {"data": [{"id": name} for name in self.models]})
         api = "chat" if "chat" in path else "completions"

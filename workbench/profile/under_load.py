@@ -8,14 +8,13 @@ be much faster than.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from workbench.console import Show
 from workbench.profile.largest_rate import largest_rate
-from workbench.records import Limited, LoadPoint, Request, Serving, Speed, Workload
+from workbench.records import Limited, LoadPoint, Request, Serving, Speed, Workload, faults_of
 from workbench.report import loads
 from workbench.serving.asking import counting_of, dialect_of, length_of, model_of
 from workbench.serving.client import Answer, Client, Dialect, Wanted
@@ -95,16 +94,9 @@ class Found:
 
     def warnings(self) -> list[str]:
         """What makes the numbers doubtful."""
-        told = []
-        for what, requests in [("one at a time", self.single)] + [
-            (loads.name_of(point), point.counted) for point in self.serving.points
-        ]:
-            faults = Counter(each.error for each in requests if each.error)
-            if faults:
-                (commonest, count), failed = faults.most_common(1)[0], faults.total()
-                told.append(f"{what}: {failed} of {len(requests)} requests failed, {count} so: {commonest}")
+        told = faults_of([LoadPoint("closed", 1, self.single), *self.serving.points])
         for point in self.serving.points:
-            own = loads.figures(point, {})
+            own = loads.figures([point], {})
             if own and own.itl_s and own.late_s > LATE * own.itl_s[0]:
                 told.append(
                     f"{own.name}: the client itself was up to {own.late_s * 1e3:.1f} ms late, between tokens are "
@@ -193,7 +185,7 @@ class _UnderLoad:
         found = self._found
         found.serving = replace(found.serving, points=[*found.serving.points, point])
         if gone:
-            found.error = f"the server is gone since {loads.name_of(point)}: {point.requests[-1].error}"
+            found.error = f"the server is gone since {point.name}: {point.requests[-1].error}"
 
     async def _search(self, progress: Progress) -> None:
         """Begin where one slot's requests would come one after the other."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -57,6 +59,11 @@ class LoadPoint:
     """How much too late the client's own clock ticked, every 10 ms: median, 99 %, the most."""
 
     @property
+    def name(self) -> str:
+        """`4 at once`, `2.5/s poisson`."""
+        return f"{self.level:g} at once" if self.arrivals == "closed" else f"{self.level:.3g}/s {self.arrivals}"
+
+    @property
     def counted(self) -> list[Request]:
         """Without those of the warm-up."""
         return self.requests[self.warmup :]
@@ -74,3 +81,16 @@ class Serving:
     limits."""
     largest_rate_trials: list[tuple[Size, Count, Positive]] = field(default_factory=list)
     """What it was found by: a rate, how many kept the limits, and how many were asked."""
+
+
+def faults_of(points: Sequence[LoadPoint]) -> list[str]:
+    """How many requests of each load failed, and the commonest reason."""
+    found: dict[str, list[Request]] = {}
+    for point in points:
+        found.setdefault(point.name, []).extend(point.counted)
+    told = []
+    for name, requests in found.items():
+        if errors := Counter(each.error for each in requests if each.error):
+            reason, many = errors.most_common(1)[0]
+            told.append(f"{name}: {errors.total()} of {len(requests)} requests failed, {many} so: {reason}")
+    return told

@@ -12,7 +12,7 @@ DistServe, OSDI 2024); a fault keeps none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from workbench.records import Limited, LoadPoint, Request, Row, Seconds
@@ -48,7 +48,7 @@ class Figures:
     """A load point as people read it."""
 
     name: str
-    """`4 at once`, `2.5/s poisson`."""
+    """As the load point has it."""
     asked: int
     failed: int
     output_tok_s: float
@@ -67,25 +67,20 @@ class Figures:
     100 ticks."""
 
 
-def name_of(point: LoadPoint) -> str:
-    """What a load point is called."""
-    return f"{point.level:g} at once" if point.arrivals == "closed" else f"{point.level:.3g}/s {point.arrivals}"
-
-
-def figures(point: LoadPoint, limits: Mapping[Limited, Seconds]) -> Figures | None:
-    """None of a point without requests."""
-    asked = point.counted
+def figures(points: Sequence[LoadPoint], limits: Mapping[Limited, Seconds]) -> Figures | None:
+    """Of one load and its repeats; None without requests."""
+    asked = [request for point in points for request in point.counted]
     if not asked:
         return None
     good = [request for request in asked if not request.error]
-    seconds = max(each.sent_s + each.end_s for each in asked) - min(each.sent_s for each in asked)
+    seconds = sum(map(_seconds, points))
     kept = sum(keeps(request, limits) for request in asked) if limits else None
 
     def spread(what: Limited) -> Spread:
         return _spread([value for each in good if (value := own(each, what)) is not None])
 
     return Figures(
-        name=name_of(point),
+        name=points[0].name,
         asked=len(asked),
         failed=len(asked) - len(good),
         output_tok_s=sum(each.new_tokens for each in good) / seconds if seconds else 0.0,
@@ -96,16 +91,38 @@ def figures(point: LoadPoint, limits: Mapping[Limited, Seconds]) -> Figures | No
         e2e_s=spread("e2e"),
         goodput_req_s=kept / seconds if kept is not None and seconds else None,
         kept=kept / len(asked) if kept is not None else None,
-        late_s=max([*(each.late_s for each in asked), *point.lag_s[1:2]]),
+        late_s=max([*(each.late_s for each in asked), *(lag for point in points for lag in point.lag_s[1:2])]),
     )
 
 
+def _seconds(point: LoadPoint) -> float:
+    """From the first request's sending to the last one's end."""
+    asked = point.counted
+    return max(each.sent_s + each.end_s for each in asked) - min(each.sent_s for each in asked) if asked else 0.0
+
+
+def output_rates(row: Row) -> dict[int, list[float]]:
+    """Output tokens a second of each repeat, by the number of requests at once of a closed loop."""
+    found: dict[int, list[float]] = {}
+    for point in _points(row):
+        figure = figures([point], {})
+        if point.arrivals == "closed" and figure and figure.output_tok_s:
+            found.setdefault(round(point.level), []).append(figure.output_tok_s)
+    return found
+
+
 def all_figures(row: Row) -> list[Figures]:
-    """Of every load point of a row."""
+    """Of every load of a row."""
     serving = row.measurement.serving if row.measurement else None
-    if serving is None:
-        return []
-    return [found for point in serving.points if (found := figures(point, serving.limits))]
+    loads: dict[str, list[LoadPoint]] = {}
+    for point in _points(row):
+        loads.setdefault(point.name, []).append(point)
+    return [found for each in loads.values() if serving and (found := figures(each, serving.limits))]
+
+
+def _points(row: Row) -> list[LoadPoint]:
+    serving = row.measurement.serving if row.measurement else None
+    return serving.points if serving else []
 
 
 def goodput(row: Row) -> float | None:

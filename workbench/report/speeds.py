@@ -114,14 +114,9 @@ def served_rates(row: Row) -> list[tuple[int, Rate]]:
 
 
 def _under_load(row: Row) -> list[tuple[int, Rate]]:
-    """The same of a server's closed loops; the points of one size are repeats."""
-    serving = row.measurement.serving if row.measurement else None
-    rates: dict[int, list[float]] = {}
-    for point in serving.points if serving else ():
-        own = loads.figures(point, {})
-        if point.arrivals == "closed" and own and own.output_tok_s:
-            rates.setdefault(round(point.level), []).append(own.output_tok_s)
-    return [(slots, Rate(f"served b{slots}", statistics.median(each), interval(each))) for slots, each in rates.items()]
+    """The same of a server's closed loops."""
+    rates = loads.output_rates(row).items()
+    return [(slots, Rate(f"served b{slots}", statistics.median(each), interval(each))) for slots, each in rates]
 
 
 def further_rates(row: Row) -> list[Rate]:

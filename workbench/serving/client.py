@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from workbench.errors import install_with
 from workbench.records import Request
@@ -99,8 +99,10 @@ class Client:
             import aiohttp
         except ImportError:
             raise install_with("aiohttp, which asks servers,", "pip install aiohttp") from None
-        # Kept shorter than servers keep idle connections, or a request may meet one that is being closed.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
+        # On this machine a connection costs less than the doubt whether the server has just closed a kept one;
+        # elsewhere they are kept shorter than servers keep them.
+        kept: dict[str, Any] = {"force_close": True} if self.address.loopback else {"keepalive_timeout": 3}
+        connector = aiohttp.TCPConnector(limit=0, **kept)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self.address.headers)
         return self

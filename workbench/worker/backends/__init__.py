@@ -22,6 +22,7 @@ BACKENDS = {
     "vllm": "workbench.worker.backends.vllm",
     "llamacpp": "workbench.worker.backends.llamacpp",
     "mlx": "workbench.worker.backends.mlx",
+    "llama-server": "workbench.worker.backends.llama_server",
 }
 
 if os.environ.get("WORKBENCH_FAKE_BACKEND"):
@@ -63,9 +64,9 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """What a backend's module says. Three more may be there: `MOST_SEQUENCES`, how many it takes at once at the most;
-    `compile_for(job)`, which compiles what a job's kernels need before loading it is timed; and `BY_NAME`, true of an
-    engine that only recipes that name it get.
+    """What a backend's module says. Four more may be there: `MOST_SEQUENCES`, how many it takes at once at the most;
+    `compile_for(job)`, which compiles what a job's kernels need before loading it is timed; `BY_NAME`, true of an
+    engine that only recipes that name it get; and `SERVER`, true of one whose `Engine` is a server (`served.py`).
 
     An option's limits stand in its field's metadata (`ge`, `le`, as pydantic names them).
     """

@@ -26,7 +26,7 @@ from workbench.records import (
 )
 from workbench.worker import Progress
 from workbench.worker.backends import backend_named
-from workbench.worker.measure import answers, resident, timing
+from workbench.worker.measure import answers, over_http, resident, timing
 from workbench.worker.measure.energy import Meter
 from workbench.worker.scoring.reducer import Scoring, compact
 from workbench.worker.tokens.file import read_tokens
@@ -39,6 +39,7 @@ def measure(payload: object, progress: Any) -> object:
     sets = {name: read_tokens(test.path) for name, test in job.evaluations.items()}
     first = next(iter(sets), "")
     windows = sets[first].windows if sets else []
+    text = [token for ids in windows for token in ids]
     workload = job.workload
     timed_points = len(workload.points) + (len(workload.batches) if workload.requests else 0)
     steps = len(windows) + timed_points * workload.repeats + 1
@@ -56,6 +57,8 @@ def measure(payload: object, progress: Any) -> object:
     start = timing.now()
     engine = module.Engine(job)
     load_s = timing.now() - start
+    if getattr(module, "SERVER", False):
+        return to_json(over_http.measure(job, engine, text, load_s, progress))
     memory["peak_load"] = resident.peak_bytes()
 
     on_gpu = engine.settings().get("device") == "cuda"
@@ -88,7 +91,6 @@ def measure(payload: object, progress: Any) -> object:
         repeats_s.append([began, ended])
         progress(done, steps, figures)
 
-    text = [token for ids in windows for token in ids]
     if hasattr(engine, "forget_peak"):
         engine.forget_peak()
     peak = resident.Peak()

@@ -131,11 +131,10 @@ def served(
         return found
     chance = random.Random(workload.seed + 1)
     prompt_tokens = workload.prompt_tokens[0]
-    low, high = max(1, workload.new_tokens // 2), max(1, workload.new_tokens * 3 // 2)
     for salt, slots in enumerate(workload.batches):
         many = slots * workload.requests
-        lengths = [chance.randint(low, high) for _ in range(many)]
-        _ready(engine, slots, prompt_tokens, high)
+        lengths = mixed_lengths(workload, slots, chance)
+        _ready(engine, slots, prompt_tokens, workload.longest_answer)
         fresh = prompts(workload, text, prompt_tokens, many, workload.repeats + 1, 1000 + salt)
         first = fresh[0][:slots]
         answers = lengths[:slots] if whole else [2] * slots
@@ -161,6 +160,12 @@ def served(
             )
         )
     return found
+
+
+def mixed_lengths(workload: Workload, slots: int, chance: random.Random) -> list[int]:
+    """New tokens of each request that so many slots serve."""
+    low, high = max(1, workload.new_tokens // 2), workload.longest_answer
+    return [chance.randint(low, high) for _ in range(slots * workload.requests)]
 
 
 def joined(parts: list[list[Any]]) -> list[Any]:

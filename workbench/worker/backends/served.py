@@ -1,0 +1,88 @@
+"""An engine's own server for one artifact: started here, asked over HTTP, ended with this worker.
+
+It stays in the worker's session, which the parent ends as a whole, however the parent itself ends. It listens on
+loopback, on a port that was free, and answers under a name that no other server has: an answer in another name is a
+fault.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+from workbench.records import Job, Machine, Row
+
+LOG = Path("server.log")
+"""In the worker's folder, which is kept if the worker fails."""
+POLL_S = 0.1
+LAST_WORDS = 1500
+"""Characters of its log that a failure tells."""
+
+
+class Server:
+    """A server that is up; what there is to know of it. `words`: its command, with any port."""
+
+    def __init__(self, words: list[str], name: str, settings: Mapping[str, object]) -> None:
+        port = _free_port()
+        words[words.index("--port") + 1] = str(port)
+        self.name, self.url, self._settings = name, f"http://127.0.0.1:{port}/v1", settings
+        with LOG.open("wb") as log:
+            self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        while not _answers(f"http://127.0.0.1:{port}/health"):
+            self.check()
+            time.sleep(POLL_S)
+
+    def check(self) -> None:
+        """Raises `RuntimeError` with its last words if it has ended."""
+        if (code := self._process.poll()) is not None:
+            words = " ".join(LOG.read_text(errors="replace")[-LAST_WORDS:].split())
+            raise RuntimeError(f"the server ended with code {code}; its last words: {words[-300:]}")
+
+    def settings(self) -> dict[str, object]:
+        """What it was told to run with."""
+        return dict(self._settings)
+
+
+def alias() -> str:
+    """A name for the model that no other server of this machine uses."""
+    return f"workbench-{os.getpid()}"
+
+
+def as_row(job: Job, **options: object) -> Row:
+    """A job as a row that is not measured yet, for the command that serves it; `options` beside the job's own."""
+    return Row(
+        key="",
+        base=job.base,
+        recipe="",
+        recipe_digest="",
+        artifact=job.artifact,
+        backend=job.backend,
+        workload=job.workload,
+        measurement=None,
+        machine=Machine(),
+        versions={},
+        started_at="",
+        duration_s=0.0,
+        options=job.options | options,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

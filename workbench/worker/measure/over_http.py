@@ -1,0 +1,153 @@
+"""A job in an engine's own server: timed as its user sees it, over HTTP.
+
+The same prompts as in any engine's own process, as ids; one answer at a time for each prompt length, then, for each
+number of sequences, requests of mixed lengths whose next begins when any ends. The client's clock is what users have:
+with what HTTP, the queue and the sampler cost. Quality is not asked for; it is the file's, in the engine's own process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+from workbench.records import Job, LoadPoint, Measurement, Request, Serving, Speed, faults_of
+from workbench.worker import Progress
+from workbench.worker.backends.served import Server
+from workbench.worker.measure import timing
+
+NO_QUALITY = "no quality of its own: over HTTP only speed is measured"
+
+
+def measure(job: Job, server: Server, text: list[int], load_s: float, progress: Any) -> Measurement:
+    """What a server that is up does under the job's workload, with prompts cut from `text`; pauses between the job's
+    rounds."""
+    rounds = []
+    with asyncio.Runner() as runner:
+        http = _OverHttp(job, server, text, progress)
+        runner.run(http.open())
+        for share in timing.shares(job.workload.repeats, job.rounds):
+            if share.start:
+                progress.pause()
+            rounds.append(runner.run(http.round(share)))
+        runner.run(http.close())
+    settings, points = server.settings(), [point for _, points in rounds for point in points]
+    return Measurement(
+        device=str(settings.pop("device")),
+        load_s=load_s,
+        speeds=timing.joined([speeds for speeds, _ in rounds]),
+        settings=settings,
+        warnings=[NO_QUALITY, *faults_of(points)],
+        conditions={"probe_s": http.probes, "repeats_s": http.repeats_s},
+        serving=Serving(points),
+    )
+
+
+class _OverHttp:
+    """One server and the clock before each repeat."""
+
+    def __init__(self, job: Job, server: Server, text: list[int], progress: Progress) -> None:
+        from workbench.serving.address import address_of
+        from workbench.serving.client import Client, Dialect
+
+        self._job, self._server, self._text, self._progress = job, server, text, progress
+        self._client, self._dialect = Client(address_of(server.url)), Dialect(server.name, server.name)
+        load = job.workload
+        self._steps = (len(load.prompt_tokens) + len(load.batches) * bool(load.requests)) * load.repeats
+        self._done = self._asked = 0
+        self.probes: list[float] = []
+        self.repeats_s: list[list[float]] = []
+
+    async def open(self) -> None:
+        await self._client.__aenter__()
+
+    async def close(self) -> None:
+        await self._client.__aexit__()
+
+    async def round(self, share: range) -> tuple[list[Speed], list[LoadPoint]]:
+        """The repeats of `share`, of every point."""
+        load = self._job.workload
+        speeds = [await self._alone(salt, tokens, share) for salt, tokens in enumerate(load.prompt_tokens)]
+        if not load.requests:
+            return speeds, []
+        chance, points = random.Random(load.seed + 1), []
+        for salt, slots in enumerate(load.batches):
+            lengths = timing.mixed_lengths(load, slots, chance)
+            points += await self._together(salt, slots, lengths, share)
+        return speeds, points
+
+    def _fresh(self, tokens: int, batch: int, rounds: int, salt: int) -> list[list[list[int]]]:
+        """Prompts as any engine gets them, but for two ids: no two begin alike, or a server would remember."""
+        found = timing.prompts(self._job.workload, self._text, tokens, batch, rounds, salt)
+        return [[self._unlike(ids) for ids in each] for each in found]
+
+    def _unlike(self, ids: list[int]) -> list[int]:
+        self._asked += 1
+        # Ids that every vocabulary has.
+        return [10 + self._asked % 240, 10 + self._asked // 240 % 240, *ids[2:]][: len(ids)]
+
+    def _warming(self, ids: list[int], share: range) -> list[int]:
+        """A prompt that warms the server up: whole at first, a few tokens later."""
+        return self._unlike(ids if share.start == 0 else ids[: timing.WAKE_TOKENS])
+
+    async def _alone(self, salt: int, tokens: int, share: range) -> Speed:
+        load = self._job.workload
+        fresh = self._fresh(tokens, 1, load.warmup + load.repeats, salt)
+        for (ids,) in fresh[: load.warmup]:
+            await self._ask(self._warming(ids, share), timing.WARMUP_NEW_TOKENS)
+        found = []
+        for (ids,) in (fresh[load.warmup + repeat] for repeat in share):
+            self.probes.append(timing.work_probe())
+            began = timing.now()
+            found.append(await self._ask(ids, load.new_tokens))
+            self._stepped(began)
+        return Speed(
+            prompt_tokens=tokens,
+            new_tokens=load.new_tokens,
+            batch=1,
+            first_token_s=[each.first_token_s or 0.0 for each in found],
+            # Two chunks of one packet come at once: no clock tells them apart.
+            step_s=[[max(1e-6, gap) for gap in each.gaps_s] for each in found],
+            step_tokens=[each.gained[1:] for each in found],
+            rounds=[len(share)],
+        )
+
+    async def _together(self, salt: int, slots: int, lengths: list[int], share: range) -> list[LoadPoint]:
+        from workbench.serving.client import Wanted
+        from workbench.serving.load import closed
+
+        load = self._job.workload
+        tokens = load.prompt_tokens[0]
+        fresh = self._fresh(tokens, len(lengths), load.repeats + 1, 1000 + salt)
+
+        def wanted(batch: list[list[int]], answers: list[int]) -> list[Wanted]:
+            return [Wanted(ids, len(ids), answer) for ids, answer in zip(batch, answers, strict=True)]
+
+        def ask(each: Wanted) -> Any:
+            return self._client.stream(self._dialect, each)
+
+        await closed(ask, wanted([self._warming(ids, share) for ids in fresh[0][:slots]], [2] * slots), slots)
+        points = []
+        for batch in (fresh[1 + repeat] for repeat in share):
+            began = timing.now()
+            point, gone = await closed(ask, wanted(batch, lengths), slots)
+            if gone:
+                self._server.check()
+                raise RuntimeError(f"the server answers no more: {point.requests[-1].error}")
+            points.append(point)
+            self._stepped(began)
+        return points
+
+    async def _ask(self, ids: list[int], new_tokens: int) -> Request:
+        from workbench.serving.client import Wanted
+
+        answer = await self._client.stream(self._dialect, Wanted(ids, len(ids), new_tokens))
+        if answer.request.error:
+            self._server.check()
+            raise RuntimeError(f"no answer of {new_tokens} tokens to {len(ids)}: {answer.request.error}")
+        return answer.request
+
+    def _stepped(self, began: float) -> None:
+        self._done += 1
+        self.repeats_s.append([began, timing.now()])
+        self._progress(self._done, self._steps, "over HTTP")
