@@ -33,6 +33,16 @@ def test_an_embedding_that_is_not_the_head_is_told_apart(tmp_path: Path, kind: s
     assert memory["embedding"] == apart < memory["weights"]
 
 
+def test_experts_that_are_packed_one_by_one_are_told_before_they_are_loaded() -> None:
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"
+
+    def refusal(format: str, kind: str) -> str | None:
+        return backend.unsupported(Artifact("v", "awq", format, "", "", 1, 1, tensor_types={name: kind}), False)
+
+    assert "experts as one tensor" in str(refusal("awq", "I4-g128")) and refusal("gptq", "I4-row") is not None
+    assert refusal("awq", "F16") is refusal("compressed-tensors", "I4-g128") is None
+
+
 def test_weights_that_no_file_has_are_an_error(tmp_path: Path) -> None:
     """An AWQ checkpoint of experts, which transformers has as one tensor a layer, and one of another shape."""
     from safetensors.torch import load_file, save_file

@@ -111,6 +111,11 @@ class Backend(Protocol):
         """The engine with a job's model."""
 
 
+def packed_experts(artifact: Artifact) -> set[str]:
+    """The types of experts that are packed one by one, such as `I4-g128`."""
+    return {kind for name, kind in artifact.tensor_types.items() if ".experts." in name and "-" in kind}
+
+
 def serve_in_groups(
     generate: Callable[[list[list[int]], int], Iterator[list[int]]],
     prompts: list[list[int]],

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from workbench.errors import install_with
 from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
-from workbench.worker.backends import from_files, gptqmodel_kernels, graphs, packed, serve_in_groups
+from workbench.worker.backends import from_files, gptqmodel_kernels, graphs, packed, packed_experts, serve_in_groups
 from workbench.worker.base.checkpoint import read_json
 from workbench.worker.methods.loading import ON_LOAD, held_bytes
 from workbench.worker.scoring.reducer import Scoring
@@ -72,10 +72,12 @@ class Options:
 
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:
-    """Every format of ours can be loaded."""
-    if artifact.format in LOADS:
-        return None
-    return f"transformers does not read {artifact.format}"
+    """Every format of ours can be loaded, but for AWQ's and GPTQ's experts."""
+    if artifact.format not in LOADS:
+        return f"transformers does not read {artifact.format}"
+    if artifact.format in ("awq", "gptq") and packed_experts(artifact):
+        return "transformers has a layer's experts as one tensor, and would draw at random what is packed one by one"
+    return None
 
 
 def refuses(options: Options, cuda: bool) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from workbench.records import Artifact, Job, Quality, Row, Workload, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.architectures import sizes_of
-from workbench.worker.backends import vllm_gguf
+from workbench.worker.backends import packed_experts, vllm_gguf
 from workbench.worker.base.checkpoint import read_json
 from workbench.worker.base.config_json import text_config
 from workbench.worker.scoring import longrope
@@ -79,8 +79,8 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     bits = (artifact.provenance.get("options") or {}).get("bits", 4)
     if artifact.format == "gptq" and bits != 4 and not cuda:
         return f"vLLM reads GPTQ of {bits} bits on GPUs only; its kernels on a CPU take 4"
-    four_bits = (kind for name, kind in artifact.tensor_types.items() if ".experts." in name)
-    if any(kind.lower().startswith(("i4-", "int4-")) for kind in four_bits) and not cuda and not _has_amx():
+    four_bits = any(kind.lower().startswith(("i4-", "int4-")) for kind in packed_experts(artifact))
+    if four_bits and not cuda and not _has_amx():
         return "vLLM computes with 4-bit experts on GPUs, or on a CPU with AMX, which this one has not"
     return None
 
