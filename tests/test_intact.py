@@ -25,6 +25,7 @@ from workbench.records import (
     GramMatrices,
     ImportanceMatrix,
     PreparedBase,
+    Prices,
     Reference,
     Task,
     Tasks,
@@ -42,6 +43,7 @@ RECORDS: dict[Kind, Any] = {
     ),
     "grams": GramMatrices("k", "t", cost=COST),
     "imatrix": ImportanceMatrix("k", "t", cost=COST),
+    "prices": Prices("k", "t", {"forward": 1.5}, COST),
     "references": Reference("d", {"dtype": "float32"}, "b", "e", cost=COST),
     "tasks": Tasks({"t": Task("t", "t.json", "d", 3, 40)}, text_version=1, cost=COST),
     "tokens": TokenSets(
