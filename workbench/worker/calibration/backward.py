@@ -50,7 +50,7 @@ class States:
 @dataclass(frozen=True)
 class Seen:
     """Of a sample of tokens the inputs of a layer's groups, by their first linear, and the gradients at the outputs of
-    its linears: float32 [tokens, in] and [tokens, out]."""
+    its linears: float32 [tokens, in] and [tokens, out]. Of experts: of all tokens that are sent to them, if any are."""
 
     inputs: Tensors
     gradients: Tensors
@@ -77,6 +77,7 @@ def backward(
 
     inputs: dict[str, list[Any]] = {group.linears[0]: [] for group in weights.structures[index].groups}
     gradients: dict[str, list[Any]] = {name: [] for name in weights.structures[index].linears}
+    routed = {name for group in weights.structures[index].groups if group.routed for name in group.linears}
     came: Tensors = {}
     went: Tensors = {}
 
@@ -98,10 +99,11 @@ def backward(
             by_x, *by_outputs = torch.autograd.grad(out, [x, *went.values()], given)
             before[piece] = by_x.reshape(count * length, -1).to(device="cpu", dtype=torch.float32)
             rows = (sample[(sample >= start) & (sample < piece.stop)] - start).to(model.device)
-            for name, parts in inputs.items():
-                parts.append(came[name].reshape(count * length, -1)[rows].float())
             for name, found in zip(went, by_outputs, strict=True):
-                gradients[name].append(found.reshape(count * length, -1)[rows].float())
+                some = slice(None) if name in routed else rows
+                gradients[name].append(found.reshape(-1, found.shape[-1])[some].float())
+                if name in inputs:
+                    inputs[name].append(came[name].reshape(-1, came[name].shape[-1])[some].float())
             came.clear()
             went.clear()
     finally:
@@ -113,7 +115,7 @@ def backward(
 def _joined(parts: dict[str, list[Any]]) -> Tensors:
     import torch
 
-    return {name: torch.cat(found) for name, found in parts.items()}
+    return {name: torch.cat(found) for name, found in parts.items() if found}
 
 
 def _autocast(model: Walk, precision: str) -> AbstractContextManager[Any]:

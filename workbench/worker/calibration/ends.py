@@ -107,10 +107,10 @@ class Head:
 def _passed() -> Any:
     """Stands in the decoder's place: what is given as its input is its output."""
     import torch
-    from transformers.modeling_outputs import BaseModelOutputWithPast
+    from transformers.modeling_outputs import MoeModelOutputWithPast
 
     class Passed(torch.nn.Module):
         def forward(self, inputs_embeds: Any, **rest: Any) -> Any:
-            return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+            return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
     return Passed()

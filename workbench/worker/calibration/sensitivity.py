@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,8 +96,6 @@ class _Work:
         self.precision = choose_precision(request.precision, self.device)
         self.weights = open_weights(Path(request.base))
         self.windows = _some(read_windows(Path(request.tokens), self.weights))
-        if any(structure.experts for structure in self.weights.structures):
-            raise UserError("types are not priced for models with experts: name a `type`")
         self.names = tensor_names(self.weights.config, self.weights.matrices())
         self.means = imatrix.load(request.imatrix)
         self.states = States(state, self.windows.tokens, self.weights.sizes.hidden)
@@ -172,18 +171,23 @@ class _Work:
 
     def _price(self, index: int, tensors: Tensors, seen: Seen) -> None:
         """The prices of a layer's matrices."""
-        chance = self._chance(index)
+        chance, stacked = self._chance(index), Counter[str]()
         for group in self.weights.structures[index].groups:
             for name in group.linears:
-                tensor = self.names[f"{LAYERS}.{index}.{name}.weight"]
-                weight, gradients = tensors[f"{name}.weight"], seen.gradients[name]
+                tensor, weight = self.names[f"{LAYERS}.{index}.{name}.weight"], tensors[f"{name}.weight"]
+                means, place = self.means.get(tensor), stacked[tensor]
+                importance = None if means is None else means.reshape(-1, weight.shape[1])[place]
+                stacked[tensor] += 1
+                if name not in seen.gradients:
+                    continue  # An expert that no token is sent to.
+                gradients, inputs = seen.gradients[name], seen.inputs[group.linears[0]]
                 self._check(gradients, f"at {name} of layer {index}")
-                importance = self.means.get(tensor)
                 types = types_for(weight.shape[1], importance is not None)
-                inputs = seen.inputs[group.linears[0]]
-                self.note.prices[tensor] = prices.of_linear(
-                    weight, inputs, gradients, importance, types, round_trip, chance
-                )
+                found = prices.of_linear(weight, inputs, gradients, importance, types, round_trip, chance)
+                # Of experts there is one tensor a layer; a token costs nothing in those that it is not sent to.
+                share = len(inputs) / self.windows.tokens if group.routed else 1.0
+                before = self.note.prices.get(tensor, {}) if place else {}
+                self.note.prices[tensor] = {kind: before.get(kind, 0.0) + share * found[kind] for kind in found}
 
     def _chance(self, part: int) -> Any:
         """A generator for a layer, or for what follows the last: the same whether the pass was interrupted or not."""
