@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,11 +18,14 @@ from typing import Any
 import pytest
 
 import workbench as wb
+from tests.bench import Bench
 from tests.command import command
+from tests.places import ROOT
 from tests.serving.fake_server import Fake, fake_server
 from workbench.errors import UserError
 from workbench.profile.endpoint import limits_of
-from workbench.records import Row
+from workbench.profile.under_load import Found, Wish
+from workbench.records import Request, Row
 from workbench.report import store
 
 SMALL: dict[str, Any] = {"prompt_tokens": 60, "new_tokens": 8, "requests": 12, "concurrency": (3,)}
@@ -258,3 +267,46 @@ def test_a_server_that_dies_leaves_what_was_measured(results: Path) -> None:
     assert "failed" in str(wb.table(results))
     answer = command("recommend", str(results))
     assert "the server is gone" in " ".join((answer.stdout + answer.stderr).split())
+
+
+def test_answers_that_come_all_at_once_have_no_decoding_speed() -> None:
+    made = Request(0.0, 0.0, 60, 0.5, 0.4, [0.05, 0.05], [1, 1, 1])
+    held = Request(0.0, 0.0, 60, 0.5, 0.5, [0.0, 1e-6], [1, 1, 1])
+    found = Found(single=[made, held])
+    (speed,) = found.speeds(Wish(new_tokens=3))
+    assert (speed.step_s, speed.step_tokens) == ([[0.05, 0.05], []], [[1, 1], []])
+    assert len(speed.first_token_s) == 2 and any("all at once" in text for text in found.warnings())
+    assert not Found(single=[made]).warnings()
+
+
+# --- a real one ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+def test_a_real_llama_server(bench: Bench, results: Path, tmp_path: Path) -> None:
+    file = next(bench.home.glob("artifacts/**/*.gguf"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = f"--model {file} --alias small --ctx-size 2048 --parallel 4 --threads 2 --host 127.0.0.1 --port {port}"
+    program = [sys.executable, "-m", "workbench.worker.backends.llama_server", *words.split()]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(program, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        with pytest.raises(UserError, match="no model 'smal'. Did you mean 'small'"):
+            wb.profile_endpoint(f"127.0.0.1:{port}", results, model="smal", **SMALL)
+        with pytest.raises(UserError, match="takes no prompt of 5000 tokens"):
+            wb.profile_endpoint(f"127.0.0.1:{port}", results, **(SMALL | {"prompt_tokens": 5000}))
+        row = wb.profile_endpoint(f"127.0.0.1:{port}", results, **(SMALL | {"concurrency": (2, 4), "rates": (20.0,)}))
+    finally:
+        server.kill()
+        server.wait()
+    assert row.error is None and row.measurement is not None and row.measurement.serving is not None
+    assert row.measurement.settings["tokens counted by"] == "usage" and row.base == "small"
+    answers = [each for point in row.measurement.serving.points for each in point.requests if not each.error]
+    assert len(answers) > 20 and all(abs(each.prompt_tokens - 60) <= 3 for each in answers)

@@ -28,6 +28,8 @@ LATE = 0.1
 WARMUP = 0.25
 """So many more requests of an open point, before those that count."""
 WAKE_TOKENS = 2
+AT_ONCE_S = 20e-6
+"""Seconds a token that none is made in: faster ones waited somewhere and were sent together."""
 Progress = Callable[[float, float, str], None]
 
 
@@ -80,15 +82,16 @@ class Found:
         good = [each for each in self.single if not each.error and each.first_token_s]
         if not good:
             return []
+        # Two chunks of one packet come at once: no clock tells them apart.
+        steps = [[] if _at_once(each) else [max(1e-6, gap) for gap in each.gaps_s] for each in good]
         return [
             Speed(
                 prompt_tokens=max(1, round(sum(each.prompt_tokens for each in good) / len(good))),
                 new_tokens=wish.new_tokens,
                 batch=1,
                 first_token_s=[each.first_token_s or 0.0 for each in good],
-                # Two chunks of one packet come at once: no clock tells them apart.
-                step_s=[[max(1e-6, gap) for gap in each.gaps_s] for each in good],
-                step_tokens=[each.gained[1:] for each in good],
+                step_s=steps,
+                step_tokens=[each.gained[1:] if own else [] for own, each in zip(steps, good, strict=True)],
             )
         ]
 
@@ -102,10 +105,17 @@ class Found:
                     f"{own.name}: the client itself was up to {own.late_s * 1e3:.1f} ms late, between tokens are "
                     f"{own.itl_s[0] * 1e3:.1f} ms: measure from a machine with processors to spare"
                 )
+        if any(map(_at_once, self.single)):
+            told.append("answers came all at once, not as they were made: no decoding speed of those")
         several = sum(each.new_tokens for each in self.single) > 1.1 * sum(len(each.gained) for each in self.single)
         if several:
             told.append("its chunks hold several tokens: the time between tokens is that between chunks")
         return told
+
+
+def _at_once(request: Request) -> bool:
+    """Whether an answer's tokens came together, as from a server that holds them back."""
+    return sum(request.gaps_s) < AT_ONCE_S * sum(request.gained[1:])
 
 
 async def measure(
