@@ -48,10 +48,10 @@ OTHERS: dict[str, dict[str, Any]] = {
 """Not in the table."""
 
 
-def write_model(folder: Path, kind: str, seed: int = 0, **sizes: Any) -> Path:
+def write_model(folder: Path, kind: str, seed: int = 0, head: float = 0.1, **sizes: Any) -> Path:
     """A random model, float32, with weights large enough for its layers to matter, and biases and norms that are
     not trivial. `kind` is a key of `MODELS` or `OTHERS`, or a `model_type`; `sizes` replaces entries of its
-    configuration."""
+    configuration; `head`: the size of an output matrix of its own."""
     import torch
     import transformers
 
@@ -64,7 +64,7 @@ def write_model(folder: Path, kind: str, seed: int = 0, **sizes: Any) -> Path:
             if name.endswith("norm.weight") or name.endswith(".bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif parameter.dim() in (2, 3) and "embed" not in name and "conv" not in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
+                parameter.copy_(torch.randn_like(parameter) * (head if name == "lm_head.weight" else 0.1))
     model.save_pretrained(folder)
     return folder
 

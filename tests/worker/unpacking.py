@@ -117,6 +117,12 @@ def with_files_weights(base: Path, exact_path: str, path: str) -> Any:
     own = {tensor.name: tensor for tensor in gguf.GGUFReader(exact_path).tensors}
     for tensor in gguf.GGUFReader(path).tensors:
         name = names.get(tensor.name)
+        if tensor.name.endswith("_exps.weight"):
+            _, layer, part, _ = tensor.name.split(".")
+            weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            pair = state[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
+            place = {"ffn_gate_exps": pair[:, : weight.shape[1]], "ffn_up_exps": pair[:, -weight.shape[1] :]}
+            place.get(part, state[f"model.layers.{layer}.mlp.experts.down_proj"]).copy_(weight)
         if name is None or len(tensor.shape) != 2 or tensor.tensor_type.name == "F32":
             continue
         wanted = state[name]

@@ -9,7 +9,7 @@ channel). Nothing of this is written down for an architecture: `calibration/disc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from workbench.worker import Tensors
@@ -73,6 +73,24 @@ class Structure:
     def linears(self) -> tuple[str, ...]:
         """All linear layers, in the order of their groups."""
         return tuple(name for group in self.groups for name in group.linears)
+
+
+def parts_of(structure: Structure, tensors: Tensors) -> list[Structure]:
+    """A layer's structure in parts whose Gram matrices have no more numbers than the layer has weights, so that many
+    experts need no more memory than a layer does; one part, where no experts are. The first has what is no expert's."""
+    limit = sum(tensor.numel() for tensor in tensors.values())
+    parts = [[group for group in structure.groups if not group.routed]]
+    filled = 0
+    for groups in structure.experts.values():
+        # What feeds an expert's way out is rescaled with it.
+        for gate, down in zip(groups[::2], groups[1::2], strict=True):
+            needed = sum(tensors[f"{group.linears[0]}.weight"].shape[1] ** 2 for group in (gate, down))
+            if filled + needed > limit:
+                parts.append([])
+                filled = 0
+            parts[-1] += [gate, down]
+            filled += needed
+    return [replace(structure, groups=tuple(groups)) for groups in parts]
 
 
 @dataclass

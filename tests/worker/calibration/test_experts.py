@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from tests.worker.small_models import dequantized, relative, write_model, write_tokens
 from workbench.worker.calibration import run as calibrate
 from workbench.worker.calibration import walk
-from workbench.worker.calibration.weights import open_weights
+from workbench.worker.calibration.weights import open_weights, read_layer
 from workbench.worker.ggml import imatrix
+from workbench.worker.layers import Structure, parts_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -141,6 +143,30 @@ def test_starved_experts_are_calibrated_on_all_tokens_of_their_layer_and_named(t
     for number in range(16):
         near = torch.allclose(gate[number], mean, rtol=1e-3, atol=1e-6)
         assert near == (number in starved)
+
+
+def test_experts_in_parts_are_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part has no more numbers in its Gram matrices than the layer has weights."""
+    base = base_of(tmp_path, "deepseek_v3")
+    whole = run(base, tmp_path / "whole", windows=5)
+    structure, tensors = open_weights(base).structures[1], read_layer(open_weights(base), 1, torch.device("cpu"))
+    # Matrices with hardly a row have far larger Gram matrices.
+    flat = {name: tensor[:8] for name, tensor in tensors.items()}
+    parts = parts_of(structure, flat)
+    assert len(parts_of(structure, tensors)) == 1 and len(parts) > 2
+    assert [group for part in parts for group in part.groups] == list(structure.groups)
+    monkeypatch.setattr(calibrate, "parts_of", lambda one, _: alone(one) if one.experts else [one])
+    parted = run(base, tmp_path / "parted", windows=5)
+    for file in ("awq/model.safetensors", "gptq/model.safetensors", "imatrix.gguf"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parted" / file).read_bytes()
+    assert parted["experts"] == whole["experts"]
+
+
+def alone(structure: Structure) -> list[Structure]:
+    """Each expert in a part of its own."""
+    (groups,) = structure.experts.values()
+    rest = [group for group in structure.groups if not group.routed]
+    return [replace(structure, groups=tuple(each)) for each in (rest, *zip(groups[::2], groups[1::2], strict=True))]
 
 
 def test_what_no_layout_holds_is_named_to_readers(tmp_path: Path) -> None:

@@ -66,11 +66,10 @@ class Work:
         self.note.layer = layer + 1
         write_whole(self.folder / "progress.json", json.dumps(asdict(self.note)))
 
-    def keep_importance(self, layer: int, grams: Tensors) -> None:
+    def keep_importance(self, layer: int, diagonals: Tensors) -> None:
         """Store the diagonals of a layer's Gram matrices."""
         from safetensors.torch import save_file
 
-        diagonals = {name: gram.diagonal().contiguous().cpu() for name, gram in grams.items()}
         save_file(diagonals, self.folder / f"importance-{layer:05d}.safetensors")
 
     def importance(self, layer: int) -> Tensors:

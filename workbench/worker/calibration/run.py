@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from workbench.worker.calibration.weights import Weights, open_weights, read_lay
 from workbench.worker.calibration.windows import Windows, read_windows
 from workbench.worker.ggml import grams as gram_files
 from workbench.worker.ggml import imatrix, names
-from workbench.worker.layers import LAYERS, Layer, on_cpu
+from workbench.worker.layers import LAYERS, Layer, Structure, on_cpu, parts_of
 from workbench.worker.methods import METHODS, CalibratedMethod, method_named
 
 LOST_SHARE = 0.2
@@ -87,39 +88,38 @@ def run(payload: object, progress: Progress) -> object:
             with _timed(seconds, "read"):
                 tensors = read_layer(weights, index, device)
             bar.text(f"layer {index + 1} of {weights.layers}: forward pass")
-            try:
-                grams, counts = forward(model, weights, index, tensors, work.hidden, precision, seconds, bar.step)
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                raise UserError(
-                    f"layer {index} and its Gram matrices do not fit into the free memory of {device}: free some, or "
-                    "set CUDA_VISIBLE_DEVICES to another device, or to nothing for the CPU; finished layers are kept"
-                ) from None
-            note.experts |= {f"{LAYERS}.{index}.{name}": seen for name, seen in counts.items()}
+            structure, importance = weights.structures[index], dict[str, Any]()
+            parts = parts_of(structure, tensors)
+            for part in parts:
+                step = partial(_part_of_a_step, bar, len(parts))
+                grams, counts = _forward(model, weights, index, part, tensors, work, precision, step)
+                for name, seen in counts.items():
+                    note.experts.setdefault(f"{LAYERS}.{index}.{name}", []).extend(seen)
+                importance |= {name: gram.diagonal().contiguous().cpu() for name, gram in grams.items()}
+                if request.grams_out and named and part is parts[0]:
+                    with _timed(seconds, "write"):
+                        shared = {
+                            tuple(named[f"{LAYERS}.{index}.{name}.weight"] for name in group.linears): grams[
+                                group.linears[0]
+                            ]
+                            for group in part.groups
+                            if not group.routed
+                        }
+                        gram_files.write(Path(request.grams_out), index, shared)
+                layer = balanced(Layer(index, _tensors_of(part, parts, tensors), grams, part))
+                for variant in variants:
+                    bar.text(f"layer {index + 1} of {weights.layers}: {variant.name}")
+                    with _timed(seconds, variant.name):
+                        made = _quantize(layer, variant, work, device)
+                    with _timed(seconds, "write"):
+                        for name, tensor in made.items():
+                            variant.checkpoint.write(f"{LAYERS}.{index}.{name}", tensor)
+                    del made
+                    step(variant.cost)
+                del layer, grams
             if request.imatrix_out and named:
-                work.keep_importance(index, grams)
-            if request.grams_out and named:
-                with _timed(seconds, "write"):
-                    shared = {
-                        tuple(named[f"{LAYERS}.{index}.{name}.weight"] for name in group.linears): grams[
-                            group.linears[0]
-                        ]
-                        for group in weights.structures[index].groups
-                        if not group.routed
-                    }
-                    gram_files.write(Path(request.grams_out), index, shared)
-            layer = balanced(Layer(index, tensors, grams, weights.structures[index]))
-            for variant in variants:
-                bar.text(f"layer {index + 1} of {weights.layers}: {variant.name}")
-                with _timed(seconds, variant.name):
-                    made = _quantize(layer, variant, work, device)
-                with _timed(seconds, "write"):
-                    for name, tensor in made.items():
-                        variant.checkpoint.write(f"{LAYERS}.{index}.{name}", tensor)
-                del made
-                bar.step(variant.cost)
-            del layer, tensors, grams
+                work.keep_importance(index, importance)
+            del tensors
             work.finished(index)
         with _timed(seconds, "write"):
             for variant in variants:
@@ -154,6 +154,42 @@ class _Variant:
     def cost(self) -> float:
         """Its share of a layer's time, the forward pass and Grams being 1; only for the progress bar."""
         return 0.8 if getattr(self.options, "rounding", "nearest") == "compensated" else 0.5
+
+
+def _forward(
+    model: Walk,
+    weights: Weights,
+    index: int,
+    part: Structure,
+    tensors: Tensors,
+    work: Work,
+    precision: str,
+    step: Callable[[float], None],
+) -> tuple[Tensors, dict[str, list[int]]]:
+    """`forward`, or a `UserError` where the device's memory does not hold it."""
+    try:
+        return forward(model, weights, index, part, tensors, work.hidden, precision, work.note.seconds, step)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    raise UserError(
+        f"layer {index} and its Gram matrices do not fit into the free memory of {model.device}: free some, or set "
+        "CUDA_VISIBLE_DEVICES to another device, or to nothing for the CPU; finished layers are kept"
+    )
+
+
+def _tensors_of(part: Structure, parts: list[Structure], tensors: Tensors) -> Tensors:
+    """The tensors of a part's linear layers; with the first, those of no linear layer of any part."""
+    own, all_of_them = set(part.linears), {name for each in parts for name in each.linears}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if (stem := name.rpartition(".")[0]) in own or (part is parts[0] and stem not in all_of_them)
+    }
+
+
+def _part_of_a_step(bar: _Bar, parts: int, amount: float) -> None:
+    bar.step(amount / parts)
 
 
 def _variants(requests: list[CheckpointRequest], weights: Weights) -> tuple[list[_Variant], dict[str, str]]:

@@ -116,14 +116,15 @@ def forward(
     model: Walk,
     weights: Weights,
     index: int,
+    structure: Structure,
     tensors: Tensors,
     hidden: Callable[[int], Any],
     precision: str,
     seconds: dict[str, float],
     step: Callable[[float], None],
 ) -> tuple[Tensors, Counts]:
-    """Push all tokens through a layer: its Gram matrices, float32 [in, in] on the device by a group's first linear, and
-    how many tokens reached each of its experts.
+    """Push all tokens through a layer: the Gram matrices of a `structure`, which is all of the layer or a part, float32
+    [in, in] on the device by a group's first linear, and how many tokens reached each of its experts.
 
     `hidden(n)` is layer n's input for all tokens, [tokens, hidden]; that of the next layer is written. `seconds`
     gains what was spent under `forward` and `gram`; `step(share)` is called after each batch. Raises `UserError`
@@ -131,7 +132,7 @@ def forward(
     """
     import torch
 
-    device, structure = model.device, weights.structures[index]
+    device = model.device
     grams = Grams(index, device, model.windows)
     layer = model.layer(index, tensors, precision)
     hooks = grams.watch(layer, structure)
@@ -171,11 +172,12 @@ def _feed_the_starved(
     """Run experts that saw fewer than `FEWEST_ROUTED` tokens on all that reach their layer's experts, so that their
     Gram matrices are of these."""
     for name, seen in counts.items():
-        starved = [number for number, count in enumerate(seen) if count < FEWEST_ROUTED]
-        if not starved:
-            continue
         groups = structure.experts[name]
-        firsts = frozenset(group.linears[0] for number in starved for group in groups[2 * number : 2 * number + 2])
+        few = [2 * place for place, count in enumerate(seen) if count < FEWEST_ROUTED]
+        if not few:
+            continue
+        starved = [int(groups[place].linears[0].removeprefix(f"{name}.").partition(".")[0]) for place in few]
+        firsts = frozenset(group.linears[0] for place in few for group in groups[place : place + 2])
 
         def feed(module: Any, inputs: tuple[Any, ...], starved: list[int] = starved, firsts: Any = firsts) -> None:
             grams.listening = firsts
