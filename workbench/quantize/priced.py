@@ -29,7 +29,7 @@ from workbench.records import (
 )
 from workbench.worker.methods import Making
 
-PRICES_VERSION = 1
+PRICES_VERSION = 2
 """Version of the prices made of given inputs; raise it when they come out otherwise."""
 
 

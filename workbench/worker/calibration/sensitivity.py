@@ -131,7 +131,7 @@ class _Work:
             self._check(gradient, "after the last layer")
         with self._timed("prices", "prices of the output matrix"):
             some, types = hidden[:: max(1, tokens // HEAD_TOKENS)], types_for(head.columns, weighted=False)
-            self.note.prices[OUTPUT] = prices.of_head(head, some.to(self.device), types, round_trip, chance)
+            self.note.prices[OUTPUT] = prices.of_head(head, some.to(self.device), types, round_trip)
         self.note.back = layers
         self._keep()
 

@@ -60,24 +60,27 @@ def of_linear(
     return scaled(whole, parts, reference)
 
 
-def of_head(head: Head, hidden: Any, types: Sequence[str], round_trip: RoundTrip, chance: Any) -> Prices:
-    """Of the output matrix, by last hidden states [tokens, hidden] before the final norm."""
+def of_head(head: Head, hidden: Any, types: Sequence[str], round_trip: RoundTrip) -> Prices:
+    """Of the output matrix, by last hidden states [tokens, hidden] before the final norm, and by the rows of the
+    likeliest tokens as if there were no others: a row counts by its probability."""
     import torch
 
-    reference, normed = reference_of(types), head.norm(hidden)
+    normed = head.norm(hidden)
     probabilities, slopes = head.distribution(head.products(normed))
-    squares, means = torch.zeros(2, len(normed), device=normed.device)
-    parts = dict.fromkeys(types, 0.0)
-    for first, slab in head.slabs():
-        rows = slice(first, first + len(slab))
-        moved = normed @ _error(slab, reference, None, round_trip).t() * slopes[:, rows]
-        squares += (probabilities[:, rows] * moved.square()).sum(1)
-        means += (probabilities[:, rows] * moved).sum(1)
-        some = sample_of_rows(len(slab), chance).to(slab.device)
-        for kind in types:
-            moved = normed @ _error(slab[some], kind, None, round_trip).t() * slopes[:, first + some]
-            parts[kind] += float((probabilities[:, first + some] * moved.square()).sum())
-    return scaled(float((squares - means.square()).mean() / 2), parts, reference)
+    count = min(head.rows, max(FEWEST_ROWS, head.rows // SHARE))
+    likely = probabilities.sum(0).topk(count).indices.sort().values
+    weight = torch.cat(
+        [slab[likely[(likely >= first) & (likely < first + len(slab))] - first] for first, slab in head.slabs()]
+    )
+    probabilities, slopes = probabilities[:, likely], slopes[:, likely]
+    probabilities = probabilities / probabilities.sum(1, keepdim=True)
+
+    def price(kind: str) -> float:
+        moved = normed @ _error(weight, kind, None, round_trip).t() * slopes
+        squares, means = (probabilities * moved.square()).sum(1), (probabilities * moved).sum(1)
+        return float((squares - means.square()).mean() / 2)
+
+    return {kind: price(kind) for kind in types}
 
 
 def of_embedding(
