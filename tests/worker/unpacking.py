@@ -78,7 +78,8 @@ def from_gguf(base: Path, path: str, without: str = "none") -> Any:
     import gguf
 
     config = json.loads((base / "config.json").read_text())
-    weights = ["model.embed_tokens.weight", "lm_head.weight"]
+    # Gemma's files have no output matrix and no name for one.
+    weights = ["model.embed_tokens.weight", *(name for name in ("lm_head.weight",) if _named(config, name))]
     for layer, structure in enumerate(structures_of(config)):
         weights += [f"model.layers.{layer}.{linear}.weight" for linear in structure.linears]
     names = {short: name for name, short in tensor_names(config, weights).items()}
