@@ -19,6 +19,8 @@ class Fake:
     models: list[str] = field(default_factory=lambda: ["toy"])
     answers_as: str = ""
     key: str = ""
+    elsewhere: str = ""
+    """Where every request is sent on to."""
     apis: tuple[str, ...] = ("completions", "chat")
     knows_extras: bool = True
     ids: bool = True
@@ -83,6 +85,9 @@ class Fake:
 
     async def _answer(self, path: str, headers: dict[str, str], body: Any, writer: asyncio.StreamWriter) -> bool:
         """Whether the connection stays."""
+        if self.elsewhere:
+            writer.write(b"HTTP/1.1 307 X\r\nlocation: %s\r\ncontent-length: 0\r\n\r\n" % self.elsewhere.encode())
+            return True
         if self.key and headers.get("authorization") != f"Bearer {self.key}":
             return self._plain(writer, 401, {"error": f"wrong key {headers.get('authorization')}"})
         if path == "/health":

@@ -120,3 +120,9 @@ def test_the_key_is_sent_and_never_told() -> None:
         wrong = asked(fake, key="sk-other")
         assert wrong.request.error == "status 401"
         assert "sk-" not in repr(address_of(fake.url, "KEY", {"KEY": "sk-secret"}))
+
+
+def test_a_key_does_not_follow_a_redirect() -> None:
+    with fake_server() as other, fake_server(elsewhere=f"{other.url}/completions") as fake:
+        assert "status 307" in asked(fake, key="sk-secret").request.error
+        assert not other.headers
