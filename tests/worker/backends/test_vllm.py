@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 
 from tests.places import ROOT
-from tests.worker.small_models import write_model
+from tests.worker.small_models import write_model, write_tokens
+from tests.worker.written import write_compressed
 from workbench.machine import isolate
 from workbench.records import Artifact, Job, Workload, from_json, to_json
 from workbench.worker.backends import vllm as backend
 from workbench.worker.backends import vllm_inside
+from workbench.worker.calibration import run as calibrate
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 PROMPT, NEW = 40, 8
+SCHEMES = ("W4A16_ASYM", "W8A8", "FP8_DYNAMIC")
 
 
 def a_job(path: Path, **options: Any) -> Job:
@@ -62,6 +65,47 @@ def test_experts_of_four_bits_need_amx(
 
     assert refusal(dense, "I4-g128") is refusal(experts, "F16") is refusal(experts, "I4-g128", cuda=True) is None
     assert (refusal(experts, "I4-g128") is None) is reads
+
+
+def load(payload: Any, progress: Any) -> str:
+    """A worker: what the engine says to a checkpoint that it loads, or its likeliest next tokens."""
+    try:
+        engine = backend.Engine(from_json(Job, payload))
+    except ValueError as error:
+        return str(error)
+    return str(engine.complete([list(range(10, 30))], [8], []))
+
+
+@pytest.mark.slow
+def test_a_quantized_checkpoint_that_lacks_a_tensor_is_an_error(tmp_path: Path) -> None:
+    """vLLM by itself leaves the tensor as it was made. Whole, each runs on its CPU build."""
+    from safetensors.torch import load_file, save_file
+
+    base = write_model(tmp_path / "base", "qwen2", head_dim=32, hidden_size=128, num_attention_heads=4)
+    cases = [("compressed-tensors", write_compressed(base, tmp_path / scheme, scheme)) for scheme in SCHEMES]
+    tokens, entries = write_tokens(tmp_path / "t.json", [40] * 24), []
+    for name in ("awq", "gptq"):
+        cases.append((name, tmp_path / name))
+        entries.append({"name": name, "method": name, "options": {"group_size": 32}, "out": str(tmp_path / name)})
+    request = {"base": str(base), "tokens": str(tokens), "tokens_digest": "t", "variants": entries, "imatrix_out": None}
+    calibrate.run({**request, "state": str(tmp_path / "s"), "device": "cpu", "threads": 1}, lambda *_: None)
+    for format, folder in cases:
+        whole = load_file(folder / "model.safetensors")
+        lacks = next(name for name in whole if "layers.1.mlp.down_proj" in name and "scale" in name)
+        for without in ("", lacks) if format != "gptq" else ("",):
+            save_file({k: t for k, t in whole.items() if k != without}, folder / "model.safetensors", {"format": "pt"})
+            job = to_json(a_job(folder))
+            job["artifact"]["format"] = format
+            reply = isolate.call(
+                "tests.worker.backends.test_vllm:load",
+                job,
+                workdir=tmp_path / "w",
+                time_limit_s=300,
+                environment=backend.ENVIRONMENT | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            )
+            assert reply.error is None, reply.log
+            said = str(reply.value)
+            assert ("not initialized from checkpoint" in said and lacks in said) if without else said.count(",") == 7
 
 
 def child(payload: Any, progress: Any) -> dict[str, Any]:

@@ -183,7 +183,8 @@ class Engine:
             dtype = "bfloat16"
         elif dtype == "auto" and job.artifact.format in ("awq", "gptq"):
             dtype = _kernel_dtype(job.artifact.path)
-        self._path, more = job.artifact.path, dict[str, Any]()
+        # By itself vLLM looks for weights that no file has only where nothing is quantized.
+        self._path, more = job.artifact.path, dict[str, Any](model_loader_extra_config={"enable_weights_track": True})
         if job.artifact.format == "gguf":
             self._folder = tempfile.TemporaryDirectory()
             vllm_gguf.write_config(Path(self._path), Path(self._folder.name))
