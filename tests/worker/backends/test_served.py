@@ -17,6 +17,7 @@ import pytest
 
 from tests.bench import Bench
 from tests.places import ROOT
+from tests.worker.small_models import write_model, write_sentencepiece
 from workbench.report import store
 
 LOAD = {"prompt_tokens": [40, 20], "new_tokens": 8, "batch": [1, 3], "requests": 4, "repeats": 3}
@@ -134,3 +135,14 @@ def test_the_llama_server_of_xllamacpp(bench: Bench) -> None:
     # A random model's tokens are halves of characters, which a server keeps to itself: some answers have no text.
     assert len(answered) > 24 and {each.error for each in requests if each.error} <= {"no text at all"}
     assert {each.prompt_tokens for each in answered} == {40}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllms_server(bench: Bench, tmp_path: Path) -> None:
+    base = write_sentencepiece(write_model(tmp_path / "base", "llama", head_dim=32))
+    options = {"vllm-serve": {"enforce_eager": True, "variants": ["base"]}}
+    requests = measured(bench, base={"path": str(base)}, model="Small", backends=options)
+    assert not any(each.error for each in requests), [each.error for each in requests if each.error][:3]
+    assert {each.prompt_tokens for each in requests} == {40}
+    assert {each.new_tokens for each in requests} <= set(range(4, 13))

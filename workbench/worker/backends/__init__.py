@@ -23,6 +23,7 @@ BACKENDS = {
     "llamacpp": "workbench.worker.backends.llamacpp",
     "mlx": "workbench.worker.backends.mlx",
     "llama-server": "workbench.worker.backends.llama_server",
+    "vllm-serve": "workbench.worker.backends.vllm_serve",
 }
 
 if os.environ.get("WORKBENCH_FAKE_BACKEND"):

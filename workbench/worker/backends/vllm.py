@@ -217,7 +217,7 @@ class Engine:
             disable_log_stats=True,
             seed=load.seed,
             worker_extension_cls=EXTENSION,
-            kv_cache_memory_bytes=_reserved_bytes(job, self._path, max(load.most_tokens, room["max_model_len"])),
+            kv_cache_memory_bytes=reserved_bytes(job, self._path, max(load.most_tokens, room["max_model_len"])),
             **({} if short is None else {"hf_overrides": partial(_with_factors, short=short)}),
             gpu_memory_utilization=GPU_SHARE,
             **more,
@@ -387,7 +387,7 @@ def _kernel_dtype(path: str) -> str:
     return "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float16"
 
 
-def _reserved_bytes(job: Job, path: str, tokens: int) -> int:
+def reserved_bytes(job: Job, path: str, tokens: int) -> int:
     """Bytes of keys and values to reserve for so many tokens: in 32 bits, by blocks of 128, and some more."""
     blocks = -(-tokens // 128) + 2 * max(job.workload.batches)
     return int(blocks * 128 * _kv_values(path) * 4 * KV_BLOCK_MARGIN)
