@@ -112,7 +112,8 @@ class Base(Strict):
     no tasks and no perplexity."""
     seed: Seed = 0
     """The seed of random weights."""
-    adapter: File | None = None
+    # Left out where there is none, so that recipes from before it keep their digest.
+    adapter: Annotated[File | None, Field(exclude_if=lambda value: value is None)] = None
     """A LoRA adapter that is merged into the base before anything else: a folder, relative to the recipe, or a hub
     repository."""
     equivalent: Equivalent | None = None

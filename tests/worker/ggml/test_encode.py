@@ -52,7 +52,8 @@ def test_auto_is_llama_cpps_but_on_a_gpu() -> None:
 
 def test_names_tell_an_encoder_that_was_asked_for() -> None:
     assert method.default_name(method.Options("Q4_K_M", imatrix=True)) == "gguf-Q4_K_M-imatrix"
-    assert method.default_name(method.Options("Q4_K_M", True, "workbench")) == "gguf-Q4_K_M-imatrix-workbench"
+    asked = method.Options("Q4_K_M", imatrix=True, encoder="workbench")
+    assert method.default_name(asked) == "gguf-Q4_K_M-imatrix-workbench"
 
 
 def test_a_gpu_whose_blocks_differ_is_found_out() -> None:
