@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -295,7 +296,8 @@ def test_a_real_llama_server(bench: Bench, results: Path, tmp_path: Path) -> Non
         server = subprocess.Popen(program, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         for _ in range(600):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            # It listens before its model is loaded, and answers 503 until then.
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
                 break
             time.sleep(0.1)
         with pytest.raises(UserError, match="no model 'smal'. Did you mean 'small'"):

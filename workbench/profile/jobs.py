@@ -84,7 +84,8 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
         limit = limits_of(recipe.variant(name)).get(choice.name)
         limit = limit or artifact.provenance.get("limits", {}).get(choice.name)
         unsupported = reasons[best] or limit
-        if reasons[best] and form_for(recipe.variant(name), choice.name) in module.LOADS:
+        form = form_for(recipe.variant(name), choice.name)
+        if reasons[best] and form in module.LOADS and form not in [each.format for each in artifacts]:
             # There could be a form for this engine: why there is none says more than that it does not read the others.
             unsupported = limit or made.refused.get(name) or reasons[best]
         if unsupported is None:
