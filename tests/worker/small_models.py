@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,31 @@ def write_tokens(path: Path, lengths: list[int], vocabulary: int = 354, seed: in
     windows = [torch.randint(3, vocabulary, (n,), generator=chance).tolist() for n in lengths]
     path.write_text(json.dumps({"windows": windows}))
     return path
+
+
+def pass_request(
+    base: Path, folder: Path, variants: Mapping[str, tuple[str, Mapping[str, Any]]], **more: Any
+) -> dict[str, Any]:
+    """What the calibration pass is asked for, on a processor: variants by name, each a method and its options, into
+    folders of their names. `more`: entries of the request in the place of these."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in variants:
+        (folder / name).mkdir(exist_ok=True)
+    return {
+        "base": str(base),
+        "tokens": str(more.pop("tokens", None) or write_tokens(folder / "tokens.json", [40] * 24)),
+        "tokens_digest": "t",
+        "variants": [
+            {"name": name, "method": method, "options": options, "out": str(folder / name)}
+            for name, (method, options) in variants.items()
+        ],
+        "imatrix_out": str(folder / "imatrix.gguf"),
+        "state": str(folder / "state"),
+        "device": "cpu",
+        "threads": 1,
+        "seed": 0,
+        "precision": "float32",
+    } | more
 
 
 def write_sentencepiece(folder: Path) -> Path:

@@ -19,10 +19,10 @@ from tests.worker.engine_logits import convert_and_quantize, join_layers
 from tests.worker.small_models import (
     MODELS,
     dequantized,
+    pass_request,
     relative,
     write_model,
     write_sentencepiece,
-    write_tokens,
 )
 from tests.worker.unpacking import exact, from_gguf, load_base
 from workbench.machine import isolate
@@ -67,27 +67,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("architectures")
     for seed, (kind, sizes) in enumerate(KINDS.items()):
         base = write_sentencepiece(write_model(made / kind / "base", kind, seed, **(WIDE | sizes)))
-        variants = [
-            {"name": method, "method": method, "options": {"group_size": 32}, "out": str(made / kind / method)}
-            for method in METHODS
-        ]
+        variants = {method: (method, {"group_size": 32}) for method in METHODS}
         if kind == "llama":
-            options = {"group_size": 32, "bits": 8}
-            out = str(made / kind / "gptq-8bit")
-            variants.append({"name": "gptq-8bit", "method": "gptq", "options": options, "out": out})
-        request = {
-            "base": str(base),
-            "tokens": str(write_tokens(made / kind / "tokens.json", [40] * 24)),
-            "tokens_digest": "t",
-            "variants": variants,
-            "imatrix_out": str(made / kind / "imatrix.gguf"),
-            "state": str(made / kind / "state"),
-            "device": "cpu",
-            "threads": 1,
-            "seed": 0,
-            "precision": "float32",
-        }
-        calibrate.run(request, lambda *_: None)
+            variants["gptq-8bit"] = ("gptq", {"group_size": 32, "bits": 8})
+        calibrate.run(pass_request(base, made / kind, variants), lambda *_: None)
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.worker.small_models import write_model, write_tokens
+from tests.worker.small_models import pass_request, write_model
 from tests.worker.unpacking import dequantize_awq, dequantize_gptq
 from tests.worker.written import read_compressed
 from workbench.errors import UserError
@@ -38,20 +38,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compressed")
-    entries = [
-        {"name": name, "method": method, "options": options, "out": str(folder / name)}
-        for name, (method, options, *_) in (VARIANTS | REFUSED).items()
-    ]
-    request = {
-        "base": str(write_model(folder / "base", "llama")),
-        "tokens": str(write_tokens(folder / "tokens.json", [40] * 24)),
-        "tokens_digest": "t",
-        "variants": entries,
-        "imatrix_out": None,
-        "state": str(folder / "state"),
-        "device": "cpu",
-        "threads": 1,
-    }
+    variants = {name: (method, options) for name, (method, options, *_) in (VARIANTS | REFUSED).items()}
+    base = write_model(folder / "base", "llama")
+    request = pass_request(base, folder, variants, imatrix_out=None, precision="auto")
     assert calibrate.run(request, lambda *_: None)["refused"] == {}
     return folder
 

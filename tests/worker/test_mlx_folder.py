@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.worker.small_models import write_model, write_sentencepiece, write_tokens
+from tests.worker.small_models import pass_request, write_model, write_sentencepiece
 from tests.worker.unpacking import dequantize_awq, dequantize_gptq
 from workbench.errors import UserError
 from workbench.worker import mlx_folder
@@ -52,20 +52,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def made(folder: Path, kind: str, variants: dict[str, tuple[str, dict[str, object]]], **sizes: Any) -> Path:
     """A random model's checkpoints."""
     base = write_sentencepiece(write_model(folder / "base", kind, **(WIDE | sizes)))
-    request = {
-        "base": str(base),
-        "tokens": str(write_tokens(folder / "tokens.json", [40] * 24)),
-        "tokens_digest": "t",
-        "variants": [
-            {"name": name, "method": method, "options": options, "out": str(folder / name)}
-            for name, (method, options) in variants.items()
-        ],
-        "imatrix_out": None,
-        "state": str(folder / "state"),
-        "device": "cpu",
-        "threads": 1,
-        "seed": 0,
-    }
+    request = pass_request(base, folder, variants, imatrix_out=None, precision="auto")
     assert calibrate.run(request, lambda *_: None)["refused"] == {}
     return folder
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.places import ROOT
-from tests.worker.small_models import dequantized, write_model, write_tokens
+from tests.worker.small_models import dequantized, pass_request, write_model
 from tests.worker.unpacking import exact, load_base, with_files_weights
 from workbench.machine import isolate
 from workbench.worker.calibration import run as calibrate
@@ -102,21 +102,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     for seed, kind in enumerate(KINDS):
         folder = root / kind
         base = write_model(folder / "base", kind, seed, head=HEADS.get(kind, 0.015), **WIDE | KINDS[kind])
-        request = {
-            "base": str(base),
-            "tokens": str(write_tokens(folder / "tokens.json", [40] * 24)),
-            "tokens_digest": "t",
-            "variants": [
-                {"name": method, "method": method, "options": {"group_size": 32}, "out": str(folder / method)}
-                for method in METHODS
-            ],
-            "imatrix_out": str(folder / "imatrix.gguf"),
-            "state": str(folder / "state"),
-            "device": "cpu",
-            "threads": 1,
-            "seed": 0,
-            "precision": "float32",
-        }
+        request = pass_request(base, folder, {method: (method, {"group_size": 32}) for method in METHODS})
         found[kind] = {"folder": folder} | calibrate.run(request, lambda *_: None)
     return found
 

@@ -14,7 +14,17 @@ from typing import Literal
 
 from workbench.console import Show
 from workbench.profile.largest_rate import largest_rate
-from workbench.records import Limited, LoadPoint, Request, Serving, Speed, Workload, faults_of
+from workbench.records import (
+    Limited,
+    LoadPoint,
+    Request,
+    Serving,
+    Speed,
+    Workload,
+    faults_of,
+    longest_mixed,
+    mixed_lengths,
+)
 from workbench.report import loads
 from workbench.serving.asking import counting_of, dialect_of, length_of, model_of
 from workbench.serving.client import Answer, Client, Dialect, Wanted
@@ -82,8 +92,7 @@ class Found:
         good = [each for each in self.single if not each.error and each.first_token_s]
         if not good:
             return []
-        # Two chunks of one packet come at once: no clock tells them apart.
-        steps = [[] if _at_once(each) else [max(1e-6, gap) for gap in each.gaps_s] for each in good]
+        steps = [[] if _at_once(each) else each.steps_s for each in good]
         return [
             Speed(
                 prompt_tokens=max(1, round(sum(each.prompt_tokens for each in good) / len(good))),
@@ -139,8 +148,9 @@ class _UnderLoad:
     async def all_points(self) -> None:
         """Every point of the wish, until the server is gone."""
         wish, found = self._wish, self._found
-        longest = max(1, wish.new_tokens * 3 // 2)
-        self._characters = await length_of(self._client, found.dialect, self._prompts, wish.prompt_tokens, longest)
+        self._characters = await length_of(
+            self._client, found.dialect, self._prompts, wish.prompt_tokens, longest_mixed(wish.new_tokens)
+        )
         with self._show.task("one at a time") as progress:
             await self._one_at_a_time(progress)
         for slots in wish.concurrency:
@@ -162,9 +172,8 @@ class _UnderLoad:
         return wanted_of(self._prompts, self._characters, self._wish.prompt_tokens, lengths)
 
     def _drawn(self, many: int) -> list[Wanted]:
-        """Requests for answers from half to one and a half of the length, as `worker/measure/timing.py` draws them."""
-        low, high = max(1, self._wish.new_tokens // 2), max(1, self._wish.new_tokens * 3 // 2)
-        return self._fresh([self._chance.randint(low, high) for _ in range(many)])
+        """Requests for answers of mixed lengths."""
+        return self._fresh(mixed_lengths(self._wish.new_tokens, many, self._chance))
 
     async def _one_at_a_time(self, progress: Progress) -> None:
         wish, found = self._wish, self._found

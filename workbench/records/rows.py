@@ -25,7 +25,7 @@ from workbench.records.limits import (
     limit,
 )
 from workbench.records.scores import Answers, Quality, check_quality
-from workbench.records.serving import Serving
+from workbench.records.serving import Serving, longest_mixed
 
 SCHEMA_VERSION = 2
 """Version of a stored row's form. Raise it when a field changes, and teach `report/migrate.py` to read the old one."""
@@ -112,7 +112,7 @@ class Workload:
     @property
     def longest_answer(self) -> int:
         """New tokens of the longest request that is served (`worker/measure/timing.py`), or timed alone."""
-        return max(1, self.new_tokens * 3 // 2) if self.requests else self.new_tokens
+        return longest_mixed(self.new_tokens) if self.requests else self.new_tokens
 
     @property
     def longest(self) -> int:

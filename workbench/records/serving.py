@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,16 @@ Arrivals = Literal["closed", "poisson", "constant"]
 """When requests are sent: the next when one has ended, or at a rate, whatever became of those before."""
 Limited = Literal["ttft", "itl", "tpot", "e2e"]
 """What a limit is of: time to the first token, between tokens, per output token, until the end."""
+
+
+def longest_mixed(new_tokens: int) -> int:
+    """New tokens of the longest of `mixed_lengths`."""
+    return max(1, new_tokens * 3 // 2)
+
+
+def mixed_lengths(new_tokens: int, many: int, chance: random.Random) -> list[int]:
+    """New tokens of each of so many requests under load: from half to one and a half of what one alone is asked for."""
+    return [chance.randint(max(1, new_tokens // 2), longest_mixed(new_tokens)) for _ in range(many)]
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,11 @@ class Request:
     def new_tokens(self) -> int:
         """Tokens of the answer."""
         return sum(self.gained)
+
+    @property
+    def steps_s(self) -> list[float]:
+        """`gaps_s` as a `Speed` has them: two chunks of one packet come at once, and no clock tells them apart."""
+        return [max(1e-6, gap) for gap in self.gaps_s]
 
 
 @dataclass(frozen=True)

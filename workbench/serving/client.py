@@ -145,7 +145,7 @@ class Client:
         if request.first_token_s is not None and request.first_token_s < least_s:
             return Fault(
                 f"its first token came after {request.first_token_s * 1e3:.3g} ms, a fresh prompt takes it idle "
-                f" {4e3 * least_s:.3g} ms at the least: from a cache"
+                f"{4e3 * least_s:.3g} ms at the least: from a cache"
             )
         return None
 

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from tests.worker.small_models import dequantized, relative, write_model, write_sentencepiece, write_tokens
+from tests.worker.small_models import (
+    dequantized,
+    pass_request,
+    relative,
+    write_model,
+    write_sentencepiece,
+    write_tokens,
+)
 from workbench.errors import UserError
 from workbench.machine import isolate
 from workbench.records import Artifact, Job, Workload, to_json
@@ -61,25 +68,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """AWQ and GPTQ checkpoints of a small model, by the calibration pass."""
     folder = tmp_path_factory.mktemp(request.param)
     base = write_model(folder / "base", request.param)
-    entries = []
-    for name, (method, options) in VARIANTS.items():
-        (folder / name).mkdir()
-        entries.append({"name": name, "method": method, "options": options, "out": str(folder / name)})
-    calibrate.run(
-        {
-            "base": str(base),
-            "tokens": str(write_tokens(folder / "tokens.json", [40] * 12)),
-            "tokens_digest": "t",
-            "variants": entries,
-            "imatrix_out": str(folder / "i.gguf"),
-            "state": str(folder / "state"),
-            "device": "cpu",
-            "threads": 1,
-            "seed": 0,
-            "precision": "float32",
-        },
-        quiet,
-    )
+    tokens = write_tokens(folder / "tokens.json", [40] * 12)
+    calibrate.run(pass_request(base, folder, VARIANTS, tokens=tokens), quiet)
     return folder
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.places import ROOT
 from tests.worker.others import pack_as_autoawq
-from tests.worker.small_models import write_model, write_tokens
+from tests.worker.small_models import pass_request, write_model, write_tokens
 from workbench.errors import UserError
 from workbench.records import Artifact, Job, Workload
 from workbench.worker.backends import transformers as backend
@@ -106,18 +106,9 @@ def test_the_workspace_on_a_gpu_is_what_timing_takes(tmp_path: Path, monkeypatch
 def gemma_awq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An AWQ checkpoint of a small Gemma, whose dtype is bfloat16."""
     folder = tmp_path_factory.mktemp("gemma")
-    (folder / "awq").mkdir()
-    variant = {"name": "awq", "method": "awq", "options": {"group_size": 32}, "out": str(folder / "awq")}
-    request = {
-        "base": str(write_model(folder / "base", "gemma3_text")),
-        "tokens": str(write_tokens(folder / "tokens.json", [40] * 12)),
-        "tokens_digest": "t",
-        "variants": [variant],
-        "imatrix_out": None,
-        "state": str(folder / "state"),
-        "device": "cpu",
-        "threads": 1,
-    }
+    base, tokens = write_model(folder / "base", "gemma3_text"), write_tokens(folder / "tokens.json", [40] * 12)
+    variants = {"awq": ("awq", {"group_size": 32})}
+    request = pass_request(base, folder, variants, tokens=tokens, imatrix_out=None, precision="auto")
     calibrate.run(request, lambda *_: None)
     yield folder / "awq"
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.worker.base.bases import refusal, run
 from tests.worker.others import configure, pack_as_autoawq
-from tests.worker.small_models import write_tokens
+from tests.worker.small_models import pass_request
 from tests.worker.unpacking import dequantize_awq, dequantize_gptq
 from tests.worker.written import read_compressed, write_compressed
 from workbench.worker.base import headers
@@ -70,16 +70,9 @@ def test_awq(tiny_llama: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def gptq(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gptq")
-    request: dict[str, Any] = {"base": str(tiny_llama), "tokens": str(write_tokens(folder / "t.json", [40] * 24))}
-    request |= {
-        "tokens_digest": "t",
-        "imatrix_out": None,
-        "state": str(folder / "state"),
-        "device": "cpu",
-        "threads": 1,
-    }
-    entries = [{"name": n, "method": "gptq", "options": o, "out": str(folder / n)} for n, o in GPTQ.items()]
-    answer: Any = calibrate.run({**request, "variants": entries}, lambda *_: None)
+    variants = {name: ("gptq", options) for name, options in GPTQ.items()}
+    request = pass_request(tiny_llama, folder, variants, imatrix_out=None, precision="auto")
+    answer: Any = calibrate.run(request, lambda *_: None)
     assert answer["refused"] == {}
     return folder
 

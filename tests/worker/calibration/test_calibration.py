@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.places import ROOT
-from tests.worker.small_models import MODELS, dequantized, relative, write_model, write_tokens
+from tests.worker.small_models import MODELS, dequantized, pass_request, relative, write_model, write_tokens
 from tests.worker.unpacking import dequantize_awq, dequantize_gptq
 from workbench.errors import UserError
 from workbench.worker.calibration import layout
@@ -27,33 +27,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 
-def payload(base: Path, folder: Path, variants: dict[str, tuple[str, dict[str, Any]]], **more: Any) -> dict[str, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = more.pop("tokens", None) or write_tokens(folder / "tokens.json", [40] * 24)
-    entries = []
-    for name, (method, options) in variants.items():
-        (folder / name).mkdir(exist_ok=True)
-        entries.append({"name": name, "method": method, "options": options, "out": str(folder / name)})
-    return {
-        "base": str(base),
-        "tokens": str(tokens),
-        "tokens_digest": "t",
-        "variants": entries,
-        "imatrix_out": str(folder / "i.gguf"),
-        "state": str(folder / "state"),
-        "device": "cpu",
-        "threads": 1,
-        "seed": 0,
-        "precision": "float32",
-    } | more
-
-
 def quiet(done: float, total: float, text: str) -> None:
     assert 0 <= done <= total * 1.001
 
 
 def run(*args: Any, **more: Any) -> dict[str, Any]:
-    return calibrate.run(payload(*args, **more), quiet)
+    return calibrate.run(pass_request(*args, **more), quiet)
 
 
 VARIANTS = {
@@ -82,7 +61,7 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
             )
     with torch.no_grad():
         expected = model(windows).logits
-    importance = imatrix.load(tmp_path / "work/i.gguf")
+    importance = imatrix.load(tmp_path / "work/imatrix.gguf")
     kept = grams.read(tmp_path / "grams")
     weights = open_weights(base)
     linears = weights.structures[0].linears
@@ -127,7 +106,7 @@ def test_bytes_repeat_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return real(*args)
 
     monkeypatch.setattr(calibrate, "forward", dies_in_second_layer)
-    request = payload(base, tmp_path / "three", VARIANTS)
+    request = pass_request(base, tmp_path / "three", VARIANTS)
     with pytest.raises(KeyboardInterrupt):
         calibrate.run(request, quiet)
     resumed = calibrate.run(request, quiet)
@@ -138,12 +117,12 @@ def test_bytes_repeat_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             content = file.read_bytes()
             assert content == (tmp_path / "two" / name / file.name).read_bytes(), file.name
             assert content == (tmp_path / "three" / name / file.name).read_bytes(), file.name
-    assert (tmp_path / "one/i.gguf").read_bytes() == (tmp_path / "three/i.gguf").read_bytes()
+    assert (tmp_path / "one/imatrix.gguf").read_bytes() == (tmp_path / "three/imatrix.gguf").read_bytes()
 
 
 def test_interrupted_work_of_other_tokens_is_not_gone_on_with(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "llama")
-    request = payload(base, tmp_path / "work", {"gptq": VARIANTS["gptq"]})
+    request = pass_request(base, tmp_path / "work", {"gptq": VARIANTS["gptq"]})
     calibrate.run(request, quiet)
     first = (tmp_path / "work/gptq/model.safetensors").read_bytes()
     other = write_tokens(tmp_path / "other.json", [40] * 24, seed=5)
@@ -197,7 +176,7 @@ def test_windows_of_different_lengths(tmp_path: Path) -> None:
         for window in json.loads((tmp_path / "tokens.json").read_text())["windows"]:
             model(torch.tensor([window]))
     expected = (torch.cat(seen) ** 2).mean(0)
-    found = torch.from_numpy(imatrix.load(tmp_path / "work/i.gguf")["blk.1.ffn_down.weight"])
+    found = torch.from_numpy(imatrix.load(tmp_path / "work/imatrix.gguf")["blk.1.ffn_down.weight"])
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-7)
 
 
@@ -205,10 +184,10 @@ def test_bfloat16_pass_is_near_the_float32_pass(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "llama")
     run(base, tmp_path / "full", {})
     run(base, tmp_path / "half", {}, precision="bfloat16")
-    full, half = imatrix.load(tmp_path / "full/i.gguf"), imatrix.load(tmp_path / "half/i.gguf")
+    full, half = imatrix.load(tmp_path / "full/imatrix.gguf"), imatrix.load(tmp_path / "half/imatrix.gguf")
     for name, values in full.items():
         assert abs(half[name] / values - 1).max() < 0.03
-    assert (tmp_path / "full/i.gguf").read_bytes() != (tmp_path / "half/i.gguf").read_bytes()
+    assert (tmp_path / "full/imatrix.gguf").read_bytes() != (tmp_path / "half/imatrix.gguf").read_bytes()
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -403,7 +382,7 @@ def test_a_disk_that_fills_half_way_keeps_the_finished_layers(tmp_path: Path) ->
     base = write_model(tmp_path / "base", "llama")
     variants = {"gptq": VARIANTS["gptq"]}
     run(base, tmp_path / "roomy", variants)
-    request = payload(base, tmp_path / "tight", variants)
+    request = pass_request(base, tmp_path / "tight", variants)
     file = tmp_path / "tight/gptq/model.safetensors"
     aside = file.with_name("aside")
 
@@ -534,7 +513,7 @@ def test_cuda_pass_is_near_the_cpu_pass(tmp_path: Path) -> None:
     torch.set_float32_matmul_precision("high")
     run(base, tmp_path / "cuda", VARIANTS, device="cuda")
     assert torch.get_float32_matmul_precision() == "highest"
-    full, half = imatrix.load(tmp_path / "cpu/i.gguf"), imatrix.load(tmp_path / "cuda/i.gguf")
+    full, half = imatrix.load(tmp_path / "cpu/imatrix.gguf"), imatrix.load(tmp_path / "cuda/imatrix.gguf")
     for name, values in full.items():
         assert abs(half[name] / values - 1).max() < 1e-4
     windows = torch.tensor(json.loads((tmp_path / "cpu/tokens.json").read_text())["windows"])
@@ -552,7 +531,7 @@ def test_cuda_pass_gives_the_same_bytes_twice_and_resumed(tmp_path: Path, monkey
     base = write_model(tmp_path / "base", "gemma2")
     run(base, tmp_path / "one", VARIANTS, device="cuda", precision="auto")
     assert torch.cuda.max_memory_allocated() > 0
-    request = payload(base, tmp_path / "two", VARIANTS, device="cuda", precision="auto")
+    request = pass_request(base, tmp_path / "two", VARIANTS, device="cuda", precision="auto")
     real = calibrate.forward
 
     def stops(*args: Any) -> Any:

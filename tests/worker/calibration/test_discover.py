@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.worker.small_models import SIZES
 from workbench.errors import UserError
 from workbench.worker.calibration import discover
 from workbench.worker.calibration.discover import structures_of, told
@@ -19,19 +20,6 @@ from workbench.worker.layers import Group, Producer, Structure, fold
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 354,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 NO = "nothing that can be scaled"
 Q, OUT, UP, DOWN = "q_proj, k_proj, v_proj", "o_proj <- v_proj, each for 2 heads", "gate_proj, up_proj", "down_proj"
 PLAIN = f"{Q} <- input_layernorm | {OUT} | {UP} <- post_attention_layernorm | {DOWN} <- up_proj"

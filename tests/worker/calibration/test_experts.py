@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.worker.small_models import dequantized, relative, write_model, write_tokens
+from tests.worker.small_models import dequantized, pass_request, relative, write_model, write_tokens
 from workbench.worker.calibration import run as calibrate
 from workbench.worker.calibration import walk
 from workbench.worker.calibration.weights import open_weights, read_layer
@@ -45,23 +45,10 @@ def base_of(folder: Path, kind: str, **more: Any) -> Path:
 
 
 def run(base: Path, folder: Path, windows: int = 24, variants: Any = VARIANTS) -> dict[str, Any]:
+    named = {name: (name.partition("-")[0], options) for name, options in variants.items()}
     folder.mkdir(exist_ok=True)
-    request = {
-        "base": str(base),
-        "tokens": str(write_tokens(folder / "tokens.json", [40] * windows)),
-        "tokens_digest": "t",
-        "variants": [
-            {"name": name, "method": name.partition("-")[0], "options": options, "out": str(folder / name)}
-            for name, options in variants.items()
-        ],
-        "imatrix_out": str(folder / "imatrix.gguf"),
-        "state": str(folder / "state"),
-        "device": "cpu",
-        "threads": 1,
-        "seed": 0,
-        "precision": "float32",
-    }
-    return dict(calibrate.run(request, lambda *_: None))
+    tokens = write_tokens(folder / "tokens.json", [40] * windows)
+    return dict(calibrate.run(pass_request(base, folder, named, tokens=tokens), lambda *_: None))
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

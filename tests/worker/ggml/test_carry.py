@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.worker.small_models import write_model, write_sentencepiece, write_tokens
+from tests.worker.small_models import pass_request, write_model, write_sentencepiece
 from tests.worker.unpacking import dequantize_awq, dequantize_gptq
 from workbench import disk
 from workbench.errors import UserError
@@ -46,20 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama's checkpoints: its rows of queries and keys lie in another order in a GGUF file."""
     made = tmp_path_factory.mktemp("carry")
     base = write_sentencepiece(write_model(made / "base", "llama", **WIDE))
-    request = {
-        "base": str(base),
-        "tokens": str(write_tokens(made / "tokens.json", [40] * 24)),
-        "tokens_digest": "t",
-        "variants": [
-            {"name": name, "method": method, "options": options, "out": str(made / name)}
-            for name, (method, options, _, _) in VARIANTS.items()
-        ],
-        "imatrix_out": None,
-        "state": str(made / "state"),
-        "device": "cpu",
-        "threads": 1,
-        "seed": 0,
-    }
+    variants = {name: (method, options) for name, (method, options, *_) in VARIANTS.items()}
+    request = pass_request(base, made, variants, imatrix_out=None, precision="auto")
     assert calibrate.run(request, lambda *_: None)["refused"] == {}
     return made
 

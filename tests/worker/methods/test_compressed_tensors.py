@@ -11,7 +11,7 @@ import pytest
 
 from tests.worker.layers import layer_of
 from tests.worker.others import configure
-from tests.worker.small_models import write_tokens
+from tests.worker.small_models import pass_request
 from tests.worker.written import read_compressed, write_compressed
 from workbench.errors import UserError
 from workbench.plan.tensors import shape_of
@@ -37,13 +37,8 @@ def silent(*_: object) -> None:
 def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both schemes of the small model, by the pass."""
     folder = tmp_path_factory.mktemp("made")
-    asked = [
-        {"name": s, "method": "compressed-tensors", "options": {"scheme": s}, "out": str(folder / s)} for s in SCHEMES
-    ]
-    request = {"base": str(tiny_llama), "tokens": str(write_tokens(folder / "t.json", [40] * 24)), "tokens_digest": "t"}
-    request |= {"variants": asked, "imatrix_out": None, "state": str(folder / "state"), "device": "cpu", "threads": 1}
-    for scheme in SCHEMES:
-        (folder / scheme).mkdir()
+    variants = {scheme: ("compressed-tensors", {"scheme": scheme}) for scheme in SCHEMES}
+    request = pass_request(tiny_llama, folder, variants, imatrix_out=None, precision="auto")
     answer: Any = calibrate.run(request, silent)
     assert answer["refused"] == {}
     for scheme in SCHEMES:

@@ -9,7 +9,6 @@ Rejected: adapters beside a quantized base, which no engine here computes alike.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,17 @@ from typing import Any
 from workbench.errors import UserError, cannot_import, short
 from workbench.worker import Progress, Tensors
 from workbench.worker.base.alone import ADAPTER
-from workbench.worker.base.checkpoint import FILES, PICKLES, StoredTensor, only_pickles, read_header, read_json
+from workbench.worker.base.checkpoint import (
+    CONFIG_FILES,
+    PICKLES,
+    TOKENIZER_FILES,
+    StoredTensor,
+    only_pickles,
+    read_header,
+    read_json,
+)
 from workbench.worker.base.hub import download
-from workbench.worker.base.saving import write_shards
+from workbench.worker.base.saving import copy_side_files, write_shards
 from workbench.worker.base.sources import BaseSource
 
 WEIGHTS = "adapter_model.safetensors"
@@ -80,25 +87,23 @@ def merge(
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(path), dtype=torch.float32, trust_remote_code=remote_code, local_files_only=True
     )
-    absent = [stem for stem in stems if not isinstance(_module(model, stem), torch.nn.Linear)]
+    modules = dict(model.named_modules())
+    absent = [stem for stem in stems if not isinstance(modules.get(stem), torch.nn.Linear)]
     if absent:
         raise UserError(f"{adapter}: transformers' {type(model).__name__} has no linear layer {absent[0]}. {MEND}")
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    weights = {stem: merged.get_submodule(stem).weight.data for stem in stems}
 
     def parts() -> Iterator[Tensors]:
         for done, (name, tensor) in enumerate(tensors.items()):
             progress(done, len(tensors), "merging the adapter")
-            stored = tensor.read(name)
-            if name.removesuffix(".weight") in stems:
-                stored = _module(merged, name.removesuffix(".weight")).weight.data.to(stored.dtype).contiguous()
-            yield {name: stored}
+            stored, changed = tensor.read(name), weights.get(name.removesuffix(".weight"))
+            yield {name: stored if changed is None else changed.to(stored.dtype).contiguous()}
 
     out.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         write_shards(out, parts(), "pt")
-    for file in path.iterdir():
-        if file.name in FILES and file.name != ADAPTER and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
+    copy_side_files(path, out, (*CONFIG_FILES, *TOKENIZER_FILES))
     of = read_json(adapter / ADAPTER).get("base_model_name_or_path")
     return [f"{adapter.name} is merged into {len(stems)} matrices; it says that it is an adapter of {short(of)}"]
 
@@ -136,8 +141,3 @@ def check(adapter: Path, tensors: Mapping[str, StoredTensor]) -> list[str]:
             ours = " x ".join(map(str, there))
             raise UserError(f"{name} is an adapter of another model ({of}): its {stem} is {theirs}, the base's {ours}")
     return stems
-
-
-def _module(model: Any, name: str) -> Any:
-    """A module by its name, None if there is none."""
-    return dict(model.named_modules()).get(name)

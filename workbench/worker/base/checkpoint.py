@@ -167,11 +167,15 @@ def checked_config(path: Path, remote_code: bool) -> dict[str, Any]:
     if not named or not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise UserError(f"{file} names no `architectures`: it is not a causal language model's configuration.")
     # Multimodal models leave out what is their class's default (`text_part.py`).
-    inside = isinstance(config.get("text_config"), dict) and "vision_config" in config
-    if text_config(config).get("vocab_size") is None and not inside:
+    if text_config(config).get("vocab_size") is None and not is_multimodal(config):
         raise UserError(f"{file} has no `vocab_size`: it is not a causal language model's configuration.")
     check_config(config, file)
     return config
+
+
+def is_multimodal(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is that of a language model with other senses around it."""
+    return isinstance(config.get("text_config"), dict) and "vision_config" in config
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

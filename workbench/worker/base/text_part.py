@@ -16,7 +16,7 @@ from typing import Any
 
 from workbench.errors import UserError, cannot_import
 from workbench.worker import Progress, Tensors
-from workbench.worker.base.checkpoint import TOKENIZER_FILES, StoredTensor
+from workbench.worker.base.checkpoint import TOKENIZER_FILES, StoredTensor, is_multimodal
 from workbench.worker.base.saving import copy_side_files, for_both_readers, write_json, write_shards
 
 INSIDE = re.compile(r"^(model\.)?language_model\.(?P<rest>.+)$")
@@ -36,7 +36,7 @@ DROPPED = ("architectures", "transformers_version", "_name_or_path", "dtype", "t
 def of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The configuration of a multimodal model's language model; None of any other model, and where transformers has no
     class for it by itself."""
-    if not isinstance(config.get("text_config"), dict) or "vision_config" not in config:
+    if not is_multimodal(config):
         return None
     try:
         from transformers import AutoConfig

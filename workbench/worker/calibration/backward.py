@@ -6,7 +6,6 @@ the last to the first, and in memory are one layer and its activations of a batc
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +60,9 @@ def forward(model: Walk, index: int, layer: Any, states: States, precision: str)
     import torch
 
     source, target = states.hidden(index), states.hidden(index + 1)
-    with torch.no_grad(), _autocast(model, precision):
-        for start, count, length in model.batches:
-            piece = slice(start, start + count * length)
-            x = source[piece].to(model.device).view(count, length, -1)
-            out = output_of(layer, x, model.calls[length][index])
-            target[piece] = out.reshape(count * length, -1).to(device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for piece, out in model.outputs(index, layer, source, precision):
+            target[piece] = out.reshape(-1, out.shape[-1]).to(device="cpu", dtype=torch.float32)
 
 
 def backward(
@@ -92,7 +88,7 @@ def backward(
     try:
         for start, count, length in batches(model.windows.lengths, KEPT * max(weights.widest, states.width)):
             piece = slice(start, start + count * length)
-            with torch.enable_grad(), _autocast(model, precision):
+            with torch.enable_grad(), model.autocast(precision):
                 x = source[piece].to(model.device).view(count, length, -1).requires_grad_()
                 out = output_of(layer, x, model.calls[length][index])
             given = after[piece].to(model.device).view(out.shape).to(out.dtype)
@@ -116,9 +112,3 @@ def _joined(parts: dict[str, list[Any]]) -> Tensors:
     import torch
 
     return {name: torch.cat(found) for name, found in parts.items() if found}
-
-
-def _autocast(model: Walk, precision: str) -> AbstractContextManager[Any]:
-    import torch
-
-    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

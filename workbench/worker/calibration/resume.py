@@ -114,7 +114,6 @@ def key_of(request: CalibrationRequest, weights: Weights, device: Any, precision
     import torch
     import transformers
 
-    files = sorted({tensor.file for tensor in weights.tensors.values()})
     return digest(
         [
             CALIBRATE_VERSION,
@@ -123,7 +122,7 @@ def key_of(request: CalibrationRequest, weights: Weights, device: Any, precision
             precision,
             name_of(device),
             torch.get_num_threads(),
-            [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+            weights.stamps(),
             [[each.name, each.method, each.options] for each in request.variants],
             _boot(),
             request.imatrix_out is not None,

@@ -98,14 +98,7 @@ def run(payload: object, progress: Progress) -> object:
                 importance |= {name: gram.diagonal().contiguous().cpu() for name, gram in grams.items()}
                 if request.grams_out and named and part is parts[0]:
                     with _timed(seconds, "write"):
-                        shared = {
-                            tuple(named[f"{LAYERS}.{index}.{name}.weight"] for name in group.linears): grams[
-                                group.linears[0]
-                            ]
-                            for group in part.groups
-                            if not group.routed
-                        }
-                        gram_files.write(Path(request.grams_out), index, shared)
+                        _write_grams(Path(request.grams_out), index, part, grams, named)
                 layer = balanced(Layer(index, _tensors_of(part, parts, tensors), grams, part))
                 for variant in variants:
                     bar.text(f"layer {index + 1} of {weights.layers}: {variant.name}")
@@ -240,6 +233,16 @@ def _gguf_names(weights: Weights) -> tuple[dict[str, str], str]:
         return names.tensor_names(weights.config, weights.matrices()), ""
     except UserError as error:
         return {}, str(error)
+
+
+def _write_grams(out: Path, index: int, part: Structure, grams: Tensors, named: dict[str, str]) -> None:
+    """Write a layer's Gram matrices but its experts', each for all tensors with that input, by their GGUF names."""
+    shared = {
+        tuple(named[f"{LAYERS}.{index}.{name}.weight"] for name in group.linears): grams[group.linears[0]]
+        for group in part.groups
+        if not group.routed
+    }
+    gram_files.write(out, index, shared)
 
 
 def _write_imatrix(

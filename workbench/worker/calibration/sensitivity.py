@@ -250,7 +250,5 @@ def _key(request: PricesRequest, weights: Weights, device: Any, precision: str) 
     import torch
     import transformers
 
-    files = sorted({tensor.file for tensor in weights.tensors.values()})
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     where = [precision, name_of(device), torch.get_num_threads(), torch.__version__, transformers.__version__]
-    return digest([request.tokens_digest, request.seed, weights.config, stamps, where])
+    return digest([request.tokens_digest, request.seed, weights.config, weights.stamps(), where])

@@ -69,13 +69,20 @@ class Walk:
             )
         return layer.eval()
 
-    def outputs(self, index: int, layer: Any, source: Any, precision: str, grams: Grams) -> Iterator[tuple[slice, Any]]:
-        """Run a layer on its input [tokens, hidden], batch by batch: which tokens, and its output for them."""
+    def autocast(self, precision: str) -> Any:
+        """A context in which products are of that precision."""
         import torch
 
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+    def outputs(
+        self, index: int, layer: Any, source: Any, precision: str, grams: Grams | None = None
+    ) -> Iterator[tuple[slice, Any]]:
+        """Run a layer on its input [tokens, hidden], batch by batch: which tokens, and its output for them."""
+        with self.autocast(precision):
             for start, count, length in self.batches:
-                grams.start = start
+                if grams:
+                    grams.start = start
                 piece = slice(start, start + count * length)
                 x = source[piece].to(self.device).view(count, length, -1)
                 yield piece, output_of(layer, x, self.calls[length][index])

@@ -55,6 +55,11 @@ class Weights:
             for name in structure.linears
         ]
 
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of the last change (ns) of each file: with others it is not the base that it was."""
+        files = sorted({tensor.file for tensor in self.tensors.values()})
+        return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
     @property
     def widest(self) -> int:
         """The most inputs of any linear layer."""

@@ -5,17 +5,15 @@ The functions are those that `llama-quantize` calls a piece of a tensor with, so
 
 from __future__ import annotations
 
-import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
 from workbench.errors import cannot_import
-from workbench.worker.ggml.index import library
+from workbench.shape import FLOATS
+from workbench.worker.ggml.index import block_maker
 from workbench.worker.ggml.mixtures import BLOCKS
 from workbench.worker.ggml.quantizer import INSTALL, all_threads
-
-FLOATS = {"F16": "float16", "BF16": "bfloat16"}
 
 
 def round_trip(kind: str, rows: Any, importance: Any = None) -> Any:
@@ -28,7 +26,7 @@ def round_trip(kind: str, rows: Any, importance: Any = None) -> Any:
     if kind in FLOATS:
         import torch
 
-        return torch.from_numpy(rows).to(getattr(torch, FLOATS[kind])).float().numpy()
+        return torch.from_numpy(rows).to(getattr(torch, FLOATS[kind].name)).float().numpy()
     quantize = _quantizer()
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
@@ -60,7 +58,4 @@ def _quantizer() -> Any:
     except ImportError as error:
         raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
     llama_cpp.llama_backend_init()
-    quantize = library().ggml_quantize_chunk
-    quantize.restype = ctypes.c_size_t
-    quantize.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p)
-    return quantize
+    return block_maker()

@@ -11,7 +11,6 @@ processor, and whoever encodes on a GPU is told whether it holds there.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from workbench.errors import UserError, cannot_import, out_of_memory
 from workbench.shape import FLOATS, NamedShape, Traits
 from workbench.worker import Progress
 from workbench.worker.base.gguf_file import field_of
-from workbench.worker.ggml.index import library
+from workbench.worker.ggml.index import block_maker
 from workbench.worker.ggml.mixtures import RULED, is_quantized, types_of
 
 SLAB = 2**26
@@ -176,13 +175,10 @@ def same_as_llama_cpp(kind: str, rows: Any, importance: Any, made: Any) -> int:
     import gguf
     import numpy as np
 
-    quantize = library().ggml_quantize_chunk
-    quantize.restype = ctypes.c_size_t
-    quantize.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p)
     rows, theirs = np.ascontiguousarray(rows), np.zeros_like(made)
     pointer = None if importance is None else importance.ctypes.data
     number = int(gguf.GGMLQuantizationType[kind])
-    quantize(number, rows.ctypes.data, theirs.ctypes.data, 0, *rows.shape, pointer)
+    block_maker()(number, rows.ctypes.data, theirs.ctypes.data, 0, *rows.shape, pointer)
     return int((theirs == made).all(1).sum())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from workbench.errors import UserError
 
@@ -34,6 +34,16 @@ def library() -> ctypes.CDLL:
 
     folder = Path(llama_cpp.__file__).parent
     return ctypes.CDLL(str(next(folder.glob("lib*/*ggml-base.*"))))
+
+
+def block_maker() -> Any:
+    """ggml's function that makes blocks of rows and answers with their bytes: a type's number, pointers to the weights
+    (float32) and to the blocks, number of the first weight, how many rows, their length, a pointer to the importances
+    (float32) or None."""
+    make = library().ggml_quantize_chunk
+    make.restype = ctypes.c_size_t
+    make.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p)
+    return make
 
 
 def entries(path: str) -> list[Entry]:

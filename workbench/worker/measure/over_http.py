@@ -11,7 +11,7 @@ import asyncio
 import random
 from typing import Any
 
-from workbench.records import Job, LoadPoint, Measurement, Request, Serving, Speed, faults_of
+from workbench.records import Job, LoadPoint, Measurement, Request, Serving, Speed, faults_of, mixed_lengths
 from workbench.worker import Progress
 from workbench.worker.backends.served import Server
 from workbench.worker.measure import timing
@@ -72,7 +72,7 @@ class _OverHttp:
             return speeds, []
         chance, points = random.Random(load.seed + 1), []
         for salt, slots in enumerate(load.batches):
-            lengths = timing.mixed_lengths(load, slots, chance)
+            lengths = mixed_lengths(load.new_tokens, slots * load.requests, chance)
             points += await self._together(salt, slots, lengths, share)
         return speeds, points
 
@@ -106,8 +106,7 @@ class _OverHttp:
             new_tokens=load.new_tokens,
             batch=1,
             first_token_s=[each.first_token_s or 0.0 for each in found],
-            # Two chunks of one packet come at once: no clock tells them apart.
-            step_s=[[max(1e-6, gap) for gap in each.gaps_s] for each in found],
+            step_s=[each.steps_s for each in found],
             step_tokens=[each.gained[1:] for each in found],
             rounds=[len(share)],
         )

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from workbench.errors import UserError
-from workbench.records import Served, Speed, Workload
+from workbench.records import Served, Speed, Workload, mixed_lengths
 from workbench.worker.measure.energy import Meter
 
 Clock = Callable[[], float]
@@ -133,7 +133,7 @@ def served(
     prompt_tokens = workload.prompt_tokens[0]
     for salt, slots in enumerate(workload.batches):
         many = slots * workload.requests
-        lengths = mixed_lengths(workload, slots, chance)
+        lengths = mixed_lengths(workload.new_tokens, many, chance)
         _ready(engine, slots, prompt_tokens, workload.longest_answer)
         fresh = prompts(workload, text, prompt_tokens, many, workload.repeats + 1, 1000 + salt)
         first = fresh[0][:slots]
@@ -160,12 +160,6 @@ def served(
             )
         )
     return found
-
-
-def mixed_lengths(workload: Workload, slots: int, chance: random.Random) -> list[int]:
-    """New tokens of each request that so many slots serve."""
-    low, high = max(1, workload.new_tokens // 2), workload.longest_answer
-    return [chance.randint(low, high) for _ in range(slots * workload.requests)]
 
 
 def joined(parts: list[list[Any]]) -> list[Any]:
