@@ -167,6 +167,38 @@ def test_experts_of_a_checkpoint_become_one_tensor_a_layer() -> None:
     assert found["blk.0.ffn_gate_inp.weight"] == (4, 256)
 
 
+@pytest.mark.parametrize(
+    ("pair", "down", "router"),
+    [
+        (("mlp.experts.gate_up_proj", [4, 256, 1024]), ("mlp.experts.down_proj", [4, 512, 256]), "mlp.router"),
+        (
+            ("block_sparse_moe.input_linear.weight", [4, 1024, 256]),
+            ("block_sparse_moe.output_linear.weight", [4, 256, 512]),
+            "block_sparse_moe.router.layer",
+        ),
+        (
+            ("feed_forward.experts.gate_up_proj", [4, 256, 1024]),
+            ("feed_forward.experts.down_proj", [4, 512, 256]),
+            "feed_forward.router",
+        ),
+    ],
+)
+def test_experts_that_files_hold_together(
+    pair: tuple[str, list[int]], down: tuple[str, list[int]], router: str
+) -> None:
+    """gpt-oss, Granite and Llama 4: as many weights, and rows as long, as those of an expert by itself."""
+    stored = {"model.embed_tokens.weight": [128, 256], f"model.layers.0.{router}.weight": [4, 256]}
+    stored |= {f"model.layers.0.{name}": shape for name, shape in (pair, down)}
+    read = {"config": {**LLAMA_8B, "hidden_size": 256, "num_local_experts": 4}, "dtype": "bfloat16"}
+    found = tensors.shape_of({**read, "tensors": stored, "naming": "hf"}, "here").tensors
+    assert {tensor.name: tensor.shape for tensor in found if "ffn" in tensor.name} == {
+        "blk.0.ffn_gate_inp.weight": (4, 256),
+        "blk.0.ffn_gate_exps.weight": (4, 512, 256),
+        "blk.0.ffn_up_exps.weight": (4, 512, 256),
+        "blk.0.ffn_down_exps.weight": (4, 256, 512),
+    }
+
+
 def test_what_does_not_fit_says_what_would() -> None:
     roomy = plan.make(recipe(), memory_bytes=40 << 30, context=131072, cuda=True)
     assert {need.fits for need in roomy.needs if need.backend == "llamacpp"} == {True}

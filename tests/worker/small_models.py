@@ -145,6 +145,7 @@ def dequantized(base: Path, out: Path, method: str, bits: int) -> Any:
             state[f"{stem}.weight"] = dequantize_awq(parts) if method == "awq" else dequantize_gptq(parts, bits)
         elif suffix not in ("qzeros", "scales", "g_idx"):
             state[name] = tensor.float()
+    state = experts_together(state, json.loads((base / "config.json").read_text()))
     plain = out.with_name(f"{out.name}-plain")
     plain.mkdir(exist_ok=True)
     shutil.copy2(base / "config.json", plain)
@@ -154,6 +155,31 @@ def dequantized(base: Path, out: Path, method: str, bits: int) -> Any:
     )
     assert not report["unexpected_keys"] and set(report["missing_keys"]) <= {"lm_head.weight"}
     return model.eval()
+
+
+def experts_together(state: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Single experts as gpt-oss, Llama 4 and Granite keep them in files, in tensors of all of a layer's."""
+    import torch
+
+    kind, count = config["model_type"], config.get("num_local_experts", 0)
+    if kind not in ("gpt_oss", "llama4_text", "granitemoe"):
+        return state
+    stems = {name.partition(".experts.")[0] for name in state if ".experts." in name}
+    for stem in stems:
+        for leaf in ("weight", "bias") if kind == "gpt_oss" else ("weight",):
+            gate, up, down = (
+                torch.stack([state.pop(f"{stem}.experts.{n}.{word}.{leaf}") for n in range(count)])
+                for word in ("gate_proj", "up_proj", "down_proj")
+            )
+            pair = torch.stack([gate, up], 2).flatten(1, 2) if kind == "gpt_oss" else torch.cat([gate, up], 1)
+            if kind == "granitemoe":
+                state |= {f"{stem}.input_linear.weight": pair, f"{stem}.output_linear.weight": down}
+                continue
+            turned = [tensor.transpose(1, 2) if leaf == "weight" else tensor for tensor in (pair, down)]
+            end = "" if leaf == "weight" else "_bias"
+            for word, tensor in zip(("gate_up_proj", "down_proj"), turned, strict=True):
+                state[f"{stem}.experts.{word}{end}"] = tensor.contiguous()
+    return state
 
 
 def relative(found: Any, expected: Any) -> float:

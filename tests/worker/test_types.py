@@ -29,7 +29,13 @@ HYBRID |= {"linear_num_key_heads": 8, "linear_value_head_dim": 16, "linear_key_h
 ROUTED: dict[str, Any] = {"moe_intermediate_size": 256, "num_experts_per_tok": 2}
 DEEPSEEK = ROUTED | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
+TOGETHER: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256}
+"""Types whose files hold a layer's experts in one tensor."""
+SCOUT: dict[str, Any] = {"intermediate_size_mlp": 512, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
+SCOUT |= {"num_hidden_layers": 4}
+"""llama.cpp needs the one layer in four that has no rotations."""
 ROUTED_KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3")
+ROUTED_KINDS += ("gpt_oss", "granitemoe", "llama4_text")
 KINDS: dict[str, dict[str, Any]] = {
     "apertus": UNTIED,
     "arcee": {},
@@ -66,6 +72,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "olmoe": UNTIED | {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
     "glm4_moe": DEEPSEEK,
     "deepseek_v3": DEEPSEEK | LATENT | {"head_dim": 16, "num_key_value_heads": 4},
+    "gpt_oss": UNTIED | TOGETHER | {"layer_types": ["sliding_attention", "full_attention"]},
+    "granitemoe": TOGETHER | {"attention_multiplier": 0.125},
+    "llama4_text": UNTIED | TOGETHER | SCOUT,
 }
 RANDOM = "of its weights not in the files, and would draw them at random"
 UNKNOWN = "llama.cpp's converter does not know"

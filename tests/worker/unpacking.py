@@ -121,9 +121,7 @@ def with_files_weights(base: Path, exact_path: str, path: str) -> Any:
         if tensor.name.endswith("_exps.weight"):
             _, layer, part, _ = tensor.name.split(".")
             weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-            pair = state[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
-            place = {"ffn_gate_exps": pair[:, : weight.shape[1]], "ffn_up_exps": pair[:, -weight.shape[1] :]}
-            place.get(part, state[f"model.layers.{layer}.mlp.experts.down_proj"]).copy_(weight)
+            places_of_experts(config["model_type"], state, f"model.layers.{layer}.")[part].copy_(weight)
         if name is None or len(tensor.shape) != 2 or tensor.tensor_type.name == "F32":
             continue
         wanted = state[name]
@@ -134,6 +132,18 @@ def with_files_weights(base: Path, exact_path: str, path: str) -> Any:
         state[name] = weight[apart.argmin(1)]
     model.load_state_dict(state)
     return model
+
+
+def places_of_experts(kind: str, state: dict[str, Any], layer: str) -> dict[str, Any]:
+    """A layer's experts as a GGUF file has them, [experts, out, in], in the memory of transformers' own tensors."""
+    pair, down = (
+        next(each for name, each in state.items() if name.startswith(layer) and name.endswith(f".experts.{part}"))
+        for part in ("gate_up_proj", "down_proj")
+    )
+    if kind in ("gpt_oss", "llama4_text"):
+        pair, down = pair.transpose(1, 2), down.transpose(1, 2)
+    gate, up = (pair[:, ::2], pair[:, 1::2]) if kind == "gpt_oss" else pair.chunk(2, 1)
+    return {"ffn_gate_exps": gate, "ffn_up_exps": up, "ffn_down_exps": down}
 
 
 def _names(config: dict[str, Any], state: dict[str, Any]) -> dict[str, str]:

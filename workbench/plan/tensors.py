@@ -45,7 +45,7 @@ def shape_of(read: Described, where: str) -> Shape:
     elif read["naming"] == "gguf":
         tensors = [NamedShape(name, tuple(shape)) for name, shape in read["tensors"].items()]
     else:
-        tensors = _renamed(read["tensors"])
+        tensors = _renamed(read["tensors"], sizes.hidden)
     compressed = text.get("kv_lora_rank")
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
     return Shape(
@@ -69,13 +69,13 @@ _NAMES = (
     *((rf"\.{re.escape(name)}\.", f".{linear.gguf}.") for name, linear in (SEPARATE | FUSED).items()),
     (r"\.self_attn\.q_norm\.", ".attn_q_norm."),
     (r"\.self_attn\.k_norm\.", ".attn_k_norm."),
-    (r"\.mlp\.gate\.|\.block_sparse_moe\.gate\.", ".ffn_gate_inp."),
+    (r"\.(mlp|block_sparse_moe|feed_forward)\.(gate|router(\.layer)?)\.", ".ffn_gate_inp."),
     (r"\.input_layernorm\.", ".attn_norm."),
     (r"\.post_attention_layernorm\.", ".ffn_norm."),
     (r"\.pre_feedforward_layernorm\.", ".ffn_norm."),
 )
 _EXPERT = re.compile(
-    r"(.*\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight"
+    r"(.*\.layers\.\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight"
 )
 _EXPERT_NAMES = {
     "gate_proj": "ffn_gate_exps",
@@ -87,11 +87,35 @@ _EXPERT_NAMES = {
 }
 
 
-def _renamed(tensors: Mapping[str, Sequence[int]]) -> list[NamedShape]:
+_TOGETHER = re.compile(
+    r".*\.layers\.(\d+)\.(?:(?:mlp|feed_forward|block_sparse_moe)\.experts\.(?P<a>gate_up|down)_proj"
+    r"|block_sparse_moe\.(?P<b>in|out)put_linear\.weight)"
+)
+"""A layer's experts as gpt-oss, Llama 4 and Granite have them in files."""
+
+
+def _apart(name: str, shape: Sequence[int], hidden: int) -> dict[str, tuple[int, ...]]:
+    """Of a tensor that holds all experts of a layer, what the converter makes; empty of any other."""
+    found = _TOGETHER.fullmatch(name)
+    if not found or len(shape) != 3:
+        return {}
+    count, *sides = shape
+    if (found["a"] or found["b"]) in ("down", "out"):
+        inner = sides[0] if sides[1] == hidden else sides[1]
+        return {f"blk.{found[1]}.ffn_down_exps.weight": (count, hidden, inner)}
+    inner = (sides[0] if sides[1] == hidden else sides[1]) // 2
+    return {f"blk.{found[1]}.ffn_{part}_exps.weight": (count, inner, hidden) for part in ("gate", "up")}
+
+
+def _renamed(tensors: Mapping[str, Sequence[int]], hidden: int) -> list[NamedShape]:
     """Hugging Face's names in GGUF's; a layer's experts become one tensor, as the converter writes them."""
     gemma = any("pre_feedforward_layernorm" in name for name in tensors)
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in tensors.items():
+        apart = _apart(name, shape, hidden)
+        if apart:
+            found |= apart
+            continue
         expert = _EXPERT.fullmatch(name)
         if expert:
             layer = expert[1].rpartition(".")[2]

@@ -51,6 +51,27 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A tensor of a base's files that a layer has in parts, or by another name. Names are relative to the layer."""
+
+    names: tuple[str, ...]
+    """In files; the first that is there."""
+    parts: tuple[str, ...]
+    """What it holds, with `{}` for an expert's number where its first axis is of experts: two share its rows."""
+    transposed: bool = False
+    """A matrix is [in, out]."""
+    interleaved: bool = False
+    """Rows of two parts in turn, not in two halves."""
+
+    def part(self, tensor: Any, place: int) -> Any:
+        """One of the parts, of one expert's tensor."""
+        tensor = tensor.t() if self.transposed else tensor
+        if len(self.parts) == 1:
+            return tensor
+        return tensor[place::2] if self.interleaved else tensor.chunk(2)[place]
+
+
+@dataclass(frozen=True)
 class Structure:
     """A decoder layer's groups, in the order in which they run."""
 
@@ -59,6 +80,8 @@ class Structure:
     """Linear layers in no group, which stay as they are: gates of one channel, what does not run once over tokens."""
     scores: tuple[str, str] | None = None
     """The linear layers of queries and keys, where only the product of their outputs counts."""
+    stored: tuple[Stored, ...] = ()
+    """What files hold otherwise than the layer has it."""
 
     @property
     def experts(self) -> dict[str, list[Group]]:

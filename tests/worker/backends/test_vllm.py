@@ -67,6 +67,18 @@ def test_experts_of_four_bits_need_amx(
     assert (refusal(experts, "I4-g128") is None) is reads
 
 
+def test_packed_experts_with_biases_are_told_before_they_are_loaded() -> None:
+    """vLLM's reader of gpt-oss passes over names that it does not know."""
+    name = "model.layers.0.mlp.experts.0.up_proj"
+
+    def refusal(types: dict[str, str]) -> str | None:
+        return backend.unsupported(Artifact("v", "gptq", "gptq", "", "", 1, 1, tensor_types=types), True)
+
+    assert "experts with biases (gpt-oss's)" in str(refusal({f"{name}.weight": "I4-g128", f"{name}.bias": "BF16"}))
+    assert refusal({f"{name}.weight": "BF16", f"{name}.bias": "BF16"}) is None
+    assert refusal({f"{name}.weight": "I4-g128", "model.layers.0.self_attn.q_proj.bias": "BF16"}) is None
+
+
 def load(payload: Any, progress: Any) -> str:
     """A worker: what the engine says to a checkpoint that it loads, or its likeliest next tokens."""
     try:

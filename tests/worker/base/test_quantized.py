@@ -16,6 +16,7 @@ from tests.worker.unpacking import dequantize_awq, dequantize_gptq
 from tests.worker.written import read_compressed, write_compressed
 from workbench.worker.base import headers
 from workbench.worker.calibration import run as calibrate
+from workbench.worker.calibration.weights import open_weights, read_layer
 
 torch = pytest.importorskip("torch")
 
@@ -125,6 +126,10 @@ def test_mxfp4(tmp_path: Path) -> None:
     assert len(expected) == 2 and made["dtype"] == "bfloat16" and made["quantized_types"] == ["MXFP4"]
     for name, weight in expected.items():
         assert torch.equal(after[name], weight) and float(weight.abs().max()) > 0
+    # [in, gate and up in turn] as the calibration pass has it, an expert after another.
+    layer = read_layer(open_weights(Path(made["path"])), 0, torch.device("cpu"))
+    pair = expected["model.layers.0.mlp.experts.gate_up_proj"][2].float()
+    assert torch.equal(layer["mlp.experts.2.up_proj.weight"], pair[:, 1::2].t())
     assert torch.equal(after["lm_head.weight"], tensors["lm_head.weight"])
 
 

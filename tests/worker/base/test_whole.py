@@ -161,9 +161,10 @@ def test_weights_that_are_no_numbers(model: Path, tmp_path: Path, value: float) 
     assert "down_proj.weight has NaN or infinite weights" in refusal({"path": str(model)}, tmp_path / "o")
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "llama4_text"])
 def test_an_expert_count_that_is_not_the_files(kind: str, tmp_path: Path) -> None:
     model = write_model(tmp_path / "base", kind)
+    assert run({"path": str(model)}, tmp_path / "whole")["warnings"] == []
     config = json.loads((model / "config.json").read_text())
     count = next(key for key in ("num_local_experts", "num_experts") if key in config)
     configure(model, **{count: config[count] - 1})

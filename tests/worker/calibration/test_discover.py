@@ -168,8 +168,7 @@ def test_a_producer_that_does_not_hold_on_the_base_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("kind", "more", "words"),
     [
-        ("granitemoe", {"num_local_experts": 4}, "keep a layer's experts in one tensor"),
-        ("gpt_oss", {"num_local_experts": 4}, "keep a layer's experts in one tensor"),
+        ("inkling_text", {}, "its experts are no gated pair of linear layers"),
         ("gpt_neox", {}, "keeps its decoder layers elsewhere than in `model.layers`"),
         ("mamba", {}, "keeps its decoder layers elsewhere than in `model.layers`"),
         ("t5", {}, "is no causal language model"),

@@ -19,6 +19,7 @@ from workbench.worker.layers import Structure, parts_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+load_file = pytest.importorskip("safetensors.torch").load_file
 
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 32}
 KINDS: dict[str, dict[str, Any]] = {
@@ -30,6 +31,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8}
     | LATENT
     | {"num_key_value_heads": 4},
+    "gpt_oss": {"num_local_experts": 4, "intermediate_size": 64}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
+    "granitemoe": {"num_local_experts": 4, "intermediate_size": 64},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size": 64, "intermediate_size_mlp": 128}
+    | {"num_experts_per_tok": 1, "interleave_moe_layer_step": 2},
 }
 VARIANTS = {
     "awq": {"group_size": 32},
@@ -67,7 +73,7 @@ def test_every_expert_is_quantized_and_the_model_computes_nearly_the_same(kind: 
             errors = made["variants"][name]["tensor_errors"]
             # Three linear layers of each of four experts of each layer that has some.
             routed = [error for tensor, error in errors.items() if ".experts." in tensor]
-            layers = 1 if "first_k_dense_replace" in KINDS[kind] else 2
+            layers = 1 if {"first_k_dense_replace", "interleave_moe_layer_step"} & {*KINDS[kind]} else 2
             assert len(routed) == 12 * layers and all(0 < error < 0.06 for error in errors.values())
     # A router may send a token elsewhere, so that eight bits are no sixteenth of four.
     assert shares["gptq-8"] < 0.12 and max(shares["gptq"], shares["awq"]) < 0.7, shares
@@ -171,3 +177,51 @@ def test_layers_without_experts_are_of_their_own_kind(tmp_path: Path) -> None:
     assert dense.experts == {} and list(sparse.experts) == ["mlp.experts"]
     assert "mlp.gate_proj" in dense.linears and "mlp.experts.3.down_proj" in sparse.linears
     assert "mlp.shared_experts.up_proj" in sparse.linears and "mlp.gate" not in sparse.linears
+
+
+@pytest.mark.parametrize(
+    ("kind", "turned", "in_turn", "undone"),
+    [("gpt_oss", True, True, False), ("granitemoe", False, False, True), ("llama4_text", True, False, True)],
+)
+def test_how_files_hold_experts_together_is_found(
+    kind: str, turned: bool, in_turn: bool, undone: bool, tmp_path: Path
+) -> None:
+    """Rows of gate and up in turn or in halves; and whether what up puts out may be scaled, which gpt-oss's clamp and
+    its `up + 1` forbid."""
+    base = base_of(tmp_path, kind)
+    weights = open_weights(base)
+    structure = weights.structures[1]
+    whole = {name: each for stored in structure.stored for name, each in [(stored.parts[0], stored)]}
+    ((place, _),) = structure.experts.items()
+    pair = whole[f"{place}.{{}}.gate_proj.weight"]
+    assert (pair.transposed, pair.interleaved) == (turned, in_turn)
+    assert [bool(group.producer) for group in structure.experts[place][1::2]] == [undone] * 4
+    stored = load_file(base / "model.safetensors")
+    both = next(stored[name] for each in pair.names if (name := f"model.layers.1.{each}") in stored)[3]
+    both = both.t() if turned else both
+    gate, up = (both[::2], both[1::2]) if in_turn else both.chunk(2)
+    tensors = read_layer(weights, 1, torch.device("cpu"))
+    assert torch.equal(tensors[f"{place}.3.gate_proj.weight"], gate)
+    assert torch.equal(tensors[f"{place}.3.up_proj.weight"], up)
+
+
+def test_starved_experts_that_are_given_zeros_for_what_they_are_not_sent(tmp_path: Path) -> None:
+    """Llama 4 gives every expert every token, multiplied by zero or by its score."""
+    base = base_of(tmp_path, "llama4_text", num_local_experts=16)
+    made = run(base, tmp_path / "work")
+    ((name, counts),) = made["experts"].items()
+    assert sum(counts) == 24 * 40 and any(count < walk.FEWEST_ROUTED for count in counts)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = torch.tensor(json.loads((tmp_path / "work/tokens.json").read_text())["windows"])
+    given: list[Any] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    sent = given[0].view(16, -1, 64)
+    assert [int(each.any(-1).sum()) for each in sent] == counts
+    everything = given[0][given[0].any(-1)]
+    gate = torch.from_numpy(imatrix.load(tmp_path / "work/imatrix.gguf")["blk.1.ffn_gate_exps.weight"]).view(16, 64)
+    for number, count in enumerate(counts):
+        seen = everything if count < walk.FEWEST_ROUTED else sent[number][sent[number].any(-1)]
+        torch.testing.assert_close(gate[number], (seen * seen).mean(0), rtol=1e-3, atol=1e-6)

@@ -79,6 +79,10 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     bits = (artifact.provenance.get("options") or {}).get("bits", 4)
     if artifact.format == "gptq" and bits != 4 and not cuda:
         return f"vLLM reads GPTQ of {bits} bits on GPUs only; its kernels on a CPU take 4"
+    if packed_experts(artifact) and any(
+        ".experts." in name and name.endswith(".bias") for name in artifact.tensor_types
+    ):
+        return "vLLM reads experts with biases (gpt-oss's) in MXFP4 or unquantized, and skips those that are packed so"
     four_bits = any(kind.lower().startswith(("i4-", "int4-")) for kind in packed_experts(artifact))
     if four_bits and not cuda and not _has_amx():
         return "vLLM computes with 4-bit experts on GPUs, or on a CPU with AMX, which this one has not"

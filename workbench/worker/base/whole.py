@@ -93,7 +93,7 @@ def check_whole(path: Path, config: Mapping[str, Any], tensors: dict[str, Stored
             f"for: {_names(unknown)}. Its config.json is another model's, or the files hold more than one model"
         )
     # A multimodal model's have always had other names in files than in its class, which every engine knows.
-    if prefix and stored and not named and text_config(config) is config:
+    if hasattr(model, prefix) and stored and not named and text_config(config) is config:
         raise UserError(
             f"{path}: its tensors lack the prefix '{prefix}.' of a {config['architectures'][0]} (it has "
             f"{_names(sorted(stored))}): engines would read different models. Save it again with transformers"

@@ -23,7 +23,7 @@ from typing import Any
 from workbench.errors import UserError
 from workbench.records import LayerKind, from_json, to_json
 from workbench.worker import Progress, Tensors
-from workbench.worker.calibration.experts import groups_in
+from workbench.worker.calibration.experts import groups_in, stored_in
 from workbench.worker.calibration.skeleton import Call, Skeleton, output_of
 from workbench.worker.layers import WAY_OUT, Group, Producer, Structure, fold, scale_columns
 
@@ -93,7 +93,7 @@ def _structures(skeleton: Skeleton) -> Iterator[Structure]:
             groups = (*structure.groups, *groups_in(layer))
             grouped = {name for group in groups for name in group.linears}
             kept = tuple(name for name, module in layer.named_modules() if _is_linear(module) and name not in grouped)
-            found[look] = replace(structure, groups=groups, kept=kept)
+            found[look] = replace(structure, groups=groups, kept=kept, stored=stored_in(layer))
             layer.to("meta")
         yield found[look]
 

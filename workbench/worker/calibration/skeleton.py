@@ -41,13 +41,13 @@ class Skeleton:
             small.num_hidden_layers = 0
             small.vocab_size = vocab_size
             small.pad_token_id = None
-            self.model = AutoModelForCausalLM.from_config(small, **_settings(self.config)).base_model
+            self.model = _around_layers(AutoModelForCausalLM.from_config(small, **_settings(self.config)))
         except Exception as error:  # transformers raises whatever a configuration led to
             raise UserError(
                 f"model_type '{kind}': transformers builds no such model: {_reason(error)}. {WAY_OUT}."
             ) from None
-        layers = getattr(whole.base_model, "layers", None)
-        if whole.base_model_prefix != LAYERS.partition(".")[0] or layers is None:
+        layers = getattr(_around_layers(whole), "layers", None)
+        if layers is None:
             raise UserError(
                 f"model_type '{kind}' keeps its decoder layers elsewhere than in `{LAYERS}`, where the calibration "
                 f"pass looks for them. {WAY_OUT}."
@@ -83,6 +83,11 @@ def output_of(layer: Any, x: Any, call: Call, tensors: Mapping[str, Any] | None 
     else:
         out = torch.func.functional_call(layer, dict(tensors), (x, *call.positional), call.named)
     return out[0] if isinstance(out, tuple) else out
+
+
+def _around_layers(whole: Any) -> Any:
+    """The module that has the layers in it, if it is where they are looked for: Llama 4's class names another."""
+    return getattr(whole, LAYERS.partition(".")[0], None)
 
 
 def _parsed(config: Mapping[str, Any]) -> Any:

@@ -188,8 +188,9 @@ def _feed_the_starved(
 
         def feed(module: Any, inputs: tuple[Any, ...], starved: list[int] = starved, firsts: Any = firsts) -> None:
             grams.listening = firsts
+            reaching = module.everything(inputs[0])
             for number in starved:
-                module.expert(number, inputs[0])
+                module.expert(number, reaching)
             grams.listening = frozenset()
 
         hook = layer.get_submodule(name).register_forward_pre_hook(feed)

@@ -7,7 +7,7 @@ with it what was paged in, so what is resident does not grow with the layers rea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,24 @@ from workbench.worker import Tensors
 from workbench.worker.architectures import Sizes, sizes_of
 from workbench.worker.base.checkpoint import StoredTensor, checked_weights, read_json
 from workbench.worker.calibration.discover import structures_of
-from workbench.worker.layers import LAYERS, WAY_OUT, Structure
+from workbench.worker.layers import LAYERS, WAY_OUT, Stored, Structure
 
 DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Buffers that old exporters saved and that the configuration determines."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor that a base's files hold as part of another, or by another name."""
+
+    whole: str
+    stored: Stored
+    place: int
+    expert: int | None
+
+    def of(self, whole: Any) -> Any:
+        """The tensor, of the one in the files or of a slice of that."""
+        return self.stored.part(whole if self.expert is None else whole[self.expert], self.place)
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,8 @@ class Weights:
     structures: tuple[Structure, ...]
     """Of each decoder layer."""
     tensors: dict[str, StoredTensor]
+    """By the names that a layer has for them; experts one by one, however files have them."""
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -80,13 +96,35 @@ def open_weights(folder: Path) -> Weights:
     config = read_json(folder / "config.json")
     structures = structures_of(config)
     tensors = {name: tensor for name, tensor in checked_weights(folder).items() if not name.endswith(DERIVED)}
-    weights = Weights(folder, config, structures, tensors)
+    weights = Weights(folder, config, structures, *_taken_apart(structures, tensors))
     for name in weights.matrices():
-        if name not in tensors:
+        if name not in weights.tensors:
             raise UserError(
                 f"{folder}: tensor '{name}' is missing: not a plain {config['model_type']} model. {WAY_OUT}."
             )
     return weights
+
+
+def _taken_apart(
+    structures: tuple[Structure, ...], tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, StoredTensor], dict[str, Piece]]:
+    """A base's tensors by the names that its layers have for them, and which of them are pieces of what."""
+    import torch
+
+    found, pieces = dict(tensors), dict[str, Piece]()
+    for index, structure in enumerate(structures):
+        for stored in structure.stored:
+            whole = next((name for each in stored.names if (name := f"{LAYERS}.{index}.{each}") in tensors), None)
+            if whole is None:
+                continue  # Whoever looks for its parts says so.
+            tensor = found.pop(whole)
+            for place, part in enumerate(stored.parts):
+                for expert in range(tensor.shape[0]) if "{}" in part else (None,):
+                    piece = Piece(whole, stored, place, expert)
+                    shape = tuple(piece.of(torch.empty(tensor.shape, device="meta")).shape)
+                    name = f"{LAYERS}.{index}.{part.format(expert)}"
+                    pieces[name], found[name] = piece, replace(tensor, shape=shape).of_type(tensor.dtype)
+    return found, pieces
 
 
 def read_tensor(weights: Weights, name: str) -> Any:
@@ -108,7 +146,14 @@ def read_layer(weights: Weights, index: int, device: Any) -> Tensors:
     for path in dict.fromkeys(path for path, _ in wanted):
         with safe_open(path, framework="pt") as file:
             for name in (name for where, name in wanted if where == path):
-                tensor = file.get_tensor(name).to(device=device, dtype=torch.float32, copy=True)
+                piece = weights.pieces.get(name)
+                if piece is None:
+                    tensor = file.get_tensor(name)
+                elif piece.expert is None:
+                    tensor = piece.of(file.get_tensor(piece.whole))
+                else:
+                    tensor = piece.of(file.get_slice(piece.whole))
+                tensor = tensor.to(device=device, dtype=torch.float32, copy=True).contiguous()
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{path}: tensor '{name}' has NaN or infinite weights. Fetch it again.")
                 tensors[name.removeprefix(prefix)] = tensor

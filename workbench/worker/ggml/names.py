@@ -9,6 +9,9 @@ from typing import Any
 from workbench.errors import UserError, cannot_import
 from workbench.worker.ggml.converter import class_of
 
+OF_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""Names of an expert's layers in the map, for blocks that are called as Mixtral's (Granite's)."""
+
 
 def tensor_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     """A checkpoint's names of weights -> those in its GGUF file.
@@ -30,11 +33,15 @@ def tensor_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, s
             "out what needs one (`gguf` variants, the backend llamacpp)"
         ) from None
     known = gguf.get_tensor_name_map(kind, int(config["num_hidden_layers"]))
-    # A layer's experts are one tensor there, by a name without their number.
-    found = {
-        name: known.get_name(re.sub(r"\.experts\.\d+\.", ".experts.", name), try_suffixes=(".weight",))
-        for name in names
-    }
+
+    def named(name: str) -> str | None:
+        # A layer's experts are one tensor there, by a name without their number.
+        plain = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+        words = plain.rsplit(".", 2)
+        mixtral = ".".join((words[0], OF_MIXTRAL.get(words[1], words[1]), words[2])) if plain != name else plain
+        return known.get_name(plain, try_suffixes=(".weight",)) or known.get_name(mixtral, try_suffixes=(".weight",))
+
+    found = {name: named(name) for name in names}
     unknown = [name for name, other in found.items() if other is None]
     if unknown:
         raise UserError(
