@@ -73,7 +73,7 @@ def rewrite(source: Path, out: Path, *, split_max_tensors: int = 0, **entries: A
 
 def pack_as_autoawq(base: Path, out: Path, size: int = 64) -> Path:
     """A directory's linear layers rounded to nearest and packed as AutoAWQ's `WQLinear_GEMM.from_linear` does it."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     tensors, made = load_file(base / "model.safetensors"), dict[str, Any]()
     for name, weight in tensors.items():
@@ -88,13 +88,54 @@ def pack_as_autoawq(base: Path, out: Path, size: int = 64) -> Path:
         stem = name.removesuffix(".weight")
         made[f"{stem}.qweight"] = _words(codes.reshape(weight.shape).t())
         made[f"{stem}.qzeros"], made[f"{stem}.scales"] = _words(zeros.t()), scales.t().contiguous()
-    out.mkdir()
-    for file in base.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copyfile(file, out / file.name)
-    save_file(made, out / "model.safetensors", metadata={"format": "pt"})
+    _save_beside(base, out, made)
     how = {"bits": 4, "group_size": size, "modules_to_not_convert": None, "quant_method": "awq", "version": "gemm"}
     configure(out, quantization_config=how | {"zero_point": True}, torch_dtype="float16", dtype=None)
+    return out
+
+
+def pack_by_gptqmodel(base: Path, out: Path, method: str, bits: int = 4, size: int = 32) -> Path:
+    """A directory's linear layers rounded to nearest, AWQ between each group's extremes and GPTQ around zero, and
+    packed by GPTQModel's own layers: AutoAWQ's layout, or version 1 of GPTQ's."""
+    import torch
+    from gptqmodel import QuantizeConfig
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+    from safetensors.torch import load_file
+
+    largest, made = 2**bits - 1, dict[str, Any]()
+    for name, weight in load_file(base / "model.safetensors").items():
+        if not (name.startswith("model.layers.") and weight.dim() == 2):
+            made[name] = weight.half()
+            continue
+        groups = weight.float().unflatten(1, (-1, size))
+        low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+        if method == "gptq":
+            high = torch.maximum(high, -low)
+            low = -high
+        scales = ((high - low) / largest).half().float()
+        zeros = torch.full_like(scales, 2 ** (bits - 1)) if method == "gptq" else (-low / scales).round()
+        codes = ((groups / scales[:, :, None]).round() + zeros[:, :, None]).clamp(0, largest)
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight.data = ((codes - zeros[:, :, None]) * scales[:, :, None]).flatten(1)
+        sizes, stem = (weight.shape[1], weight.shape[0]), name.removesuffix(".weight")
+        if method == "awq":
+            layer: Any = AwqTorchLinear(bits, size, False, False, *sizes, pack_dtype=torch.int32)
+            layer.pack(linear, scales, zeros)
+        else:
+            layer = TorchLinear(bits, size, True, False, *sizes)
+            layer.pack(linear, scales, zeros, torch.arange(weight.shape[1], dtype=torch.int32) // size)
+            convert_gptq_v2_to_v1_format_module(layer, QuantizeConfig(bits=bits, group_size=size))
+        parts = ("qweight", "qzeros", "scales", *(("g_idx",) if method == "gptq" else ()))
+        made |= {f"{stem}.{part}": getattr(layer, part).contiguous() for part in parts}
+    _save_beside(base, out, made)
+    how: dict[str, Any] = {"quant_method": method, "bits": bits, "group_size": size}
+    if method == "awq":
+        how |= {"zero_point": True, "version": "gemm"}
+    else:
+        how |= {"sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+    configure(out, quantization_config=how, torch_dtype="float16", dtype=None)
     return out
 
 
@@ -112,3 +153,14 @@ def _words(codes: Any) -> Any:
     for place, column in enumerate(NIBBLES_OF_AUTOAWQ):
         words |= codes.long()[:, column::8] << 4 * place
     return words.where(words < 1 << 31, words - (1 << 32)).int()
+
+
+def _save_beside(base: Path, out: Path, tensors: dict[str, Any]) -> None:
+    """Tensors as a directory with whatever else the base's has."""
+    from safetensors.torch import save_file
+
+    out.mkdir()
+    for file in base.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, out / file.name)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})

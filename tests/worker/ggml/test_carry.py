@@ -1,6 +1,6 @@
 """AWQ and GPTQ in llama.cpp's blocks: the blocks by hand, every width of a checkpoint, and what is refused.
 
-Every architecture's logits in llama.cpp: `tests/worker/test_architectures.py`.
+Every architecture's weights: `tests/worker/test_carried_weights.py`, its logits in llama.cpp: `test_architectures.py`.
 """
 
 from __future__ import annotations
