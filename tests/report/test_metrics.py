@@ -44,6 +44,7 @@ def test_every_metric_by_hand() -> None:
     )
     assert values(row) == {
         "bits_per_weight": 16.0,
+        "engine_bits_per_weight": pytest.approx(700 * 8 / 1_000_000),
         "disk_bytes": 2_000_000,
         "load_s": 1.5,
         "peak_rss_bytes": 1000,
@@ -90,6 +91,7 @@ def test_the_delta_by_hand() -> None:
 def test_directions_and_order() -> None:
     assert list(METRICS) == [
         "bits_per_weight",
+        "engine_bits_per_weight",
         "disk_bytes",
         "load_s",
         "peak_rss_bytes",

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Literal
 
 from workbench.records import Row
-from workbench.report import estimates, loads, quality, speeds
+from workbench.report import estimates, forms, loads, quality, speeds
 from workbench.report.estimates import Estimate
 from workbench.report.units import MIB
 
@@ -135,6 +135,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("bits_per_weight", "bits per weight", "bit", "lower", _bits_per_weight,
            column=Column("bpw", "bit", ".2f", 1, "Bytes of all weight tensors x 8 over parameters", "always"),
            judged=Judged(10, 0.001, exact=True, nightly=False)),
+    Metric("engine_bits_per_weight", "bits per weight in the engine", "bit", "lower", forms.bits_in_engine),
     Metric("disk_bytes", "size", "B", "lower", _disk_bytes,
            column=Column("size", "MiB", ".1f", MIB, printed="always"),
            judged=Judged(9, 0.001, exact=True)),

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from workbench.errors import check_known
 from workbench.records import Task
-from workbench.report import loads, quality
+from workbench.report import forms, loads, quality
 from workbench.report.doubts import quality_missing
 from workbench.report.loads import Figures
 from workbench.report.metrics import METRICS
@@ -161,6 +161,9 @@ def _object(line: Line) -> dict[str, object]:
         "variant": row.artifact.variant,
         "method": row.artifact.method,
         "format": row.artifact.format,
+        "container": forms.container(row),
+        "weights_held": forms.held(row),
+        "carried_from": forms.carried_from(row),
         "backend": row.backend,
         "device": row.device,
         "options": dict(row.options),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from workbench.records import Row
+from workbench.report import forms
 from workbench.report.formats.data import comma_separated
 from workbench.report.site.across import across
 from workbench.report.site.choice import choices
@@ -86,10 +87,12 @@ def details(table: Table, command: Callable[[Row], str | None]) -> list[Details]
 def _details(line: Line, id: str, title: str, command: Callable[[Row], str | None]) -> Details:
     row = line.row
     artifact, settings = row.artifact, row.measurement.settings if row.measurement else row.options
+    bits = f", {artifact.bits_per_weight:.3f} bits a weight" if artifact.bits_per_weight else ""
+    size = f"{artifact.disk_bytes:,} bytes ({mib_text(artifact.disk_bytes)}){bits}"
     facts = [
         ("file", artifact.path.rpartition("/")[2]),
-        ("weights", f"{artifact.disk_bytes:,} bytes ({mib_text(artifact.disk_bytes)})" if artifact.disk_bytes else ""),
-        ("bits a weight", f"{artifact.bits_per_weight:.3f}" if artifact.bits_per_weight else ""),
+        ("weights", size if artifact.disk_bytes else ""),
+        ("in the engine", forms.words(row) if row.measurement else ""),
         ("made from", artifact.digest),
         ("versions", ", ".join(f"{name} {version}" for name, version in row.versions.items())),
         ("ran with", ", ".join(f"{name} {_brief(value)}" for name, value in settings.items() if value is not None)),

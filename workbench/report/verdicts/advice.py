@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from workbench.report import estimates
+from workbench.report import estimates, forms
 from workbench.report.selection import BASE
 from workbench.report.speeds import Rate
 from workbench.report.units import printable
@@ -113,6 +113,7 @@ def _figures(one: Candidate) -> list[str]:
     perplexity, memory, size = line.values["perplexity"], memory_bytes(line), line.values["disk_bytes"]
     sizes = [size_text(memory) if memory else "", f"{size_text(size)} on disk" if size else ""]
     parts = [
+        ("weights", printable(forms.words(line.row))),
         ("speed", _rate(one.decode)),
         ("prompts", _rate(one.prefill)),
         ("served", _rate(one.served)),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from workbench.errors import unknown
 from workbench.records import Row
+from workbench.report import forms
 from workbench.report.speeds import Rate
 from workbench.report.table import Line, Table
 from workbench.report.verdicts.advice import Recommendation
@@ -126,6 +127,9 @@ def _object(one: Candidate | None) -> dict[str, object] | None:
         "backend": line.row.backend,
         "base": line.row.base,
         "path": line.row.artifact.path,
+        "container": forms.container(line.row),
+        "weights_held": forms.held(line.row),
+        "engine_bits_per_weight": line.values["engine_bits_per_weight"],
         "decode_tok_s": _median(one.decode),
         "decode_tok_s_ci": _interval(one.decode),
         "prefill_tok_s": _median(one.prefill),

@@ -321,6 +321,7 @@ class Engine:
         if self._packed and self._device == "cpu":
             settings["warnings"] = ["packed weights through the plain reference: their size is real, the speed is not"]
         elif self._format in DEQUANTIZED and not self._packed:
+            settings["kernel"] = "none, de-quantized"
             name = "GGUF" if self._format == "gguf" else self._format
             settings["warnings"] = [
                 f"{name} de-quantized to {dtype} at load: size in memory and speed are those of {dtype}"
@@ -336,7 +337,5 @@ class Engine:
 
     def _kernel(self) -> str:
         """What computes where `kernels/` does not; GPTQModel chooses a class of layer for the machine."""
-        if self._format == "gguf":
-            return "none, de-quantized"
         chosen = {type(module).__name__ for module in self._model.modules() if "qweight" in module._buffers}
         return " ".join(["gptqmodel", *sorted(chosen)])
