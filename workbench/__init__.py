@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench.api import Run as Run
     from workbench.api import compare as compare
+    from workbench.api import cost as cost
     from workbench.api import load as load
     from workbench.api import plan as plan
     from workbench.api import profile as profile
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = (
-    *("Run", "UserError", "compare", "load", "plan", "profile", "profile_endpoint", "quantize", "recommend", "rows"),
-    *("run", "table", "__version__"),
+    *("Run", "UserError", "compare", "cost", "load", "plan", "profile", "profile_endpoint", "quantize", "recommend"),
+    *("rows", "run", "table", "__version__"),
 )
 
 

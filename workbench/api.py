@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from workbench.quantize.make import Made
     from workbench.recipe.load import Recipe
     from workbench.records import LayerKind, Row
+    from workbench.report.cost import Costs
     from workbench.report.table import Table
     from workbench.report.verdicts.compare import Comparison
     from workbench.report.verdicts.recommend import Recommendation
@@ -208,6 +209,28 @@ def compare(
     before, after = (wing.select(known, str(spec)) if _is_word(spec) else _rows(spec, True, say) for spec in (old, new))
     only = {"machine": machine, "evaluation": evaluation, "recipe": recipe}
     return wing.compare(before, after, thresholds=limits, measurement_version=measurement_version, **only)
+
+
+def cost(
+    prices: Place,
+    results: Place | Sequence[Place] | Sequence[Row] = RESULTS,
+    *,
+    limits: Sequence[str] = (),
+    machine: str | None = None,
+    recipe: str | None = None,
+) -> Costs:
+    """What tokens cost on the machines of stored rows and at APIs, by the prices of a YAML file (docs: Servers).
+
+    `limits`: as `ttft:500ms`, what a request must keep to count; without any, each row's own. `str()` of it is the
+    table with its assumptions; `month_of` an offer is its cost at another traffic.
+    """
+    from workbench.profile.endpoint import limits_of
+    from workbench.recipe.prices import load_prices
+    from workbench.report.cost import costs
+
+    found = load_prices(prices)
+    rows = [row for row in _rows(results) if recipe in (None, row.recipe) and machine in (None, row.machine.name)]
+    return costs(rows, found, limits_of(limits))
 
 
 def recommend(

@@ -11,12 +11,12 @@ from workbench import __version__
 from workbench.cli import options as o
 from workbench.cli.keeping import clean, doctor, ls, rm, schema, verify
 from workbench.cli.making import plan, profile, quantize, run
-from workbench.cli.reading import compare, recommend, report, table
+from workbench.cli.reading import compare, cost, recommend, report, table
 from workbench.cli.sharing import card, nightly, publish, push
 from workbench.console import command
 
 COMMANDS = (
-    *(run, quantize, profile, table, compare, recommend, plan, report),
+    *(run, quantize, profile, table, compare, recommend, cost, plan, report),
     *(publish, nightly, card, push, doctor, schema, clean),
 )
 """In the order of `--help`."""

@@ -43,6 +43,14 @@ SomeRecipe = Annotated[
     Argument(help="A recipe; without one, that last quantized on this machine.", show_default=False),
 ]
 Recipes = Annotated[list[Path], Argument(help="The recipes of the night.", show_default=False)]
+PriceFile = Annotated[
+    Path,
+    Argument(help="A YAML file of prices and traffic (see the documentation: Servers).", show_default=False),
+]
+CostPlot = Annotated[
+    Path | None,
+    Option("--plot", help="Draw the cost a month over traffic, as FILE.svg or FILE.png.", show_default=False),
+]
 SomeRows = Annotated[
     list[str] | None,
     Argument(help="Files, folders or URLs of rows; default: the results folder.", show_default=False, callback=_home),

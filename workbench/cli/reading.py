@@ -1,4 +1,4 @@
-"""What reads stored rows: `table`, `compare`, `recommend`, `report`."""
+"""What reads stored rows: `table`, `compare`, `recommend`, `cost`, `report`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workbench import api
 from workbench.cli import options as o
 from workbench.cli.rows import ENDINGS, check_format, stored, tell
 from workbench.console import write
-from workbench.errors import check_known
+from workbench.errors import UserError, check_known
 from workbench.report.formats import FILE_FORMATS, FORMATS
 
 
@@ -120,6 +120,39 @@ def recommend(
     if found.command and found.command.startswith("llama-server") and not shutil.which("llama-server"):
         print("llama-server is not here: it comes with llama.cpp's own releases, not with its binding", file=sys.stderr)
     raise typer.Exit(0 if row else 1)
+
+
+def cost(
+    prices: o.PriceFile,
+    rows: o.SomeRows = None,
+    results: o.Results = o.RESULTS,
+    slo: o.Slo = None,
+    recipe: o.OnlyRecipe = None,
+    machine: o.OnlyMachine = None,
+    plot: o.CostPlot = None,
+    format: o.TextFormat = "terminal",
+) -> None:
+    """What tokens cost on the machines that were measured and at APIs, by the prices of a file; exit with 1 if nothing
+    can be told."""
+    import json
+    from dataclasses import asdict
+
+    from workbench.report.site.cost_plot import cost_plot
+    from workbench.report.site.svg import png, standalone
+
+    check_known("format", format, ["terminal", "json"])
+    found = api.cost(prices, stored(rows or [results]), limits=slo or (), machine=machine, recipe=recipe)
+    told = {"offers": [asdict(each) for each in found.offers], "assumptions": found.assumptions}
+    sys.stdout.write(
+        json.dumps(told | {"left_out": found.left_out}, indent=2) + "\n" if format == "json" else str(found)
+    )
+    if plot is not None and found.offers:
+        svg = standalone(cost_plot(found))
+        picture = png(svg) if plot.suffix == ".png" else None
+        if plot.suffix == ".png" and picture is None:
+            raise UserError("a plot as PNG needs resvg-py: pip install resvg-py, or name a file.svg")
+        write(plot, svg if picture is None else picture)
+    raise typer.Exit(0 if found.offers else 1)
 
 
 def report(
