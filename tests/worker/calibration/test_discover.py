@@ -169,6 +169,7 @@ def test_a_producer_that_does_not_hold_on_the_base_is_left_out() -> None:
     ("kind", "more", "words"),
     [
         ("inkling_text", {}, "its experts are no gated pair of linear layers"),
+        ("jetmoe", {"num_local_experts": 4, "kv_channels": 16}, "its experts are no gated pair of linear layers"),
         ("gpt_neox", {}, "keeps its decoder layers elsewhere than in `model.layers`"),
         ("mamba", {}, "keeps its decoder layers elsewhere than in `model.layers`"),
         ("t5", {}, "is no causal language model"),

@@ -170,8 +170,11 @@ def single(fused: Any, spelling: Spelling, layout: Layout) -> Any:
 
 
 def _has_experts(module: Any) -> bool:
-    """Whether a module holds matrices of several experts as one parameter."""
-    return any(each.dim() == 3 and "proj" in name for name, each in module.named_parameters(recurse=False))
+    """Whether a module holds matrices of several experts as one parameter; a convolution's is none."""
+    import torch
+
+    named = [] if isinstance(module, torch.nn.Conv1d) else module.named_parameters(recurse=False)
+    return any(each.dim() == 3 and (name == "weight" or "proj" in name) for name, each in named)
 
 
 def _mapping(model_type: str) -> Sequence[Any]:
