@@ -17,6 +17,7 @@ from workbench.recipe.load import Recipe, parse
 from workbench.records import Variant
 from workbench.shape import Sequences, Shape
 from workbench.worker.backends import backend_named
+from workbench.worker.methods import method_named
 
 TINY = {
     "model_type": "llama",
@@ -311,3 +312,36 @@ def test_what_is_longer_than_the_context_is_refused(tokens: int, refused: bool) 
     ):
         plan.check_context(recipe(GGUF, workload=load), 4096)
     plan.check_context(recipe(GGUF, workload=load), 0)
+
+
+def test_a_gguf_file_in_vllm_is_de_quantized_or_stays_packed() -> None:
+    """On a CPU only the type of 4 bits, on a GPU that of 8 too; the output matrix of Q6_K and norms in 16 bits."""
+    of, backend, method = shape(), backend_named("vllm"), method_named("gguf")
+    plain = of.parameters - 2 * LINEAR
+    for kind, bits, where in (("Q4_0", 4.5, (False, True)), ("Q8_0", 8.5, (True,))):
+        stored = method.sizes(of, method.Options(type=kind), "gguf")
+        for cuda in (False, True):
+            weights, packed = (
+                backend.needs(of, "gguf", stored, LOAD, backend.Options(gguf=how), cuda).weights
+                for how in ("dequantize", "repack")
+            )
+            assert weights == 2 * of.parameters
+            assert packed == (2 * LINEAR * bits / 8 + 2 * plain if cuda in where else weights), (kind, cuda)
+
+
+def test_an_option_that_came_later_leaves_keys_as_they_were() -> None:
+    """What was measured before there was `gguf: repack` is not measured again."""
+    base = {"base": {"path": "x"}, "variants": [{"gguf": "Q4_0"}]}
+    for backend in ("vllm", "vllm-serve"):
+        before, packed = (
+            parse({**base, "backends": {backend: given}}, Path("r.yaml")).backends[0].options
+            for given in ({}, {"gguf": "repack"})
+        )
+        assert "gguf" not in before and packed == before | {"gguf": "repack"}
+
+
+def test_packed_kernels_of_vllm_are_for_16_bits() -> None:
+    backend = backend_named("vllm")
+    said = "vLLM's packed kernels compute in 16 bits: leave out `gguf: repack` or `dtype: float32`"
+    assert backend.refuses(backend.Options(dtype="float32", gguf="repack"), False) == said
+    assert backend.refuses(backend.Options(dtype="float16", gguf="repack"), False) is None

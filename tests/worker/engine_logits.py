@@ -16,7 +16,7 @@ def collect(payload: dict[str, Any], progress: Any) -> dict[str, str]:
     """Logits of every position but the last, [tokens - 1, vocabulary] float32, into one safetensors file.
 
     Payload: `backend`, `models` (name -> `path`, `format`, `options` of the backend), `ids`, `out`. Returns the
-    traceback's last line for each model that could not be loaded or run.
+    traceback's last line for each model that could not be loaded or run. The file's metadata names each one's kernel.
     """
     import gc
     import importlib
@@ -31,20 +31,21 @@ def collect(payload: dict[str, Any], progress: Any) -> dict[str, str]:
     quality.Reducer = Keeper  # type: ignore[misc,assignment]
     module = importlib.import_module(BACKENDS[payload["backend"]])
     module.load_engine()
-    found, failures = {}, {}
+    found, kernels, failures = {}, {}, {}
     for number, (name, model) in enumerate(payload["models"].items()):
         progress(number, len(payload["models"]), name)
         try:
             engine = module.Engine(_job(payload["backend"], model))
             engine.score(Scoring(TokenFile([payload["ids"]], [0])), lambda _: None)
             found[name] = Keeper.rows(len(payload["ids"]) - 1)
+            kernels[name] = str(engine.settings().get("kernel"))
             del engine
             # vLLM collects garbage several times a start, each time through all that was ever imported.
             gc.freeze()
         except Exception as error:
             traceback.print_exc()
             failures[name] = f"{type(error).__name__}: {error}"
-    save_file(found, payload["out"])
+    save_file(found, payload["out"], kernels)
     return failures
 
 
@@ -106,26 +107,6 @@ def convert_and_quantize(payload: dict[str, Any], progress: Any) -> dict[str, An
             gguf.quantize(order, progress)
             made[name][kind] = str(out)
     return made
-
-
-def join_layers(out: Path, files: list[Path]) -> None:
-    """A GGUF file with each layer of another of these files, which are of one model; the first has everything else."""
-    import gguf
-    import numpy as np
-
-    from workbench.worker.ggml.encode import copy_metadata
-
-    readers = [gguf.GGUFReader(str(file)) for file in files]
-    writer = gguf.GGUFWriter(str(out), "llama")
-    copy_metadata(readers[0], writer)
-    tensors = [{tensor.name: tensor for tensor in reader.tensors} for reader in readers]
-    for name in tensors[0]:
-        tensor = tensors[int(name.split(".")[1]) if name.startswith("blk.") else 0][name]
-        writer.add_tensor(name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def llama_logits(payload: Any, progress: Any) -> dict[str, Any]:

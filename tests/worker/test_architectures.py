@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.places import ROOT
-from tests.worker.engine_logits import convert_and_quantize, join_layers
+from tests.worker.others import convert
 from tests.worker.small_models import (
     MODELS,
     dequantized,
@@ -24,12 +24,14 @@ from tests.worker.small_models import (
     write_model,
     write_sentencepiece,
 )
-from tests.worker.unpacking import exact, from_gguf, load_base
+from tests.worker.unpacking import dequantize_gptq, exact, from_gguf, load_base
 from workbench.machine import isolate
 from workbench.worker.architectures import ARCHITECTURES
 from workbench.worker.backends import BACKENDS
 from workbench.worker.calibration import run as calibrate
 from workbench.worker.ggml import carry
+from workbench.worker.ggml.index import entries
+from workbench.worker.ggml.quantizer import run_quantizer
 
 # --- engines ------------------------------------------------------------------------------------
 
@@ -121,28 +123,36 @@ def in_transformers(logits_of: Any, checkpoints: dict[str, Any]) -> dict[str, An
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of a layer a type that its blocks of 256 fit."""
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of every kind a file in which the decoder's matrices take turns at every type: vLLM starts once a kind."""
     pytest.importorskip("llama_cpp")
-    folder = tmp_path_factory.mktemp("mixed")
-    shape = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": len(EVERY_TYPE)}
-    write_sentencepiece(write_model(folder / "base", "llama", 7, **(WIDE | shape)))
-    names = [f"{name}_S" if name in ("Q3_K", "Q4_K", "Q5_K") else name for name in EVERY_TYPE]
-    payload = {"models": {"0": {"base": str(folder / "base"), "imatrix": None}}, "types": names, "folder": str(folder)}
-    made = convert_and_quantize(payload, lambda *_: None)["0"]
-    join_layers(folder / "mixed.gguf", [Path(made[name]) for name in names])
-    return folder / "mixed.gguf"
+    found = {}
+    for seed, (kind, sizes) in enumerate(KINDS.items()):
+        folder = tmp_path_factory.mktemp(f"mixed-{kind}")
+        # Rows of whole blocks of 256, and as many matrices as there are types at least.
+        shape = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 3}
+        shape |= {"query_pre_attn_scalar": 64} if kind.startswith("gemma") else {}
+        shape |= {key: value for key, value in sizes.items() if key not in shape or key == "num_hidden_layers"}
+        base = write_sentencepiece(write_model(folder / "base", kind, seed, **(WIDE | shape)))
+        source, found[kind] = convert(base, folder / "exact.gguf"), folder / "mixed.gguf"
+        matrices = [each.name for each in entries(str(source)) if each.name.startswith("blk.") and each.shape[1] > 1]
+        types = {name: EVERY_TYPE[(seed + place) % len(EVERY_TYPE)] for place, name in enumerate(matrices)}
+        run_quantizer(str(source), str(found[kind]), "Q8_0", None, 2, progress=lambda *_: None, types=types)
+    return found
 
 
 @pytest.fixture(scope="module")
 def from_vllm(
-    logits_of: Any, checkpoints: dict[str, Any], folder: Path, files: dict[str, dict[str, str]], mixed: Path
+    logits_of: Any, checkpoints: dict[str, Any], folder: Path, files: dict[str, dict[str, str]], mixed: dict[str, Path]
 ) -> Any:
     pytest.importorskip("vllm")
     last = {"llama/gptq-8bit": {"path": str(folder / "llama/gptq-8bit"), "format": "gptq"}}
-    every = checkpoints | {name: model for name, model in in_gguf(files).items() if "F32" not in name} | last
+    every = checkpoints | {"llama/Q4_0": in_gguf(files)["llama/Q4_0"]} | last
     asked = {name: {**model, "options": {"enforce_eager": True}} for name, model in every.items()}
-    asked["mixed"] = {"path": str(mixed), "format": "gguf", "options": {"enforce_eager": True, "dtype": "float32"}}
+    exactly = {"format": "gguf", "options": {"enforce_eager": True, "dtype": "float32"}}
+    asked |= {f"{kind}/mixed": {"path": str(path), **exactly} for kind, path in mixed.items()}
+    packed = {"format": "gguf", "options": {"enforce_eager": True, "gguf": "repack"}}
+    asked |= {f"{kind}/repacked": {"path": each["Q4_0"], **packed} for kind, each in files.items()}
     return logits_of("vllm", asked)
 
 
@@ -233,44 +243,79 @@ def test_gguf_with_the_matrix_from_the_pass_to_llamacpps_logits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_gguf_to_vllms_logits(
-    kind: str, folder: Path, files: dict[str, dict[str, str]], in_vllm: dict[str, Any], ids: list[int]
+def test_gguf_to_vllms_logits_as_it_is_measured(
+    folder: Path, files: dict[str, dict[str, str]], in_vllm: dict[str, Any], ids: list[int]
 ) -> None:
-    """Where Llama's files have the rows of queries and keys in another order than checkpoints, for one."""
-    base = exact(load_base(folder / kind / "base"), ids)
-    for name in TYPES:
-        wanted = exact(from_gguf(folder / kind / "base", files[kind][name]), ids)
-        near, far = (relative(in_vllm[f"{kind}/{name}"][:, : base.shape[1]], other) for other in (wanted, base))
-        print(f"{kind} {name} vllm: {near:.4f} from its own weights, {far:.4f} from the base")
-        assert near < NEAR, name
-        assert far > 3 * NEAR or name == "Q8_0", "or the bound above says nothing"
+    """In bfloat16, which it computes in unless it is told."""
+    base = exact(load_base(folder / "llama/base"), ids)
+    wanted = exact(from_gguf(folder / "llama/base", files["llama"]["Q4_0"]), ids)
+    near, far = (relative(in_vllm["llama/Q4_0"][:, : base.shape[1]], other) for other in (wanted, base))
+    assert near < NEAR and far > 3 * NEAR
 
 
 @pytest.mark.slow
-def test_every_type_of_gguf_in_engines_that_unpack_it(mixed: Path, in_vllm: dict[str, Any], ids: list[int]) -> None:
-    """A layer each: the weights that vLLM's loader gets, vLLM's and transformers' logits, by gguf's own
-    de-quantization."""
-    import gguf
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_type_of_gguf_in_engines_that_unpack_it(
+    kind: str, mixed: dict[str, Path], in_vllm: dict[str, Any], ids: list[int]
+) -> None:
+    """The weights that vLLM's loader gets, vLLM's and transformers' logits, by gguf's own de-quantization; Llama's
+    files have the rows of queries and keys in another order than checkpoints, for one."""
     import torch
 
     from workbench.worker.base.gguf_config import load_gguf, read_gguf
     from workbench.worker.base.gguf_weights import weights_of
 
-    kinds = {each.tensor_type.name for each in gguf.GGUFReader(str(mixed)).tensors}
-    assert kinds - {"F32"} == {*EVERY_TYPE}
-    model = from_gguf(mixed.parent / "base", str(mixed))
-    state, given = model.state_dict(), dict(weights_of(mixed, read_gguf(mixed)))
-    assert set(given) >= {name for name in state if name.endswith("_proj.weight")}
-    assert [name for name, weight in given.items() if not torch.equal(weight, state[name])] == []
+    path, base = mixed[kind], mixed[kind].parent / "base"
+    assert {each.kind for each in entries(str(path))} - {"F32"} == {*EVERY_TYPE}
+    model = from_gguf(base, str(path))
+    state, given = model.state_dict(), dict(weights_of(path, read_gguf(path)))
+    matrices = {name for name in state if name.endswith("_proj.weight")}
+    assert set(given) >= matrices
+    assert [name for name in matrices if not torch.equal(given[name], state[name])] == []
     wanted = exact(model, ids)
-    found = exact(load_gguf(mixed, {"dtype": torch.float32}).eval(), ids)[:, : wanted.shape[1]]
+    # Gemma 2's capped scores are left out by the fast kernel.
+    eagerly = {"dtype": torch.float32, "attn_implementation": "eager"}
+    found = exact(load_gguf(path, eagerly).eval(), ids)[:, : wanted.shape[1]]
     assert relative(found, wanted) < 1e-4
-    near = relative(in_vllm["mixed"][:, : wanted.shape[1]], wanted)
+    near = relative(in_vllm[f"{kind}/mixed"][:, : wanted.shape[1]], wanted)
+    print(f"{kind} mixed vllm: {near:.1e} from its own weights")
     assert near < NEAR_EXACT
-    for layer, kind in enumerate(EVERY_TYPE):
-        other = relative(exact(from_gguf(mixed.parent / "base", str(mixed), without=f"blk.{layer}."), ids), wanted)
-        assert other > max(1e-3, 2 * near), f"the bound says nothing of {kind}"
+    for each in EVERY_TYPE:
+        other = relative(exact(from_gguf(base, str(path), without=each), ids), wanted)
+        print(f"{kind} without {each}: {other:.1e}")
+        assert other > max(1e-3, 2 * near), f"the bound says nothing of {each}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_gguf_repacked_for_vllms_kernels(
+    kind: str, folder: Path, files: dict[str, dict[str, str]], in_vllm: dict[str, Any], ids: list[int]
+) -> None:
+    """The file's weights, bit for bit, as its loader gets them (of 8 bits where a GPU's kernels take them), and the
+    logits of those that a CPU's take."""
+    import torch
+    from safetensors import safe_open
+
+    from workbench.worker.backends import vllm_gguf
+
+    base = folder / kind / "base"
+    for name, bits in (("Q4_0", 4), ("Q8_0", 8)):
+        path = Path(files[kind][name])
+        packing = vllm_gguf.packing(path, cpu=False)
+        state = from_gguf(base, str(path)).state_dict()
+        assert set(packing.stems) == {each.removesuffix(".weight") for each in state if each.endswith("_proj.weight")}
+        assert (packing.kind, vllm_gguf.packing(path, cpu=True).kind) == (name, name if bits == 4 else "")
+        given = dict(vllm_gguf._weights(path, packing.stems))
+        for stem in packing.stems:
+            parts = {part: given[f"{stem}.{part}"] for part in ("qweight", "qzeros", "scales")}
+            runs = torch.arange(state[f"{stem}.weight"].shape[1]) // 32
+            assert torch.equal(dequantize_gptq(parts | {"g_idx": runs}, bits), state[f"{stem}.weight"]), stem
+    with safe_open(folder / "vllm.safetensors", framework="pt") as file:
+        assert file.metadata()[f"{kind}/repacked"] == "vllm, Q4_0 as gptq"
+    plain, wanted = (exact(each, ids) for each in (load_base(base), from_gguf(base, files[kind]["Q4_0"])))
+    near, far = (relative(in_vllm[f"{kind}/repacked"][:, : plain.shape[1]], each) for each in (wanted, plain))
+    print(f"{kind} Q4_0 repacked vllm: {near:.4f} from its own weights, {far:.4f} from the base")
+    assert near < NEAR and far > 3 * NEAR
 
 
 @pytest.mark.slow

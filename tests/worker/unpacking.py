@@ -73,8 +73,8 @@ def load_base(folder: Path) -> Any:
 
 
 def from_gguf(base: Path, path: str, without: str = "none") -> Any:
-    """The base's model with a GGUF file's matrices in place, de-quantized by the `gguf` package; those whose names
-    begin as `without` says stay the base's."""
+    """The base's model with a GGUF file's matrices in place, de-quantized by the `gguf` package; those of the type
+    `without` stay the base's."""
     import gguf
 
     config = json.loads((base / "config.json").read_text())
@@ -88,7 +88,7 @@ def from_gguf(base: Path, path: str, without: str = "none") -> Any:
     seen = set()
     for tensor in gguf.GGUFReader(path).tensors:
         seen.add(tensor.name)
-        if tensor.name in names and not tensor.name.startswith(without):
+        if tensor.name in names and tensor.tensor_type.name != without:
             weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
             weight = weight.reshape(state[names[tensor.name]].shape)
             if config["model_type"] in ("llama", "mistral") and ".attn_q." in tensor.name:

@@ -16,7 +16,7 @@ from workbench.errors import UserError, short, unknown
 from workbench.recipe.messages import validate
 from workbench.recipe.words import bad_name, twin
 from workbench.records import CarriedVariant, Variant, to_json
-from workbench.worker.backends import BACKENDS, backend_named
+from workbench.worker.backends import BACKENDS, Backend, backend_named
 from workbench.worker.methods import BASE, METHODS, Making, Method, method_named
 
 MOST_VARIANTS = 200
@@ -146,9 +146,9 @@ def _made(value: Any, word: str, where: str, place: str) -> list[Variant]:
     return made
 
 
-def _as_before(method: Method, options: Any) -> dict[str, object]:
+def _as_before(module: Method | Backend, options: Any) -> dict[str, object]:
     """Options as JSON, without those that came later and say nothing: keys are made of them, and stay."""
-    later = [each for each in fields(options) if each.name in getattr(method, "LATER", ())]
+    later = [each for each in fields(options) if each.name in getattr(module, "LATER", ())]
     usual = {
         each.name: to_json(each.default_factory() if callable(each.default_factory) else each.default) for each in later
     }
@@ -204,7 +204,7 @@ def parse_backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple
                 raise UserError(f"{where}: {place}.{axis}: names a value twice")
         for one in _points(options, backend.AXES):
             checked = validate(TypeAdapter(backend.Options), one, where, place, also={"variants"})
-            found.append(BackendChoice(name, to_json(checked), tuple(patterns)))
+            found.append(BackendChoice(name, _as_before(backend, checked), tuple(patterns)))
     return tuple(found)
 
 

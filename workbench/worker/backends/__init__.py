@@ -65,7 +65,8 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """What a backend's module says. Four more may be there: `MOST_SEQUENCES`, how many it takes at once at the most;
+    """What a backend's module says. Five more may be there: `LATER`, options that came after others and are left out
+    of a row's key at their default (as methods have them); `MOST_SEQUENCES`, how many it takes at once at the most;
     `compile_for(job)`, which compiles what a job's kernels need before loading it is timed; `BY_NAME`, true of an
     engine that only recipes that name it get; and `SERVER`, true of one whose `Engine` is a server (`served.py`).
 

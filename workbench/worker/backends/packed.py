@@ -172,7 +172,7 @@ def _read_gguf(path: Path, dtype: str | None, device: str, attention: str | None
                 block_type(type_name, tensor.name)
             except ValueError as error:
                 raise UserError(f"{path}: {error}. Leave `kernel: workbench` out: it is then de-quantized.") from None
-            order = _row_order(mapped.processor, tensor) if _packable(model, name) else None
+            order = mapped.row_order(tensor) if _packable(model, name) else None
         if order is None:
             values[name] = mapped.dense(tensor).to(device=device, dtype=kind)
         else:
@@ -211,25 +211,6 @@ def _packable(model: Any, name: str) -> bool:
 
     stem, _, leaf = name.rpartition(".")
     return leaf == "weight" and type(model.get_submodule(stem)) in (torch.nn.Linear, torch.nn.Embedding)
-
-
-def _row_order(processor: Any, tensor: Any) -> Any:
-    """The order in which transformers wants a tensor's rows; None if it does more to them than move them."""
-    import numpy as np
-
-    rows = tensor.data.shape[0]
-    probe = np.arange(2 * rows).reshape(rows, 2)
-    try:
-        done = processor.process(
-            weights=probe.copy(), name=tensor.name, tensor_key_mapping={}, parsed_parameters={"tensors": {}}
-        )
-    except (ValueError, KeyError, IndexError):
-        return None
-    moved = done.weights
-    if done.name != tensor.name or moved.shape != probe.shape or not np.array_equal(moved[:, 1], moved[:, 0] + 1):
-        return None
-    order = moved[:, 0] // 2
-    return order if np.array_equal(np.sort(order), np.arange(rows)) and not (moved[:, 0] % 2).any() else None
 
 
 # --- shared -------------------------------------------------------------------------------------

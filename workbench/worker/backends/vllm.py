@@ -30,6 +30,7 @@ LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "compressed-tensors", "g
 PACKED = ("awq", "gptq", "compressed-tensors")
 """Formats that stay packed."""
 AXES: tuple[str, ...] = ("kv_cache",)
+LATER = ("gguf",)
 MAKES_REFERENCE = False
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -70,6 +71,9 @@ class Options:
     """Threads of the processor (default: all that the program may use)."""
     trust_remote_code: bool = False
     """Let Python code that comes with the model run."""
+    gguf: Literal["dequantize", "repack"] = "dequantize"
+    """GGUF files: de-quantized while they load, or, for vLLM's packed kernels, the matrices of Q4_0 (on a GPU: of Q4_0
+    or Q8_0, whichever are more) in GPTQ's layout with the same codes and scales."""
 
 
 def unsupported(artifact: Artifact, cuda: bool) -> str | None:
@@ -95,7 +99,9 @@ def _has_amx() -> bool:
 
 
 def refuses(options: Options, cuda: bool) -> str | None:
-    """A cache of 8 bits is for GPUs."""
+    """A cache of 8 bits is for GPUs, packed kernels are for 16 bits."""
+    if options.gguf == "repack" and options.dtype == "float32":
+        return "vLLM's packed kernels compute in 16 bits: leave out `gguf: repack` or `dtype: float32`"
     if options.kv_cache == "fp8" and not cuda:
         return "vLLM keeps keys and values in 8 bits (fp8) on GPUs only; llama.cpp does on a CPU (kv_cache: q8_0)"
     return None
@@ -106,14 +112,19 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     width = DTYPE_BYTES.get(options.dtype, 2)
     tokens = -(-load.tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
     logits = max(load.window, load.batch) * shape.vocab_size * 4.0 * 2
+    weights: float = shape.parameters * width if form in ("safetensors", "gguf") else stored.disk_bytes
+    notes = ("a GGUF is de-quantized when vLLM loads it",) if form == "gguf" else ()
+    if form == "gguf" and options.gguf == "repack":
+        weights = vllm_gguf.planned_bytes(shape, stored, width, not cuda)
+        notes = ("a GGUF's matrices of Q4_0 or Q8_0 stay packed in vLLM, others are de-quantized",)
     # Tensor parallelism divides weights and cache; what it repeats on each GPU is small.
     return EngineMemory(
-        weights=shape.parameters * width if form in ("safetensors", "gguf") else stored.disk_bytes,
+        weights=weights,
         kv_cache=shape.cached_values * tokens * load.batch * (1.0 if options.kv_cache == "fp8" else 2.0),
         workspace=load.widest_tokens * (3 * shape.inner + 4 * shape.hidden) * width + logits,
         runtime=RUNTIME_BYTES,
         devices=options.tensor_parallel,
-        notes=("a GGUF is de-quantized when vLLM loads it",) if form == "gguf" else (),
+        notes=notes,
     )
 
 
@@ -187,12 +198,16 @@ class Engine:
             dtype = "bfloat16"
         elif dtype == "auto" and job.artifact.format in ("awq", "gptq"):
             dtype = _kernel_dtype(job.artifact.path)
+        self._packing = vllm_gguf.Packing()
         # By itself vLLM looks for weights that no file has only where nothing is quantized.
         self._path, more = job.artifact.path, dict[str, Any](model_loader_extra_config={"enable_weights_track": True})
         if job.artifact.format == "gguf":
             self._folder = tempfile.TemporaryDirectory()
-            vllm_gguf.write_config(Path(self._path), Path(self._folder.name))
-            more = {"load_format": vllm_gguf.LOAD_FORMAT, "model_loader_extra_config": {"file": self._path}}
+            if options.gguf == "repack":
+                self._packing = vllm_gguf.packing(Path(self._path), self._cpu)
+            vllm_gguf.write_config(Path(self._path), Path(self._folder.name), self._packing)
+            told = {"file": self._path, "packed": self._packing.stems}
+            more = {"load_format": vllm_gguf.LOAD_FORMAT, "model_loader_extra_config": told}
             self._path = self._folder.name
             if dtype == "auto":
                 dtype = "bfloat16"
@@ -222,7 +237,7 @@ class Engine:
             seed=load.seed,
             worker_extension_cls=EXTENSION,
             kv_cache_memory_bytes=reserved_bytes(job, self._path, max(load.most_tokens, room["max_model_len"])),
-            **({} if short is None else {"hf_overrides": partial(_with_factors, short=short)}),
+            **({} if short is None else {"hf_overrides": partial(longrope.with_factors, short=short)}),
             gpu_memory_utilization=GPU_SHARE,
             **more,
         )
@@ -341,7 +356,8 @@ class Engine:
         width = 4 if self._dtype == "float32" else 2
         if "weights" not in sizes:
             # Repacked where no parameter shows it: what the checkpoint holds, in the dtype it is computed in.
-            sizes["weights"] = artifact.disk_bytes if artifact.format in PACKED else artifact.parameters * width
+            held = self._packing.weight_bytes(artifact.parameters, width)
+            sizes["weights"] = artifact.disk_bytes if artifact.format in PACKED else held
         config = self._llm.llm_engine.model_config.hf_text_config
         tied = getattr(config, "tie_word_embeddings", True)
         sizes["embedding"] = 0 if tied else config.vocab_size * config.hidden_size * width
@@ -361,21 +377,9 @@ class Engine:
             "warnings": longrope.warnings(self._job, self._original),
         }
         if self._job.artifact.format == "gguf":
-            said = [vllm_gguf.NOTE.format(dtype=self._dtype), *([self._not_proven] if self._not_proven else [])]
-            settings |= {
-                "kernel": "none, de-quantized",
-                "warnings": said + longrope.warnings(self._job, self._original),
-            }
+            said = [self._packing.told(self._dtype), *([self._not_proven] if self._not_proven else [])]
+            settings |= self._packing.settings | {"warnings": said + longrope.warnings(self._job, self._original)}
         return settings | ({"scored_logits": self._scored_in} if self._scored_in else {})
-
-
-def _with_factors(config: Any, short: bool) -> Any:
-    """A LongRoPE model's configuration, which has its short or long factors in both places."""
-    rope = getattr(config, "rope_parameters", None)
-    if rope:
-        factors = rope["short_factor" if short else "long_factor"]
-        config.rope_parameters = {**rope, "short_factor": factors, "long_factor": factors}
-    return config
 
 
 def _kv_values(path: str) -> int:

@@ -16,6 +16,7 @@ PACKAGES: tuple[str, ...] = vllm.PACKAGES
 INSTALL = vllm.INSTALL
 LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq")
 AXES: tuple[str, ...] = vllm.AXES
+LATER = vllm.LATER
 MAKES_REFERENCE = False
 # Its server keeps the engine in a process of its own.
 ENVIRONMENT = {name: value for name, value in vllm.ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}

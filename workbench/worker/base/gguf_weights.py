@@ -37,9 +37,28 @@ class Mapped:
         )
         return torch.from_numpy(done.weights.copy())
 
+    def row_order(self, tensor: Any) -> Any:
+        """The order in which transformers wants a tensor's rows, int [rows]; None if it does more to them than move
+        them. Asked of row numbers, which the processor rearranges as it does weights."""
+        import numpy as np
 
-def weights_of(path: Path, read: GgufModel) -> Iterator[tuple[str, Any]]:
-    """Name and float32 values of each weight of a file that was `read`, one at a time. `UserError` for experts, which
+        rows = tensor.data.shape[0]
+        probe = np.arange(2 * rows).reshape(rows, 2)
+        try:
+            done = self.processor.process(
+                weights=probe.copy(), name=tensor.name, tensor_key_mapping={}, parsed_parameters={"tensors": {}}
+            )
+        except (ValueError, KeyError, IndexError):
+            return None
+        moved = done.weights
+        if done.name != tensor.name or moved.shape != probe.shape or not np.array_equal(moved[:, 1], moved[:, 0] + 1):
+            return None
+        order = moved[:, 0] // 2
+        return order if np.array_equal(np.sort(order), np.arange(rows)) and not (moved[:, 0] % 2).any() else None
+
+
+def tensors_of(path: Path, read: GgufModel) -> Iterator[tuple[Mapped, str, Any]]:
+    """Each of the reader's tensors that a model has a place for, with its name there. `UserError` for experts, which
     transformers puts together from several tensors."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -51,4 +70,10 @@ def weights_of(path: Path, read: GgufModel) -> Iterator[tuple[str, Any]]:
         if "_exps." in tensor.name:
             raise UserError(f"{path}: tensor {tensor.name} is of experts, which are not read one at a time")
         if tensor.name in mapped.names:
-            yield mapped.names[tensor.name], mapped.dense(tensor)
+            yield mapped, mapped.names[tensor.name], tensor
+
+
+def weights_of(path: Path, read: GgufModel) -> Iterator[tuple[str, Any]]:
+    """Name and float32 values of each weight of a file that was `read`, one at a time. `UserError` for experts."""
+    for mapped, name, tensor in tensors_of(path, read):
+        yield name, mapped.dense(tensor)

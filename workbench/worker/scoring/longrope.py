@@ -43,3 +43,12 @@ def warnings(job: Job, original: int) -> list[str]:
         for what, tokens in lengths.items()
         if short is not None and (tokens <= original) != short
     ]
+
+
+def with_factors(config: Any, short: bool) -> Any:
+    """vLLM's configuration of a LongRoPE model, which has its short or long factors in both places."""
+    rope = getattr(config, "rope_parameters", None)
+    if rope:
+        factors = rope["short_factor" if short else "long_factor"]
+        config.rope_parameters = {**rope, "short_factor": factors, "long_factor": factors}
+    return config
