@@ -4,7 +4,7 @@ VENV := .venv
 GPU := .venv-gpu
 READY := $(VENV)/.ready
 
-.PHONY: demo gpu gpu-check image-check test fast check docs picture mutants lock lock-cuda clean
+.PHONY: demo gpu gpu-check image-check plugin-check test fast check docs picture mutants lock lock-cuda clean
 demo: $(READY)
 	$(VENV)/bin/workbench run recipes/smollm2-135m.yaml
 
@@ -26,6 +26,12 @@ gpu-check:
 # takes some of them, and an interrupted one goes on.
 image-check:
 	requirements/image-check.sh $(if $(filter python3,$(PYTHON)),python3.12,$(PYTHON)) $(GPU)-image 90 $(STEPS)
+
+# Whether the newest vllm-gguf-plugin still makes another model of Llama's files, so that our own loader is needed.
+plugin-check: $(READY)
+	rm -rf $(VENV)/gguf-plugin
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(VENV)/gguf-plugin vllm-gguf-plugin
+	WORKBENCH_GGUF_PLUGIN=$(CURDIR)/$(VENV)/gguf-plugin $(VENV)/bin/python -m pytest -q tests/worker/backends/test_vllm_gguf.py
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -q --durations=10
