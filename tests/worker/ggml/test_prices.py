@@ -19,7 +19,7 @@ def exact(weight: Any, x: Any, g: Any, importance: Any, kind: str) -> float:
     return float(torch.einsum("to,oi,ti->to", g, error, x).square().sum(1).mean()) / 2
 
 
-def test_a_sample_of_rows_tells_how_types_compare() -> None:
+def test_a_sample_of_rows_tells_what_types_cost() -> None:
     """Gradients differ in size from row to row, inputs from channel to channel, and tokens in both at once."""
     chance = torch.Generator().manual_seed(0)
     weight = torch.randn(1024, 256, generator=chance)
@@ -28,9 +28,39 @@ def test_a_sample_of_rows_tells_how_types_compare() -> None:
     g = torch.randn(3000, 1024, generator=chance) * torch.rand(1024, generator=chance) * loud
     importance = x.square().mean(0).numpy()
     found = prices.of_linear(weight, x, g, importance, TYPES, round_trip, chance)
-    assert found["Q8_0"] == pytest.approx(exact(weight, x, g, importance, "Q8_0"), rel=1e-3)
     for kind in TYPES:
-        assert found[kind] == pytest.approx(exact(weight, x, g, importance, kind), rel=0.1)
+        assert found[kind] == pytest.approx(exact(weight, x, g, importance, kind), rel=0.15)
+
+
+def test_few_rows_and_one_input_may_make_most_of_a_price() -> None:
+    """As values have it: rows whose gradients are a hundred times those of others, and an input that is larger than
+    all others together, so that it is a matter of luck what a type does to a row. Means over seeds are the price, and
+    each is near it; rows drawn alike and compared with Q8_0 were off by half."""
+    chance = torch.Generator().manual_seed(3)
+    weight = torch.randn(512, 256, generator=chance) * torch.rand(512, 1, generator=chance)
+    x = torch.randn(500, 256, generator=chance)
+    x[:, 7] += 30
+    g = torch.randn(500, 512, generator=chance) * torch.rand(512, generator=chance) ** 4
+    true = {kind: exact(weight, x, g, None, kind) for kind in TYPES}
+    found = [
+        prices.of_linear(weight, x, g, None, TYPES, round_trip, torch.Generator().manual_seed(seed))
+        for seed in range(20)
+    ]
+    for kind in TYPES:
+        ratios = torch.tensor([each[kind] / true[kind] for each in found])
+        assert float((ratios - 1).square().mean().sqrt()) < 0.2, kind
+        assert float(ratios.mean()) == pytest.approx(1, abs=0.1), kind
+
+
+def test_weights_on_a_type_s_grid_cost_nothing_in_it_and_something_in_others() -> None:
+    """A base that was a Q8_0 file."""
+    chance = torch.Generator().manual_seed(4)
+    weight = torch.from_numpy(round_trip("Q8_0", torch.randn(600, 256, generator=chance).numpy()))
+    x, g = torch.randn(200, 256, generator=chance), torch.randn(200, 600, generator=chance)
+    found = prices.of_linear(weight, x, g, None, TYPES, round_trip, chance)
+    assert found["Q8_0"] < 1e-9 * found["Q2_K"]
+    for kind in TYPES[1:]:
+        assert found[kind] == pytest.approx(exact(weight, x, g, None, kind), rel=0.15), kind
 
 
 def test_small_matrices_are_priced_by_all_rows() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from workbench.errors import UserError
 from workbench.worker.calibration.weights import Weights, read_tensor
 
-LOGITS = 2**24
-"""Logits at once: 64 MiB in float32."""
+LOGITS = 2**23
+"""Logits at once: 32 MiB in float32, of which autograd makes half a dozen."""
 SLAB = 2**22
 """Weights of the output matrix at once: 16 MiB in float32."""
 
