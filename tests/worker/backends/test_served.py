@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import sys
@@ -18,7 +19,12 @@ import pytest
 from tests.bench import Bench
 from tests.places import ROOT
 from tests.worker.small_models import write_model, write_sentencepiece
+from workbench.records import Quality
 from workbench.report import store
+from workbench.worker.backends.llama_server import Engine as LlamaServer
+from workbench.worker.backends.served import NotScored
+from workbench.worker.scoring.reducer import Scoring
+from workbench.worker.tokens.file import TokenFile
 
 LOAD = {"prompt_tokens": [40, 20], "new_tokens": 8, "batch": [1, 3], "requests": 4, "repeats": 3}
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 20
@@ -51,7 +57,7 @@ def test_a_server_is_an_engine(bench: Bench, path: str) -> None:
     assert not any(request.error for point in points for request in point.requests)
     assert row.measurement.settings["server"] == "version: 7 (fake)"
     told = " ".join(done.stdout.split())
-    for words in ("served b3", "3 at once: 36 requests", "over HTTP only speed is measured"):
+    for words in ("served b3", "3 at once: 36 requests"):
         assert words in told, done.stdout
     assert not servers()
     assert "--model" in " ".join(bench("recommend", str(bench.results)).stdout.split())
@@ -59,16 +65,37 @@ def test_a_server_is_an_engine(bench: Bench, path: str) -> None:
 
 @pytest.mark.slow
 def test_its_row_stands_beside_that_of_the_engines_own_process(bench: Bench, path: str) -> None:
-    scored = {"source": {"text": TEXT}, "window": 64, "windows": 4}
     engines = {"llamacpp": {"variants": ["base"]}, "llama-server": {"variants": ["base"]}}
-    done = bench("run", bench.recipe(backends=engines, workload=LOAD, evaluation=scored), PATH=path)
+    done = bench("run", bench.recipe(backends=engines, workload=LOAD), PATH=path)
     assert done.returncode == 0, done.stderr
     lines = {line["backend"]: line for line in json.loads(bench("table", "--format", "json").stdout)}
-    assert lines["llamacpp"]["perplexity"] and lines["llama-server"]["perplexity"] is None
     assert lines["llamacpp"]["prompt_tokens"] == lines["llama-server"]["prompt_tokens"] == 40
     assert {"served b1", "served b3"} <= lines["llamacpp"]["points"].keys() & lines["llama-server"]["points"].keys()
     chosen = bench("recommend", str(bench.results), "--min-served", "1", "--batch", "3")
     assert chosen.returncode == 0, chosen.stdout + chosen.stderr
+
+
+def scored_by(answer: object, vocab_size: int) -> Quality:
+    """What a llama-server's row says of two positions if its answers are so."""
+    engine = LlamaServer.__new__(LlamaServer)
+    answers = {"/tokenize": {"tokens": [1, 2]}, "/completion": answer}
+    engine.post = lambda path, body: json.dumps(answers[path]).encode()  # type: ignore[method-assign]
+    return engine.score(Scoring(TokenFile([[1, 2, 0]], [0], vocab_size)), lambda index: None)
+
+
+def test_llama_server_is_scored_by_the_whole_vocabulary_or_not_at_all() -> None:
+    def told(*likely: tuple[int, float]) -> object:
+        return {"completion_probabilities": [{"top_logprobs": [{"id": i, "logprob": p} for i, p in likely]}]}
+
+    # Of the id that float32 has no probability for, 104 nats; an id beyond the vocabulary is nobody's.
+    (window,) = scored_by(told((2, math.log(0.75)), (1, math.log(0.25)), (0, -3.4e38), (5, -1.0)), 3)["windows"]
+    assert window["nll_sum"] == pytest.approx(104 - math.log(0.75)) and window["nonfinite"] == 0
+    with pytest.raises(RuntimeError, match="2 log-probabilities of a vocabulary of 3"):
+        scored_by(told((2, -0.1), (1, -2.4)), 3)
+    with pytest.raises(RuntimeError, match="0 log-probabilities"):
+        scored_by({"content": ""}, 3)
+    with pytest.raises(NotScored, match="2 positions are too many"):
+        scored_by({}, 10**9)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +153,36 @@ def measured(bench: Bench, **parts: Any) -> Any:
     return requests
 
 
+SCORED = {"evaluation": {"source": {"text": TEXT}, "window": 64, "windows": 4}}
+TASK = """
+- {prompt: "The quick brown fox", choices: [jumps, sits, flies, "does not mind"], answer: jumps}
+- {prompt: "and the dog does", contains: q, new_tokens: 6}
+- {prompt: "over the lazy", regex: "[a-m]", new_tokens: 9}
+"""
+
+
+def agreeing(bench: Bench, engine: str, server: str, base: Path, **parts: Any) -> None:
+    """Measure one file in an engine's own process and by its server: the same quality, and the same answers."""
+    (bench.folder / "own.yaml").write_text(TASK)
+    tasks = {"own": {"file": str(bench.folder / "own.yaml")}}
+    done = bench("run", bench.recipe(base={"path": str(base)}, workload=LOAD, tasks=tasks, **SCORED, **parts))
+    assert done.returncode == 0, done.stderr + done.stdout
+    lines = {(line["variant"], line["backend"]): line for line in json.loads(bench("table", "--format", "json").stdout)}
+    variants = {variant for variant, _ in lines}
+    for variant in variants:
+        here, there = lines[variant, engine], lines[variant, server]
+        assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-3)
+        # The server may be of another build, which rounds otherwise.
+        assert here["kld_mean"] > 0 and there["kld_mean"] == pytest.approx(here["kld_mean"], rel=0.02, abs=5e-6)
+        assert there["top1_agreement"] == pytest.approx(here["top1_agreement"], abs=0.01)
+    rows, _ = store.read(bench.results)
+    given = {
+        (row.artifact.variant, row.backend): row.measurement.tasks["own"]["given"] for row in rows if row.measurement
+    }
+    assert all(given[variant, engine] == given[variant, server] for variant in variants), given
+    assert not any("quality" in text for row in rows if row.measurement for text in row.measurement.warnings)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 def test_the_llama_server_of_xllamacpp(bench: Bench) -> None:
@@ -138,11 +195,24 @@ def test_the_llama_server_of_xllamacpp(bench: Bench) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+def test_a_llama_server_is_as_good_as_its_file(bench: Bench) -> None:
+    # Coarser types of a random model say halves of characters only, whose speed is none.
+    engines = {name: {"variants": ["gguf-Q8_0"]} for name in ("llamacpp", "llama-server")}
+    agreeing(bench, "llamacpp", "llama-server", bench.model, backends=engines)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllms_server(bench: Bench, tmp_path: Path) -> None:
     base = write_sentencepiece(write_model(tmp_path / "base", "llama", head_dim=32))
-    options = {"vllm-serve": {"enforce_eager": True, "variants": ["base"]}}
-    requests = measured(bench, base={"path": str(base)}, model="Small", backends=options)
-    assert not any(each.error for each in requests), [each.error for each in requests if each.error][:3]
+    options = {"enforce_eager": True, "variants": ["base"]}
+    agreeing(bench, "vllm", "vllm-serve", base, model="Small", backends={"vllm": options, "vllm-serve": options})
+    (row,) = [each for each in store.read(bench.results)[0] if each.backend == "vllm-serve"]
+    assert row.measurement is not None and row.measurement.serving is not None
+    assert row.measurement.settings["scored_logits"] == "float32"
+    assert [len(each.first_token_s) for each in row.measurement.speeds] == [3, 3]
+    requests = [each for point in row.measurement.serving.points for each in point.requests]
+    assert len(requests) == 48 and not any(each.error for each in requests)
     assert {each.prompt_tokens for each in requests} == {40}
     assert {each.new_tokens for each in requests} <= set(range(4, 13))

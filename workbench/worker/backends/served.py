@@ -2,11 +2,14 @@
 
 It stays in the worker's session, which the parent ends as a whole, however the parent itself ends. It listens on
 loopback, on a port that was free, and answers under a name that no other server has: an answer in another name is a
-fault.
+fault. What an `Engine` of one adds is how it is scored and how it completes, by the requests that its server knows;
+both begin with token ids, so that every engine gets the same.
 """
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import socket
 import subprocess
@@ -23,6 +26,13 @@ LOG = Path("server.log")
 POLL_S = 0.1
 LAST_WORDS = 1500
 """Characters of its log that a failure tells."""
+ANSWER_S = 600.0
+# Whatever proxy the environment names: this machine is asked directly.
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class NotScored(Exception):
+    """Why a server is not asked for quality: a reason in its row, which has speeds all the same."""
 
 
 class Server:
@@ -31,10 +41,11 @@ class Server:
     def __init__(self, words: list[str], name: str, settings: Mapping[str, object]) -> None:
         port = _free_port()
         words[words.index("--port") + 1] = str(port)
-        self.name, self.url, self._settings = name, f"http://127.0.0.1:{port}/v1", settings
+        self._root = f"http://127.0.0.1:{port}"
+        self.name, self.url, self._settings = name, f"{self._root}/v1", settings
         with LOG.open("wb") as log:
             self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        while not _answers(f"http://127.0.0.1:{port}/health"):
+        while not _answers(f"{self._root}/health"):
             self.check()
             time.sleep(POLL_S)
 
@@ -47,6 +58,25 @@ class Server:
     def settings(self) -> dict[str, object]:
         """What it was told to run with."""
         return dict(self._settings)
+
+    def spell(self, ids: list[int]) -> list[str | None] | None:
+        """Not asked: the artifact is that of the engine's own process, which was."""
+        return None
+
+    def post(self, path: str, body: object) -> bytes:
+        """What it answers at a path of its root. Raises `RuntimeError` for what is no answer."""
+        kind = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(self._root + path, json.dumps(body).encode(), kind)
+        try:
+            with OPENER.open(asked, timeout=ANSWER_S) as answer:
+                data: bytes = answer.read()
+                return data
+        except urllib.error.HTTPError as error:
+            words = " ".join(error.read(LAST_WORDS).decode(errors="replace").split())
+            raise RuntimeError(f"{path}: status {error.code}: {words[:300]}") from None
+        except (OSError, http.client.HTTPException) as error:
+            self.check()
+            raise RuntimeError(f"{path}: no answer ({error})") from None
 
 
 def alias() -> str:
@@ -70,6 +100,8 @@ def as_row(job: Job, **options: object) -> Row:
         started_at="",
         duration_s=0.0,
         options=job.options | options,
+        evaluations=job.evaluations,
+        tasks=job.tasks,
     )
 
 
@@ -82,7 +114,7 @@ def _free_port() -> int:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with OPENER.open(url, timeout=5) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from workbench.errors import cannot_import
@@ -26,10 +26,11 @@ from workbench.records import (
 )
 from workbench.worker import Progress
 from workbench.worker.backends import backend_named
+from workbench.worker.backends.served import NotScored
 from workbench.worker.measure import answers, over_http, resident, timing
 from workbench.worker.measure.energy import Meter
 from workbench.worker.scoring.reducer import Scoring, compact
-from workbench.worker.tokens.file import read_tokens
+from workbench.worker.tokens.file import TokenFile, read_tokens
 from workbench.worker.tokens.spelling import check_spelling
 
 
@@ -57,33 +58,23 @@ def measure(payload: object, progress: Any) -> object:
     start = timing.now()
     engine = module.Engine(job)
     load_s = timing.now() - start
-    if getattr(module, "SERVER", False):
-        return to_json(over_http.measure(job, engine, text, load_s, progress))
     memory["peak_load"] = resident.peak_bytes()
-
     on_gpu = engine.settings().get("device") == "cuda"
-    qualities: dict[str, Quality] = {}
-    score_s: float | None = None
-    for name, tokens in sets.items():
-        if name == first:
-            check_spelling(tokens.spelling, engine.spell, job.artifact.variant)
-        what = "scoring" if name == first else f"scoring {name}"
-        asked = Scoring(tokens, job.references.get(name), base=job.base_digest)
-        if on_gpu and name == first:
-            # Kernels are compiled and tuned in the first forward; that is no part of how long scoring takes.
-            one = replace(tokens, windows=tokens.windows[:1], score_from=tokens.score_from[:1])
-            engine.score(Scoring(one, base=job.base_digest), lambda _: None)
-        start = timing.now()
-        found = engine.score(asked, _told(progress, len(windows), steps, what))
-        score_s = score_s or timing.now() - start
-        qualities[name] = compact(found, job.artifact.method == "base")
-    answered: dict[str, Answers] = {}
-    for name, task in job.tasks.items():
-        progress(1, steps, f"task {name}")
-        answered[name] = answers.answer(engine, task)
+    scored = _scored(job, engine, sets, on_gpu, progress, steps)
+    if getattr(module, "SERVER", False):
+        served_row = over_http.measure(job, engine, text, load_s, progress)
+        return to_json(
+            replace(
+                served_row,
+                qualities=scored.qualities,
+                tasks=scored.answered,
+                warnings=[*served_row.warnings, *scored.warnings],
+                settings=served_row.settings | ({"score_s": scored.seconds} if scored.seconds else {}),
+            )
+        )
     done = len(windows)
 
-    figures, repeats_s = _figures(qualities.get(first)), list[list[float]]()
+    figures, repeats_s = _figures(scored.qualities.get(first)), list[list[float]]()
 
     def stepped(began: float, ended: float) -> None:
         nonlocal done
@@ -106,23 +97,8 @@ def measure(payload: object, progress: Any) -> object:
         probes += probed
     memory["peak_timing"] = peak.most()
     settings = engine.settings()
-    warnings = settings.pop("warnings", [])
-    for name, each in qualities.items():
-        bad = sum(window["nonfinite"] for window in each["windows"])
-        total = bad + sum(window["count"] for window in each["windows"])
-        where = "" if name == first else f" of {name}"
-        if bad == total:
-            raise ValueError(f"all {total} scored positions{where} have NaN or infinite logits")
-        if bad:
-            warnings.append(f"{bad} of {total} scored positions{where} have NaN or infinite logits; left out")
-        nats, guess = sum(window["nll_sum"] for window in each["windows"]) / (total - bad), math.log(each["vocab_size"])
-        if nats > guess:
-            warnings.append(
-                f"{nats:.2f} nats a token{where}, where guessing among all {each['vocab_size']:,} tokens costs "
-                f"{guess:.2f}: the model is broken, was never trained, or knows nothing of such text"
-            )
-    warnings += [f"task {name}: {text}" for name, each in answered.items() for text in each.pop("warnings", [])]
-    settings |= {"import_s": import_s, "compile_s": compile_s, "score_s": score_s}
+    warnings = [*settings.pop("warnings", []), *scored.warnings]
+    settings |= {"import_s": import_s, "compile_s": compile_s, "score_s": scored.seconds}
     if meter.counted:
         settings["energy_of"] = " and ".join(meter.counted)
     measurement = Measurement(
@@ -130,14 +106,78 @@ def measure(payload: object, progress: Any) -> object:
         load_s=load_s,
         speeds=timing.joined(speeds),
         served=timing.joined(served),
-        qualities=qualities,
-        tasks=answered,
+        qualities=scored.qualities,
+        tasks=scored.answered,
         memory=_memory(engine.memory(), memory, peak.grown()),
         conditions={"page_cache_before": cached, "probe_s": probes, "repeats_s": repeats_s},
         settings=settings,
         warnings=warnings,
     )
     return to_json(measurement)
+
+
+@dataclass
+class _Scored:
+    """What an engine says of texts and tasks, and what is to be known of that."""
+
+    qualities: dict[str, Quality] = field(default_factory=dict)
+    answered: dict[str, Answers] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    seconds: float | None = None
+    """Of the first set."""
+
+
+def _scored(job: Job, engine: Any, sets: dict[str, TokenFile], on_gpu: bool, progress: Progress, steps: int) -> _Scored:
+    """Every evaluation set and every task. Raises `ValueError` where no scored position has finite logits."""
+    found, first = _Scored(), next(iter(sets), "")
+    most = len(sets[first].windows) if sets else 0
+    for name, tokens in sets.items():
+        if name == first:
+            check_spelling(tokens.spelling, engine.spell, job.artifact.variant)
+        what = "scoring" if name == first else f"scoring {name}"
+        asked = Scoring(tokens, job.references.get(name), base=job.base_digest)
+        try:
+            if on_gpu and name == first:
+                # Kernels are compiled and tuned in the first forward; that is no part of how long scoring takes.
+                one = replace(tokens, windows=tokens.windows[:1], score_from=tokens.score_from[:1])
+                engine.score(Scoring(one, base=job.base_digest), lambda _: None)
+            start = timing.now()
+            quality = engine.score(asked, _told(progress, most, steps, what))
+        except NotScored as reason:
+            found.warnings.append(f"no quality{'' if name == first else f' of {name}'}: {reason}")
+            continue
+        found.seconds = found.seconds or timing.now() - start
+        found.warnings += _doubts(quality, "" if name == first else f" of {name}")
+        found.qualities[name] = compact(quality, job.artifact.method == "base")
+    for name, task in job.tasks.items():
+        progress(1, steps, f"task {name}")
+        try:
+            answered = answers.answer(engine, task)
+        except NotScored as reason:
+            found.warnings.append(f"task {name} is left out: {reason}")
+            continue
+        found.warnings += [f"task {name}: {text}" for text in answered.pop("warnings", [])]
+        found.answered[name] = answered
+    return found
+
+
+def _doubts(quality: Quality, where: str) -> list[str]:
+    """What makes a set's figures doubtful. Raises `ValueError` where there are none."""
+    told = []
+    bad = sum(window["nonfinite"] for window in quality["windows"])
+    total = bad + sum(window["count"] for window in quality["windows"])
+    if bad == total:
+        raise ValueError(f"all {total} scored positions{where} have NaN or infinite logits")
+    if bad:
+        told.append(f"{bad} of {total} scored positions{where} have NaN or infinite logits; left out")
+    nats = sum(window["nll_sum"] for window in quality["windows"]) / (total - bad)
+    guess = math.log(quality["vocab_size"])
+    if nats > guess:
+        told.append(
+            f"{nats:.2f} nats a token{where}, where guessing among all {quality['vocab_size']:,} tokens costs "
+            f"{guess:.2f}: the model is broken, was never trained, or knows nothing of such text"
+        )
+    return told
 
 
 def refer(payload: object, progress: Any) -> object:

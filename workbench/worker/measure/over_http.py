@@ -2,7 +2,7 @@
 
 The same prompts as in any engine's own process, as ids; one answer at a time for each prompt length, then, for each
 number of sequences, requests of mixed lengths whose next begins when any ends. The client's clock is what users have:
-with what HTTP, the queue and the sampler cost. Quality is not asked for; it is the file's, in the engine's own process.
+with what HTTP, the queue and the sampler cost.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from workbench.records import Job, LoadPoint, Measurement, Request, Serving, Spe
 from workbench.worker import Progress
 from workbench.worker.backends.served import Server
 from workbench.worker.measure import timing
-
-NO_QUALITY = "no quality of its own: over HTTP only speed is measured"
 
 
 def measure(job: Job, server: Server, text: list[int], load_s: float, progress: Any) -> Measurement:
@@ -37,7 +35,7 @@ def measure(job: Job, server: Server, text: list[int], load_s: float, progress: 
         load_s=load_s,
         speeds=timing.joined([speeds for speeds, _ in rounds]),
         settings=settings,
-        warnings=[NO_QUALITY, *faults_of(points)],
+        warnings=faults_of(points),
         conditions={"probe_s": http.probes, "repeats_s": http.repeats_s},
         serving=Serving(points),
     )
