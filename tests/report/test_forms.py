@@ -40,7 +40,7 @@ def of(format: str, types: dict[str, str], kernel: str | None = None, **provenan
         (of("mlx", {"a": "affine-4", "b": "F16"}), "mlx affine-4", "packed"),
         (of("safetensors", {"*": "F32"}), "safetensors F32", "plain"),
         (of("gguf", {"a": "F32", "b": "BF16"}), "gguf BF16", "plain"),
-        (of("bitsandbytes", {"*": "F32"}, loaded=True), "bitsandbytes F32", "packed"),
+        (of("bitsandbytes", {"*": "F32"}, loaded=True), "bitsandbytes", "packed"),
         (of("gguf", {}), "gguf", None),
         (replace(of("gguf", CARRIED), measurement=None), "gguf Q4_1", None),
         (of("", {}), None, None),
@@ -71,7 +71,15 @@ def test_every_format_of_data_and_a_recommendation_have_it() -> None:
 def test_the_stored_rows_tell_their_forms() -> None:
     """Of the full recipe: every pair that was measured, AWQ in llama.cpp and GGUF in vLLM among them."""
     rows = [row for file in REAL for row in read(file.parent)[0] if row.measurement and row.backend != "endpoint"]
-    told = {(row.artifact.method, row.backend): (forms.container(row), forms.held(row)) for row in rows}
-    assert told["awq", "llamacpp"] == ("gguf Q4_1", "packed") and told["gptq", "llamacpp"] == ("gguf Q4_0", "packed")
-    assert told["awq", "vllm"] == ("awq I4-g128", "packed") and told["gguf", "vllm"][1] == "de-quantized"
-    assert all(container and held for container, held in told.values())
+    told = {(row.artifact.method, row.backend, forms.container(row), forms.held(row)) for row in rows}
+    assert told >= {
+        ("awq", "llamacpp", "gguf Q4_1", "packed"),
+        ("gptq", "llamacpp", "gguf Q4_0", "packed"),
+        ("awq", "vllm", "awq I4-g128", "packed"),
+        ("gguf", "vllm", "gguf Q8_0", "de-quantized"),
+        ("gguf", "transformers", "gguf Q4_K+Q6_K", "de-quantized"),
+    }
+    assert {
+        held for _, engine, kind, held in told if kind == "compressed-tensors W8A8" and engine == "transformers"
+    } <= {"de-quantized"}
+    assert all(container and held for *_, container, held in told)

@@ -18,8 +18,9 @@ def container(row: Row) -> str | None:
     """Format and quantized types (`gguf Q4_K+Q6_K`), or that of a plain file's matrices, whose norms may be F32. None
     for what was never made."""
     artifact = row.artifact
-    if not artifact.format:
-        return None
+    if not artifact.format or artifact.provenance.get("loaded"):
+        # What an engine quantizes as it loads the base has no types in a file.
+        return artifact.format or None
     kinds = set(artifact.tensor_types.values())
     shown = kinds - FLOATS or kinds - {"F32"} or kinds
     return " ".join([artifact.format, *(["+".join(sorted(shown))] if shown else [])])
@@ -32,6 +33,9 @@ def held(row: Row) -> str | None:
         return None
     kernel = settings.get("kernel")
     if isinstance(kernel, str) and kernel.startswith(UNPACKED):
+        return "de-quantized"
+    if artifact.format == "compressed-tensors" and row.backend == "transformers" and kernel is None:
+        # Its rows did not say so at first.
         return "de-quantized"
     if artifact.provenance.get("loaded"):
         return "packed"
