@@ -2,8 +2,8 @@
 
 It tells no log-probabilities of a prompt (it takes `echo` and ignores it), but those of the whole vocabulary for the
 token that comes next (`n_probs`). So it is scored by a request a position, whose prefix it keeps: what its row says of
-quality is exact, as in the engine's own process, with nothing estimated for a tail. That is a vocabulary of JSON a
-token, which bounds how much is asked.
+quality is exact for what it computes, with nothing estimated for a tail. That is a vocabulary of JSON a token, which
+bounds how much is asked.
 
 As a program (`python -m workbench.worker.backends.llama_server`) it is that of the package, which has no command line,
 under the words of `llama-server` that are used here.
