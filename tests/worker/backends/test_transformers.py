@@ -33,6 +33,26 @@ def test_an_embedding_that_is_not_the_head_is_told_apart(tmp_path: Path, kind: s
     assert memory["embedding"] == apart < memory["weights"]
 
 
+def test_capped_scores_are_capped(tmp_path: Path) -> None:
+    """Gemma 2's: transformers takes PyTorch's fused attention by itself, which has no cap and says nothing."""
+    from transformers import AutoModelForCausalLM
+
+    path = write_model(tmp_path, "gemma2", attn_logit_softcapping=0.5)
+    ids = torch.arange(3, 60)[None]
+
+    def said(attention: str) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention)
+        with torch.no_grad():
+            return model(ids).logits
+
+    engine = an_engine(path)
+    with torch.no_grad():
+        ours = engine._model(ids).logits
+    assert torch.allclose(ours, said("eager"), atol=1e-5) and not torch.allclose(ours, said("sdpa"), atol=1e-3)
+    assert engine.settings()["attention"] == "eager"
+    assert "attention" not in an_engine(write_model(tmp_path / "other", "llama")).settings()
+
+
 def test_experts_that_are_packed_one_by_one_are_told_before_they_are_loaded() -> None:
     name = "model.layers.0.mlp.experts.0.up_proj.weight"
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from workbench.errors import install_with
 from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import DTYPE_BYTES, SCORE_CHUNK_BYTES, EngineMemory, Sequences, Shape, Stored
+from workbench.worker.attention import caps_scores
 from workbench.worker.backends import from_files, gptqmodel_kernels, graphs, packed, packed_experts, serve_in_groups
 from workbench.worker.base.checkpoint import read_json
 from workbench.worker.methods.loading import ON_LOAD, held_bytes
@@ -57,7 +58,8 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where; `auto`: on the GPU if there is one."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """PyTorch's fused attention (`sdpa`, where the model's code has it; Bloom's has not), or step by step."""
+    """PyTorch's fused attention (`sdpa`, where the model's code has it; Bloom's has not), or step by step. Models that
+    cap scores (Gemma 2) are always computed step by step: the fused one leaves the cap out."""
     kv_cache: Literal["auto"] | None = None
     """What keys and values are stored as: the model's dtype. (Its quantized caches need a library more, and
     de-quantize at every step.)"""
@@ -112,10 +114,12 @@ def serving_command(path: str, row: Row) -> list[str] | None:
     if row.artifact.format in ("gguf", *ON_LOAD) or options.get("kernel") == "workbench":
         return None
     words = ["transformers", "serve", path]
-    dtype = (row.measurement.settings if row.measurement else options).get("dtype")
+    settings = row.measurement.settings if row.measurement else options
+    dtype = settings.get("dtype")
     words += ["--dtype", str(dtype)] if dtype else []
     words += ["--device", "cpu"] if row.device == "cpu" else []
-    words += ["--attn-implementation", "eager"] if options.get("attention") == "eager" else []
+    attention = settings.get("attention", options.get("attention"))
+    words += ["--attn-implementation", "eager"] if attention == "eager" else []
     words += ["--trust-remote-code"] if options.get("trust_remote_code") else []
     return [*words, "--host", "127.0.0.1", "--port", "8000"]
 
@@ -180,6 +184,9 @@ class Engine:
         else:
             more = options.dtype, _attention(options), options.trust_remote_code
             self._model = from_files.load(artifact, self._device, *more)
+        self._capped = caps_scores(self._model.config)
+        if self._capped:
+            self._model.set_attn_implementation("eager")
 
     def _load_packed(self, path: Path, options: Options) -> None:
         """By `kernels/`; float32 on a CPU, where the reference computes."""
@@ -312,6 +319,8 @@ class Engine:
         """Device, dtype, threads, and what became of the format."""
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         settings = {"device": self._device, "dtype": dtype, "threads": self._torch.get_num_threads()}
+        if self._capped:
+            settings["attention"] = "eager"
         if self._scored_in:
             settings["scored_logits"] = self._scored_in
         if self._device == "cuda":

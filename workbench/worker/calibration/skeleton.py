@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from workbench.errors import UserError
+from workbench.worker.attention import caps_scores
 from workbench.worker.calibration.experts import take_apart
 from workbench.worker.layers import LAYERS, WAY_OUT
 
@@ -109,9 +110,8 @@ def _settings(config: Any) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    capped = getattr(config, "attn_logit_softcapping", None)
     kind = AutoModelForCausalLM._model_mapping[type(config)]
-    fast = not capped and getattr(kind, "_supports_sdpa", False)
+    fast = not caps_scores(config) and getattr(kind, "_supports_sdpa", False)
     return {
         "attn_implementation": "sdpa" if fast else "eager",
         "experts_implementation": "eager",
