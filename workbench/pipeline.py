@@ -28,6 +28,7 @@ from workbench.quantize.make import Made, make
 from workbench.recipe.load import Recipe
 from workbench.records import Reference, Row, digest
 from workbench.report import store
+from workbench.report.selection import engine_texts, pair_of
 
 
 def quantize(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
@@ -90,13 +91,14 @@ def profile(
     if order and not to_do:
         last = max(measured[planned[place].key].started_at for place in order)
         show.say(f"nothing to do: all {len(order)} pairs were measured before, the last {last}; --again measures anew")
+    engines = engine_texts(planned)
     outlook = Outlook([row for row in to_do if not row.error and not row.unsupported], show)
 
     def store_row(row: Row) -> None:
         store.append(results, here.name, portable_row(row))
         rows[row.place] = row
         if row.error:
-            show.say(f"{row.artifact.variant} on {row.backend} failed: {row.error}")
+            show.say(f"{row.artifact.variant} on {engines[pair_of(row)]} failed: {row.error}")
 
     def ended(row: Row) -> None:
         store_row(row)
@@ -120,7 +122,7 @@ def profile(
             waited = False
             with contextlib.ExitStack() as locks:
                 file = home() / "locks" / f"row-{row.key}"
-                step = f"{row.artifact.variant} on {row.backend}"
+                step = f"{row.artifact.variant} on {engines[pair_of(row)]}"
                 locks.enter_context(lock(file, partial(wait, file), note=who(step)))
                 # Another run may have stored it in the meantime; then its failure counts too.
                 # To read a bucket again for each row would take longer than the rows: there only if it was waited for.
@@ -134,7 +136,7 @@ def profile(
                 else:
                     if not room_beside(row):
                         jobs.finish()
-                    jobs.start(run_job(recipe, made, row, references, show), locks.pop_all())
+                    jobs.start(run_job(recipe, made, row, references, engines[pair_of(row)], show), locks.pop_all())
                     outlook.waiting(len(jobs))
         jobs.finish()
     return [rows[place] for place in sorted(rows)]

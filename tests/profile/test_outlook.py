@@ -45,6 +45,18 @@ def test_each_row_tells_its_figures_and_how_much_is_left() -> None:
     assert screen.whole == ""
 
 
+def test_rows_of_an_axis_are_told_apart() -> None:
+    screen = Screen()
+    rows = [a_row("q", options={"kv_cache": kv, "threads": 2}) for kv in ("f16", "q8_0")]
+    outlook = Outlook(rows, screen)
+    for row in rows:
+        outlook.ended(row, 0)
+    assert [line.partition("  perplexity")[0] for line in screen.said] == [
+        "q  llamacpp (kv_cache f16) ",
+        "q  llamacpp (kv_cache q8_0)",
+    ]
+
+
 def test_an_interrupt_says_what_is_kept() -> None:
     screen = Screen()
     with pytest.raises(KeyboardInterrupt), Outlook([a_row(), a_row("gguf-Q4_0")], screen) as outlook:

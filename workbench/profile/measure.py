@@ -36,8 +36,11 @@ from workbench.records import (
 )
 
 
-def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Reference] | None, show: Show) -> Rounds:
-    """Run the job in its engine's interpreter and fill the row in; yields between its rounds."""
+def run_job(
+    recipe: Recipe, made: Made, row: Row, references: dict[str, Reference] | None, engine: str, show: Show
+) -> Rounds:
+    """Run the job in its engine's interpreter and fill the row in; yields between its rounds. `engine`: its name, and
+    what tells it from others of the run."""
     job = Job(
         base=recipe.model,
         artifact=row.artifact,
@@ -64,7 +67,7 @@ def run_job(recipe: Recipe, made: Made, row: Row, references: dict[str, Referenc
             job,
             Measurement,
             show,
-            f"{row.backend}: {row.artifact.variant}",
+            f"{engine}: {row.artifact.variant}",
             python=interpreter(row.backend, sys.executable),
             limit_s=recipe.limits.profile_s,
             environment=environment_of(row.backend, row.options),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from workbench.console import Show, seconds
 from workbench.records import Row
 from workbench.report.metrics import METRICS
+from workbench.report.selection import engine_texts, pair_of
 from workbench.report.units import MIB
 
 FIGURES = (
@@ -30,8 +31,9 @@ class Outlook:
     def __init__(self, planned: Sequence[Row], show: Show, clock: Callable[[], float] = time.monotonic) -> None:
         self._show, self._clock, self._started = show, clock, clock()
         self._total, self._done, self._begun = len(planned), 0, 0
+        self._engines = engine_texts(planned)
         self._variant = max((len(row.artifact.variant) for row in planned), default=0)
-        self._backend = max((len(row.backend) for row in planned), default=0)
+        self._backend = max(map(len, self._engines.values()), default=0)
         self._tell()
 
     def waiting(self, begun: int) -> None:
@@ -46,7 +48,8 @@ class Outlook:
         if row is not None and row.measurement is not None:
             found = [(METRICS[name].value(row), words, unit) for name, words, unit in FIGURES]
             figures = ", ".join(words.format(value / unit) for value, words, unit in found if value is not None)
-            name = f"{row.artifact.variant:{self._variant}}  {row.backend:{self._backend}}"
+            engine = self._engines.get(pair_of(row), row.backend)
+            name = f"{row.artifact.variant:{self._variant}}  {engine:{self._backend}}"
             self._show.say(f"{name}  {figures} ({self.words()})")
 
     def words(self) -> str:

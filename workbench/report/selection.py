@@ -47,6 +47,17 @@ def by_pair(rows: Iterable[Row]) -> dict[Pair, list[Row]]:
 
 def labels_of(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
     """Names of pairs, each told by a row of it; those of one variant and engine also say which options differ."""
+    return {pair: f"{pair.label}{words}" for pair, words in told_apart(rows).items()}
+
+
+def engine_texts(rows: Sequence[Row]) -> dict[Pair, str]:
+    """Names of the engines of rows by pair; those of one variant and engine also say which options differ."""
+    words = told_apart({pair_of(row): row for row in rows})
+    return {pair: f"{pair.backend}{more}" for pair, more in words.items()}
+
+
+def told_apart(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
+    """What tells pairs of one variant and engine apart, ` (kv_cache q8_0)`; nothing where there is one only."""
     alike: dict[tuple[str, str, str], list[Pair]] = {}
     for pair in rows:
         alike.setdefault(pair[:3], []).append(pair)
@@ -60,7 +71,7 @@ def labels_of(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
         ]
         for pair, each in zip(group, told, strict=True):
             words = ", ".join(f"{name} {each[name]}" for name in names if each.get(name) is not None)
-            found[pair] = f"{pair.label} ({words})" if words else pair.label
+            found[pair] = f" ({words})" if words else ""
     return found
 
 

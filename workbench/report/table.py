@@ -35,12 +35,14 @@ from workbench.report.quality import Noise
 from workbench.report.selection import (
     BASE,
     comparable_rows,
+    engine_texts,
     evaluation_digest,
     in_order,
     latest_of_each_pair,
     like_evaluation,
     named_rows,
     of_recipe,
+    pair_of,
 )
 from workbench.report.store import machine_named, machine_of
 
@@ -116,8 +118,8 @@ class NoiseFloor:
     """Perplexity."""
     high: float
     divergences: tuple[tuple[str, float], ...]
-    """(backend, KLD mean from the base's reference in nats a token) where it was compared with one: what an
-    engine's arithmetic and precision cost alone."""
+    """(engine, with its options where bases on it differ in them; KLD mean from the base's reference in nats a token)
+    where it was compared with one: what an engine's arithmetic and precision cost alone."""
 
     @property
     def spread(self) -> float:
@@ -348,12 +350,13 @@ def _base_of(row: Row, bases: Bases) -> Row | None:
 def _noise_floors(rows: Sequence[Row], values: Sequence[Mapping[str, float | None]]) -> tuple[NoiseFloor, ...]:
     scores: dict[str, dict[str, list[float]]] = {}
     divergences: dict[str, list[tuple[str, float]]] = {}
+    engines = engine_texts([row for row in rows if row.artifact.method == BASE])
     for row, own in zip(rows, values, strict=True):
         perplexity, divergence = own["perplexity"], own["kld_mean"]
         if row.artifact.method == BASE and perplexity is not None:
             scores.setdefault(row.base, {}).setdefault(row.backend, []).append(perplexity)
             if divergence is not None:
-                divergences.setdefault(row.base, []).append((row.backend, divergence))
+                divergences.setdefault(row.base, []).append((engines[pair_of(row)], divergence))
     floors = []
     for base, by_backend in scores.items():
         if len(by_backend) > 1:

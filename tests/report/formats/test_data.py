@@ -94,6 +94,15 @@ def test_what_was_measured_beside_the_headline_is_in_every_form_of_data() -> Non
     assert json.loads(FORMATS["json"](table))[1]["points"]["pp200"]["median"] == pytest.approx(190.909, abs=1e-3)
 
 
+def test_text_below_the_table_tells_rows_of_an_axis_apart() -> None:
+    first, second = rich_rows()
+    rows = [replace(row, options={"kv_cache": kv}) for row in (first, second) for kv in ("f16", "q8_0")]
+    text = " ".join(FORMATS["markdown"](build([*rows, compared(a_row("base", "vllm"), 0.002)])).split())
+    for kv in ("f16", "q8_0"):
+        assert f"q on llamacpp (kv_cache {kv}), t/s: pp200" in text
+    assert "reference: llamacpp (kv_cache f16) " in text and ", llamacpp (kv_cache q8_0) " in text
+
+
 def test_a_printed_table_has_them_too_and_says_what_their_names_mean() -> None:
     for name in ("terminal", "markdown"):
         text = " ".join(FORMATS[name](build(rich_rows())).replace("\\", "").split())

@@ -10,7 +10,7 @@ import re
 from workbench.records import Evaluation
 from workbench.report import loads
 from workbench.report.doubts import quality_missing
-from workbench.report.selection import BASE
+from workbench.report.selection import BASE, Pair, labels_of, pair_of
 from workbench.report.table import Table, shared_settings, workload
 
 LONGEST_REASON = 400
@@ -102,9 +102,13 @@ def footnotes_of(table: Table) -> list[str]:
     return [short_text(text) for text in table.footnotes[:count]]
 
 
+def _labels(table: Table) -> dict[Pair, str]:
+    return labels_of({pair_of(line.row): line.row for line in table.lines})
+
+
 def _rates(table: Table) -> list[str]:
     """A line for each row that was timed at further points (llama-bench's shorthand), and what that means."""
-    texts, names = [], set()
+    texts, names, labels = [], set(), _labels(table)
     for line in table.lines:
         found = []
         for rate in line.further.values():
@@ -113,7 +117,7 @@ def _rates(table: Table) -> list[str]:
             found.append(f"{rate.name} {rate.median:.1f}{error}")
             names.add(rate.name)
         if found:
-            texts.append(f"{line.row.artifact.variant} on {line.row.backend}, t/s: {', '.join(found)}")
+            texts.append(f"{labels[pair_of(line.row)]}, t/s: {', '.join(found)}")
     words = {
         "pp": "ppN: reading N prompt tokens",
         "tg": "tgN @ dM: writing N tokens after M",
@@ -127,7 +131,7 @@ def _rates(table: Table) -> list[str]:
 
 def _loads(table: Table) -> list[str]:
     """A line for each load that a server was put under, and what that means."""
-    texts = []
+    texts, labels = [], _labels(table)
     for line in table.lines:
         for own in loads.all_figures(line.row):
             failed = f", {own.failed} failed" if own.failed else ""
@@ -137,7 +141,7 @@ def _loads(table: Table) -> list[str]:
                 f"{name} {'/'.join(f'{1e3 * each:.4g}' for each in found)}" for name, found in spreads.items() if found
             )
             texts.append(
-                f"{line.row.artifact.variant} on {line.row.backend}, {own.name}: {own.asked} requests{failed}, "
+                f"{labels[pair_of(line.row)]}, {own.name}: {own.asked} requests{failed}, "
                 f"{own.output_tok_s:.1f} t/s, {own.requests_s:.3g} req/s{good}, {times}, client {1e3 * own.late_s:.2g}"
             )
         serving = line.row.measurement.serving if line.row.measurement else None
@@ -146,7 +150,7 @@ def _loads(table: Table) -> list[str]:
             rate = f"{low:.3g} to {high:.3g}" if high < 1e18 else f"at least {low:.3g}"
             limits = ", ".join(f"{name} {1e3 * most:g} ms" for name, most in serving.limits.items())
             texts.append(
-                f"{line.row.artifact.variant} on {line.row.backend}: the largest rate at which 95 of 100 requests keep "
+                f"{labels[pair_of(line.row)]}: the largest rate at which 95 of 100 requests keep "
                 f"{limits} is {rate} requests a second (95 %, {len(serving.largest_rate_trials)} trials)"
             )
     if texts:

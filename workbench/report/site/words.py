@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from workbench.report.table import Line, Table
 
-ENGINES = {"llamacpp": "llama.cpp", "vllm": "vLLM", "transformers": "Transformers"}
+ENGINES = {
+    "llamacpp": "llama.cpp",
+    "llama-server": "llama.cpp's server",
+    "mlx": "MLX",
+    "transformers": "Transformers",
+    "vllm": "vLLM",
+    "vllm-serve": "vLLM's server",
+}
 
 MEMORY_PARTS = {
     "weights": "weights",
