@@ -92,7 +92,7 @@ def profile(
         last = max(measured[planned[place].key].started_at for place in order)
         show.say(f"nothing to do: all {len(order)} pairs were measured before, the last {last}; --again measures anew")
     engines = engine_texts(planned)
-    outlook = Outlook([row for row in to_do if not row.error and not row.unsupported], show)
+    outlook = Outlook([row for row in to_do if not row.error and not row.unsupported], engines, show)
 
     def store_row(row: Row) -> None:
         store.append(results, here.name, portable_row(row))

@@ -8,6 +8,7 @@ import pytest
 
 from tests.rows import a_row, compared
 from workbench.profile.outlook import Outlook
+from workbench.report.selection import engine_texts
 
 
 class Screen:
@@ -26,7 +27,7 @@ class Screen:
 def test_each_row_tells_its_figures_and_how_much_is_left() -> None:
     screen, moment = Screen(), 0.0
     rows = [compared(a_row("gguf-Q4_0"), 0.25), a_row("base", "transformers"), a_row("base", "vllm", measured=False)]
-    outlook = Outlook(rows, screen, lambda: moment)
+    outlook = Outlook(rows, engine_texts(rows), screen, lambda: moment)
     assert screen.whole == "0 of 3 jobs"
     moment = 20.0
     outlook.waiting(2)
@@ -48,7 +49,7 @@ def test_each_row_tells_its_figures_and_how_much_is_left() -> None:
 def test_rows_of_an_axis_are_told_apart() -> None:
     screen = Screen()
     rows = [a_row("q", options={"kv_cache": kv, "threads": 2}) for kv in ("f16", "q8_0")]
-    outlook = Outlook(rows, screen)
+    outlook = Outlook(rows, engine_texts(rows), screen)
     for row in rows:
         outlook.ended(row, 0)
     assert [line.partition("  perplexity")[0] for line in screen.said] == [
@@ -59,7 +60,8 @@ def test_rows_of_an_axis_are_told_apart() -> None:
 
 def test_an_interrupt_says_what_is_kept() -> None:
     screen = Screen()
-    with pytest.raises(KeyboardInterrupt), Outlook([a_row(), a_row("gguf-Q4_0")], screen) as outlook:
+    rows = [a_row(), a_row("gguf-Q4_0")]
+    with pytest.raises(KeyboardInterrupt), Outlook(rows, engine_texts(rows), screen) as outlook:
         outlook.ended(a_row(), 1)
         raise KeyboardInterrupt
     assert screen.said[-1] == "\n1 of 2 jobs measured and stored; what had begun begins again"

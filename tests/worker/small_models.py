@@ -49,6 +49,22 @@ OTHERS: dict[str, dict[str, Any]] = {
 """Not in the table."""
 
 
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 384}
+"""Multiples of 32, as vLLM's kernels on a CPU want them; its attention there begins with heads of 32."""
+CARRIED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    # llama.cpp's converter makes Llamas of Mistrals, and those have no sliding window.
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    # The sixth layer is the first that sees everything, with a rope of its own.
+    "gemma3_text": {"query_pre_attn_scalar": 32, "num_hidden_layers": 6},
+    "phi3": {},
+}
+"""Kinds whose checkpoints are carried into other engines, and what they have beside `WIDE`."""
+
+
 def write_model(folder: Path, kind: str, seed: int = 0, head: float = 0.1, **sizes: Any) -> Path:
     """A random model, float32, with weights large enough for its layers to matter, and biases and norms that are
     not trivial. `kind` is a key of `MODELS` or `OTHERS`, or a `model_type`; `sizes` replaces entries of its

@@ -17,7 +17,9 @@ import pytest
 from tests.places import ROOT
 from tests.worker.others import convert
 from tests.worker.small_models import (
+    CARRIED,
     MODELS,
+    WIDE,
     dequantized,
     pass_request,
     relative,
@@ -35,18 +37,8 @@ from workbench.worker.ggml.quantizer import run_quantizer
 
 # --- engines ------------------------------------------------------------------------------------
 
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 384}
-"""Multiples of 32, as vLLM's kernels on a CPU want them; its attention there begins with heads of 32."""
 KINDS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    # llama.cpp's converter makes Llamas of Mistrals, and those have no sliding window.
-    "mistral": {"sliding_window": None},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {},
-    "gemma2": {"query_pre_attn_scalar": 32},
-    # The sixth layer is the first that sees everything, with a rope of its own.
-    "gemma3_text": {"query_pre_attn_scalar": 32, "num_hidden_layers": 6},
-    "phi3": {},
+    **CARRIED,
     # vLLM's rotary kernel on a CPU takes eight pairs at a time and writes past the end of what is no multiple of it.
     "phi4-mini": {"hidden_size": 256, "head_dim": 64},
 }

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.worker.others import pack_by_gptqmodel
-from tests.worker.small_models import dequantized, pass_request, write_model, write_sentencepiece
+from tests.worker.small_models import CARRIED, WIDE, dequantized, pass_request, write_model, write_sentencepiece
 from tests.worker.unpacking import from_gguf
 from workbench.worker import mlx_folder
 from workbench.worker.calibration import run as calibrate
@@ -22,17 +22,8 @@ from workbench.worker.ggml import carry
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
 
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 384}
-KINDS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {},
-    # mlx-lm's has no sliding windows: past one it is another model, and a window of 16 is refused.
-    "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 256},
-    "gemma3_text": {"query_pre_attn_scalar": 32, "num_hidden_layers": 6},
-    "phi3": {},
-}
+# mlx-lm's Gemma 2 has no sliding windows: past one it is another model, and a window of 16 is refused.
+KINDS = CARRIED | {"gemma2": CARRIED["gemma2"] | {"sliding_window": 256}}
 HELD = {("awq", 4): 5e-4, ("gptq", 4): 0.0, ("gptq", 8): 0.0}
 """Method and bits -> by how much of the largest weight of its matrix a weight may be off."""
 BLOCKS = {("awq", 4): "Q4_1", ("gptq", 4): "Q4_0", ("gptq", 8): "Q8_0"}

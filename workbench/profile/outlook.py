@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from workbench.console import Show, seconds
 from workbench.records import Row
 from workbench.report.metrics import METRICS
-from workbench.report.selection import engine_texts, pair_of
+from workbench.report.selection import Pair, pair_of
 from workbench.report.units import MIB
 
 FIGURES = (
@@ -25,15 +25,21 @@ FIGURES = (
 class Outlook:
     """The jobs of a run, counted; a context manager that says what is kept when they are interrupted.
 
-    `planned`: the rows that are to be measured.
+    `planned`: the rows that are to be measured; `engines`: what theirs are called, by pair (`engine_texts`).
     """
 
-    def __init__(self, planned: Sequence[Row], show: Show, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        planned: Sequence[Row],
+        engines: Mapping[Pair, str],
+        show: Show,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._show, self._clock, self._started = show, clock, clock()
+        self._engines = engines
         self._total, self._done, self._begun = len(planned), 0, 0
-        self._engines = engine_texts(planned)
         self._variant = max((len(row.artifact.variant) for row in planned), default=0)
-        self._backend = max(map(len, self._engines.values()), default=0)
+        self._backend = max((len(engines[pair_of(row)]) for row in planned), default=0)
         self._tell()
 
     def waiting(self, begun: int) -> None:
@@ -48,8 +54,7 @@ class Outlook:
         if row is not None and row.measurement is not None:
             found = [(METRICS[name].value(row), words, unit) for name, words, unit in FIGURES]
             figures = ", ".join(words.format(value / unit) for value, words, unit in found if value is not None)
-            engine = self._engines.get(pair_of(row), row.backend)
-            name = f"{row.artifact.variant:{self._variant}}  {engine:{self._backend}}"
+            name = f"{row.artifact.variant:{self._variant}}  {self._engines[pair_of(row)]:{self._backend}}"
             self._show.say(f"{name}  {figures} ({self.words()})")
 
     def words(self) -> str:

@@ -61,8 +61,8 @@ def told_apart(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
     alike: dict[tuple[str, str, str], list[Pair]] = {}
     for pair in rows:
         alike.setdefault(pair[:3], []).append(pair)
-    found = {}
-    for group in alike.values():
+    found = dict.fromkeys(rows, "")
+    for group in (each for each in alike.values() if len(each) > 1):
         told = [rows[pair].options | _words(rows[pair].workload) for pair in group]
         names = [
             name

@@ -6,6 +6,7 @@ Whatever comes out of a recipe or an engine is text to be shown, not markup: it 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from workbench.records import Evaluation
 from workbench.report import loads
@@ -78,10 +79,9 @@ def remarks_of(table: Table) -> list[str]:
             each = [f"{backend} {format(value, '.1e') if value else 0}" for backend, value in floor.divergences]
             texts.append(f"noise floor{where}: divergence of {floor.base} from its own reference: {', '.join(each)}")
     missing = dict.fromkeys(why for line in table.lines if (why := quality_missing(line.row)))
-    return [
-        plain(text)
-        for text in (*texts, *missing, *_rates(table), *_loads(table), *_settings(table), *_idle(table), *table.notes)
-    ]
+    labels = labels_of({pair_of(line.row): line.row for line in table.lines})
+    texts += [*missing, *_rates(table, labels), *_loads(table, labels), *_settings(table), *_idle(table), *table.notes]
+    return [plain(text) for text in texts]
 
 
 def _idle(table: Table) -> list[str]:
@@ -102,13 +102,9 @@ def footnotes_of(table: Table) -> list[str]:
     return [short_text(text) for text in table.footnotes[:count]]
 
 
-def _labels(table: Table) -> dict[Pair, str]:
-    return labels_of({pair_of(line.row): line.row for line in table.lines})
-
-
-def _rates(table: Table) -> list[str]:
+def _rates(table: Table, labels: Mapping[Pair, str]) -> list[str]:
     """A line for each row that was timed at further points (llama-bench's shorthand), and what that means."""
-    texts, names, labels = [], set(), _labels(table)
+    texts, names = [], set()
     for line in table.lines:
         found = []
         for rate in line.further.values():
@@ -129,9 +125,9 @@ def _rates(table: Table) -> list[str]:
     return [*texts, f"there {'; '.join(meant)}"] if texts else []
 
 
-def _loads(table: Table) -> list[str]:
+def _loads(table: Table, labels: Mapping[Pair, str]) -> list[str]:
     """A line for each load that a server was put under, and what that means."""
-    texts, labels = [], _labels(table)
+    texts = []
     for line in table.lines:
         for own in loads.all_figures(line.row):
             failed = f", {own.failed} failed" if own.failed else ""
