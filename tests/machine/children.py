@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from workbench.errors import UserError
 
@@ -44,6 +44,13 @@ def raises(payload: Any, progress: Any) -> None:
     """A bug, with a message of two lines."""
     print("on the way to the bug")
     raise KeyError("no such layer\nand a second line")
+
+
+def refuses_its_settings(payload: Any, progress: Any) -> None:
+    """What pydantic raises where an engine checks its settings with it (vLLM does)."""
+    from pydantic import Field, TypeAdapter
+
+    TypeAdapter(dict[str, Annotated[int, Field(ge=1)]]).validate_python({"threads": 0})
 
 
 def user_error(payload: Any, progress: Any) -> None:

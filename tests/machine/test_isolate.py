@@ -99,6 +99,12 @@ def test_a_bug_becomes_one_line_and_a_traceback(call: Any) -> None:
     assert "on the way to the bug" in reply.log and "Traceback" in reply.log
 
 
+def test_an_engine_that_refuses_its_settings_says_which(call: Any) -> None:
+    """The first line of pydantic's message counts errors and names a class."""
+    reply = call("refuses_its_settings")
+    assert reply.error == "ValidationError: threads: Input should be greater than or equal to 1"
+
+
 def test_a_user_error_passes_as_it_is(call: Any) -> None:
     reply = call("user_error")
     assert (reply.error, reply.user_error) == ("the base has no weights: name another", True)

@@ -343,5 +343,5 @@ def test_an_option_that_came_later_leaves_keys_as_they_were() -> None:
 def test_packed_kernels_of_vllm_are_for_16_bits() -> None:
     backend = backend_named("vllm")
     said = "vLLM's packed kernels compute in 16 bits: leave out `gguf: repack` or `dtype: float32`"
-    assert backend.refuses(backend.Options(dtype="float32", gguf="repack"), False) == said
-    assert backend.refuses(backend.Options(dtype="float16", gguf="repack"), False) is None
+    assert backend.refuses(backend.Options(dtype="float32", gguf="repack"), "gguf", False) == said
+    assert backend.refuses(backend.Options(dtype="float16", gguf="repack"), "gguf", False) is None

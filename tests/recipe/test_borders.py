@@ -94,7 +94,7 @@ def test_numbers_have_an_end(field: str, data: dict[str, Any], allowed: str) -> 
 def test_editors_know_the_ends() -> None:
     known: Any = schema()
     assert known["$defs"]["WorkloadModel"]["properties"]["repeats"]["maximum"] == 1000
-    llamacpp = known["properties"]["backends"]["anyOf"][0]["properties"]["llamacpp"]["anyOf"][0]
+    llamacpp = known["$defs"]["llamacpp"]
     assert llamacpp["properties"]["threads"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 1024}
 
 

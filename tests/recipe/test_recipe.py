@@ -304,7 +304,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "backend": ({"backends": {"vlm": {}}}, "backends: unknown backend 'vlm'. Did you mean 'vllm'?"),
     "backend-list": ({"backends": ["lama.cpp"]}, "backends: unknown backend 'lama.cpp'. Did you mean 'llamacpp'?"),
     "backend-list-of-mappings": ({"backends": [{"vllm": {}}]}, "backends: a list of names or a mapping"),
-    "backend-options": ({"backends": {"vllm": 1}}, "backends.vllm: a mapping of options, or nothing"),
+    "backend-options": ({"backends": {"vllm": 1}}, "backends.vllm: a mapping of options, a list of such, or nothing"),
     "backend-option": (
         {"backends": {"transformers": {"dtpye": "auto"}}},
         "backends.transformers: unknown key 'dtpye'. Did you mean 'dtype'?",
@@ -561,6 +561,23 @@ def test_the_kv_cache_is_an_axis() -> None:
     assert "Known: f16, q8_0" in refused(recipe(backends={"llamacpp": {"kv_cache": ["f16", "fp8"]}}))
     assert "kv_cache: names a value twice" in refused(recipe(backends={"vllm": {"kv_cache": ["fp8", "fp8"]}}))
     assert "unknown value 'q8_0'" in refused(recipe(backends={"transformers": {"kv_cache": "q8_0"}}))
+
+
+def test_variants_may_run_with_options_of_their_own() -> None:
+    """vLLM computes AWQ in 16 bits only: the others may have a dtype that it has not."""
+    entries = [{"variants": ["base"]}, {"dtype": "float32", "variants": ["gguf-*"]}]
+    both = parse(recipe(variants=[{"gguf": "Q4_0"}], backends={"vllm": entries}), Path("r.yaml"))
+    assert [
+        (choice.options.get("dtype"), choice.takes("base"), choice.takes("gguf-Q4_0")) for choice in both.backends
+    ] == [
+        ("auto", True, False),
+        ("float32", False, True),
+    ]
+    jsonschema.validate(recipe(variants=[{"gguf": "Q4_0"}], backends={"vllm": entries}), schema())
+    same = [{"variants": ["base"]}, {"variants": ["gguf-*"]}]
+    assert "same options; join" in refused(recipe(variants=[{"gguf": "Q4_0"}], backends={"vllm": same}))
+    assert "backends.vllm: an empty list" in refused(recipe(backends={"vllm": []}))
+    assert "backends.vllm[1].dtype" in refused(recipe(backends={"vllm": [{}, {"dtype": "float23"}]}))
 
 
 def test_a_configuration_pasted_from_json_keeps_its_numbers(tmp_path: Path) -> None:

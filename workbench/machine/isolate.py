@@ -17,6 +17,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -320,6 +321,16 @@ class _Reporter:
             os.read(self._from_parent, 1)
 
 
+def in_one_line(error: BaseException) -> str:
+    """An exception's class and the first line of its message. One of pydantic's begins with a count and a class: where
+    and what is wrong stand below, up to ` [type=`."""
+    said, *below = str(error).strip().splitlines() or [""]
+    if re.match(r"\d+ validation errors? for ", said) and below:
+        place, *more = (line.partition(" [type=")[0].strip() for line in below[:2])
+        said = f"{place}: {more[0]}" if more and " [type=" not in below[0] else place
+    return f"{type(error).__name__}: {said}".strip().rstrip(":")
+
+
 def run_request(request: Path, reply: Path, to_parent: int, from_parent: int) -> None:
     """The child's side: do what the request names, write the reply, leave at once."""
     for pipe in (to_parent, from_parent):
@@ -335,9 +346,7 @@ def run_request(request: Path, reply: Path, to_parent: int, from_parent: int) ->
         text = json.dumps({"error": str(error), "user_error": True})
     except BaseException as error:
         traceback.print_exc()
-        said = str(error).strip().splitlines()
-        summary = f"{type(error).__name__}: {said[0] if said else ''}".strip().rstrip(":")
-        text = json.dumps({"error": summary[:500]})
+        text = json.dumps({"error": in_one_line(error)[:500]})
     write_whole(reply, text)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -96,7 +96,7 @@ def need_of(
         or backend.unsupported(Artifact(variant.name, variant.method, form, "", "", 0, 0), cuda)
         or limits_of(variant).get(choice.name)
         or stored.limits.get(choice.name)
-        or backend.refuses(chosen, cuda)
+        or backend.refuses(chosen, form, cuda)
         or (f"{choice.name} takes {most} sequences at once at most" if load.batch > most else None)
     )
     if reason:

@@ -89,7 +89,7 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
             # There could be a form for this engine: why there is none says more than that it does not read the others.
             unsupported = limit or made.refused.get(name) or reasons[best]
         if unsupported is None:
-            unsupported = module.refuses(module.Options(**choice.options), uses_gpu(choice.name))
+            unsupported = module.refuses(module.Options(**choice.options), artifact.format, uses_gpu(choice.name))
         if unsupported and name in made.failures:
             # The form that this engine reads could have been made, and was not.
             error, unsupported = made.failures[name], None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -189,23 +189,37 @@ def parse_backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple
     for name, options in raw.items():
         if name not in BACKENDS:
             raise unknown("backend", str(name), BACKENDS, f"{where}: backends")
-        place = f"backends.{name}"
-        if options is not None and not isinstance(options, dict):
-            raise UserError(f"{where}: {place}: a mapping of options, or nothing")
-        options = dict(options or {})
-        patterns = options.pop("variants", ["*"])
-        if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-            raise UserError(f"{where}: {place}.variants: a list of variant names or patterns")
-        meant_by(patterns, variants, f"{where}: {place}.variants")
-        backend = backend_named(name)
-        for axis in backend.AXES:
-            values = options.get(axis)
-            if isinstance(values, list) and any(value in values[:i] for i, value in enumerate(values)):
-                raise UserError(f"{where}: {place}.{axis}: names a value twice")
-        for one in _points(options, backend.AXES):
-            checked = validate(TypeAdapter(backend.Options), one, where, place, also={"variants"})
-            found.append(BackendChoice(name, _as_before(backend, checked), tuple(patterns)))
+        entries = options if isinstance(options, list) else [options]
+        if not entries:
+            raise UserError(f"{where}: backends.{name}: an empty list; name options, or write `{name}: {{}}`")
+        for number, entry in enumerate(entries):
+            place = f"backends.{name}" + (f"[{number}]" if isinstance(options, list) else "")
+            found += _choices(name, entry, where, place, variants)
+    for number, choice in enumerate(found):
+        if any((choice.name, choice.options) == (other.name, other.options) for other in found[:number]):
+            raise UserError(
+                f"{where}: backends.{choice.name}: two entries have the same options; join their `variants`"
+            )
     return tuple(found)
+
+
+def _choices(name: str, options: Any, where: str, place: str, variants: tuple[Variant, ...]) -> Iterator[BackendChoice]:
+    """What one entry of backend `name` means: a choice for each point of its axes."""
+    if options is not None and not isinstance(options, dict):
+        raise UserError(f"{where}: {place}: a mapping of options, a list of such, or nothing")
+    options = dict(options or {})
+    patterns = options.pop("variants", ["*"])
+    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+        raise UserError(f"{where}: {place}.variants: a list of variant names or patterns")
+    meant_by(patterns, variants, f"{where}: {place}.variants")
+    backend = backend_named(name)
+    for axis in backend.AXES:
+        values = options.get(axis)
+        if isinstance(values, list) and any(value in values[:i] for i, value in enumerate(values)):
+            raise UserError(f"{where}: {place}.{axis}: names a value twice")
+    for one in _points(options, backend.AXES):
+        checked = validate(TypeAdapter(backend.Options), one, where, place, also={"variants"})
+        yield BackendChoice(name, _as_before(backend, checked), tuple(patterns))
 
 
 def _points(options: Any, axes: Sequence[str]) -> list[Any]:

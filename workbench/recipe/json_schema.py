@@ -18,6 +18,7 @@ VARIANTS = "What is made of the base, in order: a method each, with its options.
 VARIANT_NAME = "What the variant is called in tables and on the command line (default: made of its options)."
 BACKENDS_KEY = "The engines that run the variants, each with its options, or a list of their names (default: all)."
 PATTERNS = "Which variants this engine runs, by names or patterns such as `gguf-*` (default: all)."
+ENTRIES = "Several sets of options, each with its `variants`."
 LISTED = " A list makes a variant of each."
 SEVERAL = " A list of values measures every variant with each."
 CARRIED_FROM = "A variant above it, AWQ or GPTQ, whose weights are written in this format as they are."
@@ -58,7 +59,10 @@ def schema() -> dict[str, object]:
         listed = {"type": "array", "items": {"type": "string"}, "description": PATTERNS}
         options["properties"]["variants"] = listed
         _several(options, backend.AXES, SEVERAL)
-        backends[word] = {"anyOf": [options, {"type": "null"}], "description": options["description"]}
+        top["$defs"][word] = options
+        entry = {"$ref": f"#/$defs/{word}"}
+        entries = {"type": "array", "items": entry, "minItems": 1, "description": ENTRIES}
+        backends[word] = {"anyOf": [entry, entries, {"type": "null"}], "description": options["description"]}
     one_set = {"$ref": "#/$defs/EvaluationModel"}
     several = {"type": "object", "additionalProperties": one_set, "minProperties": 1}
     several |= {"propertyNames": {"pattern": NAME, "not": {"enum": list(EvaluationModel.model_fields)}}}

@@ -93,8 +93,8 @@ class Backend(Protocol):
     def unsupported(self, artifact: Artifact, cuda: bool) -> str | None:
         """Why it cannot load an artifact, or None."""
 
-    def refuses(self, options: Any, cuda: bool) -> str | None:
-        """Why these options cannot be had on this device, or None."""
+    def refuses(self, options: Any, form: str, cuda: bool) -> str | None:
+        """Why these options cannot be had on this device, or with an artifact of format `form`; or None."""
 
     def needs(self, shape: Shape, form: str, stored: Stored, load: Sequences, options: Any, cuda: bool) -> EngineMemory:
         """What it needs for an artifact of format `form`."""

@@ -45,7 +45,7 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     return None
 
 
-def refuses(options: Options, cuda: bool) -> str | None:
+def refuses(options: Options, form: str, cuda: bool) -> str | None:
     """It refuses nothing."""
     return None
 

@@ -75,7 +75,7 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     return f"llama.cpp reads GGUF files only, not {artifact.format} checkpoints"
 
 
-def refuses(options: Options, cuda: bool) -> str | None:
+def refuses(options: Options, form: str, cuda: bool) -> str | None:
     """Every option can be had everywhere."""
     return None
 

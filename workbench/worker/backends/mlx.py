@@ -47,7 +47,7 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     return None if artifact.format in LOADS else f"mlx-lm does not read {artifact.format}"
 
 
-def refuses(options: Options, cuda: bool) -> str | None:
+def refuses(options: Options, form: str, cuda: bool) -> str | None:
     """Every option can be had everywhere."""
     return None
 

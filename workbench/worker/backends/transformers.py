@@ -82,7 +82,7 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     return None
 
 
-def refuses(options: Options, cuda: bool) -> str | None:
+def refuses(options: Options, form: str, cuda: bool) -> str | None:
     """Every option can be had everywhere."""
     return None
 

@@ -98,8 +98,10 @@ def _has_amx() -> bool:
     return CPU_INFO.is_file() and "amx_tile" in CPU_INFO.read_text()
 
 
-def refuses(options: Options, cuda: bool) -> str | None:
+def refuses(options: Options, form: str, cuda: bool) -> str | None:
     """A cache of 8 bits is for GPUs, packed kernels are for 16 bits."""
+    if form in ("awq", "gptq") and options.dtype == "float32":
+        return f"vLLM computes {form.upper()} in 16 bits: give these variants an entry without `dtype: float32`"
     if options.gguf == "repack" and options.dtype == "float32":
         return "vLLM's packed kernels compute in 16 bits: leave out `gguf: repack` or `dtype: float32`"
     if options.kv_cache == "fp8" and not cuda:
