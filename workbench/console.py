@@ -1,4 +1,5 @@
-"""What the person sees while work goes on: a bar a step on a terminal, a line a step in a log."""
+"""What the person sees while work goes on: a bar a step on a terminal, below a table that grows; a line a step in a
+log."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -27,6 +28,12 @@ NO_BUG = frozenset(
     )
 )
 """What a disk, its rights and its limits answer whatever the program does."""
+Growing = Callable[[int, int], Sequence[tuple[str, str | None]]]
+"""A table while its rows come: (width, height) of the room for it, in characters -> its lines and their styles."""
+CANNOT_DRAW = ("dumb", "unknown")
+"""Terminals without a cursor to steer: they get a log's lines."""
+AROUND = 4
+"""Lines of a terminal that no table may take: one above it, bar, how far all of the work is, and the cursor's."""
 
 
 class Console:
@@ -34,8 +41,9 @@ class Console:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._live = sys.stderr.isatty() and not quiet
+        self.live = sys.stderr.isatty() and os.environ.get("TERM") not in CANNOT_DRAW and not quiet
         self.whole = ""
+        self.table: Growing | None = None
 
     def say(self, text: str) -> None:
         """One line."""
@@ -47,10 +55,10 @@ class Console:
         """A step of the work; yields `progress(done, total, detail)` and, if it is to be `told`, says how long it
         took."""
         started = time.monotonic()
-        if not self._live:
+        if not self.live:
             yield self._lines(text, started)
         else:
-            with _bar(text, lambda: self.whole) as bar:
+            with _bar(text, self) as bar:
                 task = bar.add_task("", total=None, name=text, detail="")
 
                 def progress(done: float, total: float, detail: str) -> None:
@@ -59,6 +67,15 @@ class Console:
                 yield progress
         if told:
             self.say(f"{text}: {seconds(time.monotonic() - started)}")
+
+    def put_away(self, keep: bool) -> None:
+        """The work is over: nothing stands around a step any more. What is to be kept of the table stays to be read."""
+        if keep and self.live and self.table:
+            from rich.console import Console as Terminal
+
+            for line, _style in self.table(Terminal(stderr=True).width, sys.maxsize):
+                self.say(line)
+        self.whole, self.table = "", None
 
     def _lines(self, text: str, started: float) -> Callable[[float, float, str], None]:
         """In a log: how far a step is, every half minute."""
@@ -76,9 +93,9 @@ class Console:
         return progress
 
 
-def _bar(text: str, whole: Callable[[], str]) -> Progress:
-    """A bar on standard error, of one line whatever the terminal's width: words are cut before bar and times are. What
-    `whole` says, if anything, stands below."""
+def _bar(text: str, show: Show) -> Progress:
+    """A bar on standard error, of one line whatever the terminal's width: words are cut before bar and times are. The
+    table that `show` has, if any, stands above, and how far all of the work is below."""
     from rich import progress as rich
     from rich.console import Console as Terminal
     from rich.table import Column
@@ -86,9 +103,13 @@ def _bar(text: str, whole: Callable[[], str]) -> Progress:
 
     class Bar(rich.Progress):
         def get_renderables(self) -> Iterator[RenderableType]:
+            if show.table:
+                yield Text()
+                for line, style in show.table(terminal.width, terminal.height - AROUND):
+                    yield Text(line, style=style or "", no_wrap=True, overflow="ellipsis")
             yield from super().get_renderables()
-            if words := whole():
-                yield Text(f"  {words}", style="dim", no_wrap=True, overflow="ellipsis")
+            if show.whole:
+                yield Text(f"  {show.whole}", style="dim", no_wrap=True, overflow="ellipsis")
 
     def words(field: str, most: int) -> rich.TextColumn:
         cut = Column(no_wrap=True, overflow="ellipsis", max_width=max(most, 1))
@@ -139,9 +160,14 @@ class Show(Protocol):
 
     whole: str
     """How far all of the work is, shown below the step it is at."""
+    live: bool
+    """Whether anything is drawn: on a terminal."""
+    table: Growing | None
+    """What was measured so far, drawn above the step."""
 
     def say(self, text: str) -> None: ...
     def task(self, text: str, told: bool = True) -> Any: ...
+    def put_away(self, keep: bool) -> None: ...
 
 
 def command(app: Callable[[], object]) -> None:

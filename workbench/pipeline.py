@@ -82,8 +82,8 @@ def profile(
             bare = [planned_row(recipe, made, choice, name, None) for choice, name in pairs]
             planned = [row if row.key in measured else other for row, other in zip(planned, bare, strict=True)]
         measured = with_reference(measured, references)
-    rows: dict[int, Row] = {}
     order = [place for place, (choice, name) in enumerate(pairs) if only is None or (choice.name, name) in only]
+    rows = {place: measured[planned[place].key] for place in order if planned[place].key in measured}
     # A machine that drifts (heat, other work) must not make the later variants look slower; the same order each time.
     random.Random(f"{recipe.name} {recipe.workload.seed}").shuffle(order)
 
@@ -94,6 +94,9 @@ def profile(
     engines = engine_texts(planned)
     outlook = Outlook([row for row in to_do if not row.error and not row.unsupported], engines, show)
 
+    def in_place() -> list[Row]:
+        return [rows[place] for place in sorted(rows)]
+
     def store_row(row: Row) -> None:
         store.append(results, here.name, portable_row(row))
         rows[row.place] = row
@@ -102,7 +105,7 @@ def profile(
 
     def ended(row: Row) -> None:
         store_row(row)
-        outlook.ended(row, len(jobs))
+        outlook.ended(row, len(jobs), in_place())
 
     waited = False
     with Interleaved(ended) as jobs, outlook:
@@ -130,7 +133,7 @@ def profile(
                     measured |= with_reference(already_measured(store.read(folder)[0], since, failed), references)
                 if row.key in measured:
                     rows[place] = measured[row.key]
-                    outlook.ended(None, len(jobs))
+                    outlook.ended(None, len(jobs), in_place())
                 elif row.error or row.unsupported:
                     store_row(row)
                 else:
@@ -139,4 +142,4 @@ def profile(
                     jobs.start(run_job(recipe, made, row, references, engines[pair_of(row)], show), locks.pop_all())
                     outlook.waiting(len(jobs))
         jobs.finish()
-    return [rows[place] for place in sorted(rows)]
+    return in_place()

@@ -1,14 +1,17 @@
-"""How far the measuring is: a line for each row as it comes, and about how long the rest will take."""
+"""How far the measuring is: a table that grows, in a log a line for each row, and how long the rest will take."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 
 from workbench.console import Show, seconds
 from workbench.records import Row
+from workbench.report.formats.terminal import so_far
 from workbench.report.metrics import METRICS
 from workbench.report.selection import Pair, pair_of
+from workbench.report.table import build
 from workbench.report.units import MIB
 
 FIGURES = (
@@ -19,7 +22,7 @@ FIGURES = (
     ("peak_vram_bytes", "{:.0f} MiB VRAM", MIB),
     ("peak_rss_bytes", "{:.0f} MiB", MIB),
 )
-"""What a row's line has, as far as it was measured: metric, words, unit."""
+"""What a row's line in a log has, as far as it was measured: metric, words, unit."""
 
 
 class Outlook:
@@ -47,11 +50,15 @@ class Outlook:
         self._begun = begun
         self._tell()
 
-    def ended(self, row: Row | None, begun: int) -> None:
-        """A job came to its end, by this run or (None) by another; what was measured is told."""
+    def ended(self, row: Row | None, begun: int, known: Sequence[Row]) -> None:
+        """A job came to its end, by this run or (None) by another; what was measured is told: where something is drawn
+        by the table of all rows that are `known`, else by a line."""
         self._done += 1
         self.waiting(begun)
-        if row is not None and row.measurement is not None:
+        if row is not None and self._show.live:
+            # Drawn at every frame, made once for each size of the terminal.
+            self._show.table = lru_cache(1)(partial(so_far, build(known), row))
+        elif row is not None and row.measurement is not None:
             found = [(METRICS[name].value(row), words, unit) for name, words, unit in FIGURES]
             figures = ", ".join(words.format(value / unit) for value, words, unit in found if value is not None)
             name = f"{row.artifact.variant:{self._variant}}  {self._engines[pair_of(row)]:{self._backend}}"
@@ -71,7 +78,7 @@ class Outlook:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._show.whole = ""
+        self._show.put_away(keep=kind is not None)
         if kind is KeyboardInterrupt and self._done < self._total:
             self._show.say(f"\n{self._done} of {self._total} jobs measured and stored; what had begun begins again")
 

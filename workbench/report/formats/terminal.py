@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from workbench.records import Row
 from workbench.report.formats.cells import TextColumn, shown_columns, shown_lines
@@ -31,7 +32,7 @@ def terminal(table: Table, columns: Sequence[str] = (), width: int | None = None
     if width is None:
         width = console.width if console.is_terminal else 1000
     shown, left_out = fitted(shown_columns(table, columns), width)
-    grid = _grid(table, shown)
+    grid = _grid(shown_lines(table.lines), shown)
     needed = cell_len(grid[0][0])
     remarks = remarks_of(table)
     if left_out:
@@ -58,11 +59,29 @@ def terminal(table: Table, columns: Sequence[str] = (), width: int | None = None
     return "\n".join(text.rstrip() for text in captured.get().rstrip().split("\n")) + "\n"
 
 
-def _grid(table: Table, columns: Sequence[TextColumn]) -> list[tuple[str, str | None]]:
-    """The table's lines with their styles, heading first. By hand: rich takes a millisecond a line for its own grid."""
+def so_far(table: Table, newest: Row, width: int, height: int) -> list[tuple[str, str | None]]:
+    """The table without its prose while its rows come: lines and their styles, as many as `height` has room for.
+
+    Where there are more, those around the `newest` row stay, and the last line says how many of all they are.
+    """
+    lines = shown_lines(table.lines)
+    columns = [column for column in shown_columns(table) if column.heading != ("note",)]
+    room, many = height - 1 - max(len(column.heading) for column in columns), len(lines)
+    if many > room:
+        room = max(room - 1, 1)
+        place = next((k for k, line in enumerate(lines) if line.row.key == newest.key), 0)
+        first = min(max(place - room // 2, 0), many - room)
+        kept = slice(first, first + room)
+        lines = lines[kept]
+        columns = [replace(column, cells=column.cells[kept], bare=column.bare[kept]) for column in columns]
+    grid = _grid(lines, fitted(columns, width)[0])
+    return grid if len(lines) == many else [*grid, (f"{len(lines)} of {many} rows (all: `workbench table`)", "dim")]
+
+
+def _grid(lines: Sequence[Line], columns: Sequence[TextColumn]) -> list[tuple[str, str | None]]:
+    """The lines with their styles, heading first. By hand: rich takes a millisecond a line for its own grid."""
     from rich.cells import cell_len
 
-    lines = shown_lines(table.lines)
     height = max(len(column.heading) for column in columns)
     stacked = []
     for place, column in enumerate(columns):
