@@ -226,7 +226,7 @@ def test_a_divergence_gives_way_by_its_error() -> None:
     close = ask([row], max_kld=0.1 - 0.99 * reach).choice
     assert close and close.standing == 2 and doubts(close) == [f"divergence 0.1000 nat {ends}, at most 0.0968 nat"]
     assert ask([row], max_kld={"prose": 0.1 - 1.01 * reach}).rejected == {
-        "q on llamacpp": ("divergence on prose 0.1000 nat, at most 0.0967 nat",)
+        "q on llamacpp": (f"divergence on prose 0.1000 nat {ends}, at most 0.0967 nat",)
     }
 
 
@@ -255,7 +255,8 @@ def test_a_speed_gives_way_by_its_interval(limit: str) -> None:
     assert [one and one.standing for one in found] == [0, 1, 2]
     assert doubts(found[2]) == [f"{what} 100.0 tok/s ({low:.1f} to {high:.1f}), at least {high * 0.9999:.1f} tok/s"]
     failed = ask([row], **{limit: high * 1.0001})
-    assert failed.rejected == {"q on llamacpp": (f"{what} 100.0 tok/s, at least {high * 1.0001:.1f} tok/s",)}
+    why = f"{what} 100.0 tok/s ({low:.1f} to {high:.1f}), at least {high * 1.0001:.1f} tok/s"
+    assert failed.rejected == {"q on llamacpp": (why,)}
     assert ask([a_row("q", step_s=[[0.01, 0.01]], first_token_s=[1.0])], **{limit: 101.0}).choice is None
     nothing = ask([a_row("q", step_s=[], first_token_s=[])], **{limit: 1.0})
     assert nothing.rejected == {"q on llamacpp": (f"{what} was not measured",)}

@@ -181,10 +181,11 @@ def _verdict(
     ends = sorted(sign * end for end in interval) if interval else [sign * value, math.inf]
     nearest = sign * value - slack if slack is not None else ends[0]
     wanted = f"at {'least' if least else 'most'} {show(limit)}"
-    if nearest > sign * limit:
-        return f"{what} {show(value)}, {wanted}"
-    if ends[1] <= sign * limit:
-        return None
     told = " to ".join(show(end).partition(" ")[0] for end in interval) if interval else "no interval"
     known = "" if interval and interval[0] == interval[1] else f" ({told})"
+    if nearest > sign * limit:
+        # Shown where it decides: what a slack is allowed for fails by the value, whatever its interval.
+        return f"{what} {show(value)}{known if interval and slack is None else ''}, {wanted}"
+    if ends[1] <= sign * limit:
+        return None
     return Doubt(f"{what} {show(value)}{known}, {wanted}", sign * value <= sign * limit, cure)
