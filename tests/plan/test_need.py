@@ -304,14 +304,14 @@ def test_points_are_the_workloads_and_those_that_are_served() -> None:
 def test_what_is_longer_than_the_context_is_refused(tokens: int, refused: bool) -> None:
     load = {"prompt_tokens": tokens - 16, "new_tokens": 16}
     if not refused:
-        plan.check_context(recipe(GGUF, workload=load), 4096)
-        plan.check_context(recipe(GGUF, workload=load), 0)
+        assert plan.check_context(recipe(GGUF, workload=load), 4096) == []
         return
     with pytest.raises(
         UserError, match="r.yaml: workload: sequences of 4,097 tokens .* 4,096: use fewer `prompt_tokens`"
     ):
         plan.check_context(recipe(GGUF, workload=load), 4096)
-    plan.check_context(recipe(GGUF, workload=load), 0)
+    (note,) = plan.check_context(recipe(GGUF, workload=load), 0)
+    assert "does not say how long its context is" in note and f"workload: {tokens:,}" in note
 
 
 def test_a_gguf_file_in_vllm_is_de_quantized_or_stays_packed() -> None:

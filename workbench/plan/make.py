@@ -93,7 +93,7 @@ def make(
         sizes = [(tokens, many if batch is None else batch, min(max(load.prompt_tokens), tokens))]
     points = [Sequences(*size, window) for size in sizes]
     longest = max(point.tokens for point in points)
-    check_context(recipe, shape.context_tokens, context)
+    notes += check_context(recipe, shape.context_tokens, context)
     notes += check_texts(recipe) if anew else []
     needs = []
     for choice in recipe.backends:
@@ -166,21 +166,28 @@ def layers(recipe: Recipe) -> list[LayerKind]:
     return found
 
 
-def check_context(recipe: Recipe, context_tokens: int, asked: int | None = None) -> None:
+def check_context(recipe: Recipe, context_tokens: int, asked: int | None = None) -> list[str]:
     """Refuse what is longer than the model takes: the workload's sequences, and windows to score or to calibrate on.
 
-    `asked`: tokens of a sequence where the command line says, instead of the workload's.
+    `context_tokens`: the model's, 0 where its configuration does not say, which is what is answered then: an engine's
+    guess (2,048 in some) would refuse what fits. `asked`: tokens of a sequence where the command line says, instead of
+    the workload's.
     """
     parts = [(f"evaluation '{name}'", test.window) for name, test in recipe.evaluations.items()]
     parts += [("calibration", recipe.calibration.window)] if recipe.calibration else []
     longest = [("--context" if asked else "workload", "sequences", asked or recipe.workload.longest)]
-    for where, what, tokens in longest + [(where, "windows", window) for where, window in parts]:
-        if context_tokens and tokens > context_tokens:
+    lengths = longest + [(where, "windows", window) for where, window in parts]
+    if not context_tokens:
+        told = ", ".join(f"{where}: {tokens:,}" for where, _, tokens in lengths)
+        return [f"unchecked, since the base's configuration does not say how long its context is, in tokens: {told}"]
+    for where, what, tokens in lengths:
+        if tokens > context_tokens:
             remedy = "use a shorter `window`" if what == "windows" else "use fewer `prompt_tokens` or `new_tokens`"
             raise UserError(
                 f"{recipe.path}: {where}: {what} of {tokens:,} tokens are longer than the model's context of "
                 f"{context_tokens:,}: {remedy}"
             )
+    return []
 
 
 def found_in(recipe: Recipe, variant: Variant, shape: Shape) -> dict[str, Stored] | None:

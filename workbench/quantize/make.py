@@ -43,7 +43,8 @@ class Made:
 def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     """Base, tokens and the named variants (default: all) of a recipe, made or found in the cache."""
     base = prepare(recipe, show)
-    check_context(recipe, base.context_length)
+    for note in check_context(recipe, base.context_length):
+        show.say(f"note: {note}")
     evaluations, calibration = tokenize(recipe, base, show)
     asked = tasks(recipe, base, show)
     starts = {v.source for v in recipe.variants if isinstance(v, CarriedVariant) and names and v.name in names}
