@@ -137,6 +137,9 @@ def test_both_go_through_every_command(toys: Any, real_base: Path) -> None:
     assert chosen["choice"]["variant"] == "rtn-8bit"
     assert chosen["command"].startswith(f"toy-server {toys.place.home}/artifacts/")
     assert chosen["command"].endswith("SmolLM2-135M-Instruct-rtn-8bit --attention sdpa")
+    page = toys.place.folder / "report.html"
+    assert toys("report", "-o", str(page)).returncode == 0
+    assert "<td class=engine>Toy engine</td>" in page.read_text("utf-8")
     card = toys("card", "rtn-8bit").stdout
     matter = yaml.safe_load(card.split("---")[1])
     assert matter["tags"] == ["quantized", "rtn", "8-bit", "workbench"] and matter["library_name"] == "toy"

@@ -11,6 +11,7 @@ from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
 from workbench.worker.scoring.reducer import Scoring
 
+WORD = "Toy engine"
 MODULE = "torch"
 PACKAGES: tuple[str, ...] = ("torch",)
 INSTALL = "pip install a toy"

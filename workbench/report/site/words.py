@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 from workbench.report.table import Line, Table
-
-ENGINES = {
-    "llamacpp": "llama.cpp",
-    "llama-server": "llama.cpp's server",
-    "mlx": "MLX",
-    "transformers": "Transformers",
-    "vllm": "vLLM",
-    "vllm-serve": "vLLM's server",
-}
+from workbench.worker.backends import BACKENDS, backend_named
 
 MEMORY_PARTS = {
     "weights": "weights",
@@ -26,8 +18,8 @@ MEMORY_PARTS = {
 
 
 def engine_word(backend: str) -> str:
-    """The engine's own name; one that is not known here has its recipe's."""
-    return ENGINES.get(backend, backend)
+    """The engine's own name; what is none of ours (a server that somebody else started) has its row's."""
+    return backend_named(backend).WORD if backend in BACKENDS else backend
 
 
 def variant_name(table: Table, line: Line) -> str:

@@ -77,6 +77,8 @@ class Backend(Protocol):
     """The recipe's keys: a frozen dataclass."""
     AXES: tuple[str, ...]
     """Options that a recipe may give a list of values, each measured beside the others."""
+    WORD: str
+    """What people call it, where a recipe's word would not do."""
     MODULE: str
     """What to import to see whether the engine is there."""
     PACKAGES: tuple[str, ...]

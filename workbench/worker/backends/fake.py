@@ -19,6 +19,7 @@ from workbench.records import Artifact, Job, Quality, Row, from_json
 from workbench.shape import EngineMemory, Sequences, Shape, Stored
 from workbench.worker.scoring.reducer import Scoring
 
+WORD = "Fake"
 MODULE = "torch"
 PACKAGES: tuple[str, ...] = ("torch",)
 INSTALL = "nothing; it is part of the tests"

@@ -24,6 +24,7 @@ from workbench.worker.ggml.index import entries
 from workbench.worker.ggml.mixtures import tensor_bytes
 from workbench.worker.scoring.reducer import Scoring
 
+WORD = "llama.cpp"
 MODULE = "llama_cpp"
 PACKAGES: tuple[str, ...] = ("llama-cpp-python",)
 INSTALL = "pip install llama-cpp-python"

@@ -18,6 +18,7 @@ from workbench.worker.base.checkpoint import read_json
 from workbench.worker.base.saving import for_both_readers
 from workbench.worker.scoring.reducer import Scoring
 
+WORD = "MLX"
 MODULE = "mlx_lm"
 PACKAGES: tuple[str, ...] = ("mlx", "mlx-lm")
 INSTALL = "pip install 'mlx[cpu]' mlx-lm (on a Mac: pip install mlx-lm)"

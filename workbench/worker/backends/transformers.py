@@ -26,6 +26,7 @@ from workbench.worker.base.checkpoint import read_json
 from workbench.worker.methods.loading import ON_LOAD, held_bytes
 from workbench.worker.scoring.reducer import Scoring
 
+WORD = "Transformers"
 MODULE = "transformers"
 PACKAGES: tuple[str, ...] = ("transformers", "torch")
 INSTALL = "pip install transformers accelerate"

