@@ -29,6 +29,7 @@ from tests.worker.small_models import write_model, write_sentencepiece
 from workbench.machine import isolate
 from workbench.records import Evaluation, Row, Workload
 from workbench.worker.backends import BACKENDS, backend_named, serving_command
+from workbench.worker.backends import llama_server as llama_server_backend
 
 LOOPBACK = "--host 127.0.0.1 --port"
 
@@ -171,8 +172,20 @@ def converted(payload: Any, progress: Any) -> None:
     gguf.convert({"base": payload["base"], "out": payload["out"], "dtype": "float32", "name": "m"}, progress)
 
 
+@pytest.fixture
+def llama_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real llama-server on the PATH: the one that is there, else the one in the package xllamacpp."""
+    if not shutil.which("llama-server"):
+        program = tmp_path / "bin" / "llama-server"
+        program.parent.mkdir()
+        module = llama_server_backend.__name__
+        program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -P -m {module} "$@"\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("llama-server"), reason="llama.cpp's own server is not installed")
+@pytest.mark.usefixtures("llama_server")
 def test_llamacpps_server_takes_the_command(tmp_path: Path) -> None:
     base, out = write_sentencepiece(write_model(tmp_path / "base", "llama", head_dim=32)), tmp_path / "m.gguf"
     reply = isolate.call(

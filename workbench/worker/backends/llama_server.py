@@ -28,6 +28,7 @@ from workbench.worker.scoring.reducer import Scoring
 if TYPE_CHECKING:
     import torch
 
+WORD = "llama.cpp's server"
 MODULE = "xllamacpp"
 PACKAGES: tuple[str, ...] = ("xllamacpp",)
 INSTALL = "pip install xllamacpp (or put llama.cpp's llama-server on the PATH)"
@@ -154,7 +155,11 @@ def main() -> None:
     words.add_argument("--kv-unified", action="store_true")
     told = words.parse_args()
     params = x.CommonParams()
-    params.model.path, params.model_alias = told.model, {told.alias}
+    params.model.path = told.model
+    if told.alias:
+        params.model_alias = {told.alias}
+    if level := os.environ.get("LLAMA_ARG_LOG_VERBOSITY"):  # as llama-server itself reads it
+        params.verbosity = int(level)
     params.hostnames, params.port = [told.host], told.port
     params.n_ctx, params.n_parallel, params.kv_unified = told.ctx_size, told.parallel, told.kv_unified
     params.cpuparams.n_threads = told.threads
