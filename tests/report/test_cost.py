@@ -105,6 +105,20 @@ def test_what_says_nothing_is_left_out_with_its_reason(prices: Path) -> None:
     assert "measured with 20 new tokens, the traffic has 40" in str(wb.cost(prices, [served()]))
 
 
+def test_rows_of_one_variant_and_engine_are_told_apart(prices: Path) -> None:
+    """By what differs, on its own machine; a number only where nothing does."""
+    kinds = [served(options={"kv_cache": kind, "threads": 2}) for kind in ("f16", "q8_0")]
+    again = replace(kinds[1], started_at="2026-11-22T10:00:00Z")
+    found = wb.cost(prices, [*kinds, again, served(machine="attic", options={"kv_cache": "f16", "threads": 2})])
+    assert {each.name for each in found.offers} == {
+        "base on llamacpp (kv_cache f16), desk",
+        "base on llamacpp (kv_cache q8_0), desk",
+        "base on llamacpp (kv_cache q8_0), desk (2)",
+        "far",
+    }
+    assert [*found.left_out] == ["base on llamacpp, attic"]
+
+
 def test_the_command(prices: Path, tmp_path: Path) -> None:
     store.append(tmp_path / "rows", "desk", served())
     done = command("cost", str(prices), str(tmp_path / "rows"), "--plot", str(tmp_path / "cost.svg"))

@@ -17,13 +17,15 @@ requests kept them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from workbench.records import Limited, LoadPoint, Row, Seconds
 from workbench.report.estimates import quantile
 from workbench.report.loads import figures
+from workbench.report.selection import labels_of, pair_of
 
 if TYPE_CHECKING:
     from workbench.recipe.prices import Prices, Tokens, Traffic
@@ -181,10 +183,9 @@ def costs(rows: Sequence[Row], prices: Prices, limits: Mapping[Limited, Seconds]
     own the traffic has those of the first row that serves it."""
     left_out: dict[str, str] = {}
     able: list[tuple[str, float, Capacity]] = []
-    traffic, taken = prices.traffic, set[str]()
+    traffic = prices.traffic
     prompt, new = traffic.prompt_tokens or 0.0, traffic.new_tokens or 0.0
-    for row in rows:
-        name = _name(row, taken)
+    for name, row in _named(rows):
         found = capacity(row, limits)
         if row.machine.name not in prices.machines:
             left_out[name] = f"no price of the machine '{row.machine.name}'"
@@ -227,15 +228,17 @@ def _own(name: str, hour: float, found: Capacity, prices: Prices, prompt: float,
     )
 
 
-def _name(row: Row, taken: set[str]) -> str:
-    """What a row is called here, unlike any other."""
-    plain = f"{row.artifact.variant} on {row.backend}, {row.machine.name}"
-    name, number = plain, 1
-    while name in taken:
-        number += 1
-        name = f"{plain} ({number})"
-    taken.add(name)
-    return name
+def _named(rows: Sequence[Row]) -> Iterator[tuple[str, Row]]:
+    """The rows, each with what it is called here, unlike any other: by the options that differ, else by a number."""
+    labels = {
+        name: labels_of({pair_of(row): row for row in rows if row.machine.name == name})
+        for name in dict.fromkeys(row.machine.name for row in rows)
+    }
+    seen = Counter[str]()
+    for row in rows:
+        name = f"{labels[row.machine.name][pair_of(row)]}, {row.machine.name}"
+        seen[name] += 1
+        yield f"{name} ({seen[name]})" if seen[name] > 1 else name, row
 
 
 def _unlike(prompt: float, new: float, found: Capacity) -> str:
