@@ -36,7 +36,7 @@ def unsupported(artifact: Artifact, cuda: bool) -> str | None:
     return None if artifact.format in LOADS else f"the toy does not read {artifact.format}"
 
 
-def refuses(options: Options, cuda: bool) -> str | None:
+def refuses(options: Options, form: str, cuda: bool) -> str | None:
     """Nothing."""
     return None
 

@@ -185,7 +185,7 @@ def parse_backends(raw: Any, where: str, variants: tuple[Variant, ...]) -> tuple
         raw = dict.fromkeys(raw)
     if not isinstance(raw, dict) or not raw:
         raise UserError(f"{where}: backends: a list of names or a mapping from name to options")
-    found = []
+    found = list[BackendChoice]()
     for name, options in raw.items():
         if name not in BACKENDS:
             raise unknown("backend", str(name), BACKENDS, f"{where}: backends")
