@@ -1,6 +1,6 @@
 """What `recommend` answers, over stored rows and over the same rows as a busy machine would have measured them.
 
-    python benchmarks/advice.py results/amd-epyc-2-cores-24-gib-8c14f5 [SEED]
+    python benchmarks/advice.py results/amd-epyc-2-cores-24-gib [SEED]
 
 Half of the busy rows, drawn by the seed, have their repeats slowed and sped up by factors of up to ten, and the warning
 that comes with it. Prints wish, choice, runner-up and why as a table, then the same for 300 drawn wishes in numbers.

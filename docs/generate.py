@@ -68,9 +68,10 @@ def recipe(whole: dict[str, Any]) -> Iterator[str]:
         if name == "Equivalent":
             yield from _variants(whole["properties"]["variants"]["items"]["anyOf"])
     yield from ("", "## backends", "", "Engines by name, each with options (or none) and `variants`: names or patterns")
-    yield "such as `gguf-*` that it runs, default all. A list of names does where no options are needed."
-    for name, forms in whole["properties"]["backends"]["anyOf"][0]["properties"].items():
-        yield from _section(name, forms["anyOf"][0])
+    yield "such as `gguf-*` that it runs, default all. A list of such gives variants options of their own."
+    yield "A list of names does where no options are needed."
+    for name in whole["properties"]["backends"]["anyOf"][0]["properties"]:
+        yield from _section(name, parts[name])
 
 
 def _top(name: str, key: dict[str, Any]) -> dict[str, Any]:
