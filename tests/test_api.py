@@ -64,6 +64,7 @@ def test_a_table_is_what_the_command_prints() -> None:
     words = ("--results", str(PUBLISHED), "--recipe", "smollm2-135m-full")
     table = wb.table(PUBLISHED, recipe="smollm2-135m-full")
     assert command("table", *words, "--format", "markdown").stdout == table._repr_markdown_()
+    assert len(repr(table)) < 100, "a notebook stores it too"
     assert str(table) == command("table", *words).stdout and "gguf-Q4_K_M" in str(table)
     rows = wb.rows(PUBLISHED)
     assert all(isinstance(row, Row) for row in rows) and len(wb.rows(PUBLISHED, history=True)) >= len(rows)

@@ -75,7 +75,7 @@ def terminal(plan: Plan) -> str:
             "cannot run" if need.unsupported else "yes" if need.fits else "NO",
             marks,
         )
-    console = Console(highlight=False, width=160)
+    console = Console(highlight=False, width=160, force_jupyter=False)
     with console.capture() as captured:
         console.print(
             f"{plan.model}: {plan.parameters / 1e6:,.1f} million weights; "

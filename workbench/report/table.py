@@ -149,7 +149,7 @@ class TableOnSet:
     """A noise floor for each base that was scored on two or more backends."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """Comparable rows of one machine, ready to be rendered."""
 
@@ -180,6 +180,9 @@ class Table:
 
     def __str__(self) -> str:
         return FORMATS["terminal"](self)
+
+    def __repr__(self) -> str:
+        return f"<Table of {len(self.lines)} rows of {self.machine}>"  # all fields would be pages of samples
 
     def _repr_markdown_(self) -> str:
         return FORMATS["markdown"](self)  # what notebooks show

@@ -28,7 +28,7 @@ def terminal(table: Table, columns: Sequence[str] = (), width: int | None = None
     from rich.table import Table as Grid
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, force_jupyter=False)
     if width is None:
         width = console.width if console.is_terminal else 1000
     shown, left_out = fitted(shown_columns(table, columns), width)
