@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,16 +69,30 @@ def test_less_of_the_output_is_lost(kind: str) -> None:
     assert bool(((weight - found)[:, 77].abs() <= 2 * spread).all())
 
 
-def test_rows_are_chosen_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that prices may look at some of them, and memory holds a slab."""
+def test_rows_are_chosen_alone() -> None:
+    """So that prices may look at some of them, memory holds a slab, and tensors with one input are one matrix."""
     weight, gram, _ = case()
     blocks = by_llama_cpp("Q4_K", weight, gram.diagonal().contiguous())
     given = compensate.input_of(gram, "here")
     whole = compensate.compensated("Q4_K", blocks, weight, given)
-    monkeypatch.setattr(compensate, "SLAB", 5 * COLUMNS)
-    pieces = compensate.compensated("Q4_K", blocks, weight, given)
+    pieces = [
+        compensate.compensated("Q4_K", *part, given) for part in zip(blocks.split(5), weight.split(5), strict=True)
+    ]
     # A sum in another order may tip a code; that is all.
-    assert float((whole != pieces).float().mean()) < 0.01
+    assert float((whole != torch.cat(pieces)).float().mean()) < 0.01
+
+
+def test_tensors_with_one_input_are_worked_on_together_a_slab_at_once() -> None:
+    def tensor(name: str, rows: int) -> Any:
+        return SimpleNamespace(name=name, rows=np.zeros((rows, 1), np.uint8))
+
+    gate, up = (tensor("gate", 3), tensor("gate'", 3)), (tensor("up", 7), tensor("up'", 7))
+    slabs = compensate._slabs([gate, up], 4)
+    assert [[(made.name, some.start, some.stop) for _, made, some in pieces] for pieces in slabs] == [
+        [("gate'", 0, 3), ("up'", 0, 1)],
+        [("up'", 1, 5)],
+        [("up'", 5, 7)],
+    ]
 
 
 def test_a_row_may_be_one_block() -> None:

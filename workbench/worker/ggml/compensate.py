@@ -12,10 +12,11 @@ of inputs nearer to none: on held-out text the error fell by a tenth against the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from workbench.errors import cannot_import
 from workbench.shape import FLOATS
@@ -71,15 +72,7 @@ def input_of(gram: Any, where: str) -> Input:
 def compensated(kind: str, blocks: Any, weight: Any, given: Input) -> Any:
     """The blocks of `weight` float32 [out, in] with codes and scales chosen anew: uint8 [out, bytes of a row], as is
     `blocks`, what a quantizer made of it; `kind`: one of `TYPES`. All on one device."""
-    import torch
-
-    outputs, inputs = weight.shape
-    step = max(1, SLAB // inputs)
-    made = torch.empty_like(blocks)
-    for first in range(0, outputs, step):
-        rows = slice(first, first + step)
-        made[rows] = _Rows(kind, blocks[rows], weight[rows], given).made()
-    return made
+    return _Rows(kind, blocks, weight, given).made()
 
 
 def repriced(prices: Mapping[str, Mapping[str, float]], grams: Path) -> dict[str, dict[str, float]]:
@@ -114,35 +107,69 @@ def write(source: Path, made: Path, grams: Grams, progress: Progress) -> int:
         if entry.kind in TYPES and entry.shape[2] == 1 and grams.has(entry.name, entry.shape[0])
     ]
     # Tensors with one input lie beside each other, so that its matrix is factored once.
-    after.sort(key=lambda entry: grams.first[entry.name])
-    key, given = "", None
-    for place, entry in enumerate(after):
-        progress(place, len(after), f"codes of {entry.name}")
-        if grams.first[entry.name] != key:
-            key = grams.first[entry.name]
-            given = input_of(grams.load(entry.name), key)
-        _rewrite(source, before[entry.name], made, entry, given)
+    after.sort(key=lambda entry: (grams.first[entry.name], entry.kind))
+    done, key, given = 0, "", None
+    for (first, _), alike in itertools.groupby(after, lambda entry: (grams.first[entry.name], entry.kind)):
+        some = list(alike)
+        progress(done, len(after), f"codes of {', '.join(entry.name for entry in some)}")
+        if given is None or first != key:
+            key, given = first, input_of(grams.load(some[0].name), first)
+        _rewrite([(_Stored(source, before[entry.name], "r"), _Stored(made, entry, "r+")) for entry in some], given)
+        done += len(some)
     return len(after)
 
 
-def _rewrite(source: Path, weights: Entry, made: Path, entry: Entry, given: Input | None) -> None:
-    """One tensor, its rows in place."""
+class _Stored:
+    """The rows of a tensor in its file, uint8 [rows, bytes of a row], as the file has them."""
+
+    def __init__(self, file: Path, entry: Entry, mode: Literal["r", "r+"]) -> None:
+        import numpy as np
+
+        self.kind, self.inputs = entry.kind, entry.shape[0]
+        self.rows = np.memmap(file, np.uint8, mode, entry.offset, (entry.shape[1], entry.size_bytes // entry.shape[1]))
+
+
+def _rewrite(tensors: Sequence[tuple[_Stored, _Stored]], given: Input) -> None:
+    """Tensors of one type with one input, each behind what it was quantized from, in place.
+
+    They are worked on as one matrix, `SLAB` weights at once: a step is a column of all their rows, and takes as long
+    for a few thousand as for one.
+    """
     import numpy as np
     import torch
 
-    assert given
-    rows = entry.shape[1]
-    wide = np.memmap(source, np.uint8, "r", weights.offset, (rows, weights.size_bytes // rows))
-    blocks = np.memmap(made, np.uint8, "r+", entry.offset, (rows, entry.size_bytes // rows))
-    device = given.gram.device
-    dtype = getattr(torch, FLOATS[weights.kind].name)
-    step = max(1, SLAB // entry.shape[0])
-    for first in range(0, rows, step):
-        some = slice(first, first + step)
-        weight = torch.from_numpy(wide[some].copy()).view(dtype).float().to(device)
-        here = torch.from_numpy(blocks[some].copy()).to(device)
-        blocks[some] = compensated(entry.kind, here, weight, given).cpu().numpy()
-    blocks.flush()
+    device, kind = given.gram.device, tensors[0][1].kind
+    for pieces in _slabs(tensors, max(1, SLAB // tensors[0][1].inputs)):
+        weight = torch.cat(
+            [
+                torch.from_numpy(wide.rows[some].copy()).view(getattr(torch, FLOATS[wide.kind].name)).float()
+                for wide, _, some in pieces
+            ]
+        )
+        blocks = torch.from_numpy(np.concatenate([made.rows[some] for _, made, some in pieces]))
+        new = compensated(kind, blocks.to(device), weight.to(device), given).cpu().numpy()
+        for _, made, some in pieces:
+            count = some.stop - some.start
+            made.rows[some], new = new[:count], new[count:]
+    for _, made in tensors:
+        made.rows.flush()
+
+
+def _slabs(tensors: Sequence[tuple[_Stored, _Stored]], most: int) -> Iterator[list[tuple[_Stored, _Stored, slice]]]:
+    """The rows of all `tensors` in their order, `most` at once."""
+    pieces: list[tuple[_Stored, _Stored, slice]] = []
+    room = most
+    for wide, made in tensors:
+        first = 0
+        while first < len(made.rows):
+            some = slice(first, min(first + room, len(made.rows)))
+            pieces.append((wide, made, some))
+            room, first = room - (some.stop - first), some.stop
+            if not room:
+                yield pieces
+                pieces, room = [], most
+    if pieces:
+        yield pieces
 
 
 class _Rows:
