@@ -22,6 +22,7 @@ SECTIONS = {
     "TaskModel": "tasks",
     "WorkloadModel": "workload",
     "Limits": "limits",
+    "TokenPrice": "price",
 }
 """Headings of the parts of a recipe, in the order of the page."""
 WIDTH = 100
@@ -72,10 +73,12 @@ def recipe(whole: dict[str, Any]) -> Iterator[str]:
     yield "A list of names does where no options are needed."
     for name in whole["properties"]["backends"]["anyOf"][0]["properties"]:
         yield from _section(name, parts[name])
+    yield from _section("endpoints", whole["properties"]["endpoints"]["anyOf"][0]["additionalProperties"])
 
 
 def _top(name: str, key: dict[str, Any]) -> dict[str, Any]:
     links = {"variants": "How the model is quantized: a list.", "backends": "The engines; default: all three."}
+    links |= {"endpoints": key["description"]} if name == "endpoints" else {}
     return {"description": links[name], "see": name} if name in links else key
 
 

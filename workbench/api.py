@@ -69,13 +69,15 @@ def run(
     backends: Sequence[str] | None = None,
     variants: Sequence[str] | None = None,
     again: bool = False,
+    yes_remote: bool = False,
     quiet: bool = True,
 ) -> Run:
     """Make every variant of a recipe, measure each in every engine, store the rows under `results`.
 
     `backends`: only these engines; `variants`: only these (or patterns, `gguf-*`), and the base to compare them with.
-    What was made or measured before is not done again; with `again` it is measured again. Unless `quiet`, progress is
-    told on standard error. A job that fails is a row with its error, and the others go on.
+    What was made or measured before is not done again; with `again` it is measured again. `yes_remote`: the recipe's
+    endpoints may be on other machines, which are sent its texts. Unless `quiet`, progress is told on standard error. A
+    job that fails is a row with its error, and the others go on.
     """
     from workbench import cache, pipeline
     from workbench.console import Console
@@ -88,7 +90,9 @@ def run(
     with cache.at_work(show.say):
         made = pipeline.quantize(loaded, show, chosen)
         engines = list(backends) if backends else None
-        measured = pipeline.profile(loaded, made, show, results, backends=engines, variants=only, again=again)
+        measured = pipeline.profile(
+            loaded, made, show, results, backends=engines, variants=only, again=again, yes_remote=yes_remote
+        )
     return Run(made, tuple(measured))
 
 
@@ -99,13 +103,14 @@ def profile(
     backends: Sequence[str] | None = None,
     variants: Sequence[str] | None = None,
     again: bool = False,
+    yes_remote: bool = False,
     quiet: bool = True,
 ) -> Run:
     """`run`, of the recipe last quantized on this machine if none is named."""
     from workbench.home import recipe_or_last
 
     chosen = recipe_or_last(None) if recipe is None else recipe
-    return run(chosen, results, backends=backends, variants=variants, again=again, quiet=quiet)
+    return run(chosen, results, backends=backends, variants=variants, again=again, yes_remote=yes_remote, quiet=quiet)
 
 
 def profile_endpoint(
@@ -122,6 +127,8 @@ def profile_endpoint(
     prompt_tokens: int = 512,
     new_tokens: int = 64,
     requests: int = 100,
+    recipe: Place | Recipe | None = None,
+    variant: str | None = None,
     quiet: bool = True,
 ) -> Row:
     """Measure a server that speaks the OpenAI API, one answer at a time and under load; its row is stored and returned.
@@ -129,16 +136,25 @@ def profile_endpoint(
     `api_key_env`: the variable that holds its key; `yes_remote`: it may be another machine; `concurrency`: so many
     requests at once, each a point; `rates`: so many a second, which arrive `poisson` or `constant`; `limits`: as
     `ttft:500ms`, for goodput and the largest rate that keeps them; `requests`: of each point. A server that dies under
-    load leaves a row with its error and what was measured before.
+    load leaves a row with its error and what was measured before. `recipe`: on whose texts and tasks its quality is
+    measured as far as it tells log-probabilities, and whose `variant` it serves.
     """
+    from workbench import cache, pipeline
     from workbench.console import Console
     from workbench.profile import endpoint as wing
     from workbench.serving.address import address_of
 
-    address = address_of(url, api_key_env)
+    address, show = address_of(url, api_key_env), Console(quiet)
     wish = wing.wish_of(concurrency, rates, arrivals, limits, prompt_tokens, new_tokens, requests)
-    wing.check_remote(address, wish, yes_remote)
-    return wing.measure_endpoint(address, model, api_key_env, wish, results, Console(quiet))
+    loaded = load(recipe) if recipe is not None else None
+    if loaded and variant:
+        loaded.variant(variant)
+    wing.check_remote(address, wish, yes_remote, loaded)
+    if loaded is None:
+        return wing.measure_endpoint(address, model, api_key_env, wish, results, show)
+    with cache.at_work(show.say):
+        beside = pipeline.beside(loaded, variant, show)
+        return wing.measure_endpoint(address, model, api_key_env, wish, results, show, beside=beside)
 
 
 def quantize(recipe: Place | Recipe, *, variants: Sequence[str] | None = None, quiet: bool = True) -> Made:
@@ -225,12 +241,13 @@ def cost(
     table with its assumptions; `month_of` an offer is its cost at another traffic.
     """
     from workbench.profile.endpoint import limits_of
-    from workbench.recipe.prices import load_prices
+    from workbench.recipe.prices import load_prices, with_endpoints
     from workbench.report.cost import costs
 
     found = load_prices(prices)
     rows = [row for row in _rows(results) if recipe in (None, row.recipe) and machine in (None, row.machine.name)]
-    return costs(rows, found, limits_of(limits))
+    asked = {f"{row.artifact.variant} at {row.options['url']}": row.options for row in rows if "url" in row.options}
+    return costs(rows, with_endpoints(found, asked), limits_of(limits))
 
 
 def recommend(

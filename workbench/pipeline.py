@@ -19,14 +19,16 @@ from workbench.console import Show
 from workbench.engines import crowded, idle_gpu
 from workbench.home import WAITING, holder, home, lock, remember, who
 from workbench.machine.identity import machine
+from workbench.profile.beside import Beside
+from workbench.profile.endpoints import measure_planned, planned_endpoints
 from workbench.profile.jobs import already_measured, harness_missing, is_scored, pairs_of, planned_row
 from workbench.profile.measure import portable_row, run_job
 from workbench.profile.outlook import Outlook
-from workbench.profile.reference import all_references, reference_keys, with_reference
+from workbench.profile.reference import all_references, reference_key, reference_keys, with_reference
 from workbench.profile.rounds import Interleaved, room_beside
 from workbench.quantize.make import Made, make
 from workbench.recipe.load import Recipe
-from workbench.records import Reference, Row, digest
+from workbench.records import Reference, Row
 from workbench.report import store
 from workbench.report.selection import engine_texts, pair_of
 
@@ -37,6 +39,15 @@ def quantize(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
         show.say(f"note: {warning}")
     remember(recipe.path)
     return make(recipe, show, names)
+
+
+def beside(recipe: Recipe, variant: str | None, show: Show) -> Beside:
+    """What of a recipe a server is measured with that the recipe does not name; `variant`: which of it the server
+    serves."""
+    made = make(recipe, show, {variant} if variant else set())
+    keys = reference_keys(recipe, made)
+    references = all_references(recipe, made, keys, show) if made.evaluations else None
+    return Beside(recipe, made, references, reference_key(keys) if references else None, variant)
 
 
 def profile(
@@ -50,21 +61,25 @@ def profile(
     again: bool = False,
     since: str = "",
     only: Collection[tuple[str, str]] | None = None,
+    yes_remote: bool = False,
 ) -> list[Row]:
-    """Measure every pair of artifact and backend that the recipe asks for; returns their rows in order.
+    """Measure every pair of artifact and backend that the recipe asks for, then its endpoints; returns their rows in
+    order.
 
     What was measured at `since` (RFC 3339, UTC) or later is not measured again, nor anything ever measured if it
-    is empty; with `again`, everything is. `only`: these (backend, variant) and no others, not even the base.
+    is empty; with `again`, everything is. `only`: these (backend, variant) and no others, not even the base. Of
+    `backends` no endpoint is one. `yes_remote`: endpoints may be on other machines.
     """
     here = machine()
     folder = store.under(results, here.name)
     before, skipped = ([], []) if again else store.read(results)
+    asked_before = already_measured(before, since)
     before = [row for row in before if store.machine_of(row) == here.name]
     for warning in store.few(skipped):
         show.say(f"warning: {warning}")
     measured, failed = already_measured(before, since), {(row.key, row.started_at) for row in before if row.error}
     pairs, keys = list(pairs_of(recipe, backends, variants)), reference_keys(recipe, made)
-    key = digest([*keys.values()]) if len(keys) > 1 else next(iter(keys.values()), None)
+    key = reference_key(keys)
     for name, reason in harness_missing(made, {choice.name for choice, _ in pairs}).items():
         show.say(f"note: {reason} ({name})")
     for told in dict.fromkeys(crowded(choice.name, choice.options) for choice, _ in pairs):
@@ -74,13 +89,18 @@ def profile(
         if told := idle_gpu(name):
             show.say(f"note: {told}")
     planned = [planned_row(recipe, made, choice, name, key) for choice, name in pairs]
+    chosen = recipe.matching(variants) if variants else None
+    there = [] if backends else [*planned_endpoints(recipe, made, key, chosen, only)]
     references: dict[str, Reference] | None = None
-    if any(is_scored(row) and row.key not in measured for row in planned):
+    unmeasured = [row for row in planned if row.key not in measured]
+    unmeasured += [each.row for each in there if each.row.key not in asked_before]
+    if any(map(is_scored, unmeasured)):
         references = all_references(recipe, made, keys, show)
         if references is None:
             # Their rows will be without divergence and must not pass for rows with it.
             bare = [planned_row(recipe, made, choice, name, None) for choice, name in pairs]
             planned = [row if row.key in measured else other for row, other in zip(planned, bare, strict=True)]
+            there = [] if backends else [*planned_endpoints(recipe, made, None, chosen, only)]
         measured = with_reference(measured, references)
     order = [place for place, (choice, name) in enumerate(pairs) if only is None or (choice.name, name) in only]
     rows = {place: measured[planned[place].key] for place in order if planned[place].key in measured}
@@ -142,4 +162,7 @@ def profile(
                     jobs.start(run_job(recipe, made, row, references, engines[pair_of(row)], show), locks.pop_all())
                     outlook.waiting(len(jobs))
         jobs.finish()
-    return in_place()
+    answered = [
+        asked_before.get(each.row.key) or measure_planned(each, references, results, yes_remote, show) for each in there
+    ]
+    return [*in_place(), *answered]

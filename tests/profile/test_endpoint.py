@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
+import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +16,8 @@ import pytest
 import workbench as wb
 from tests.bench import Bench
 from tests.command import command
-from tests.places import ROOT
 from tests.serving.fake_server import Fake, fake_server
+from tests.serving.real_servers import llama_server
 from workbench.errors import UserError
 from workbench.profile.endpoint import limits_of
 from workbench.profile.under_load import Found, Wish
@@ -158,7 +153,7 @@ def test_another_machine_needs_a_word_once(results: Path) -> None:
 
 
 def test_another_machine_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from workbench.profile.endpoint import Wish, check_remote
+    from workbench.profile.endpoint import check_remote
     from workbench.serving.address import address_of
 
     address = address_of("http://far.example.com", "MINE", {"MINE": "sk-1"})
@@ -270,6 +265,21 @@ def test_a_server_that_dies_leaves_what_was_measured(results: Path) -> None:
     assert "the server is gone" in " ".join((answer.stdout + answer.stderr).split())
 
 
+def test_an_interrupt_leaves_what_was_measured(bench: Bench) -> None:
+    with fake_server(token_s=0.01) as fake:
+        words = ["--prompt-tokens", "60", "--new-tokens", "8", "--requests", "500", "--concurrency", "2"]
+        child = bench.start("profile", "--endpoint", fake.url, *words)
+        bench.wait_for(lambda: fake.streamed > 40, child)
+        child.send_signal(signal.SIGINT)
+        _, told = child.communicate(timeout=30)
+    assert child.returncode == 130 and "Traceback" not in told, told
+    (row,), _ = store.read(bench.results)
+    assert row.error == "interrupted" and row.measurement is not None and row.measurement.serving is not None
+    (point,) = row.measurement.serving.points
+    assert 10 < len(point.requests) < 500 and not any(each.error for each in point.requests)
+    assert len(row.measurement.speeds[0].first_token_s) == 5
+
+
 def test_answers_that_come_all_at_once_have_no_decoding_speed() -> None:
     made = Request(0.0, 0.0, 60, 0.5, 0.4, [0.05, 0.05], [1, 1, 1])
     held = Request(0.0, 0.0, 60, 0.5, 0.5, [0.0, 1e-6], [1, 1, 1])
@@ -287,27 +297,12 @@ def test_answers_that_come_all_at_once_have_no_decoding_speed() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 def test_a_real_llama_server(bench: Bench, results: Path, tmp_path: Path) -> None:
     file = next(bench.home.glob("artifacts/**/*.gguf"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = f"--model {file} --alias small --ctx-size 2048 --parallel 4 --threads 2 --host 127.0.0.1 --port {port}"
-    program = [sys.executable, "-m", "workbench.worker.backends.llama_server", *words.split()]
-    with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen(program, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    try:
-        for _ in range(600):
-            # It listens before its model is loaded, and answers 503 until then.
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
-                break
-            time.sleep(0.1)
+    with llama_server(file, tmp_path, "small") as url:
         with pytest.raises(UserError, match="no model 'smal'. Did you mean 'small'"):
-            wb.profile_endpoint(f"127.0.0.1:{port}", results, model="smal", **SMALL)
+            wb.profile_endpoint(url, results, model="smal", **SMALL)
         with pytest.raises(UserError, match="takes no prompt of 5000 tokens"):
-            wb.profile_endpoint(f"127.0.0.1:{port}", results, **(SMALL | {"prompt_tokens": 5000}))
-        row = wb.profile_endpoint(f"127.0.0.1:{port}", results, **(SMALL | {"concurrency": (2, 4), "rates": (20.0,)}))
-    finally:
-        server.kill()
-        server.wait()
+            wb.profile_endpoint(url, results, **(SMALL | {"prompt_tokens": 5000}))
+        row = wb.profile_endpoint(url, results, **(SMALL | {"concurrency": (2, 4), "rates": (20.0,)}))
     assert row.error is None and row.measurement is not None and row.measurement.serving is not None
     assert row.measurement.settings["tokens counted by"] == "usage" and row.base == "small"
     asked = [each for point in row.measurement.serving.points for each in point.requests]

@@ -236,7 +236,7 @@ def test_recipes_name_the_schema_and_satisfy_it(path: Path) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "top": ({"varients": []}, "unknown key 'varients'. Did you mean 'variants'?"),
-    "top-far": ({"zzz": 1}, "unknown key 'zzz'. Known: backends, base, calibration, evaluation, limits,"),
+    "top-far": ({"zzz": 1}, "unknown key 'zzz'. Known: backends, base, calibration, endpoints, evaluation, limits,"),
     "base": ({"base": {"hubb": "a/b"}}, "base: unknown key 'hubb'. Did you mean 'hub'?"),
     "base-beside-a-good-one": (
         {"base": {"hub": "a/b", "revison": "x"}},

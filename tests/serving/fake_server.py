@@ -31,8 +31,14 @@ class Fake:
     cached: int = 0
     first_s: float = 0.004
     token_s: float = 0.001
+    tells: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """By id: its text and log-probability, wherever it stands; told to `echo` and `logprobs`, if there are any."""
+    says: str = "x"
+    """What it answers where nothing is streamed."""
     slots: int = 10**6
     """More at once are told that it is busy."""
+    busy: int = 0
+    """So many requests more are told that it is."""
     faults: dict[int, str] = field(default_factory=dict)
     """By number of the streamed request, from 0; -1: all."""
     streamed: int = 0
@@ -104,12 +110,18 @@ class Fake:
         if prompt_tokens + body["max_tokens"] > self.context:
             return self._plain(writer, 400, {"error": f"more than {self.context} tokens"})
         self.asked.append(body)
+        if self.busy > 0:
+            self.busy -= 1
+            return self._plain(writer, 429, {"error": "too many"})
         many = body["max_tokens"]
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": many}
         usage |= {"prompt_tokens_details": {"cached_tokens": self.cached}} if self.cached else {}  # type: ignore[dict-item]
         model = self.answers_as or body["model"]
         if not body.get("stream"):
-            piece = {"text": "x", "finish_reason": "length"}
+            piece: dict[str, Any] = {"finish_reason": "length"}
+            piece |= {"message": {"content": self.says}} if api == "chat" else {"text": self.says}
+            if self.tells and body.get("echo"):
+                piece["logprobs"] = self._echoed(prompt)
             return self._plain(writer, 200, {"model": model, "choices": [piece], "usage": usage})
         if self.at_once >= self.slots:
             return self._plain(writer, 429, {"error": "too many"})
@@ -120,6 +132,12 @@ class Fake:
             return await self._stream(writer, api, model, many, usage, fault)
         finally:
             self.at_once -= 1
+
+    def _echoed(self, ids: list[int]) -> dict[str, Any]:
+        told = [self.tells[token] for token in ids]
+        values: list[float | None] = [None, *(value for _, value in told[1:])]
+        tops = [None, *({"the likeliest": -0.5} for _ in told[1:])]
+        return {"tokens": [text for text, _ in told], "token_logprobs": values, "top_logprobs": tops}
 
     async def _stream(
         self, writer: asyncio.StreamWriter, api: str, model: str, many: int, usage: dict[str, Any], fault: str

@@ -22,12 +22,13 @@ def run(
     again: o.Again = False,
     format: o.TableFormat = "terminal",
     quiet: o.Quiet = False,
+    yes_remote: o.YesRemote = False,
 ) -> None:
     """Quantize, profile and print the table."""
     from workbench.cli import hints
 
     check_format(format)
-    done = api.run(recipe, results, backends=backend, variants=variant, again=again, quiet=quiet)
+    done = api.run(recipe, results, backends=backend, variants=variant, again=again, yes_remote=yes_remote, quiet=quiet)
     write(None, FILE_FORMATS[format](done.rows) if format in FILE_FORMATS else FORMATS[format](done.table))
     if format == "terminal" and not quiet:
         hints.after_run(recipe, results, done.rows)
@@ -84,14 +85,17 @@ def profile(
     from workbench.home import recipe_or_last
 
     if endpoint is None:
-        if model or api_key_env or yes_remote or concurrency or rate or slo:
+        if model or api_key_env or concurrency or rate or slo:
             raise UserError(
                 "--model, --api-key-env, --concurrency, --rate and --slo are about a server: --endpoint URL"
             )
-        run(recipe_or_last(recipe), results, backend, variant, again, format, quiet)
+        run(recipe_or_last(recipe), results, backend, variant, again, format, quiet, yes_remote)
         return
-    if recipe or backend or variant:
-        raise UserError("--endpoint measures a server as it is: leave out the recipe, --backend and --variant")
+    if backend or (variant and (recipe is None or len(variant) > 1)):
+        raise UserError(
+            "--endpoint measures one server: leave out --backend, and name by --variant only which one of a recipe it "
+            "serves"
+        )
     check_format(format)
     row = api.profile_endpoint(
         endpoint,
@@ -106,6 +110,8 @@ def profile(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         requests=requests,
+        recipe=recipe,
+        variant=variant[0] if variant else None,
         quiet=quiet,
     )
     shown = FILE_FORMATS[format]([row]) if format in FILE_FORMATS else FORMATS[format](api.table([row]))

@@ -65,13 +65,16 @@ NewRows = Annotated[str, Argument(metavar="B", help="The same, for the later one
 
 Endpoint = Annotated[
     str | None,
-    Option(help="Measure this server, as http://127.0.0.1:8000/v1, instead of a recipe.", show_default=False),
+    Option(
+        help="Measure this server, as http://127.0.0.1:8000/v1; with a recipe, its quality on the recipe's texts too.",
+        show_default=False,
+    ),
 ]
 EndpointModel = Annotated[str | None, Option("--model", help="Its model; default: the only one.", show_default=False)]
 KeyVariable = Annotated[
     str | None, Option("--api-key-env", metavar="VAR", help="The variable that holds its key.", show_default=False)
 ]
-YesRemote = Annotated[bool, Option("--yes-remote", help="It may be another machine.")]
+YesRemote = Annotated[bool, Option("--yes-remote", help="Servers may be other machines.")]
 AtOnce = Annotated[
     list[int] | None,
     Option("--concurrency", help="So many requests at once; may be repeated. Default: 4 and 16.", min=1, max=4096),

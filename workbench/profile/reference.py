@@ -39,6 +39,11 @@ def reference_keys(recipe: Recipe, made: Made) -> dict[str, str]:
     }
 
 
+def reference_key(keys: dict[str, str]) -> str | None:
+    """One key for those of all sets, as rows are made of it."""
+    return digest([*keys.values()]) if len(keys) > 1 else next(iter(keys.values()), None)
+
+
 def all_references(recipe: Recipe, made: Made, keys: dict[str, str], show: Show) -> dict[str, Reference] | None:
     """Each evaluation set's reference, for the divergence of all others.
 

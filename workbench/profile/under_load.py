@@ -29,7 +29,7 @@ from workbench.report import loads
 from workbench.serving.asking import counting_of, dialect_of, length_of, model_of
 from workbench.serving.client import Answer, Client, Dialect, Wanted
 from workbench.serving.faults import Gone
-from workbench.serving.load import closed, opened
+from workbench.serving.load import Cut, closed, opened
 from workbench.serving.prompts import Prompts, wanted_of
 from workbench.serving.stream import How
 
@@ -60,6 +60,8 @@ class Wish:
     """Seconds; with any, the largest rate that keeps them is searched."""
     repeats: int = 5
     seed: int = 0
+    as_asked: Workload | None = None
+    """The recipe's, where one asks."""
 
     @property
     def options(self) -> dict[str, object]:
@@ -71,6 +73,8 @@ class Wish:
     @property
     def workload(self) -> Workload:
         """The same as any engine's."""
+        if self.as_asked:
+            return self.as_asked
         batches = [1, *(slots for slots in self.concurrency if slots > 1)]
         return Workload([self.prompt_tokens], self.new_tokens, batches, self.repeats, seed=self.seed)
 
@@ -127,13 +131,15 @@ def _at_once(request: Request) -> bool:
     return sum(request.gaps_s) < AT_ONCE_S * sum(request.gained[1:])
 
 
-async def measure(
-    client: Client, model: str | None, key_variable: str | None, wish: Wish, show: Show, found: Found
-) -> None:
-    """Fill in what is found, as far as it gets. Raises `UserError` where the server cannot be asked at all."""
+async def introduce(client: Client, model: str | None, key_variable: str | None, wish: Wish, found: Found) -> None:
+    """Find out how the server wants to be asked. Raises `UserError` where it cannot be asked at all."""
     found.serving = Serving(limits=dict(wish.limits))
     found.dialect = await dialect_of(client, await model_of(client, model, key_variable), key_variable)
     found.how = await counting_of(client, found.dialect)
+
+
+async def measure(client: Client, wish: Wish, show: Show, found: Found) -> None:
+    """Fill in what is found, as far as it gets. Raises `UserError` where the server takes no prompts of this length."""
     await _UnderLoad(client, wish, show, found).all_points()
 
 
@@ -192,16 +198,26 @@ class _UnderLoad:
 
     async def _closed(self, slots: int) -> tuple[LoadPoint, bool]:
         await closed(self._ask, self._fresh([WAKE_TOKENS] * slots), slots)
-        return await closed(self._ask, self._drawn(max(self._wish.requests, 2 * slots)), slots)
+        try:
+            return await closed(self._ask, self._drawn(max(self._wish.requests, 2 * slots)), slots)
+        except Cut as cut:
+            self._keep(cut.point, False)
+            raise
 
     async def _opened(self, rate: float) -> tuple[LoadPoint, bool]:
         wish = self._wish
         warmup = round(WARMUP * wish.requests)
         wanted, seed = self._drawn(warmup + wish.requests), self._chance.randrange(2**32)
-        return await opened(self._ask, wanted, rate, wish.arrivals == "poisson", warmup, seed)
+        try:
+            return await opened(self._ask, wanted, rate, wish.arrivals == "poisson", warmup, seed)
+        except Cut as cut:
+            self._keep(cut.point, False)
+            raise
 
     def _keep(self, point: LoadPoint, gone: bool) -> None:
         found = self._found
+        if not point.requests:
+            return
         found.serving = replace(found.serving, points=[*found.serving.points, point])
         if gone:
             found.error = f"the server is gone since {point.name}: {point.requests[-1].error}"

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from workbench.recipe.choices import containers
+from workbench.recipe.endpoints import Endpoint
 from workbench.recipe.model import Document, EvaluationModel
 from workbench.recipe.words import NAME
 from workbench.worker.backends import BACKENDS, backend_named
@@ -17,6 +18,7 @@ from workbench.worker.methods import METHODS, method_named
 VARIANTS = "What is made of the base, in order: a method each, with its options. The base itself is always measured."
 VARIANT_NAME = "What the variant is called in tables and on the command line (default: made of its options)."
 BACKENDS_KEY = "The engines that run the variants, each with its options, or a list of their names (default: all)."
+ENDPOINTS = "Servers that somebody else started, by name: measured over HTTP after the engines, a row each."
 PATTERNS = "Which variants this engine runs, by names or patterns such as `gguf-*` (default: all)."
 ENTRIES = "Several sets of options, each with its `variants`."
 LISTED = " A list makes a variant of each."
@@ -74,6 +76,14 @@ def schema() -> dict[str, object]:
         "anyOf": [
             {"type": "object", "properties": backends, "additionalProperties": False},
             {"type": "array", "items": {"enum": list(BACKENDS)}, "minItems": 1},
+            {"type": "null"},
+        ],
+    }
+    endpoint = options_of(Endpoint, "endpoint options")
+    top["properties"]["endpoints"] = {
+        "description": ENDPOINTS,
+        "anyOf": [
+            {"type": "object", "propertyNames": {"pattern": NAME}, "additionalProperties": endpoint},
             {"type": "null"},
         ],
     }

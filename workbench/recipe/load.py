@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from workbench.disk import expanded
 from workbench.errors import LONGEST_PATH, UserError, did_you_mean, short, unknown
 from workbench.recipe.choices import BackendChoice, limits_of, meant_by, method_of, parse_backends, parse_variants
+from workbench.recipe.endpoints import Endpoint, parse_endpoints
 from workbench.recipe.messages import validate
 from workbench.recipe.model import Base, Calibration, Document, EvaluationModel, Limits, TaskModel
 from workbench.recipe.words import LONGEST_NAME, bad_name, twin
@@ -44,6 +45,7 @@ class Recipe:
     digest: str
     warnings: tuple[str, ...] = ()
     tasks: dict[str, TaskModel] = field(default_factory=dict)
+    endpoints: dict[str, Endpoint] = field(default_factory=dict)
 
     def variant(self, name: str) -> Variant:
         """The variant of that name, or a `UserError` with the nearest one."""
@@ -117,16 +119,17 @@ def parse(data: Any, path: Path) -> Recipe:
     if not isinstance(data, dict):
         raise UserError(f"{where}: a recipe is a mapping with at least `base` and `variants`")
     data = dict(data)
-    extra = {"variants", "backends"}
+    extra = {"variants", "backends", "endpoints"}
     for key in data:
         if key not in Document.model_fields and key not in extra:
             known = set(Document.model_fields) | extra
             raise UserError(f"{where}: unknown key '{short(key)}'. {did_you_mean(key, known)}")
     data["evaluation"], further = _evaluations(data.get("evaluation"), where)
-    raw_variants, raw_backends = data.pop("variants", None), data.pop("backends", None)
+    raw_variants, raw_backends, raw_endpoints = (data.pop(name, None) for name in ("variants", "backends", "endpoints"))
     document = validate(TypeAdapter(Document), data, where, "")
     variants = parse_variants(raw_variants, where)
     backends = parse_backends(raw_backends, where, variants)
+    endpoints = parse_endpoints(raw_endpoints, where, variants)
     workload = document.workload.workload()
     for choice in backends:
         most = getattr(backend_named(choice.name), "MOST_SEQUENCES", math.inf)
@@ -160,6 +163,7 @@ def parse(data: Any, path: Path) -> Recipe:
         calibration=document.calibration,
         evaluations=sets,
         tasks=document.tasks,
+        endpoints=endpoints,
         workload=workload,
         limits=document.limits,
         digest=digest(
@@ -168,6 +172,8 @@ def parse(data: Any, path: Path) -> Recipe:
                 to_json(variants),
                 to_json(backends),
                 *(test.model_dump(mode="json") for test in further),
+                # Where there are none a recipe keeps the digest that it had before there could be any.
+                *({name: each.model_dump(mode="json")} for name, each in endpoints.items()),
             ]
         ),
         warnings=tuple(warnings),

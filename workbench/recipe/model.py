@@ -290,7 +290,7 @@ class TaskModel(Strict):
     new_tokens: Tokens | None = None
     """The longest answer that is let grow, where an item says nothing else (default 32)."""
     chat: bool = False
-    """Put each prompt into the model's chat template, as a user's message."""
+    """Put each prompt into the model's chat template, as a user's message; a server puts it into its own."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

@@ -8,19 +8,20 @@ apis: {some-model: {input: 0.15, output: 0.60}}    # a million tokens
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from workbench.disk import expanded
 from workbench.errors import LONGEST_PATH, UserError, short
+from workbench.recipe.endpoints import Price, TokenPrice
 from workbench.recipe.messages import validate
 from workbench.recipe.model import Strict
 from workbench.recipe.words import Word
 from workbench.recipe.yaml_text import MAX_BYTES, parse_yaml
-
-Price = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class Traffic(Strict):
@@ -36,15 +37,6 @@ class Traffic(Strict):
     """Of an answer (default: as measured)."""
 
 
-class Tokens(Strict):
-    """What an API takes for a million tokens."""
-
-    input: Price
-    """Of prompts."""
-    output: Price
-    """Of answers."""
-
-
 class Prices(Strict):
     """A file of prices."""
 
@@ -53,7 +45,7 @@ class Prices(Strict):
     """As it is printed; nothing is converted."""
     machines: Annotated[dict[Word, Price], Field(max_length=1000)] = {}
     """What an hour costs, by the machine's name in the rows."""
-    apis: Annotated[dict[Word, Tokens], Field(max_length=100)] = {}
+    apis: Annotated[dict[Word, TokenPrice], Field(max_length=100)] = {}
     """What is charged elsewhere, by any name."""
 
 
@@ -78,3 +70,13 @@ def load_prices(path: str | Path) -> Prices:
     if not found.machines and not found.apis:
         raise UserError(f"{said}: no prices: give `machines` (an hour), `apis` (a million tokens), or both")
     return found
+
+
+def with_endpoints(prices: Prices, asked: Mapping[str, Mapping[str, object]]) -> Prices:
+    """The prices, and those that rows of endpoints have among their options, by the row's name. A price that is none
+    is left out: anybody may have written a row."""
+    found = dict[str, TokenPrice]()
+    for name, options in asked.items():
+        with contextlib.suppress(ValidationError):
+            found[name] = TokenPrice.model_validate(options.get("price"))
+    return prices.model_copy(update={"apis": found | prices.apis})

@@ -12,7 +12,7 @@ from typing import Any
 from workbench.records.limits import Count, Seconds, Size
 from workbench.records.rows import Conditions, Evaluation, Job, Task
 
-TEXT_VERSION = 2
+TEXT_VERSION = 3
 """Version of the way a text is read and spelt in tokens, whose digest tells whether they came out otherwise."""
 
 

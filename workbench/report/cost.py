@@ -28,7 +28,8 @@ from workbench.report.loads import figures
 from workbench.report.selection import labels_of, pair_of
 
 if TYPE_CHECKING:
-    from workbench.recipe.prices import Prices, Tokens, Traffic
+    from workbench.recipe.endpoints import TokenPrice
+    from workbench.recipe.prices import Prices, Traffic
 
 DAYS = 365.25 / 12
 """Of a month."""
@@ -142,7 +143,7 @@ def _even(offer: Offer, api: str) -> str:
     return "never" if found is None else f"{math.ceil(found):,}"
 
 
-def a_request(price: Tokens, prompt_tokens: float, new_tokens: float) -> float:
+def a_request(price: TokenPrice, prompt_tokens: float, new_tokens: float) -> float:
     """What an API takes for one."""
     return (prompt_tokens * price.input + new_tokens * price.output) / 1e6
 

@@ -31,6 +31,11 @@ class Address:
             return False
 
     @property
+    def root(self) -> str:
+        """Where a server has what is not of this API."""
+        return self.url.removesuffix("/v1")
+
+    @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 

@@ -115,6 +115,11 @@ class Client:
         """What the server has at a path. Raises `Fault`."""
         return await self._whole("GET", path, None)
 
+    async def ask(self, url: str, body: object, most: int = MOST_BYTES) -> bytes:
+        """What it answers to a request of its own kind at this address of its. Raises `Fault`."""
+        async with self._asked("POST", url, body) as reply:
+            return await self._text(reply, most)
+
     async def complete(self, dialect: Dialect, prompt: Prompt, new_tokens: int) -> Event:
         """An answer at once, not streamed. Raises `Fault`."""
         return parsed(await self._whole("POST", dialect.path, dialect.body(prompt, new_tokens, False)))
@@ -180,7 +185,8 @@ class Client:
         def sent() -> Awaitable[aiohttp.ClientResponse]:
             assert self._session is not None, "a client is used as a context manager"
             # Redirects are not followed: the key is for this server.
-            return self._session.request(method, self.address.url + path, json=body, allow_redirects=False)
+            url = path if path.startswith(self.address.root) else self.address.url + path
+            return self._session.request(method, url, json=body, allow_redirects=False)
 
         try:
             reply = await _within(sent(), self._first_s, self._first_s, 0)

@@ -24,6 +24,14 @@ BUSY_S = 1.0
 """How long a slot waits after a server took no more."""
 
 
+class Cut(asyncio.CancelledError):
+    """A load that somebody ended; `point` is what had been answered."""
+
+    def __init__(self, point: LoadPoint) -> None:
+        super().__init__()
+        self.point = point
+
+
 class Load:
     """The requests of one point; `gone` once the server is."""
 
@@ -69,7 +77,10 @@ async def closed(ask: Ask, wanted: Sequence[Wanted], slots: int) -> tuple[LoadPo
             await load.send(number, each, load.elapsed_s)
 
     async with _ticking() as lags:
-        await asyncio.gather(*(slot() for _ in range(slots)))
+        try:
+            await asyncio.gather(*(slot() for _ in range(slots)))
+        except asyncio.CancelledError:
+            raise Cut(load.point("closed", slots, 0, _told(lags))) from None
     return load.point("closed", slots, 0, _told(lags)), load.gone
 
 
@@ -79,15 +90,24 @@ async def opened(
     """Requests at a rate a second, at even times or (Poisson) with exponentially distributed ones between; and whether
     the server was gone. The first `warmup` are in no figure."""
     load, chance = Load(ask), random.Random(seed)
-    due_s = 0.0
-    async with _ticking() as lags, asyncio.TaskGroup() as sent:
-        for number, each in enumerate(wanted):
-            await asyncio.sleep(due_s - load.elapsed_s)
-            if load.gone:
-                break
-            sent.create_task(load.send(number, each, due_s))
-            due_s += chance.expovariate(rate) if poisson else 1 / rate
-    return load.point("poisson" if poisson else "constant", rate, warmup, _told(lags)), load.gone
+    how: Arrivals = "poisson" if poisson else "constant"
+
+    async def sending() -> None:
+        due_s = 0.0
+        async with asyncio.TaskGroup() as sent:
+            for number, each in enumerate(wanted):
+                await asyncio.sleep(due_s - load.elapsed_s)
+                if load.gone:
+                    break
+                sent.create_task(load.send(number, each, due_s))
+                due_s += chance.expovariate(rate) if poisson else 1 / rate
+
+    async with _ticking() as lags:
+        try:
+            await sending()
+        except asyncio.CancelledError:
+            raise Cut(load.point(how, rate, warmup, _told(lags))) from None
+    return load.point(how, rate, warmup, _told(lags)), load.gone
 
 
 @contextlib.asynccontextmanager

@@ -21,6 +21,7 @@ from tests.places import ROOT
 from tests.worker.small_models import write_model, write_sentencepiece
 from workbench.records import Quality
 from workbench.report import store
+from workbench.worker.backends import next_token
 from workbench.worker.backends.llama_server import Engine as LlamaServer
 from workbench.worker.backends.served import NotScored
 from workbench.worker.scoring.reducer import Scoring
@@ -96,6 +97,30 @@ def test_llama_server_is_scored_by_the_whole_vocabulary_or_not_at_all() -> None:
         scored_by({"content": ""}, 3)
     with pytest.raises(NotScored, match="2 positions are too many"):
         scored_by({}, 10**9)
+
+
+@pytest.mark.parametrize(("apart", "told"), [(0.3, True), (1e-4, False)])
+def test_a_llama_servers_row_says_within_what_rounding_it_is_known(apart: float, told: bool) -> None:
+    """Twelve of 24 positions, computed in one piece, have a loss that is now so much more, now so much less."""
+    pieces = 0
+
+    def post(path: str, body: Any) -> bytes:
+        nonlocal pieces
+        if path == "/tokenize":
+            return json.dumps({"tokens": [1]}).encode()
+        change = 0.0
+        if not body["cache_prompt"]:
+            pieces += 1
+            change = apart * (-1) ** pieces
+        likely = [{"id": i, "logprob": math.log(p) + change} for i, p in enumerate((0.5, 0.25, 0.25))]
+        return json.dumps({"completion_probabilities": [{"top_logprobs": likely}]}).encode()
+
+    asked = Scoring(TokenFile([[0] * 13, [0] * 13], [0, 0], 3))
+    quality, doubts = next_token.by_llama_server(asked, lambda index: None, post)
+    assert pieces == 12 and len(quality["windows"][0]["nll"]) == 12
+    # Student's t at 97.5 % and 12 degrees of freedom is 2.18.
+    bound = math.expm1(2.2 * 0.3 / math.sqrt(24))
+    assert [f"within {bound:.1%}" in text for text in doubts] == [True] * told
 
 
 @pytest.mark.parametrize(

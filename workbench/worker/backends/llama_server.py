@@ -18,15 +18,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from workbench.records import Job, Quality, from_json
-from workbench.worker.backends import llamacpp
-from workbench.worker.backends.served import NotScored, Server, alias, as_row
+from workbench.worker.backends import llamacpp, next_token
+from workbench.worker.backends.served import Server, alias, as_row
 from workbench.worker.scoring.reducer import Scoring
-
-if TYPE_CHECKING:
-    import torch
 
 WORD = "llama.cpp's server"
 MODULE = "xllamacpp"
@@ -39,17 +35,6 @@ ENVIRONMENT: dict[str, str] = {}
 BY_NAME = True
 SERVER = True
 BINARY = "llama-server"
-MOST_VALUES = 250 * 10**6
-"""Log-probabilities that a row asks for at the most: 100 bytes of JSON each, for all of them a quarter of an hour."""
-LEAST = -104.0
-"""Log-probability in the place of one that float32 has no number for."""
-BODY = {"temperature": 0.0, "cache_prompt": True, "id_slot": 0}
-"""Of its own requests: the likeliest token, one slot, what it has of the prefix kept."""
-FORCED = 1000.0
-"""Added to the logit of a token that is text by itself, so that it is taken: of halves of characters the server tells
-nothing. What it tells of all tokens is of the logits as they were."""
-ROWS = 64
-"""Positions that are reduced at once."""
 
 
 # As in its own process.
@@ -72,6 +57,8 @@ def load_engine() -> None:
 class Engine(Server):
     """A llama-server with a job's file."""
 
+    _doubts: list[str] = []
+
     def __init__(self, job: Job) -> None:
         options: Options = from_json(Options, job.options)
         threads, name, own = options.threads or len(os.sched_getaffinity(0)), alias(), shutil.which(BINARY)
@@ -90,45 +77,17 @@ class Engine(Server):
     def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """Reduce what it says of the next token behind every scored prefix. Raises `NotScored` where that is too much
         to ask."""
-        import torch
+        quality, doubts = next_token.by_llama_server(asked, progress, self.post)
+        self._doubts = self._doubts or doubts
+        return quality
 
-        from workbench.serving.native import tokenized
-        from workbench.worker.scoring.reducer import Reducer
-
-        scored = sum(max(0, len(ids) - 1 - first) for _, ids, first in asked.windows)
-        if scored * asked.tokens.vocab_size > MOST_VALUES:
-            raise NotScored(
-                f"{scored:,} positions are too many to ask llama-server for, which tells all "
-                f"{asked.tokens.vocab_size:,} log-probabilities of each: the file's quality is in llamacpp's row"
-            )
-        plain = tokenized(self.post("/tokenize", {"content": "a"})).tokens[-1]
-        reducer = Reducer(asked)
-        for index, ids, first in asked.windows:
-            progress(index)
-            for start in range(first, len(ids) - 1, ROWS):
-                places = range(start, min(start + ROWS, len(ids) - 1))
-                rows = [self._next(ids[: place + 1], asked.tokens.vocab_size, plain) for place in places]
-                reducer(index, start, torch.stack(rows))
-        return reducer.result()
-
-    def _next(self, prefix: list[int], vocab_size: int, plain: int) -> torch.Tensor:
-        """[vocabulary] log-probabilities of what follows, of which the token `plain` is taken."""
-        import torch
-
-        from workbench.serving.native import completed
-
-        asked = BODY | {"prompt": prefix, "n_predict": 1, "n_probs": 1 << 20, "logit_bias": [[plain, FORCED]]}
-        found = completed(self.post("/completion", asked))
-        told = found.completion_probabilities[0].top_logprobs if found.completion_probabilities else []
-        row = torch.full((max(vocab_size, *(each.id + 1 for each in told)) if told else vocab_size,), -torch.inf)
-        row[[each.id for each in told]] = torch.tensor([max(LEAST, each.logprob) for each in told])
-        if not torch.isfinite(row[:vocab_size]).all():
-            raise RuntimeError(f"{len(told)} log-probabilities of a vocabulary of {vocab_size}: not what was asked for")
-        return row[:vocab_size]
+    def doubts(self) -> list[str]:
+        """What is to be known of its quality."""
+        return self._doubts
 
     def complete(self, prompts: list[list[int]], new_tokens: list[int], stop: list[int]) -> list[list[int]]:
         """The likeliest continuation of each prompt; the server ends at the tokens that its file names too."""
-        from workbench.serving.native import completed
+        from workbench.serving.native import BODY, completed
 
         answers = []
         for ids, most in zip(prompts, new_tokens, strict=True):

@@ -63,6 +63,15 @@ class Server:
         """Not asked: the artifact is that of the engine's own process, which was."""
         return None
 
+    def chat(self, messages: list[str], new_tokens: list[int]) -> list[str]:
+        """What it answers to each message, in its own template. Raises `NotScored` where it does not chat."""
+        asked = [in_chat(self.name, text, most) for text, most in zip(messages, new_tokens, strict=True)]
+        try:
+            return [answer_of(self.post("/v1/chat/completions", each)) for each in asked]
+        except RuntimeError as reason:
+            self.check()
+            raise NotScored(str(reason)) from None
+
     def post(self, path: str, body: object) -> bytes:
         """What it answers at a path of its root. Raises `RuntimeError` for what is no answer."""
         kind = {"Content-Type": "application/json"}
@@ -77,6 +86,22 @@ class Server:
         except (OSError, http.client.HTTPException) as error:
             self.check()
             raise RuntimeError(f"{path}: no answer ({error})") from None
+
+
+def in_chat(model: str, text: str, new_tokens: int) -> dict[str, object]:
+    """A request for the likeliest answer to a message, by `/chat/completions`, where the server's own template is."""
+    messages = [{"role": "user", "content": text}]
+    return {"model": model, "messages": messages, "max_tokens": new_tokens, "temperature": 0}
+
+
+def answer_of(data: bytes) -> str:
+    """The text of an answer of `/completions` or `/chat/completions`. Raises `NotScored` where there is none."""
+    try:
+        choice = json.loads(data)["choices"][0]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        return str(text or "")
+    except (ValueError, LookupError, TypeError):
+        raise NotScored(f"no answer of this API: {data[:100]!r}") from None
 
 
 def alias() -> str:

@@ -32,13 +32,9 @@ def answer(engine: Any, task: Task) -> Answers:
     given: list[Any] = [None] * len(items)
     spoken = [i for i, item in enumerate(items) if "windows" not in item]
     chosen = [i for i, item in enumerate(items) if "windows" in item]
-    if spoken:
-        answers = engine.complete(
-            [items[i]["prompt"] for i in spoken], [items[i]["new_tokens"] for i in spoken], content["stop"]
-        )
-        decoder = decoder_of(path.with_name("tokenizer.json"))
-        for i, ids in zip(spoken, answers, strict=True):
-            given[i] = cut(decoder.decode(ids, skip_special_tokens=True), items[i]["stop"])
+    told = _said(engine, [items[i] for i in spoken], content["stop"], path.with_name("tokenizer.json"))
+    for i, text in zip(spoken, told, strict=True):
+        given[i] = cut(text, items[i]["stop"])
     lost = 0
     if chosen:
         asked = [(window, items[i]["first"]) for i in chosen for window in items[i]["windows"]]
@@ -52,6 +48,27 @@ def answer(engine: Any, task: Task) -> Answers:
     shown = [said[:SHOWN] if isinstance(said, str) else said for said in given]
     warnings = [f"{lost} choices had NaN or infinite logits and were not taken"] if lost else []
     return {"correct": correct, "given": shown, "warnings": warnings}
+
+
+def _said(engine: Any, items: list[Item], stop: list[int], spelling: Path) -> list[str]:
+    """The text of each answer. A server makes a prompt of a chat's message itself, in its own template; all other
+    prompts are the same ids for every engine, and so are answers but for a server's that tells text alone."""
+    texts: dict[int, str] = {}
+    if hasattr(engine, "chat"):
+        chats = [i for i, item in enumerate(items) if "message" in item]
+        asked = [items[i] for i in chats]
+        messages = [item["message"] for item in asked]
+        texts = dict(zip(chats, engine.chat(messages, [item["new_tokens"] for item in asked]), strict=True))
+    rest = [i for i in range(len(items)) if i not in texts]
+    if rest:
+        prompts, most = [items[i]["prompt"] for i in rest], [items[i]["new_tokens"] for i in rest]
+        if hasattr(engine, "say"):
+            said = engine.say(prompts, most)
+        else:
+            decoder = decoder_of(spelling)
+            said = [decoder.decode(ids, skip_special_tokens=True) for ids in engine.complete(prompts, most, stop)]
+        texts |= dict(zip(rest, said, strict=True))
+    return [texts[i] for i in range(len(items))]
 
 
 def right(item: Item, said: Any) -> bool:

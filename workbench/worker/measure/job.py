@@ -25,7 +25,7 @@ from workbench.records import (
     to_json,
 )
 from workbench.worker import Progress
-from workbench.worker.backends import backend_named
+from workbench.worker.backends import backend_named, elsewhere
 from workbench.worker.backends.served import NotScored
 from workbench.worker.measure import answers, over_http, resident, timing
 from workbench.worker.measure.energy import Meter
@@ -149,6 +149,7 @@ def _scored(job: Job, engine: Any, sets: dict[str, TokenFile], on_gpu: bool, pro
         found.seconds = found.seconds or timing.now() - start
         found.warnings += _doubts(quality, "" if name == first else f" of {name}")
         found.qualities[name] = compact(quality, job.artifact.method == "base")
+    found.warnings += engine.doubts() if hasattr(engine, "doubts") else []
     for name, task in job.tasks.items():
         progress(1, steps, f"task {name}")
         try:
@@ -178,6 +179,28 @@ def _doubts(quality: Quality, where: str) -> list[str]:
             f"{guess:.2f}: the model is broken, was never trained, or knows nothing of such text"
         )
     return told
+
+
+def score(payload: object, progress: Any) -> object:
+    """Worker for a `Job` of a server that somebody else started (`backends/elsewhere.py`): its quality alone, nothing
+    is timed. Returns a `Measurement`, whose warnings say what could not be had."""
+    job: Job = from_json(Job, payload)
+    sets = {name: read_tokens(test.path) for name, test in job.evaluations.items()}
+    engine = elsewhere.Engine(job)
+    try:
+        most = max((len(each.windows) for each in sets.values()), default=1)
+        scored = _scored(job, engine, sets, False, progress, most)
+        return to_json(
+            Measurement(
+                device=job.backend,
+                qualities=scored.qualities,
+                tasks=scored.answered,
+                settings=engine.settings() | ({"score_s": scored.seconds} if scored.seconds else {}),
+                warnings=scored.warnings,
+            )
+        )
+    finally:
+        engine.close()
 
 
 def refer(payload: object, progress: Any) -> object:

@@ -220,6 +220,27 @@ class Reducer:
         return result
 
 
+def of_losses(asked: Scoring, told: list[tuple[list[float], list[bool]]]) -> Quality:
+    """The same of who tells no logits, only, for each window's scored tokens, their losses in nats and whether each was
+    the likeliest: no divergence."""
+    import torch
+
+    windows = []
+    for losses, likeliest in told:
+        table = torch.full((len(losses), len(_COLUMNS)), math.nan, dtype=torch.float64)
+        table[:, 0] = torch.tensor(losses, dtype=torch.float64)
+        table[:, 3] = torch.tensor(likeliest)
+        windows.append(_window(table, False, asked.per_token, asked.greedy))
+    return {
+        "windows": windows,
+        "top_k": None,
+        "tail_draws": None,
+        "reference_digest": None,
+        "vocab_size": asked.tokens.vocab_size,
+        "made_reference_digest": None,
+    }
+
+
 def compact(result: Quality, is_base: bool) -> Quality:
     """`Reducer.result()` as a row stores it: every sum and count as it is, of the per-token lists what is needed.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,32 @@ def check_spelling(
             f"something else (id {token}: {a!r} in the base, {b!r} here), so its perplexity is not comparable. "
             "Make the variant from this base"
         )
+
+
+def as_spelt(piece: str | None, text: str | None) -> str | None:
+    """`piece`, as a vocabulary has it, if that is what a server's `text` of the id spells; else the text. None where it
+    cannot be told: of half a character, and of a token that is told as nothing."""
+    if piece is None or not text or "\ufffd" in text:
+        return None
+    # A blank before a word is lost where a word is spelt alone.
+    meant = {piece, piece.replace("\u2581", " "), _of_bytes(piece)}
+    return piece if text.strip() in {each.strip() for each in meant} else text
+
+
+def _of_bytes(piece: str) -> str:
+    """A piece whose letters stand for bytes, as GPT-2's vocabulary has them; any other as it is."""
+    letters = _byte_letters()
+    if not all(letter in letters for letter in piece):
+        return piece
+    return bytes(letters[letter] for letter in piece).decode(errors="replace")
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """Printable bytes of Latin-1 are their own letters; the others, in order, are those from U+0100 on."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def checkpoint_spelling(folder: str, ids: list[int]) -> list[str | None] | None:

@@ -78,6 +78,8 @@ class Item(TypedDict, total=False):
     choices: int
     """The right one."""
     prompt: list[int]
+    message: str
+    """What is said in a chat, for servers, which have a template of their own."""
     exact: list[str]
     contains: list[str]
     regex: list[str]
@@ -252,6 +254,8 @@ def _item(entry: Entry, task: Mapping[str, Any], tokenizer: Any, bos: int | None
             raise UserError(f"{entry.where}: prompt and choices cannot be told apart in tokens; make the prompt longer")
         return {"id": entry.id, "windows": windows, "first": shared - 1, "choices": entry.right}
     item: Item = {"id": entry.id, "prompt": ids_of()}
+    if chat:
+        item["message"] = prompt
     item[entry.way] = [text.strip() for text in entry.texts] if entry.way == "exact" else entry.texts
     item["stop"], item["new_tokens"] = entry.stop, entry.new_tokens or task.get("new_tokens") or NEW_TOKENS
     return item
