@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from workbench.errors import cannot_import
 from workbench.shape import FLOATS
-from workbench.worker import Progress
+from workbench.worker import Progress, threads
 from workbench.worker.ggml.grams import Grams, read
 from workbench.worker.ggml.index import Entry, entries
 from workbench.worker.kernels import import_kernels
@@ -46,9 +46,6 @@ COLUMNS = 64
 """Columns between two large products of a sweep."""
 SLAB = 2**25
 """Weights that are worked on at once, in whole rows."""
-ALONE = 2**23
-"""Of fewer weights one thread does the steps: they are so short that several threads mostly wait for one another. Where
-other programs kept both cores busy, two took 7 to 35 times as long as one at 2**20 and 2**21."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +72,8 @@ def input_of(gram: Any, where: str) -> Input:
 def compensated(kind: str, blocks: Any, weight: Any, given: Input) -> Any:
     """The blocks of `weight` float32 [out, in] with codes and scales chosen anew: uint8 [out, bytes of a row], as is
     `blocks`, what a quantizer made of it; `kind`: one of `TYPES`. All on one device."""
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads if weight.numel() >= ALONE else 1)
+    with threads.fit_for(weight.numel()):
         return _Rows(kind, blocks, weight, given).made()
-    finally:
-        torch.set_num_threads(threads)
 
 
 def repriced(prices: Mapping[str, Mapping[str, float]], grams: Path) -> dict[str, dict[str, float]]:

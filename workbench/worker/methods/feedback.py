@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.errors import UserError
+from workbench.worker import threads
 
 BLOCK = 128
 """Columns between two large products that spread the error (the lazy batches of GPTQ)."""
@@ -46,6 +47,12 @@ def feedback(weight: Any, factor: Factor, nearest: Callable[[int, Any], Any]) ->
 
     `nearest(k, wanted)` is what the k-th in the order becomes for the numbers wanted of it, both [out].
     """
+    with threads.fit_for(weight.numel()):
+        return _fed_back(weight, factor, nearest)
+
+
+def _fed_back(weight: Any, factor: Factor, nearest: Callable[[int, Any], Any]) -> tuple[Any, Any]:
+    """`feedback`, by whatever threads there are."""
     import torch
 
     inputs, upper = weight.shape[0], factor.upper
