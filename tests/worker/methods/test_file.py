@@ -20,7 +20,8 @@ from tests.bench import Bench
 from tests.fake_hub import SHA, hub
 from tests.places import ROOT
 from tests.worker.base.gguf_files import write_gguf
-from tests.worker.others import rewrite, split
+from tests.worker.others import convert, rewrite, split
+from tests.worker.small_models import write_model
 from workbench.errors import UserError
 from workbench.machine import isolate
 from workbench.recipe.load import parse
@@ -111,6 +112,13 @@ TOKENS = ["<s>", "</s>", *(f"other {i}" for i in range(257))]
 )
 def test_an_entry_of_another_model_is_refused(entries: dict[str, Any], why: str, files: Path, tmp_path: Path) -> None:
     assert why in refusal(files, rewrite(files / "X-Q8_0.gguf", tmp_path / "X.gguf", **entries), tmp_path)
+
+
+def test_another_count_of_experts_is_refused(tmp_path: Path) -> None:
+    convert(write_model(tmp_path / "base", "mixtral"), tmp_path / "F32.gguf")
+    theirs = rewrite(tmp_path / "F32.gguf", tmp_path / "X.gguf", llama__expert_count=3)
+    said = refusal(tmp_path, theirs, tmp_path)
+    assert "not of the base's shape: its 'llama.expert_count' is 3, the base's 4" in said
 
 
 def drop(reader: Any, name: str) -> None:

@@ -28,7 +28,10 @@ WRITES: tuple[str, ...] = ("gguf",)
 LIBRARY = "gguf"
 TAGS: tuple[str, ...] = ("gguf",)
 
-SIZES = re.compile(r"\.(block_count|embedding_length|feed_forward_length|attention\.head_count(_kv)?|vocab_size)$")
+SIZES = re.compile(
+    r"\.(block_count|embedding_length|(expert_(shared_)?)?feed_forward_length|expert_count|attention\.head_count(_kv)?"
+    r"|vocab_size)$"
+)
 """Keys that say the same as shapes."""
 COMPARED = re.compile(r"tokenizer\.ggml\.(model|pre|add_\w+|(bos|eos|eot|padding|unknown)_token_id)")
 """Keys beside the architecture's own that are compared."""
