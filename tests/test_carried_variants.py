@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from tests.bench import Bench
+from tests.cases.models import MEASURED, write_vocabulary
+from tests.worker.wrappers import write_whole
 from workbench.home import interpreter
 from workbench.machine.identity import versions
 
@@ -88,3 +90,25 @@ def test_mlx_as_an_engine_and_as_a_variant(bench: Bench) -> None:
     assert Path(path).name == "Tiny-gptq-4bit-g32-mlx"
     card = bench("card", "mlx-gptq-4bit-g32").stdout
     assert "library_name: mlx" in card and "mlx_lm.server --model Tiny-gptq-4bit-g32-mlx" in card
+
+
+@pytest.mark.slow
+def test_back_in_its_multimodal_model(tmp_path: Path) -> None:
+    """Of text the whole model says what its language model does, and copies of the folder are whole."""
+    model = tmp_path / "whole"
+    write_whole(model, "qwen2_5_vl", {"vocab_size": 768})
+    bench = Bench(tmp_path / "home", tmp_path, write_vocabulary(model))
+    variants = [{"gptq": {"group_size": 32}}, {"whole": {"from": "gptq-4bit-g32"}}]
+    backends: dict[str, Any] = {"transformers": {}, "llamacpp": {"variants": ["whole-*"]}}
+    asked = bench.recipe(**MEASURED, variants=variants, backends=backends)
+    answer = bench("run", asked, "--format", "json")
+    assert answer.returncode == 0, answer.stderr
+    lines = {(line["variant"], line["backend"]): line for line in json.loads(answer.stdout)}
+    alone, whole = (lines[name, "transformers"] for name in ("gptq-4bit-g32", "whole-gptq-4bit-g32"))
+    assert whole["kld_mean"] == pytest.approx(alone["kld_mean"], rel=0.05) and alone["kld_mean"] > 1e-3
+    assert whole["bits_per_weight"] == alone["bits_per_weight"], "those of the language model"
+    assert "GGUF files only" in lines["whole-gptq-4bit-g32", "llamacpp"]["unsupported"]
+    assert "codes and scales in a Qwen2_5_VLForConditionalGeneration, beside" in bench("table").stdout
+    answer = bench("quantize", asked, "--variant", "whole-gptq-4bit-g32", "-o", str(tmp_path / "copies"))
+    (copy,) = (tmp_path / "copies").glob("*-whole")
+    assert answer.returncode == 0 and "vision_config" in json.loads((copy / "config.json").read_text())

@@ -76,6 +76,7 @@ def make_alone(
             imatrix=_matrix(looks_at),
             prices=looks_at.path if isinstance(looks_at, Prices) else None,
             grams=grams,
+            whole=base.whole,
             allow_remote_code=recipe.base.trust_remote_code,
         )
         made, cost = work(

@@ -62,6 +62,8 @@ class PreparedBase:
     """Whether it has one."""
     license: str | None = None
     revision: str | None = None
+    whole: str = ""
+    """The folder of the multimodal model whose language model it is, as that was stored."""
     warnings: list[str] = field(default_factory=list)
     """What of the source was left out."""
     quantized_types: list[str] = field(default_factory=list)
@@ -162,6 +164,8 @@ class VariantRequest:
     """A folder of Gram matrices, likewise."""
     prices: str | None = None
     """Prices of types, likewise."""
+    whole: str = ""
+    """The base's `PreparedBase.whole`."""
     threads: Count | None = None
     allow_remote_code: bool = False
 

@@ -4,64 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.worker.base.bases import logits, refusal, run
+from tests.worker.wrappers import WRAPPERS, write_whole
 from workbench.plan.tensors import shape_of
 from workbench.worker.base import headers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 160,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
-SIGHT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
-THREE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-WRAPPERS: dict[str, tuple[dict[str, Any], str]] = {
-    "gemma3": (
-        {"text_config": TEXT | {"query_pre_attn_scalar": 16, "sliding_window": 16}, "vision_config": SIGHT},
-        "Gemma3ForCausalLM",
-    ),
-    "llava": (
-        {"text_config": TEXT | {"model_type": "llama"}, "vision_config": SIGHT | {"model_type": "clip_vision_model"}},
-        "LlamaForCausalLM",
-    ),
-    "mistral3": (
-        {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": SIGHT | {"model_type": "pixtral"}},
-        "MistralForCausalLM",
-    ),
-    "qwen2_5_vl": (
-        {
-            "text_config": TEXT | {"model_type": "qwen2_5_vl_text", "rope_parameters": THREE},
-            "vision_config": {"hidden_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64},
-        },
-        "Qwen2ForCausalLM",
-    ),
-}
-
-
-def write_whole(folder: Path, kind: str) -> Any:
-    """A random multimodal model, saved as transformers does; the model."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **WRAPPERS[kind][0])
-    model: Any = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "language_model" in name and parameter.dim() == 2 and "embed" not in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    return model.eval()
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)

@@ -12,11 +12,13 @@ from typing import Any
 
 from workbench.errors import UserError
 from workbench.records import Artifact
+from workbench.worker.base.checkpoint import is_multimodal, read_json
 from workbench.worker.base.gguf_config import load_gguf
 from workbench.worker.methods import method_named
 from workbench.worker.methods.loading import ON_LOAD
 
-SIXTEEN_BITS = ("awq", "gptq", *ON_LOAD)
+PACKED = ("awq", "gptq")
+SIXTEEN_BITS = (*PACKED, *ON_LOAD)
 """Formats that are computed in bfloat16 on a CPU: their kernels there take no float32, or cast it."""
 SHOWN = 3
 """Names of tensors in a message."""
@@ -28,7 +30,6 @@ MMAP_THRESHOLD_BYTES = 32 << 20
 def load(artifact: Artifact, device: str, dtype: str, attention: str | None, remote_code: bool) -> Any:
     """The model in eval mode. `dtype`: `auto` for the checkpoint's own on a GPU, and on a CPU what its kernels take."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     path, form = Path(artifact.path), artifact.format
     if dtype == "auto" and device == "cpu":
@@ -49,13 +50,29 @@ def load(artifact: Artifact, device: str, dtype: str, attention: str | None, rem
         # Not by its own reader alone: that leaves keys and tensors out without a word.
         return load_gguf(path, arguments).eval()
     arguments |= {"use_safetensors": True, "output_loading_info": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), **arguments)
+    loaded: Any = _class_for(path, remote_code).from_pretrained(str(path), **arguments)
     model, report = loaded
     check_report(report, f"{path}: transformers' {type(model).__name__}")
+    if dtype != "auto" and form in PACKED:
+        # What it renames of a packed checkpoint (a multimodal model's tensors) stays in the file's dtype.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(getattr(torch, dtype))
     model.eval()
-    if form in ("compressed-tensors", "bitsandbytes") or (device == "cpu" and form in ("awq", "gptq")):
+    if form in ("compressed-tensors", "bitsandbytes") or (device == "cpu" and form in PACKED):
         _lay_out(model, device)
     return model
+
+
+def _class_for(path: Path, remote_code: bool) -> Any:
+    """The automatic class that makes a folder's model: of most multimodal ones there is none that is of text alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if is_multimodal(read_json(path / "config.json")):
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=remote_code, local_files_only=True)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def check_report(report: Mapping[str, Any], who: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from workbench.errors import UserError
 from workbench.shape import FLOATS
 from workbench.worker import Tensors
-from workbench.worker.base.checkpoint import checked_weights, read_json
+from workbench.worker.base.checkpoint import checked_weights, is_multimodal, read_json
 from workbench.worker.base.gguf_config import read_gguf
 from workbench.worker.base.gguf_weights import Mapped
 from workbench.worker.kernels import import_kernels
@@ -76,6 +76,8 @@ def read_checkpoint(
     from transformers import AutoConfig
     from workbench_kernels.modules import AwqLinear, GptqLinear
 
+    if is_multimodal(read_json(path / "config.json")):
+        raise UserError(f"{path}: `kernel: workbench` runs a language model by itself. Leave it out for a whole model.")
     left, opened = checked_weights(path), dict[Path, Any]()
     # Before transformers: it fills in, and warns of, what it will not be asked to do.
     try:

@@ -30,13 +30,13 @@ WORD = "Transformers"
 MODULE = "transformers"
 PACKAGES: tuple[str, ...] = ("transformers", "torch")
 INSTALL = "pip install transformers accelerate"
-LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "gguf", "compressed-tensors", *ON_LOAD)
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "gguf", "compressed-tensors", "whole", *ON_LOAD)
 AXES: tuple[str, ...] = ("kv_cache",)
 MAKES_REFERENCE = True
 # GPTQModel sizes its worker pools by the cores and refuses to start on two (facts of version 7.6).
 ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "4"}
 
-RUNTIME_BYTES = {"awq": 735e6, "gptq": 895e6, **dict.fromkeys(ON_LOAD, 560e6)}
+RUNTIME_BYTES = {"awq": 735e6, "gptq": 895e6, "whole": 895e6, **dict.fromkeys(ON_LOAD, 560e6)}
 PLAIN_RUNTIME_BYTES = 480e6
 """By format: AWQ and GPTQ bring GPTQModel and its layers. Measured: transformers 5.19 and torch 2.13 (CPU), CPython
 3.11, x86-64."""

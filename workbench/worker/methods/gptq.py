@@ -42,7 +42,7 @@ from workbench.worker.methods.rounding import (
 )
 
 SHORTHAND = ""
-WRITES: tuple[str, ...] = ("gptq", "gguf", "mlx", "compressed-tensors")
+WRITES: tuple[str, ...] = ("gptq", "gguf", "mlx", "compressed-tensors", "whole")
 LIBRARY = "transformers"
 TAGS: tuple[str, ...] = ("gptq",)
 CONFIG_FILE = "quantize_config.json"

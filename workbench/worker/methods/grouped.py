@@ -175,6 +175,12 @@ def making(method: str, options: Any) -> Making:
             file_name="-compressed-tensors",
             label="to compressed-tensors",
         ),
+        "whole": Making(
+            "carry",
+            function="workbench.worker.whole_folder:carry",
+            file_name="-whole",
+            label="the whole model",
+        ),
     }
     if options.engine == "workbench":
         return Making("pass", "tokens", packages, carried=carried)
