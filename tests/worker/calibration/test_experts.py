@@ -13,6 +13,8 @@ import pytest
 from tests.worker.small_models import dequantized, pass_request, relative, write_model, write_tokens
 from workbench.worker.calibration import run as calibrate
 from workbench.worker.calibration import walk
+from workbench.worker.calibration.experts import probabilities, router_of
+from workbench.worker.calibration.skeleton import Skeleton
 from workbench.worker.calibration.weights import open_weights, read_layer
 from workbench.worker.ggml import imatrix
 from workbench.worker.layers import Structure, parts_of
@@ -131,11 +133,38 @@ def test_starved_experts_are_calibrated_on_all_tokens_of_their_layer_and_named(t
     with torch.no_grad():
         model(ids)
     hook.remove()
-    mean = (everything[0] ** 2).mean(0)
+    # Each token counts by how likely the router was to send it there.
+    chances = (everything[0] @ model.get_submodule("model.layers.0.mlp.gate").weight.t()).softmax(-1)
     gate = torch.from_numpy(imatrix.load(tmp_path / "work/imatrix.gguf")["blk.0.ffn_gate_exps.weight"]).view(16, 64)
     for number in range(16):
-        near = torch.allclose(gate[number], mean, rtol=1e-3, atol=1e-6)
+        weights = chances[:, number, None] / chances[:, number].sum()
+        near = torch.allclose(gate[number], (weights * everything[0] ** 2).sum(0), rtol=1e-3, atol=1e-6)
         assert near == (number in starved)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_routers_rows_say_where_it_sends_a_token(kind: str, tmp_path: Path) -> None:
+    """By one layer of transformers' own model; Llama 4's experts are given other numbers than its router."""
+    base = base_of(tmp_path, kind)
+    with torch.no_grad():
+        layer = Skeleton(json.loads((base / "config.json").read_text()), 64).layers[1]
+    name = next(name for name, _ in layer.named_modules() if name.endswith(".experts"))
+    router = router_of(layer, name)
+    if kind == "llama4_text":
+        assert router is None
+        return
+    block = layer.get_submodule(name.removesuffix(".experts"))
+    own = next(place for place, module in block.named_modules() if module is router)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().model.layers[1]
+    place = next(place for place, _ in model.named_modules() if place.endswith(".experts")).removesuffix(".experts")
+    router, given, sent = model.get_submodule(f"{place}.{own}"), list[Any](), list[Any]()
+    router.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    model.get_submodule(f"{place}.experts").register_forward_pre_hook(lambda _, inputs: sent.append(inputs[1]))
+    with torch.no_grad():
+        model.get_submodule(place)(torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(3)))
+        chances = probabilities(router, given[0])
+    assert chances.shape == (40, 4) and torch.allclose(chances.sum(-1), torch.ones(40), atol=1e-4)
+    assert torch.equal(chances.topk(2).indices.sort().values, sent[0].sort().values)
 
 
 def test_experts_in_parts_are_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

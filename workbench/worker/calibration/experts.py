@@ -24,6 +24,8 @@ TRIED = 8
 LARGEST = 10.0
 NEAR = 1e-5
 """Relative difference of the trial's outputs that is rounding."""
+LEAST = 1e-6
+"""Probability that the router gives an expert for a token, at least."""
 PAIR, DOWN = "gate_up_proj", "down_proj"
 """What transformers calls its two parameters."""
 
@@ -94,6 +96,33 @@ def groups_in(layer: Any) -> list[Group]:
             found.append(Group((gate, up), None, routed=name))
             found.append(Group((down,), Producer(up, "linear") if module.layout.undone else None, routed=name))
     return found
+
+
+def router_of(layer: Any, name: str) -> Any:
+    """The module beside a layer's experts that is called with tokens and has a row of weights an expert; None where
+    experts are given something else than it is, or there is no such module."""
+    experts, beside = layer.get_submodule(name), layer.get_submodule(name.rpartition(".")[0])
+    if experts.layout.stacked:
+        return None
+    shape = (experts.count, experts.get_submodule(f"0.{experts.spelling.up}").in_features)
+    own = set(experts.modules())
+    for module in beside.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and tuple(weight.shape) == shape and module not in own:
+            return module
+    return None
+
+
+def probabilities(router: Any, x: Any) -> Any:
+    """How likely each expert is for tokens [..., hidden] by a router's rows: float32 [tokens, experts]. None is quite
+    nothing, so that they can be divided by their sum."""
+    import torch
+
+    weight, bias = router.weight.float(), router._parameters.get("bias")
+    logits = torch.nn.functional.linear(
+        x.reshape(-1, x.shape[-1]).float(), weight, None if bias is None else bias.float()
+    )
+    return logits.softmax(-1).clamp(min=LEAST)
 
 
 def stored_in(layer: Any) -> tuple[Stored, ...]:

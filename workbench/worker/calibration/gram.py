@@ -28,8 +28,10 @@ class Grams:
     device: Any
     windows: Windows
     matrices: Tensors = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    """Tokens that went into each."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """Tokens that went into each, or the sum of their weights."""
+    weights: Any = None
+    """Of each token [tokens], while not all count the same."""
     listening: frozenset[str] | None = None
     """The first linears of the groups that are listened to; all if None."""
     start: int = 0
@@ -55,10 +57,13 @@ class Grams:
         import torch
 
         x = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+        if self.weights is not None:
+            x = x * self.weights.sqrt()[:, None]
         if name not in self.matrices:
             self.matrices[name] = torch.zeros(x.shape[1], x.shape[1], device=self.device)
         accumulate(self.matrices[name], x)
-        self.counts[name] = self.counts.get(name, 0) + len(x)
+        count = len(x) if self.weights is None else float(self.weights.sum())
+        self.counts[name] = self.counts.get(name, 0) + count
         if not bool(torch.isfinite(self.matrices[name].diagonal()).all()):
             bad = (~torch.isfinite(x).all(1)).nonzero()
             sample = self.windows.number_at(self.start + (int(bad[0]) if len(bad) else 0))

@@ -22,7 +22,7 @@ from workbench.worker.calibration.layout import Checkpoint, reserve
 from workbench.worker.calibration.weights import Weights
 from workbench.worker.calibration.windows import Windows
 
-CALIBRATE_VERSION = 1
+CALIBRATE_VERSION = 2
 """Version of the bytes that this pass writes for given inputs. Raise it when they change: older half-done work is then
 not used."""
 

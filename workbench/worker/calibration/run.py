@@ -282,7 +282,7 @@ def _starved(experts: dict[str, list[int]]) -> list[str]:
     more = f" and {len(found) - 3} more" if found[3:] else ""
     return [
         f"{len(found)} of {sum(map(len, experts.values()))} experts saw fewer than {FEWEST_ROUTED} calibration tokens "
-        f"and were calibrated on all of their layer's: {shown}{more}. Take more text"
+        f"and were calibrated on all of their layer's, weighted by the router: {shown}{more}. Take more text"
     ]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from workbench.errors import UserError
 from workbench.worker import Tensors
 from workbench.worker.calibration.discover import proven
+from workbench.worker.calibration.experts import probabilities, router_of
 from workbench.worker.calibration.gram import Grams, now
 from workbench.worker.calibration.skeleton import Skeleton, output_of
 from workbench.worker.calibration.weights import Weights, read_layer, read_tensor
@@ -21,7 +22,8 @@ from workbench.worker.calibration.windows import FEWEST_TOKENS, Windows
 from workbench.worker.layers import WAY_OUT, Structure
 
 FEWEST_ROUTED = FEWEST_TOKENS
-"""Tokens that an expert is calibrated on by itself; with fewer it is calibrated on all that its layer's experts see."""
+"""Tokens that an expert is calibrated on by itself; with fewer it is calibrated on all that its layer's experts see,
+weighted by the router."""
 
 Counts = dict[str, list[int]]
 """Module with a layer's experts -> how many tokens each of them was sent."""
@@ -152,7 +154,7 @@ def forward(
                 target[piece] = out.reshape(-1, out.shape[-1]).to(device="cpu", dtype=torch.float32)
             step(1 / len(model.batches))
         counts = {
-            name: [grams.counts.get(group.linears[0], 0) for group in groups[::2]]
+            name: [int(grams.counts.get(group.linears[0], 0)) for group in groups[::2]]
             for name, groups in structure.experts.items()
         }
         _feed_the_starved(model, index, layer, hidden(index), precision, grams, counts, structure)
@@ -177,7 +179,7 @@ def _feed_the_starved(
     structure: Structure,
 ) -> None:
     """Run experts that saw fewer than `FEWEST_ROUTED` tokens on all that reach their layer's experts, so that their
-    Gram matrices are of these."""
+    Gram matrices are of these, each by the router's probability of that expert (`benchmarks/starved_experts.py`)."""
     for name, seen in counts.items():
         groups = structure.experts[name]
         few = [2 * place for place, count in enumerate(seen) if count < FEWEST_ROUTED]
@@ -186,21 +188,37 @@ def _feed_the_starved(
         starved = [int(groups[place].linears[0].removeprefix(f"{name}.").partition(".")[0]) for place in few]
         firsts = frozenset(group.linears[0] for place in few for group in groups[place : place + 2])
 
-        def feed(module: Any, inputs: tuple[Any, ...], starved: list[int] = starved, firsts: Any = firsts) -> None:
+        chances: list[Any] = []
+
+        def look(module: Any, inputs: tuple[Any, ...], chances: list[Any] = chances) -> None:
+            chances[:] = [probabilities(module, inputs[0])]
+
+        def feed(
+            module: Any,
+            inputs: tuple[Any, ...],
+            starved: list[int] = starved,
+            firsts: Any = firsts,
+            chances: list[Any] = chances,
+        ) -> None:
             grams.listening = firsts
             reaching = module.everything(inputs[0])
             for number in starved:
+                grams.weights = chances[0][:, number] if chances else None
                 module.expert(number, reaching)
-            grams.listening = frozenset()
+            grams.listening, grams.weights = frozenset(), None
 
-        hook = layer.get_submodule(name).register_forward_pre_hook(feed)
+        experts = layer.get_submodule(name)
+        hooks = [experts.register_forward_pre_hook(feed)]
+        if router := router_of(layer, name):
+            hooks.append(router.register_forward_pre_hook(look))
         grams.forget(firsts)
         grams.listening = frozenset()
         try:
             for _ in model.outputs(index, layer, source, precision, grams):
                 pass
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
 
 def batches(lengths: list[int], width: int) -> list[tuple[int, int, int]]:
