@@ -107,9 +107,10 @@ def test_both_go_through_every_command(toys: Any, real_base: Path) -> None:
     assert "rtn          loads" in own and "awq          the toy does not read awq" in own
     assert "rtn          llama.cpp reads GGUF files only, not rtn checkpoints" in doctor
 
-    schema = json.loads(toys("schema").stdout)["properties"]
-    assert {"const": "rtn"} in schema["variants"]["items"]["anyOf"]
-    assert "uniqueItems" in json.dumps(schema["backends"]["anyOf"][0]["properties"]["toyengine"])
+    schema = json.loads(toys("schema").stdout)
+    assert {"const": "rtn"} in schema["properties"]["variants"]["items"]["anyOf"]
+    assert "toyengine" in schema["properties"]["backends"]["anyOf"][0]["properties"]
+    assert "uniqueItems" in json.dumps(schema["$defs"]["toyengine"]["properties"]["attention"])
 
     listed = json.loads(toys("plan", recipe("sdpa", "eager"), "--format", "json").stdout)
     needs = {(need["variant"], need["backend"], need["options"]["attention"]): need for need in listed}

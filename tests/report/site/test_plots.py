@@ -37,6 +37,11 @@ def test_peaks_of_different_moments_are_not_stacked() -> None:
     plot = named(plots.plots(build([a_row(memory=memory)])))["memory"]
     shown = [float(value) / MIB for value in re.findall(r'data-x="([^"]+)"', plot.wide)]
     assert shown == [365, 64, 1735]
+    lefts, tops = (
+        [float(each) for each in re.findall(rf'<rect class="p\d+"[^>]* {axis}="([^"]+)"', plot.wide)] for axis in "xy"
+    )
+    lefts, tops = lefts[-3:], tops[-3:]
+    assert tops[0] == tops[1] < tops[2] and lefts[0] == lefts[2] < lefts[1], "a bar of its own, from the same edge"
     assert "peak seen on the host" in plot.wide and "peak_rss" not in plot.wide and "1,735" not in plot.caption
 
 

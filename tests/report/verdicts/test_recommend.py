@@ -219,6 +219,27 @@ def test_quality_is_the_divergence_where_there_is_one() -> None:
     assert found.why == "quality" and "divergence  0.0778 nat (" in str(found)
 
 
+def test_a_perplexity_below_the_bases_does_not_hide_a_divergence() -> None:
+    lucky = [0.97 * total for total in BASE_NATS]
+    rows = [
+        compared(made("base", 60), 1e-4),
+        compared(made("gptq", 95, windows=lucky), 0.1436),
+        compared(made("awq", 90, nats=25), 0.0778),
+    ]
+    found = ask(rows, sort="quality", min_decode_tok_s=70)
+    assert found.choice is not None and found.choice.name == "awq on llamacpp" and found.tied == ()
+    line = next(line for line in build(rows).lines if line.row.artifact.variant == "gptq")
+    assert line.delta is not None and line.delta.value < 0, "by perplexity alone it would be the best of all"
+
+
+def test_what_is_slower_by_less_than_matters_but_surely_is_no_tie() -> None:
+    rows = [made("base", 50), made("good", 97, nats=0.8, scatter=0.002), made("fast", 100, nats=4, scatter=0.002)]
+    found = ask(rows)
+    assert found.choice is not None and found.choice.name == "fast on llamacpp" and found.tied == ()
+    near = [made("base", 50), made("good", 97, nats=0.8, scatter=0.03), made("fast", 100, nats=4, scatter=0.03)]
+    assert ask(near).choice.name == "good on llamacpp", "as near and not sure: quality decides"  # type: ignore[union-attr]
+
+
 def test_a_limit_missed_by_noise_is_undecided() -> None:
     rows = [made("base", 60), made("q", 99, scatter=0.03)]
     found = ask(rows, min_decode_tok_s=100)
