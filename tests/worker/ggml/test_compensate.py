@@ -140,3 +140,28 @@ def test_types_are_priced_by_what_is_left(tmp_path: Path) -> None:
 
 def test_without_matrices_nothing_is_chosen(tmp_path: Path) -> None:
     assert compensate.told(None, str(tmp_path / "x.gguf"), None, lambda *_: None) == {}
+
+
+def test_progress_is_by_the_work_that_is_left(tmp_path: Path) -> None:
+    """A matrix of twice the columns takes more than twice as long, and quantizing before it next to nothing."""
+    source, made = tmp_path / "base.gguf", tmp_path / "made.gguf"
+    plain, quantized = (gguf.GGUFWriter(file, "llama") for file in (source, made))
+    for name, columns in (("a", COLUMNS), ("b", 2 * COLUMNS)):
+        weight = torch.randn(24, columns, generator=torch.Generator().manual_seed(0))
+        plain.add_tensor(name, weight.numpy())
+        blocks = by_llama_cpp("Q4_K", weight, torch.ones(columns)).numpy()
+        quantized.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+        grams.write(tmp_path, columns, {(name,): torch.eye(columns)})
+    for writer in (plain, quantized):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    told = list[tuple[float, float, str]]()
+    telling = compensate.first_step(str(tmp_path), lambda *step: told.append(step))
+    telling(290, 290, "Q4_K_M")
+    assert told.pop() == (0, 1, "Q4_K_M") and not told
+    assert compensate.write(source, made, grams.read(tmp_path), lambda *step: told.append(step)) == 2
+    shares = [done / total for done, total, _ in told]
+    assert [words for *_, words in told] == ["codes of a", "codes of a", "codes of b", "codes of b"]
+    assert shares[0] == 0 and shares[1] == shares[2] < 1 / 3 and shares[3] == pytest.approx(1)

@@ -79,7 +79,7 @@ def make(payload: object, progress: Progress) -> object:
             _mixture(choice, tensors),
             request.imatrix,
             request.threads,
-            progress=progress,
+            progress=compensate.first_step(request.grams, progress),
             types=choice.types,
         )
         chosen = compensate.told(request.source, request.out, request.grams, progress)

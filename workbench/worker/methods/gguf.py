@@ -291,10 +291,11 @@ def quantize(payload: object, progress: Progress) -> object:
     llama_cpp.llama_backend_init()
     checked: encode.Checked | str = ""
     by: dict[str, object] = {"name": "llamacpp", "device": "cpu"}
+    making = compensate.first_step(request.grams, progress)
     try:
         place = encode.place_of(request.encoder)
         if place:
-            checked = _by_workbench(request, place, progress)
+            checked = _by_workbench(request, place, making)
             if not isinstance(checked, str):
                 equal, rows = checked.equal, checked.rows
                 by = {"name": "workbench", "device": place.name, "rows_checked": rows, "rows_equal": equal}
@@ -307,7 +308,7 @@ def quantize(payload: object, progress: Progress) -> object:
                 by["instead_of"] = f"workbench on {place.name}: {checked}"
         if isinstance(checked, str):
             run_quantizer(
-                str(request.source), request.out, request.type, request.imatrix, request.threads, progress=progress
+                str(request.source), request.out, request.type, request.imatrix, request.threads, progress=making
             )
         chosen = compensate.told(request.source, request.out, request.grams, progress)
     except UserError:
