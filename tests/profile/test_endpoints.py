@@ -150,6 +150,13 @@ def test_a_vllm_of_somebody_elses(bench: Bench, tmp_path: Path) -> None:
         "model": "Small",
         "backends": {"transformers": {"variants": ["base"]}},
     }
+    # The server's own template is here the base's: a chat has the same answers in both.
+    (base / "chat_template.jinja").write_text("{{ bos_token }}Q: {{ messages[0].content }} A:")
+    chat = bench.folder / "chat.yaml"
+    chat.write_text(
+        '- {prompt: "ak ka kaa", contains: a, new_tokens: 6}\n- {prompt: "bl", contains: b, new_tokens: 5}\n'
+    )
+    parts["tasks"] = {"chat": {"file": str(chat), "chat": True}}
     with vllm_serve(base, tmp_path, "small") as url:
         endpoints = {"mine": {"url": url, "variant": "base"}}
         done = bench("run", bench.recipe(**parts, **SCORED, workload=LOAD, endpoints=endpoints))
@@ -158,3 +165,6 @@ def test_a_vllm_of_somebody_elses(bench: Bench, tmp_path: Path) -> None:
     here, there = found["base", "transformers"], found["base", "endpoint"]
     assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-3)
     assert there["kld_mean"] == pytest.approx(0, abs=1e-5)
+    rows = [row for row in store.read(bench.results)[0] if row.measurement]
+    given = [row.measurement.tasks["chat"]["given"] for row in rows if row.measurement]
+    assert len(given) == 2 and given[0] == given[1] and all(given[0])

@@ -48,8 +48,10 @@ def quality_missing(row: Row) -> str | None:
         return None
     if (row.artifact.provenance.get("source") or {}).get("config"):
         return "no quality: the base has random weights of a given shape, so only speed and memory mean anything"
-    if row.measurement.serving is not None:
-        return "no quality: of a server only its speed is measured"
+    if any(text.startswith("no quality") for text in row.measurement.warnings):
+        return None  # Its own note says it.
+    if row.measurement.serving is not None and row.evaluation is None:
+        return "no quality: of this server only its speed was measured"
     return "no quality: the recipe has no evaluation" if row.evaluation is None else None
 
 

@@ -19,11 +19,12 @@ import pytest
 from tests.bench import Bench
 from tests.places import ROOT
 from tests.worker.small_models import write_model, write_sentencepiece
-from workbench.records import Quality
+from workbench.records import Quality, Task
 from workbench.report import store
 from workbench.worker.backends import next_token
 from workbench.worker.backends.llama_server import Engine as LlamaServer
 from workbench.worker.backends.served import NotScored
+from workbench.worker.measure.answers import answer
 from workbench.worker.scoring.reducer import Scoring
 from workbench.worker.tokens.file import TokenFile
 
@@ -97,6 +98,25 @@ def test_llama_server_is_scored_by_the_whole_vocabulary_or_not_at_all() -> None:
         scored_by({"content": ""}, 3)
     with pytest.raises(NotScored, match="2 positions are too many"):
         scored_by({}, 10**9)
+
+
+def test_a_chat_is_asked_of_a_server_in_its_own_template(tmp_path: Path) -> None:
+    item = {"id": 1, "prompt": [1], "message": "Capital?", "contains": ["Paris"], "stop": [], "new_tokens": 5}
+    (tmp_path / "task-t.json").write_text(json.dumps({"vocab_size": 3, "bos": None, "stop": [], "items": [item]}))
+    task = Task("t", str(tmp_path / "task-t.json"), "d", 1, 6)
+    engine, asked = LlamaServer.__new__(LlamaServer), []
+    engine.name = "served"
+
+    def post(path: str, body: Any) -> bytes:
+        asked.append((path, body["messages"], body["max_tokens"]))
+        return json.dumps({"choices": [{"message": {"content": "Paris."}}]}).encode()
+
+    engine.post = post  # type: ignore[method-assign]
+    assert answer(engine, task)["correct"] == [1]
+    assert asked == [("/v1/chat/completions", [{"role": "user", "content": "Capital?"}], 5)]
+    engine.post = lambda path, body: b'{"choices": []}'  # type: ignore[method-assign]
+    with pytest.raises(NotScored, match="no answer of this API"):
+        answer(engine, task)
 
 
 @pytest.mark.parametrize(("apart", "told"), [(0.3, True), (1e-4, False)])

@@ -223,6 +223,7 @@ def test_prompts_and_choices_are_text(tiny_llama: Path, tmp_path: Path) -> None:
     ask = {"prompt": "Is <s> one?</s>", "exact": "yes"}
     choose = {"prompt": "Which <s>?", "choices": ["</s>", "<s>"], "answer": 0}
     asked, chosen = items(tiny_llama, tmp_path, ask, choose)
+    assert "message" not in asked
     assert spelt(tiny_llama, asked["prompt"]) == "Is <s> one?</s>" and not {1, 2} & set(asked["prompt"])
     assert [spelt(tiny_llama, ids) for ids in chosen["windows"]] == ["Which <s>? </s>", "Which <s>? <s>"]
     assert not {1, 2} & {token for ids in chosen["windows"] for token in ids}
@@ -240,7 +241,7 @@ def test_of_a_chat_the_templates_tokens_are_special_and_no_others(tiny_llama: Pa
         base, tmp_path, {"prompt": " Hello ", "exact": "a"}, {"prompt": "</s><s>", "exact": "a"}, chat=True
     )
     whole = tokenizer("<s>user: Hello</s><s>model:", add_special_tokens=False)["input_ids"]
-    assert plain["prompt"] == whole
+    assert plain["prompt"] == whole and plain["message"] == " Hello ", "a server has a template of its own"
     assert spelt(base, odd["prompt"]) == "<s>user: </s><s></s><s>model:"
     assert [token for token in odd["prompt"] if token in (1, 2)] == [1, 2, 1]
     (choice,) = items(base, tmp_path, {"prompt": "Hi", "choices": ["<s>", "b"], "answer": 1}, chat=True)
