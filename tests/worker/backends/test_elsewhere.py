@@ -14,6 +14,7 @@ from workbench.records import Artifact, Evaluation, Job, Measurement, Task, Work
 from workbench.worker.backends import elsewhere
 from workbench.worker.measure.job import score
 from workbench.worker.tokens.file import TokenFile, write_tokens
+from workbench.worker.tokens.spelling import as_spelt
 
 TELLS = {2: ("the", -0.5), 3: (" cat", -0.5), 4: (" sat", -2.0), 5: (" down", -3.0)}
 SPELLING: dict[str, str | None] = {"2": "the", "3": "Ġcat", "4": "Ġsat", "5": "Ġdown"}
@@ -72,6 +73,26 @@ def test_a_server_with_another_tokenizer_is_not_scored(tmp_path: Path) -> None:
     with fake_server(tells=others) as fake:
         found = scored(tmp_path, fake.url)
     assert not found.qualities and "served has another tokenizer than the base" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("piece", "text", "same"),
+    [
+        ("Ġthe", " the", True),
+        ("▁the", "the", True),
+        ("<0x2C>", ",", True),
+        ("Ã©", "é", True),
+        ("Ċ", "\n", True),
+        ("the", "teh", False),
+        ("<0x2C>", ";", False),
+        ("Ã", "\ufffd", None),
+        ("<|end|>", "", None),
+        (None, "x", None),
+    ],
+)
+def test_what_a_server_calls_a_token_is_what_its_piece_spells(piece: str | None, text: str, same: bool | None) -> None:
+    expected = {True: piece, False: text, None: None}[same]
+    assert as_spelt(piece, text) == expected
 
 
 def test_a_context_smaller_than_the_windows_is_the_servers_own_word(tmp_path: Path) -> None:

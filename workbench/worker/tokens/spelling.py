@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +50,10 @@ def as_spelt(piece: str | None, text: str | None) -> str | None:
 
 
 def _of_bytes(piece: str) -> str:
-    """A piece whose letters stand for bytes, as GPT-2's vocabulary has them; any other as it is."""
+    """What a piece that stands for bytes spells, as SentencePiece's `<0x2C>` or in the letters of GPT-2's vocabulary;
+    any other as it is."""
+    if one := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(one[1]).decode(errors="replace")
     letters = _byte_letters()
     if not all(letter in letters for letter in piece):
         return piece
