@@ -174,6 +174,17 @@ class Table:
         """The rows on the first evaluation set."""
         return self.first.lines
 
+    @cached_property
+    def telling(self) -> dict[tuple[str, str], tuple[VaryingColumn, ...]]:
+        """By variant and engine, those of the varying columns in which its lines differ."""
+        alike: dict[tuple[str, str], list[Row]] = {}
+        for line in self.lines:
+            alike.setdefault((line.row.artifact.variant, line.row.backend), []).append(line.row)
+        return {
+            name: tuple(column for column in self.varying if len({column.text(row) for row in rows}) > 1)
+            for name, rows in alike.items()
+        }
+
     def to_pandas(self) -> pandas.DataFrame:
         """A row a line, SI units, NaN where not measured. Raises `UserError` without pandas."""
         return data_frame(self)

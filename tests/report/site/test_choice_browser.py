@@ -16,6 +16,7 @@ from workbench.records import Row, Speed
 from workbench.report import store
 from workbench.report.site import page
 from workbench.report.site.plots import row_ids
+from workbench.report.site.words import full_name
 from workbench.report.table import Table, build
 from workbench.report.verdicts.recommend import Constraints, recommend
 from workbench.worker.backends import serving_command
@@ -82,7 +83,7 @@ def assert_agrees(tab: chromium.Browser, table: Table, wish: dict[str, str]) -> 
     assert tab(f"{ANSWER}.querySelector('a').getAttribute('href')") == f"#{chosen}", (wish, str(found))
     assert (found.command or "Its engine has no server for it.") in words
     if found.runner_up:
-        assert f"Runner-up: {found.runner_up.line.row.artifact.variant} on " in words, (wish, str(found))
+        assert f"Runner-up: {full_name(table, found.runner_up.line)}, " in words, (wish, str(found))
     assert ("It is not known whether" in words) == bool(found.choice.doubts), (wish, str(found))
     assert ("would be chosen, were it known" in words) == bool(found.hope), (wish, str(found))
 
@@ -134,7 +135,9 @@ def test_a_limit_that_is_typed_is_in_the_address_and_in_the_plots(
     for mark in "0.05":
         tab.call("Input.insertText", text=mark)
     answer = tab(f"{ANSWER}.querySelector('a').textContent")
-    assert answer == "gguf-Q8_0 on llama.cpp" != first
+    table = build(store.read(*REAL)[0])
+    choice = recommend(table, Constraints(max_kld=0.05)).choice
+    assert choice is not None and answer == full_name(table, choice.line) != first
     assert tab("location.search") == "?divergence=0.05"
     assert "fail by divergence" in tab(f"{ANSWER}.innerText")
     faded = tab("[...document.querySelectorAll('#plot-choice .wide a.unfit')].map(a => Number(a.dataset.y))")

@@ -12,7 +12,9 @@ from tests.rows import a_row, compared
 from workbench.records import Served, Speed
 from workbench.report.site import plots
 from workbench.report.site.columns import columns
+from workbench.report.site.page import page
 from workbench.report.site.plots import Plot
+from workbench.report.site.words import full_name
 from workbench.report.table import build
 from workbench.report.verdicts.steps import series_of
 
@@ -93,3 +95,13 @@ def test_quality_stands_beside_speed() -> None:
     names = [column.name for column in columns(build([compared(a_row(), 0.0), compared(a_row("q"), 0.1)]))]
     place = names.index("decode_tok_s")
     assert names[place + 1] == "kld_mean" and place < 4
+
+
+def test_a_name_says_what_tells_a_line_from_another_and_no_more() -> None:
+    """What is the same for all lines of a variant and engine only takes room from the other names."""
+    kinds = {"q f16": "f16", "q q8_0": "q8_0", "p": "f16"}
+    table = build([a_row(key[0], key=key, options={"kv_cache": kind}) for key, kind in kinds.items()])
+    names = {"p on llama.cpp", "q · f16 on llama.cpp", "q · q8_0 on llama.cpp"}
+    assert {full_name(table, line) for line in table.lines} == names
+    engines = {"llama.cpp", "llama.cpp · f16", "llama.cpp · q8_0"}
+    assert set(re.findall(r'data-engine="([^"]+)"', page(table))) == engines

@@ -12,7 +12,8 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 
 from tests.report.site import chromium
-from tests.rows import a_row
+from tests.rows import REAL, a_row
+from workbench.report import store
 from workbench.report.site import page
 from workbench.report.table import build
 
@@ -36,6 +37,11 @@ def real(pages: dict[str, Path]) -> Path:
     return pages["real"]
 
 
+def varying() -> list[str]:
+    """The columns that tell lines of one variant and engine apart."""
+    return [column.name for column in build(store.read(*REAL)[0]).varying]
+
+
 def query(tab: chromium.Browser) -> dict[str, list[str]]:
     return parse_qs(urlparse(tab("location.href")).query, keep_blank_values=True)
 
@@ -47,9 +53,10 @@ def test_what_a_choice_needs_is_seen_without_scrolling(
 ) -> None:
     tab.open(real, width, dark=dark)
     heads = tab(HEADS)
-    wanted = ["variant", "engine", "size", "peak RSS", "decode", "divergence", "Δ perplexity", "note"]
+    how = varying()
+    wanted = ["variant", "engine", *how, "size", "peak RSS", "decode", "divergence", "Δ perplexity", "note"]
     left_out = {"peak RSS", "Δ perplexity"} if width < 1280 else set()
-    left_out |= {"engine"} if width < 1000 else set()  # it stands below the variant
+    left_out |= {"engine", *how} if width < 1000 else set()  # they stand below the variant
     assert [words for words, _ in heads] == [words for words in wanted if words not in left_out]
     assert max(right for _, right in heads) <= width
     assert tab("document.documentElement.scrollWidth") <= width
@@ -80,7 +87,7 @@ def test_the_address_keeps_the_whole_view(tab: chromium.Browser, real: Path) -> 
     found = tab(f"{rows}.map(r => [r.cells[0].textContent, r.cells[1].textContent])")
     assert found[0] == ["gguf-Q4_K_S", "llama.cpp"] and {name[:5] for name, _ in found} == {"gguf-"}
     assert {engine for _, engine in found} == {"llama.cpp"}
-    assert [words for words, _ in tab(HEADS)] == ["variant", "engine", "decode", "note"]
+    assert [words for words, _ in tab(HEADS)] == ["variant", "engine", *varying(), "decode", "note"]
     assert query(tab) == parse_qs(view)
     assert tab.complaints() == []
 
@@ -142,7 +149,8 @@ def test_without_javascript_it_can_be_read(tab: chromium.Browser, real: Path) ->
     tab.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
         tab.open(real, 1280)
-        assert [words for words, _ in tab(HEADS)][:4] == ["variant", "engine", "size", "peak RSS"]
+        wanted = ["variant", "engine", *varying(), "size", "peak RSS"]
+        assert [words for words, _ in tab(HEADS)][: len(wanted)] == wanted
         assert tab("document.documentElement.scrollWidth") <= 1280
         assert not tab("document.querySelector('.filters').checkVisibility()")
         # A link to a row opens it where it stands.

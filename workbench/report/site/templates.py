@@ -34,6 +34,6 @@ def _renderer(name: str) -> Callable[..., str]:
         # What is no longer plain text, jinja2's Markup, is of templates and comes from here.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    found.filters |= {"amount": amount, "engine": engine_word, "by_cause": by_cause}
+    found.filters |= {"amount": amount, "engine": engine_word, "by_cause": by_cause, "of": lambda tell, row: tell(row)}
     found.globals |= {"metrics": METRICS, "svg": svg}
     return found.get_template(name).render

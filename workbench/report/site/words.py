@@ -23,8 +23,10 @@ def engine_word(backend: str) -> str:
 
 
 def variant_name(table: Table, line: Line) -> str:
-    """The variant, and what else tells a line from another of its variant and engine."""
-    return " · ".join(filter(None, [line.row.artifact.variant, *(column.text(line.row) for column in table.varying)]))
+    """The variant, and what tells a line from another of its variant and engine."""
+    row = line.row
+    columns = table.telling[row.artifact.variant, row.backend]
+    return " · ".join(filter(None, [row.artifact.variant, *(column.text(row) for column in columns)]))
 
 
 def full_name(table: Table, line: Line) -> str:
