@@ -13,7 +13,7 @@ import pytest
 
 from tests.command import command
 from tests.fuzz import GONE, Mutant, how_many, mutants
-from tests.rows import REAL, a_row, compared, demo_rows
+from tests.rows import a_row, compared, demo_rows
 from workbench.errors import UserError
 from workbench.home import local
 from workbench.hub import card, push
@@ -27,8 +27,9 @@ from workbench.report.verdicts.compare import compare
 from workbench.report.verdicts.compare import text as compared_text
 from workbench.worker.backends import serving_command
 
-OLD = [json.loads(line) for path in REAL for line in path.read_text().splitlines() if '"more_prompt_tokens"' in line]
+OLD = [json.loads(line) for line in Path(__file__).with_name("schema-1.jsonl").read_text("utf-8").splitlines()]
 """Of schema 1."""
+MEASURED = next(row for row in OLD if row["measurement"])
 
 
 def todays() -> list[dict[str, Any]]:
@@ -140,7 +141,7 @@ def use(rows: list[Row], history: list[Row], folder: Path | None) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_mutant_is_a_row_that_can_be_used_or_a_line_that_says_why_not(tmp_path: Path, seed: int) -> None:
     documents = [OLD, todays()][seed]
-    base, file = documents[17 if seed == 0 else 0], tmp_path / "rows.jsonl"
+    base, file = [MEASURED, documents[0]][seed], tmp_path / "rows.jsonl"
     wrong, told, taken = [], 0, []
     for mutant in mutants(documents, how_many(320) // 2, seed):
         file.write_bytes(json.dumps(base).encode() + b"\n" + mutant.text.replace(b"\n", b" ") + b"\n")
@@ -173,7 +174,7 @@ def test_a_mutant_is_a_row_that_can_be_used_or_a_line_that_says_why_not(tmp_path
 
 
 def test_bad_lines_are_told_and_many_are_counted(tmp_path: Path) -> None:
-    lines = [json.dumps(OLD[17] | {"started_at": "yesterday"})] * 14 + [json.dumps(OLD[17])]
+    lines = [json.dumps(MEASURED | {"started_at": "yesterday"})] * 14 + [json.dumps(MEASURED)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     said = command("table", "--results", str(tmp_path)).stderr.splitlines()
     told = [line for line in said if line.startswith("warning")]
@@ -196,17 +197,17 @@ PLANTED = {
 @pytest.mark.parametrize("field", PLANTED)
 def test_the_reason_names_the_place(tmp_path: Path, field: str) -> None:
     value, reason = PLANTED[field]
-    (tmp_path / "rows.jsonl").write_text("\n" + json.dumps(OLD[17] | {field: value}))
+    (tmp_path / "rows.jsonl").write_text("\n" + json.dumps(MEASURED | {field: value}))
     rows, (warning,) = store.read(tmp_path)
     assert rows == [] and ":2: not a whole row, skipped (" in warning and reason in warning
 
 
 def test_rows_share_what_they_have_in_common_and_lose_what_nobody_asks(tmp_path: Path) -> None:
-    night = OLD[17] | {"started_at": "2026-11-22T10:00:00Z"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(OLD[17]) + "\n" + json.dumps(night))
+    night = MEASURED | {"started_at": "2026-11-22T10:00:00Z"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(MEASURED) + "\n" + json.dumps(night))
     first, second = store.history(tmp_path)[0]
     assert first.artifact is second.artifact and first.machine is second.machine
-    types = OLD[17]["artifact"]["tensor_types"]
+    types = MEASURED["artifact"]["tensor_types"]
     assert set(first.artifact.tensor_types.values()) == set(types.values()) and len(first.artifact.tensor_types) < 3
     assert "tensor_errors" not in first.artifact.provenance
 

@@ -112,7 +112,8 @@ def _check(table: Table, constraints: Constraints) -> None:
 
 def _name(table: Table, line: Line) -> str:
     row = line.row
-    details = [f"{column.name} {text}" for column in table.varying if (text := column.text(row))]
+    columns = table.telling[row.artifact.variant, row.backend]
+    details = [f"{column.name} {text}" for column in columns if (text := column.text(row))]
     more = f" ({', '.join(details)})" if details else ""
     return f"{row.artifact.variant} on {row.backend}{more}"
 
