@@ -47,8 +47,13 @@ def split(source: Path, folder: Path, tensors: int) -> Path:
     return rewrite(source, folder / source.name, split_max_tensors=tensors)
 
 
-def rewrite(source: Path, out: Path, *, split_max_tensors: int = 0, **entries: Any) -> Path:
-    """A copy of a GGUF file with other `entries` (`__` for a dot; None: without it)."""
+def unpack(source: Path, out: Path) -> Path:
+    """A copy of a GGUF file with the same weights, none of them quantized."""
+    return rewrite(source, out, plain=True)
+
+
+def rewrite(source: Path, out: Path, *, split_max_tensors: int = 0, plain: bool = False, **entries: Any) -> Path:
+    """A copy of a GGUF file with other `entries` (`__` for a dot; None: without it); `plain`: in float32."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -62,7 +67,10 @@ def rewrite(source: Path, out: Path, *, split_max_tensors: int = 0, **entries: A
         inner = field.types[1] if len(field.types) > 1 else None
         writer.add_key_value(key, changed.get(key, field.contents()), field.types[0], inner)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        if plain:
+            writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

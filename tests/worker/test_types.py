@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.places import ROOT
+from tests.worker.others import unpack
 from tests.worker.small_models import dequantized, pass_request, write_model
 from tests.worker.unpacking import exact, load_base, with_files_weights
 from workbench.machine import isolate
@@ -93,11 +94,14 @@ REASONS: dict[tuple[str, str], str] = {
 HEADS = {"nemotron": 0.007}
 """Sizes of an output matrix of its own, where squares of activations make logits of another size."""
 NEAR_ROUTED = 1e-3
-"""Where rounding may send a token to another expert, and for DeepSeek's keys and values, which llama.cpp quantizes in
-parts of a matrix that transformers has whole."""
+"""Where llama.cpp's rounding of activations to 8 bits may send a token to another expert: the same weights in a file
+without quantized tensors are within 1e-6 (`NEAR_PLAIN` leaves room)."""
+NEAR_PLAIN = 1e-5
 WINDOW = 32
 METHODS = ("awq", "gptq")
 TYPE = "Q4_K_M"
+PLAIN = f"{TYPE} as F32"
+"""The same weights in a file without a quantized tensor: llama.cpp then rounds no activation to 8 bits."""
 NEAR = 1e-4
 """Mean divergence, nats a token: what is left is an engine's arithmetic."""
 
@@ -173,6 +177,12 @@ def in_llamacpp(files: dict[str, dict[str, str]], made: dict[str, Any], ids: lis
         for name, path in each.items()
         if name != "refused"
     }
+    for kind in ROUTED_KINDS:
+        path = Path(files[kind][TYPE])
+        models[f"{kind}/{PLAIN}"] = {
+            "path": str(unpack(path, path.with_name(f"{path.stem}-F32.gguf"))),
+            "format": "gguf",
+        }
     return logits_of("llamacpp", models, ids, next(iter(made.values()))["folder"].parent)
 
 
@@ -222,6 +232,10 @@ def test_gguf_with_the_importance_matrix_in_llamacpp(
     print(f"{kind} {TYPE}: {near:.1e} from its own weights, {far:.1e} from the base; F32 {own:.1e}")
     bound = NEAR_ROUTED if kind in ROUTED_KINDS else NEAR
     assert own < NEAR and near < min(bound + own, far / 2) and far > 5 * NEAR
+    if kind in ROUTED_KINDS:
+        rest = divergence(wanted, found[f"{kind}/{PLAIN}"])
+        print(f"{kind} {PLAIN}: {rest:.1e} from its own weights")
+        assert rest < NEAR_PLAIN, "what is farther is the rounding of activations, and nothing else"
 
 
 def test_there_are_twenty_types_beyond_the_old_ones() -> None:

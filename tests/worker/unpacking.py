@@ -122,6 +122,14 @@ def with_files_weights(base: Path, exact_path: str, path: str) -> Any:
             _, layer, part, _ = tensor.name.split(".")
             weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
             places_of_experts(config["model_type"], state, f"model.layers.{layer}.")[part].copy_(weight)
+        if tensor.name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
+            _, layer, part, _ = tensor.name.split(".")
+            weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            both = state[f"model.layers.{layer}.self_attn.kv_b_proj.weight"].unflatten(0, (len(weight), -1))
+            # DeepSeek's heads: keys above values, and the keys' part turned.
+            keys = config["qk_nope_head_dim"]
+            place, turned = (both[:, :keys], weight.mT) if part == "attn_k_b" else (both[:, keys:], weight)
+            place.copy_(turned)
         if name is None or len(tensor.shape) != 2 or tensor.tensor_type.name == "F32":
             continue
         wanted = state[name]
