@@ -13,6 +13,8 @@ from tests.bench import Bench
 from tests.cases.models import MEASURED, llama, rows_of, write_random
 from tests.worker import others
 from tests.worker.small_models import dequantized, write_tokens
+from tests.worker.unpacking import load_base
+from tests.worker.written import read_compressed, write_compressed
 from workbench.machine import isolate
 
 pytestmark = pytest.mark.slow
@@ -34,12 +36,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     others.split(plain, folder / "parts", 5)
     others.pack_as_autoawq(base, folder / "X-AWQ")
     pack_by_gptqmodel(base, folder / "X-GPTQ")
+    write_compressed(base, folder / "X-W4A16", "W4A16", 64)
     case = Bench(folder / "home", folder, base)
     variants = [
         {"gguf": "Q4_K_M"},
         {"file": ["X-Q4_K_M.gguf", "Y-Q4_K_M.gguf"]},
         {"file": "parts/X-Q4_K_M-00001-of-00005.gguf", "name": "split"},
-        {"checkpoint": ["X-AWQ", "X-GPTQ"]},
+        {"checkpoint": ["X-AWQ", "X-GPTQ", "X-W4A16"]},
         {"gguf": {"from": "X-AWQ"}},
     ]
     backends = {
@@ -166,6 +169,20 @@ def test_a_checkpoint_is_what_its_layout_says(
     if backend == "transformers":
         assert row["format"] == name[2:].lower()
         assert ("gptqmodel:" if name == "X-GPTQ" else "a packer that it") in told(place, name, backend)
+
+
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+def test_compressed_tensors_are_what_their_library_unpacks(
+    backend: str, place: Bench, rows: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    import torch
+
+    model = load_base(place.model)
+    missing, extra = model.load_state_dict(read_compressed(place.folder / "X-W4A16"), strict=False)
+    assert not extra and not any("_proj" in name for name in missing)
+    with torch.inference_mode():
+        own = divergence(place, lambda ids: model(torch.tensor([ids])).logits[0])
+    assert rows["X-W4A16", backend]["kld_mean"] == pytest.approx(own, rel=ROUNDED)
 
 
 def test_a_checkpoint_is_carried_as_ours_are(place: Bench, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
