@@ -42,9 +42,10 @@ def quantize(source: Path, out: Path, kind: str, importance: dict[str, Any] | No
     return out
 
 
-def split(source: Path, folder: Path, tensors: int) -> Path:
-    """The first part of a copy in parts of so many tensors, by the `gguf` package's writer."""
-    return rewrite(source, folder / source.name, split_max_tensors=tensors)
+def split(source: Path, folder: Path, tensors: int, bare: bool = False) -> Path:
+    """The first part of a copy in parts of so many tensors, by the `gguf` package's writer; `bare`: it holds none, as
+    llama-gguf-split's `--no-tensor-first-split` has it. The parts have that program's keys and tensors."""
+    return rewrite(source, folder / source.name, split_max_tensors=tensors, bare=bare)
 
 
 def unpack(source: Path, out: Path) -> Path:
@@ -52,7 +53,9 @@ def unpack(source: Path, out: Path) -> Path:
     return rewrite(source, out, plain=True)
 
 
-def rewrite(source: Path, out: Path, *, split_max_tensors: int = 0, plain: bool = False, **entries: Any) -> Path:
+def rewrite(
+    source: Path, out: Path, *, split_max_tensors: int = 0, bare: bool = False, plain: bool = False, **entries: Any
+) -> Path:
     """A copy of a GGUF file with other `entries` (`__` for a dot; None: without it); `plain`: in float32."""
     import gguf
 
@@ -60,7 +63,7 @@ def rewrite(source: Path, out: Path, *, split_max_tensors: int = 0, plain: bool 
     changed = {key.replace("__", "."): value for key, value in entries.items()}
     kind = changed.get("general.architecture", reader.fields["general.architecture"].contents())
     out.parent.mkdir(exist_ok=True)
-    writer = gguf.GGUFWriter(out, kind, split_max_tensors=split_max_tensors)
+    writer = gguf.GGUFWriter(out, kind, split_max_tensors=split_max_tensors, small_first_shard=bare)
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == "general.architecture" or changed.get(key, key) is None:
             continue

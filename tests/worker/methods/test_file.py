@@ -81,15 +81,16 @@ def test_a_file_is_linked_and_told_as_it_is(files: Path, tmp_path: Path) -> None
     assert told.endswith("measured as it is: X-Q8_0.gguf; its header names no importance matrix")
 
 
-def test_all_parts_of_a_file_that_is_split(files: Path, tmp_path: Path) -> None:
-    first = split(files / "X-Q8_0.gguf", tmp_path / "parts", 4)
+@pytest.mark.parametrize(("bare", "parts"), [(False, 3), (True, 4)])
+def test_all_parts_of_a_file_that_is_split(bare: bool, parts: int, files: Path, tmp_path: Path) -> None:
+    first = split(files / "X-Q8_0.gguf", tmp_path / "parts", 4, bare)
     (tmp_path / "out").mkdir()
     made = found(files, first, tmp_path / "out")
     whole = found(files, files / "X-Q8_0.gguf", tmp_path)
     assert (made["tensor_types"], made["disk_bytes"]) == (whole["tensor_types"], whole["disk_bytes"])
     links = sorted(link.name for link in (tmp_path / "out").iterdir())
-    assert links == [f"Tiny-X-Q8_0-{part:05}-of-00003.gguf" for part in (1, 2, 3)]
-    assert len(made["provenance"]["found"]["sha256"]) == 3
+    assert links == [f"Tiny-X-Q8_0-{part:05}-of-{parts:05}.gguf" for part in range(1, parts + 1)]
+    assert len(made["provenance"]["found"]["sha256"]) == parts
     assert "llama-gguf-split --merge" in made["provenance"]["limits"]["transformers"]
 
 
