@@ -86,3 +86,19 @@ def test_windows_longer_than_the_context_are_refused_before_any_work(case: Bench
     told = answer.stderr.splitlines()[-1]
     assert "windows of 128 tokens are longer than the model's context of 64: use a shorter `window`" in told
     assert not case.rows() and not (case.home / "artifacts").exists() and not (case.home / "tokens").exists()
+
+
+@pytest.mark.slow
+def test_a_context_that_nobody_states_is_said_and_refuses_nothing(case: Bench) -> None:
+    write_random(case.model, llama())
+    file = case.model / "config.json"
+    config = json.loads(file.read_text())
+    del config["max_position_embeddings"]
+    file.write_text(json.dumps(config))
+    answer = case("quantize", case.recipe(**MEASURED, backends={"transformers": ONLY}))
+    assert answer.returncode == 0, answer.stderr
+    words = (
+        "note: unchecked, since the base's configuration does not say how long its context is, in tokens: workload: "
+    )
+    assert words in answer.stderr and "evaluation 'evaluation': 128" in answer.stderr
+    assert words in case("plan", case.recipe(**MEASURED, backends={"transformers": ONLY})).stdout
