@@ -153,9 +153,8 @@ def test_a_vllm_of_somebody_elses(bench: Bench, tmp_path: Path) -> None:
     # The server's own template is here the base's: a chat has the same answers in both.
     (base / "chat_template.jinja").write_text("{{ bos_token }}Q: {{ messages[0].content }} A:")
     chat = bench.folder / "chat.yaml"
-    chat.write_text(
-        '- {prompt: "ak ka kaa", contains: a, new_tokens: 6}\n- {prompt: "bl", contains: b, new_tokens: 5}\n'
-    )
+    # Of other prompts this model says halves of characters, which the server keeps to itself.
+    chat.write_text('- {prompt: "ak ka kaa", contains: a, new_tokens: 6}\n')
     parts["tasks"] = {"chat": {"file": str(chat), "chat": True}}
     with vllm_serve(base, tmp_path, "small") as url:
         endpoints = {"mine": {"url": url, "variant": "base"}}
