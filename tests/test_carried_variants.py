@@ -109,6 +109,8 @@ def test_back_in_its_multimodal_model(tmp_path: Path) -> None:
     assert whole["bits_per_weight"] == alone["bits_per_weight"], "those of the language model"
     assert "GGUF files only" in lines["whole-gptq-4bit-g32", "llamacpp"]["unsupported"]
     assert "codes and scales in a Qwen2_5_VLForConditionalGeneration, beside" in bench("table").stdout
+    planned = {need["variant"]: need for need in json.loads(bench("plan", asked, "--format", "json").stdout)}
+    assert planned["whole-gptq-4bit-g32"]["disk_bytes"] == pytest.approx(whole["disk_bytes"], rel=0.02)
     answer = bench("quantize", asked, "--variant", "whole-gptq-4bit-g32", "-o", str(tmp_path / "copies"))
     (copy,) = (tmp_path / "copies").glob("*-whole")
     assert answer.returncode == 0 and "vision_config" in json.loads((copy / "config.json").read_text())
