@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.bench import Bench
 from tests.rows import REAL, a_row, compared
 from workbench.console import Growing
 from workbench.profile.outlook import Outlook
@@ -67,6 +68,14 @@ def test_rows_of_an_axis_are_told_apart() -> None:
         "q  llamacpp (kv_cache f16) ",
         "q  llamacpp (kv_cache q8_0)",
     ]
+
+
+def test_a_run_tells_rows_of_an_axis_apart(bench: Bench) -> None:
+    axis = {"llamacpp": {"variants": ["gguf-Q8_0"], "kv_cache": ["f16", "q8_0"]}}
+    answer = bench("run", bench.recipe(backends=axis), "--format", "csv", WORKBENCH_PYTHON_LLAMACPP="/nowhere/python")
+    assert answer.returncode == 1
+    for kv in ("f16", "q8_0"):
+        assert f"gguf-Q8_0 on llamacpp (kv_cache {kv}) failed: cannot start /nowhere/python" in answer.stderr
 
 
 def test_an_interrupt_says_what_is_kept() -> None:
