@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-from quantize_vs_gptqmodel import call  # noqa: E402
+from quantize_vs_gptqmodel import call, pass_request  # noqa: E402
 
 from workbench.machine.monitor import Monitor  # noqa: E402
 
@@ -71,24 +71,7 @@ def main() -> int:
         shutil.rmtree(base, ignore_errors=True)
         source = {"config": SHAPE | {"num_hidden_layers": layers}, "init": "random"}
         worked("workbench.worker.base.prepare:prepare", {"source": source, "out": str(base)}, out / "work")
-        entries = []
-        for name, (method, options) in METHODS.items():
-            folder = out / f"{name}-{layers}"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            entries.append({"name": name, "method": method, "options": options, "out": str(folder)})
-        shutil.rmtree(out / "state", ignore_errors=True)
-        payload = {
-            "base": str(base),
-            "tokens": str(tokens),
-            "tokens_digest": "benchmark",
-            "variants": entries,
-            "imatrix_out": str(out / "imatrix.gguf"),
-            "state": str(out / "state"),
-            "device": "cpu",
-            "threads": None,
-            "seed": 0,
-        }
+        payload = pass_request(base, tokens, out / f"made-{layers}", METHODS, "auto")
         made, peak_bytes, taken_s = worked("workbench.worker.calibration.run:run", payload, out / "work")
         asked = {name: payload[name] for name in ("base", "tokens", "tokens_digest", "device", "threads", "seed")}
         asked |= {"imatrix": payload["imatrix_out"], "state": str(out / "prices")}

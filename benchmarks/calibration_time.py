@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
-from quantize_vs_gptqmodel import call  # noqa: E402
+from calibration_memory import METHODS  # noqa: E402
+from quantize_vs_gptqmodel import call, pass_request  # noqa: E402
 
 from workbench.machine import isolate  # noqa: E402
 from workbench.recipe.load import Recipe, load  # noqa: E402
@@ -32,7 +33,6 @@ from workbench.records import TokensRequest, to_json  # noqa: E402
 GOAL = 1.05
 BEFORE = "30e9e22^"
 """The commit before layers were found by running them."""
-METHODS = {"awq": ("awq", {}), "awq-compensated": ("awq", {"rounding": "compensated"}), "gptq": ("gptq", {})}
 
 
 def given(recipe: Recipe, windows: int, out: Path) -> tuple[Path, Path]:
@@ -50,22 +50,7 @@ def given(recipe: Recipe, windows: int, out: Path) -> tuple[Path, Path]:
 
 def one_pass(checkout: Path, base: Path, tokens: Path, methods: list[str], out: Path) -> float:
     """Seconds of a pass by the program of a checkout."""
-    shutil.rmtree(out, ignore_errors=True)
-    variants = []
-    for name in methods:
-        method, options = METHODS[name]
-        (out / name).mkdir(parents=True)
-        variants.append({"name": name, "method": method, "options": options, "out": str(out / name)})
-    payload = {
-        "base": str(base),
-        "tokens": str(tokens),
-        "tokens_digest": "benchmark",
-        "variants": variants,
-        "imatrix_out": str(out / "imatrix.gguf"),
-        "state": str(out / "state"),
-        "device": "cpu",
-        "precision": "float32",
-    }
+    payload = pass_request(base, tokens, out, {name: METHODS[name] for name in methods}, "float32")
     environment = {"PYTHONPATH": os.pathsep.join([str(checkout), str(checkout / "kernels")])}
     where = {"workdir": out / "work", "environment": environment}
     reply = isolate.call("workbench.worker.calibration.run:run", payload, **where)

@@ -13,6 +13,7 @@ the ratio is of what is above that. Run from the repository root; about two minu
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-from quantize_vs_gptqmodel import call  # noqa: E402
+from quantize_vs_gptqmodel import ours  # noqa: E402
 
 from workbench.machine.monitor import Monitor  # noqa: E402
 
@@ -60,24 +61,9 @@ def write(folder: Path, kind: str, hidden: int, inner: int, **more: Any) -> Path
 
 def peak(base: Path, tokens: Path, out: Path) -> tuple[int, float, dict[str, list[int]]]:
     """Of a pass over a base: bytes, seconds, and how many tokens each expert saw."""
-    entries = []
-    for method in ("awq", "gptq"):
-        (out / method).mkdir(parents=True)
-        options = {"group_size": 64}
-        entries.append({"name": method, "method": method, "options": options, "out": str(out / method)})
-    payload = {
-        "base": str(base),
-        "tokens": str(tokens),
-        "tokens_digest": "benchmark",
-        "variants": entries,
-        "imatrix_out": str(out / "imatrix.gguf"),
-        "state": str(out / "state"),
-        "device": "cpu",
-        "threads": None,
-        "seed": 0,
-    }
+    variants = {method: (method, {"group_size": 64}) for method in ("awq", "gptq")}
     monitor = Monitor()
-    made, taken_s = call("workbench.worker.calibration.run:run", payload, out / "work", monitor)
+    made, taken_s = ours(base, tokens, out, variants, "auto", monitor)
     return monitor.memory()["peak_rss"], taken_s, made["experts"]
 
 
@@ -92,7 +78,7 @@ def main() -> int:
     chance = random.Random(0)
     windows = [[chance.randrange(PLAIN["vocab_size"]) for _ in range(WINDOW)] for _ in range(arguments.windows)]
     tokens = out / "calibration.json"
-    tokens.write_text(str({"windows": windows}).replace("'", '"'))
+    tokens.write_text(json.dumps({"windows": windows}))
     floor, _, _ = peak(write(out / "least", "llama", 64, 64, head_dim=8), tokens, out / "least-made")
     print(f"an interpreter with a model of next to nothing: {floor / 2**20:.0f} MiB", flush=True)
     good = True

@@ -305,7 +305,7 @@ def llama_weights_s(kind: str, weight: Any) -> float:
 
 def calibration(place: Place, layers: int = 2, of: int = 32) -> Iterator[Finding]:
     """AWQ, GPTQ and the importance matrix of some layers of the 8B shape; what all would take is extrapolated."""
-    from quantize_vs_gptqmodel import call
+    from quantize_vs_gptqmodel import call, pass_request
 
     shape = {
         "architectures": ["LlamaForCausalLM"],
@@ -324,22 +324,8 @@ def calibration(place: Place, layers: int = 2, of: int = 32) -> Iterator[Finding
     base = place.work / "base"
     source = {"config": shape, "init": "random"}
     call("workbench.worker.base.prepare:prepare", {"source": source, "out": str(base)}, place.work / "log")
-    entries = []
-    for method in ("awq", "gptq"):
-        folder = place.work / method
-        folder.mkdir()
-        entries.append({"name": method, "method": method, "options": {}, "out": str(folder)})
-    payload = {
-        "base": str(base),
-        "tokens": str(tokens),
-        "tokens_digest": "gpu-check",
-        "variants": entries,
-        "imatrix_out": str(place.work / "imatrix.gguf"),
-        "state": str(place.work / "state"),
-        "device": place.device,
-        "threads": None,
-        "seed": 0,
-    }
+    variants: dict[str, tuple[str, dict[str, Any]]] = {"awq": ("awq", {}), "gptq": ("gptq", {})}
+    payload = pass_request(base, tokens, place.work, variants, "auto") | {"device": place.device}
     made, taken_s = call("workbench.worker.calibration.run:run", payload, place.work / "log")
     yield calibration_finding(made["seconds"], taken_s, layers, of, (count, length))
 

@@ -19,11 +19,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-from quantize_vs_gptqmodel import call, perplexity  # noqa: E402
+from quantize_vs_gptqmodel import call, pass_request, perplexity  # noqa: E402
 
 LIMIT = 0.01
 
@@ -67,18 +66,7 @@ def main() -> int:
     length = len(windows[0])
     tokens = out / "calibration.json"
     tokens.write_text(json.dumps({"windows": windows}), encoding="utf-8")
-    payload: dict[str, Any] = {
-        "base": str(base),
-        "tokens": str(tokens),
-        "tokens_digest": "benchmark",
-        "variants": [],
-        "imatrix_out": str(out / "ours.gguf"),
-        "state": str(out / "state"),
-        "device": "cpu",
-        "threads": None,
-        "seed": 0,
-        "precision": "float32",
-    }
+    payload = pass_request(base, tokens, out, {}, "float32") | {"imatrix_out": str(out / "ours.gguf")}
     _, ours_s = call("workbench.worker.calibration.run:run", payload, out / "work")
     (out / "calibration.txt").write_text(text, encoding="utf-8")
     theirs_file = out / "llama.gguf"

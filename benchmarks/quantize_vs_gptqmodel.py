@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +96,18 @@ def perplexity(path: Path, form: str, backend: str, evaluation: Path, workdir: P
     return math.exp(sum(w["nll_sum"] for w in windows) / sum(w["count"] for w in windows))
 
 
-def ours(
-    base: Path, tokens: Path, out: Path, variants: dict[str, tuple[str, dict[str, Any]]], precision: str = "float32"
-) -> tuple[dict[str, Any], float]:
-    """One calibration pass with these variants, into `out/NAME`; float32 as recipes with an importance matrix do."""
+def pass_request(
+    base: Path, tokens: Path, out: Path, variants: Mapping[str, tuple[str, dict[str, Any]]], precision: str
+) -> dict[str, Any]:
+    """What one calibration pass with these variants is asked: a `CalibrationRequest`. Each goes into `out/NAME`, and
+    the importance matrix and unfinished work beside them; what is there is removed."""
+    for name in (*variants, "state"):
+        shutil.rmtree(out / name, ignore_errors=True)
     entries = []
     for name, (method, options) in variants.items():
-        folder = out / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        entries.append({"name": name, "method": method, "options": options, "out": str(folder)})
-    shutil.rmtree(out / "state", ignore_errors=True)
-    payload = {
+        (out / name).mkdir(parents=True)
+        entries.append({"name": name, "method": method, "options": options, "out": str(out / name)})
+    return {
         "base": str(base),
         "tokens": str(tokens),
         "tokens_digest": "benchmark",
@@ -119,7 +119,19 @@ def ours(
         "seed": 0,
         "precision": precision,
     }
-    return call("workbench.worker.calibration.run:run", payload, out / "work")
+
+
+def ours(
+    base: Path,
+    tokens: Path,
+    out: Path,
+    variants: Mapping[str, tuple[str, dict[str, Any]]],
+    precision: str = "float32",
+    on_sample: Callable[[int], None] | None = None,
+) -> tuple[dict[str, Any], float]:
+    """One calibration pass with these variants, into `out/NAME`; float32 as recipes with an importance matrix do."""
+    request = pass_request(base, tokens, out, variants, precision)
+    return call("workbench.worker.calibration.run:run", request, out / "work", on_sample)
 
 
 def main() -> int:

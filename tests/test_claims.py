@@ -10,18 +10,14 @@ from tests.places import ROOT
 ROWS = "results/amd-epyc-2-cores-24-gib"
 
 
+def claims(cells: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "benchmarks/demo_claims.py", "--results", ROWS, "--cells", str(cells)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 def test_the_full_recipes_rows_have_no_empty_cell_and_agree() -> None:
     """42 pairs; the same weights in another engine, by divergence (`benchmarks/demo_claims.py` has the limits)."""
-    command = [
-        sys.executable,
-        "-P",
-        "benchmarks/demo_claims.py",
-        "--results",
-        "results/amd-epyc-2-cores-24-gib",
-        "--cells",
-        "42",
-    ]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    answer = claims(42)
     lines = answer.stdout.splitlines()
     # Speeds decide no test.
     assert [line for line in lines if not line.startswith("holds ") and "decodes" not in line] == [], answer.stderr
@@ -30,14 +26,5 @@ def test_the_full_recipes_rows_have_no_empty_cell_and_agree() -> None:
 
 
 def test_a_claim_can_fail() -> None:
-    command = [
-        sys.executable,
-        "-P",
-        "benchmarks/demo_claims.py",
-        "--results",
-        "results/amd-epyc-2-cores-24-gib",
-        "--cells",
-        "9999",
-    ]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    answer = claims(9999)
     assert "FAILS  at least 9999 pairs were measured: " in answer.stdout and answer.returncode == 1

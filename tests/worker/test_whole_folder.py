@@ -153,12 +153,12 @@ def test_transformers_sees_images_still(folder: Path) -> None:
     pytest.importorskip("gptqmodel")
     from safetensors.torch import save_file
 
-    names = [f"{kind}/{method}" for kind in SIGHT for method in METHODS]
+    wholes = {f"{kind}/{method}": folder / kind / "work" / f"{method}-whole" for kind in SIGHT for method in METHODS}
     for kind in SIGHT:
         save_file(inputs(kind), folder / f"{kind}.safetensors")
     payload = {
-        "models": {name: str(folder / "/work/".join(name.split("/"))) + "-whole" for name in names},
-        "inputs": {name: str(folder / f"{name.partition('/')[0]}.safetensors") for name in names},
+        "models": {name: str(path) for name, path in wholes.items()},
+        "inputs": {name: str(folder / f"{name.partition('/')[0]}.safetensors") for name in wholes},
         "out": str(folder / "seen.safetensors"),
     }
     environment = {"PYTHONPATH": str(ROOT), "GPTQMODEL_CPU_WORKERS": "4", "HF_HUB_OFFLINE": "1"}
@@ -167,7 +167,7 @@ def test_transformers_sees_images_still(folder: Path) -> None:
     )
     assert reply.error is None, reply.log
     found = load_file(folder / "seen.safetensors")
-    for name in names:
+    for name in wholes:
         kind, _, method = name.partition("/")
         with torch.inference_mode():
             model = meant(folder, kind, method)

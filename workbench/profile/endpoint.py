@@ -96,12 +96,10 @@ def _what_is_sent(address: Address, wish: Wish, recipe: Recipe | None) -> str:
     clear = " in clear text" if address.url.startswith("http:") else ""
     key = f", with the key{clear}" if address.key else ""
     own = [*recipe.evaluations, *recipe.tasks] if recipe else []
-    texts = f", and the recipe's own texts ({', '.join(own)}), for the most a request for each of their tokens" * bool(
-        own
-    )
+    texts = f", and the recipe's own texts ({', '.join(own)}), for the most a request for each of their tokens"
     return (
         f"about {points * wish.requests + wish.repeats + 10:,} requests{key}, each some {wish.prompt_tokens} tokens of "
-        f"Python's documentation for an answer of some {wish.new_tokens}{texts}"
+        f"Python's documentation for an answer of some {wish.new_tokens}{texts if own else ''}"
     )
 
 
@@ -200,4 +198,5 @@ def _filled(row: Row, found: Found, wish: Wish, scored: Measurement, started: fl
 
 
 def store_row(row: Row, results: Path | str) -> None:
+    """Keep it under `results`, in its machine's folder."""
     store.append(results, row.machine.name, portable_row(row))
