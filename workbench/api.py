@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,10 @@ class Run:
     made: Made
     rows: tuple[Row, ...]
     """A row for each variant in each engine, those measured before among them."""
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Steps on other machines that came to nothing, and why."""
+    results: Place = RESULTS
+    """Where the rows are stored."""
 
     @property
     def table(self) -> Table:
@@ -51,7 +55,7 @@ class Run:
     def failures(self) -> dict[str, str]:
         """Reasons, by variant that could not be made and by `variant on engine` that could not be measured."""
         jobs = {f"{row.artifact.variant} on {row.backend}": row.error for row in self.rows if row.error}
-        return self.made.failures | jobs
+        return {**self.made.failures, **jobs, **self.lost}
 
 
 def load(recipe: Place | Recipe) -> Recipe:
@@ -71,6 +75,9 @@ def run(
     again: bool = False,
     yes_remote: bool = False,
     quiet: bool = True,
+    on: str | None = None,
+    store: str | None = None,
+    machines: Sequence[str] = (),
 ) -> Run:
     """Make every variant of a recipe, measure each in every engine, store the rows under `results`.
 
@@ -78,22 +85,32 @@ def run(
     What was made or measured before is not done again; with `again` it is measured again. `yes_remote`: the recipe's
     endpoints may be on other machines, which are sent its texts. Unless `quiet`, progress is told on standard error. A
     job that fails is a row with its error, and the others go on.
+
+    `on`: not here but on the machines of a cluster (`ray`, `ray://HOST:PORT`), those of `machines` (kinds or labels;
+    default: the recipe's, or all of the kind of which there are most), which share `store` (a URL or folder).
     """
-    from workbench import cache, pipeline
+    from workbench import cache, pipeline, shared
     from workbench.console import Console
 
     loaded = load(recipe)
     for name in backends or []:
         loaded.backend(name)  # A misspelt one is refused before any work.
     chosen, only = loaded.matching(list(variants)) if variants else None, list(variants) if variants else None
-    show = Console(quiet)
-    with cache.at_work(show.say):
-        made = pipeline.quantize(loaded, show, chosen)
-        engines = list(backends) if backends else None
-        measured = pipeline.profile(
-            loaded, made, show, results, backends=engines, variants=only, again=again, yes_remote=yes_remote
-        )
-    return Run(made, tuple(measured))
+    show, engines = Console(quiet), list(backends) if backends else None
+    with shared.using(store):
+        if on is not None:
+            from workbench.cluster import run as cluster
+            from workbench.cluster.steps import Wanted
+
+            wanted = Wanted(chosen, engines, only)
+            over = cluster.one(loaded, wanted, on, str(results), machines, show, again=again, yes_remote=yes_remote)
+            return Run(over.made_at_all, tuple(cluster.rows_of(over)), over.failures, over.results)
+        with cache.at_work(show.say):
+            made = pipeline.quantize(loaded, show, chosen)
+            measured = pipeline.profile(
+                loaded, made, show, results, backends=engines, variants=only, again=again, yes_remote=yes_remote
+            )
+    return Run(made, tuple(measured), results=results)
 
 
 def profile(
@@ -157,15 +174,30 @@ def profile_endpoint(
         return wing.measure_endpoint(address, model, api_key_env, wish, results, show, beside=beside)
 
 
-def quantize(recipe: Place | Recipe, *, variants: Sequence[str] | None = None, quiet: bool = True) -> Made:
-    """Make the variants of a recipe (`variants`: only these, or patterns); `artifacts` says where each is."""
-    from workbench import cache, pipeline
+def quantize(
+    recipe: Place | Recipe,
+    *,
+    variants: Sequence[str] | None = None,
+    quiet: bool = True,
+    on: str | None = None,
+    store: str | None = None,
+    machines: Sequence[str] = (),
+) -> Made:
+    """Make the variants of a recipe (`variants`: only these, or patterns); `artifacts` says where each is. `on`,
+    `store` and `machines` as in `run`."""
+    from workbench import cache, pipeline, shared
     from workbench.console import Console
 
     loaded, show = load(recipe), Console(quiet)
     chosen = loaded.matching(list(variants)) if variants else None
-    with cache.at_work(show.say):
-        return pipeline.quantize(loaded, show, chosen)
+    with shared.using(store):
+        if on is not None:
+            from workbench.cluster import run as cluster
+            from workbench.cluster.steps import Wanted
+
+            return cluster.one(loaded, Wanted(chosen, measure=False), on, RESULTS, machines, show).made_at_all
+        with cache.at_work(show.say):
+            return pipeline.quantize(loaded, show, chosen)
 
 
 def rows(*results: Place, history: bool = False, say: Callable[[str], None] = warnings.warn) -> list[Row]:

@@ -20,9 +20,11 @@ import tomllib
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from workbench import shared
 from workbench.disk import disk_faults, expanded, remove, sync, write_whole
 from workbench.errors import UserError, short
 from workbench.intact import Changed, NotAFile, as_made, keep, open_file
@@ -30,6 +32,8 @@ from workbench.intact import Changed, NotAFile, as_made, keep, open_file
 Record = TypeVar("Record")
 Kind = Literal["artifacts", "bandwidth", "bases", "grams", "imatrix", "prices", "references", "tasks", "tokens"]
 """What is made once and kept, each kind in a folder of that name."""
+OWN_GPUS = "WORKBENCH_OWN_GPUS"
+"""The variable by which a step of a cluster has these GPUs (UUIDs) of its machine to itself, and others have theirs."""
 STARTED = time.strftime("%Y-%m-%d %H:%M:%S")
 """When this program was."""
 WAITING = "waiting for another workbench run"
@@ -82,7 +86,10 @@ def local(path: str) -> Path:
 
 
 def installation() -> str:
-    """Six hex digits that tell this installation from another on the same hardware: each measures for itself."""
+    """Six hex digits that tell this installation from another on the same hardware: each measures for itself. Machines
+    that share a store are one."""
+    if common := shared.installation():
+        return common
     file = home() / "instance"
     spoiled = os.path.lexists(file)  # Asked first: another run may make it at this moment.
     if not re.fullmatch("[0-9a-f]{6}", _line(file) or ""):
@@ -171,11 +178,11 @@ def _lock_file(path: Path) -> int:
     raise problem
 
 
-def machine_lock(
-    waiting: Callable[[str], object] = lambda who: None, who: str = ""
-) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def machine_lock(waiting: Callable[[str], object] = lambda who: None, who: str = "") -> Iterator[None]:
     """One heavy thing at a time on this machine, whoever's it is and whatever its `$WORKBENCH_HOME`: measurements are
-    disturbed by anything else. Where the file for it cannot be opened, one at a time in this home.
+    disturbed by anything else. Where the file for it cannot be opened, one at a time in this home. A step of a cluster
+    that has GPUs to itself shares the machine with others that have theirs.
 
     `waiting` is told who it is that is waited for, as that one says of itself (`who`); empty if it cannot.
     """
@@ -184,11 +191,16 @@ def machine_lock(
         os.close(_lock_file(file))
     except OSError:
         file = home() / "locks" / "machine"
+    own = [file.with_name(f"{file.name}.{gpu}") for gpu in sorted(os.environ.get(OWN_GPUS, "").split(",")) if gpu]
 
-    def held() -> None:
-        waiting(holder(file))
+    def held(by: Path) -> None:
+        waiting(holder(by))
 
-    return lock(file, held, note=who)
+    with contextlib.ExitStack() as all_of_it:
+        all_of_it.enter_context(lock(file, partial(held, file), shared=bool(own), note="" if own else who))
+        for each in own:
+            all_of_it.enter_context(lock(each, partial(held, each), note=who))
+        yield
 
 
 def who(step: str) -> str:
@@ -221,17 +233,22 @@ def entry(kind: Kind, key: str, record: type[Record], make: Callable[[Path], Rec
     """
     final = home() / kind / key
     with _entry_lock(kind, key):
+        spoiled = os.path.lexists(final)
         found = _found(kind, key, record)
+        if found is None and shared.fetch(kind, key, final):
+            found, spoiled = _found(kind, key, record), True
+        anew = found is None and spoiled
         if found is None:
-            partial = final.with_name(f"{key}.partial")
-            if not partial.is_dir():
-                remove(partial)
-            partial.mkdir(parents=True, exist_ok=True)
-            with disk_faults(partial):
-                found = make(partial)
-                keep(partial / record_name(kind), found)
-                partial.rename(final)
+            half = final.with_name(f"{key}.partial")
+            if not half.is_dir():
+                remove(half)
+            half.mkdir(parents=True, exist_ok=True)
+            with disk_faults(half):
+                found = make(half)
+                keep(half / record_name(kind), found)
+                half.rename(final)
                 sync(final.parent)
+        shared.offer(kind, key, final, record_name(kind), anew)
     return final, found
 
 
@@ -240,10 +257,20 @@ def stored(kind: Kind, key: str, record: type[Record]) -> Record | None:
 
     Raises `UserError` if files of somebody else's, which it is of, changed: they cannot be made anew.
     """
-    if not os.path.lexists(home() / kind / key):
+    final = home() / kind / key
+    if not os.path.lexists(final) and not shared.store():
         return None
     with _entry_lock(kind, key):
+        if not os.path.lexists(final):
+            shared.fetch(kind, key, final)
         return _found(kind, key, record)
+
+
+def bring(kind: Kind, key: str) -> None:
+    """Have an entry here that another machine made, if there is one; who reads it checks it."""
+    with _entry_lock(kind, key):
+        if not os.path.lexists(home() / kind / key):
+            shared.fetch(kind, key, home() / kind / key)
 
 
 def _entry_lock(kind: Kind, key: str) -> contextlib.AbstractContextManager[None]:

@@ -12,10 +12,11 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workbench import pipeline
 from workbench.cache import at_work
@@ -32,6 +33,9 @@ from workbench.report.site import publish
 from workbench.report.verdicts import night
 from workbench.report.verdicts.night import NIGHTS_NOTE, NightNote, NightVerdict
 from workbench.worker.backends import serving_command
+
+if TYPE_CHECKING:
+    from workbench.cluster.run import Machines
 
 STALE = timedelta(hours=20)
 """A night begun longer ago was given up, not interrupted."""
@@ -70,12 +74,17 @@ def run(
     url: str = "",
     issue: bool = False,
     backends: list[str] | None = None,
+    on: Machines | None = None,
+    only_on: Sequence[str] = (),
 ) -> list[Night]:
-    """A night of all recipes, in order; each is judged and remembered before the next begins."""
+    """A night of all recipes, in order; each is judged and remembered before the next begins. `on` the machines of a
+    cluster all recipes are measured at once, and each is judged on each kind of machine."""
     nights = []
     waiting = "waiting for another night to end"
     with at_work(show.say), lock(home() / "locks" / "nightly", lambda: show.say(waiting)):
-        for recipe in recipes:
+        if on is not None:
+            nights = _over(recipes, str(results), show, backends, on, only_on)
+        for recipe in recipes if on is None else []:
             nights.append(_one(recipe, results, show, backends))
         if site is not None:
             rows, skipped = store.history(results)
@@ -128,10 +137,59 @@ def tell(one: Night, show: Show) -> None:
 
 def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] | None) -> Night:
     here = machine().name
-    state = home() / "nights" / f"{digest([recipe.name, str(results)])}.json"
+    state = _state([recipe.name, str(results)])
     since = _begun(state, show)
     made = pipeline.quantize(recipe, show)
     pipeline.profile(recipe, made, show, results, backends=backends, since=since)
+
+    def again(only: set[tuple[str, str]]) -> list[Row]:
+        return pipeline.profile(recipe, made, show, results, backends=backends, again=True, only=only)
+
+    night = _judged(recipe, here, since, results, show, made.failures, again)
+    state.unlink(missing_ok=True)
+    return night
+
+
+def _over(
+    recipes: Sequence[Recipe],
+    results: str,
+    show: Show,
+    backends: list[str] | None,
+    on: Machines,
+    only_on: Sequence[str],
+) -> list[Night]:
+    from workbench.cluster import run as cluster
+    from workbench.cluster.steps import Wanted
+
+    state = _state([*(recipe.name for recipe in recipes), results, "cluster"])
+    since, nights = _begun(state, show), list[Night]()
+    wanted = Wanted(backends=backends)
+    for outcome in cluster.run(recipes, wanted, on, results, show, only_on=only_on, since=since):
+        recipe, made = outcome.recipe, outcome.made_at_all
+        for kind in sorted({kind for kind, _ in outcome.rows}):
+
+            def again(only: set[tuple[str, str]], recipe: Recipe = recipe, kind: str = kind) -> list[Row]:
+                some = replace(wanted, only=frozenset(only))
+                return cluster.rows_of(
+                    cluster.run([recipe], some, on, results, show, only_on=[kind], since=_next_second())[0]
+                )
+
+            nights.append(_judged(recipe, kind, since, results, show, made.failures | outcome.failures, again))
+    state.unlink(missing_ok=True)
+    return nights
+
+
+def _judged(
+    recipe: Recipe,
+    here: str,
+    since: str,
+    results: store.Place,
+    show: Show,
+    failures: Mapping[str, str],
+    again: Callable[[set[tuple[str, str]]], list[Row]],
+) -> Night:
+    """What was measured on a kind of machine since the night began, beside the nights before; `again` measures these
+    (engine, variant) once more, to be sure."""
     rows = _rows(results, here, recipe)
     notes, skipped = _notes(results, here, recipe, rows)
     for warning in store.few(skipped):
@@ -143,9 +201,8 @@ def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] |
         if not verdict.suspects:
             break
         show.say(f"to be sure, again: {', '.join(pair.label for pair in verdict.suspects)}")
-        only = {(pair.backend, pair.variant) for pair in verdict.suspects}
-        again = pipeline.profile(recipe, made, show, results, backends=backends, again=True, only=only)
-        if not again or any(row.error for row in again):
+        measured = again({(pair.backend, pair.variant) for pair in verdict.suspects})
+        if not measured or any(row.error for row in measured):
             # It measured once and fails now: what is known is judged as it is.
             tonight = [row for row in _rows(results, here, recipe) if row.started_at >= since]
             verdict = night.judge(before, [*tonight, *tonight, *tonight], notes)
@@ -153,8 +210,12 @@ def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] |
         rows = _rows(results, here, recipe)
     note = night.note_of(recipe.name, since, _now(), verdict)
     store.append_note(results, here, NIGHTS_NOTE, note, since)
-    state.unlink(missing_ok=True)
-    return Night(recipe.name, here, since, verdict, dict(made.failures))
+    return Night(recipe.name, here, since, verdict, dict(failures))
+
+
+def _state(causes: list[str]) -> Path:
+    """The note of a night that goes on."""
+    return home() / "nights" / f"{digest(causes)}.json"
 
 
 def _rows(results: store.Place, here: str, recipe: Recipe) -> list[Row]:
@@ -186,14 +247,18 @@ def _begun(state: Path, show: Show) -> str:
             return since
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # None was interrupted, or its note is half a file.
-    # Rows know their second, not more: none of the night before may have begun in this one's first.
-    time.sleep(1.0)
-    now = _now()
+    now = _next_second()
     state.parent.mkdir(parents=True, exist_ok=True)
     if not state.is_file():
         remove(state)
     write_whole(state, json.dumps({"since": now}))
     return now
+
+
+def _next_second() -> str:
+    """Now, and nothing that was measured before: rows know the second they began in, not more."""
+    time.sleep(1.0)
+    return _now()
 
 
 def _gh(*words: str, given: str | None = None) -> str:

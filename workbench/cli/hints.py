@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from workbench.records import Row
 
 
-def after_run(recipe: Path, results: str, rows: Sequence[Row]) -> None:
-    """Of a recipe's rows."""
+def after_run(recipe: Path, results: str, rows: Sequence[Row], store: str | None) -> None:
+    """Of a recipe's rows; `store`: where machines share what is made."""
     from workbench.home import home
 
     if rows:
         _say(f"rows:  {results.rstrip('/')}/{rows[0].machine.name}")
-    _say(f"files: {home() / 'artifacts'}; `workbench quantize {shlex.quote(str(recipe))} -o DIR` copies them")
+    copies = f"workbench quantize {shlex.quote(str(recipe))} -o DIR" + (f" --store {store}" if store else "")
+    _say(f"files: {f'{store}/artifacts' if store else home() / 'artifacts'}; `{copies}` copies them")
     after_table([] if results == RESULTS else ["--results", results])
 
 

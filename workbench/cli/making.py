@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -12,6 +14,9 @@ from workbench.cli.rows import check_format
 from workbench.console import write
 from workbench.errors import UserError, check_known
 from workbench.report.formats import FILE_FORMATS, FORMATS
+
+if TYPE_CHECKING:
+    from workbench.records import Artifact
 
 
 def run(
@@ -23,32 +28,51 @@ def run(
     format: o.TableFormat = "terminal",
     quiet: o.Quiet = False,
     yes_remote: o.YesRemote = False,
+    on: o.On = None,
+    store: o.Store = None,
+    machines: o.OnMachines = None,
 ) -> None:
     """Quantize, profile and print the table."""
     from workbench.cli import hints
 
     check_format(format)
-    done = api.run(recipe, results, backends=backend, variants=variant, again=again, yes_remote=yes_remote, quiet=quiet)
+    done = api.run(
+        recipe,
+        results,
+        backends=backend,
+        variants=variant,
+        again=again,
+        yes_remote=yes_remote,
+        quiet=quiet,
+        on=on,
+        store=store,
+        machines=o.words(machines),
+    )
     write(None, FILE_FORMATS[format](done.rows) if format in FILE_FORMATS else FORMATS[format](done.table))
     if format == "terminal" and not quiet:
-        hints.after_run(recipe, results, done.rows)
+        hints.after_run(recipe, str(done.results), done.rows, store)
     raise typer.Exit(1 if done.failures else 0)
 
 
 def quantize(
-    recipe: o.RecipeFile, variant: o.OnlyVariants = None, output: o.Copies = None, quiet: o.Quiet = False
+    recipe: o.RecipeFile,
+    variant: o.OnlyVariants = None,
+    output: o.Copies = None,
+    quiet: o.Quiet = False,
+    on: o.On = None,
+    store: o.Store = None,
+    machines: o.OnMachines = None,
 ) -> None:
     """Make every variant of a recipe, and say where it is."""
     from workbench.cli import hints
-    from workbench.quantize.handing import copy_to
     from workbench.sizes import mib_text
 
-    made = api.quantize(recipe, variants=variant, quiet=quiet)
+    made = api.quantize(recipe, variants=variant, quiet=quiet, on=on, store=store, machines=o.words(machines))
     for name, artifacts in made.artifacts.items():
         for artifact in artifacts:
             bits = f"{artifact.bits_per_weight:.2f} bits/weight" if artifact.bits_per_weight else ""
             own = name != "base" and not artifact.provenance.get("loaded")
-            path = copy_to(output, artifact) if output and own else artifact.path
+            path = _place_of(artifact, output, store) if own else artifact.path
             print(f"{name:32} {bits:22} {mib_text(artifact.disk_bytes):>13}  {path}")
             for warning in artifact.warnings:
                 print(f"{'':32} warning: {warning}")
@@ -59,6 +83,19 @@ def quantize(
     if not quiet:
         hints.after_quantize(recipe, output is not None)
     raise typer.Exit(1 if made.failures else 0)
+
+
+def _place_of(artifact: Artifact, output: Path | None, store: str | None) -> Path | str:
+    """Where an artifact is: its copy in `output`; the cache; or the store, if another machine made it."""
+    from workbench import shared
+    from workbench.home import bring
+    from workbench.quantize.handing import copy_to
+
+    with shared.using(store):
+        if output:
+            bring("artifacts", artifact.digest)
+            return copy_to(output, artifact)
+        return artifact.path if Path(artifact.path).exists() else shared.place_of("artifacts", artifact.digest) or ""
 
 
 def profile(
@@ -80,6 +117,9 @@ def profile(
     prompt_tokens: o.PromptTokens = 512,
     new_tokens: o.NewTokens = 64,
     requests: o.Requests = 100,
+    on: o.On = None,
+    store: o.Store = None,
+    machines: o.OnMachines = None,
 ) -> None:
     """Run every variant in every engine and store what is measured; or measure a server that is already there."""
     from workbench.home import recipe_or_last
@@ -89,7 +129,7 @@ def profile(
             raise UserError(
                 "--model, --api-key-env, --concurrency, --rate and --slo are about a server: --endpoint URL"
             )
-        run(recipe_or_last(recipe), results, backend, variant, again, format, quiet, yes_remote)
+        run(recipe_or_last(recipe), results, backend, variant, again, format, quiet, yes_remote, on, store, machines)
         return
     if backend or (variant and (recipe is None or len(variant) > 1)):
         raise UserError(

@@ -14,7 +14,7 @@ from workbench.disk import expanded
 from workbench.errors import UserError
 from workbench.report.formats import FILE_FORMATS, FORMATS
 
-Place = TypeVar("Place", Path, str, list[str], Path | None, list[str] | None)
+Place = TypeVar("Place", Path, str, str | None, list[str], Path | None, list[str] | None)
 
 
 def _either(names: Iterable[str]) -> str:
@@ -28,6 +28,11 @@ def _home(value: Place) -> Place:
     if isinstance(value, list):
         return [_home(each) for each in value]
     return value if value is None or "://" in str(value) else type(value)(expanded(value))
+
+
+def words(value: str | None) -> list[str]:
+    """What stands between commas."""
+    return [word.strip() for word in (value or "").split(",") if word.strip()]
 
 
 def _limit(param: CallbackParam, value: float | None) -> float | None:
@@ -114,6 +119,30 @@ OnlyMachine = Annotated[str | None, Option(help="Only rows of the machine of thi
 OnlyEvaluation = Annotated[str | None, Option(help="Only rows scored on the tokens of this digest.")]
 OnlyMeasurement = Annotated[int | None, Option(help="Only rows measured in this way.")]
 
+On = Annotated[
+    str | None,
+    Option(
+        help="On the machines of a Ray cluster: ray, or ray://HOST:PORT.",
+        metavar="ray[://HOST:PORT]",
+        show_default=False,
+    ),
+]
+Store = Annotated[
+    str | None,
+    Option(
+        help="A URL (s3://bucket/prefix) or folder where machines share what is made.",
+        show_default=False,
+        callback=_home,
+    ),
+]
+OnMachines = Annotated[
+    str | None,
+    Option(
+        "--machines",
+        help="With --on: kinds or labels of machines, as h100,l40s; every job on one of each.",
+        show_default=False,
+    ),
+]
 Again = Annotated[bool, Option("--again", help="Measure again what is already measured.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress, only the result.")]
 Output = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import typer
@@ -40,9 +41,13 @@ def nightly(
     accept: o.Accept = False,
     backend: o.OnlyBackends = None,
     quiet: o.Quiet = False,
+    on: o.On = None,
+    store: o.Store = None,
+    machines: o.OnMachines = None,
 ) -> None:
     """Measure recipes anew and compare with the good nights before; exit with 1 if something got worse."""
     from workbench import nightly as wing
+    from workbench import shared
     from workbench.recipe.load import load
 
     loaded = [load(recipe) for recipe in recipes]
@@ -50,7 +55,23 @@ def nightly(
         for recipe in loaded:
             print(f"{recipe.name}: the night of {wing.accept(recipe, results)} is the new normal")
         return
-    nights = wing.run(loaded, results, Console(quiet), site=site, url=url, issue=issue, backends=backend)
+    with shared.using(store), contextlib.ExitStack() as left:
+        there, place = None, results
+        if on is not None:
+            from workbench.cluster import run as cluster
+
+            there, place = left.enter_context(contextlib.closing(cluster.on(on))), cluster.rows_place(results)
+        nights = wing.run(
+            loaded,
+            place,
+            Console(quiet),
+            site=site,
+            url=url,
+            issue=issue,
+            backends=backend,
+            on=there,
+            only_on=o.words(machines),
+        )
     for night in nights:
         sys.stdout.write(night.text)
     raise typer.Exit(1 if any(night.verdict.alarms or night.failures for night in nights) else 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from workbench.console import Show
 from workbench.errors import UserError, WorkFailed
@@ -24,6 +25,9 @@ from workbench.recipe.choices import form_for, limits_of, making_of, wants_gguf_
 from workbench.recipe.load import Recipe
 from workbench.records import Artifact, CarriedVariant, Evaluation, PreparedBase, Task, Variant
 from workbench.worker.methods import BASE, Making, method_named
+
+Until = Literal["tokens", "pass", ""]
+"""After what to stop: base and tokens; what looks at all of the base at once, and what that makes; nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,9 @@ class Made:
     """Why a variant that was made has no form for an engine that reads no other."""
 
 
-def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
-    """Base, tokens and the named variants (default: all) of a recipe, made or found in the cache."""
+def make(recipe: Recipe, show: Show, names: set[str] | None = None, until: Until = "") -> Made:
+    """Base, tokens and the named variants (default: all) of a recipe, made or found in the cache; or only what comes
+    first of it."""
     base = prepare(recipe, show)
     for note in check_context(recipe, base.context_length):
         show.say(f"note: {note}")
@@ -51,6 +56,8 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     chosen = [v for v in recipe.variants if v.method != BASE and (names is None or v.name in names | starts)]
     wanted = {variant.name: (variant, making_of(variant, has_cuda())) for variant in chosen}
     artifacts: dict[str, list[Artifact]] = {BASE: [base_artifact(base)]}
+    if until == "tokens":
+        return Made(base, artifacts, {}, evaluations, asked)
     failures = cannot_be_made(recipe, [v for v, making in wanted.values() if making.calibration == "prices"])
     for name, reason in failures.items():
         show.say(f"{name} failed: {reason}")
@@ -67,7 +74,7 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     imatrix, calibrated = run_calibration(recipe, base, calibration, possible, show, failures)
     prices = run_prices(recipe, base, calibration, imatrix, possible, show, failures)
     for name, (variant, making) in wanted.items():
-        if name in failures or isinstance(variant, CarriedVariant):
+        if name in failures or isinstance(variant, CarriedVariant) or (until == "pass" and making.stage != "pass"):
             continue
         show.whole = f"{len(artifacts) - 1} of {len(wanted)} variants made"
         looks_at = {"": None, "tokens": calibration, "imatrix": imatrix, "prices": prices}[making.calibration]
@@ -91,7 +98,9 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
             failures[name] = str(problem)
             show.say(f"{name} failed: {problem}")
     show.whole, refused = "", dict[str, str]()
-    for (name, form), start_name in _to_carry(recipe, wanted, names).items():
+    if until == "pass":
+        return Made(base, artifacts, failures, evaluations, asked)
+    for (name, form), start_name in to_carry(recipe, wanted, names).items():
         carried = name != start_name
         if start_name not in artifacts:
             failures |= {name: f"{start_name}, which it is carried from, was not made"} if carried else {}
@@ -111,7 +120,7 @@ def make(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     return Made(base, artifacts, failures, evaluations, asked, refused)
 
 
-def _to_carry(
+def to_carry(
     recipe: Recipe, wanted: Mapping[str, tuple[Variant, Making]], names: set[str] | None
 ) -> dict[tuple[str, str], str]:
     """(variant, format) -> the variant whose artifact is carried: variants that are another's, and further forms of a

@@ -46,6 +46,8 @@ class Recipe:
     warnings: tuple[str, ...] = ()
     tasks: dict[str, TaskModel] = field(default_factory=dict)
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    machines: tuple[str, ...] = ()
+    """Kinds or labels of machines of a cluster."""
 
     def variant(self, name: str) -> Variant:
         """The variant of that name, or a `UserError` with the nearest one."""
@@ -164,11 +166,13 @@ def parse(data: Any, path: Path) -> Recipe:
         evaluations=sets,
         tasks=document.tasks,
         endpoints=endpoints,
+        machines=tuple(document.machines),
         workload=workload,
         limits=document.limits,
         digest=digest(
             [
-                document.model_dump(mode="json"),
+                # The same recipe wherever it runs.
+                document.model_dump(mode="json", exclude={"machines"}),
                 to_json(variants),
                 to_json(backends),
                 *(test.model_dump(mode="json") for test in further),

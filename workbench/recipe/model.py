@@ -381,6 +381,8 @@ class Document(Strict):
     """What is run for speed and memory."""
     limits: Limits = Limits()
     """How long work may take."""
+    machines: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(default_factory=list, max_length=100)
+    """With --on: on which machines of the cluster, by kind or label; every job runs on one of each."""
 
     @field_validator("tasks", mode="after")
     @classmethod

@@ -33,7 +33,8 @@ import msgspec
 from workbench.errors import UserError, unknown
 from workbench.records import Row, digest, to_json
 from workbench.report.border import row_of
-from workbench.report.remote import append_remote, brief, remote_contents
+from workbench.report.remote import append_remote, remote_contents
+from workbench.storage import brief
 
 FILE_NAME = "rows.jsonl"
 SEGMENTS = "rows-*.jsonl"

@@ -1,0 +1,6 @@
+"""One recipe over many machines: its steps, who takes which when, and what a machine does of one.
+
+`steps` cuts a recipe into steps, `schedule` says which machine takes which next, `node` does a step on the machine it
+came to, `on_ray` carries steps to the machines of a Ray cluster and is the only module that imports Ray, `view` shows
+how far all is, `run` puts them together for the command line.
+"""
