@@ -3,9 +3,9 @@
     python -P benchmarks/ray_overhead.py [--steps 40] [--job 60]
 
 On a running cluster (`ray start --head`), sends steps that find nothing to do (a recipe that is not there), and prints
-the seconds a step took, and their share beside a job of `--job` seconds. The makespan of 2,000 jobs on 16 machines beside
-the best schedule's is a test (`tests/cluster/test_schedule.py`), which adds no such costs. Run from the repository root
-on an idle machine.
+the seconds a step took, and their share beside a job of `--job` seconds. The makespan of 2,000 jobs on 16 machines
+beside the best schedule's is a test (`tests/cluster/test_schedule.py`), which adds no such costs. Run from the
+repository root on an idle machine.
 """
 
 from __future__ import annotations

@@ -158,6 +158,17 @@ def test_an_engine_that_dies_leaves_a_row_with_its_error_and_the_rest_is_measure
     assert rows["gguf-Q8_0"].partition(" (log")[0] in done.stderr and f"{store}/results" in done.stderr
 
 
+def test_a_cluster_that_does_not_answer_is_told_at_once(bench: Bench, recipe: str) -> None:
+    for words, address in (
+        (["--on", "ray"], f"127.0.0.1:{free_port()}"),
+        (["--on", f"ray://127.0.0.1:{free_port()}"], ""),
+    ):
+        done = bench.typed("quantize", recipe, *words, RAY_ADDRESS=address)
+        assert done.returncode == 2 and "no Ray cluster answers there" in done.stderr, done.stderr
+        assert "ray start --head" in done.stderr
+    assert "--on spark: ray, or ray://HOST:PORT" in bench.typed("quantize", recipe, "--on", "spark").stderr
+
+
 def test_machines_are_named_by_label_and_wrong_words_are_told(
     bench: Bench, recipe: str, raylets: Callable[..., Raylets]
 ) -> None:
@@ -173,6 +184,26 @@ def test_machines_are_named_by_label_and_wrong_words_are_told(
     copied = run("quantize", recipe, "-o", str(bench.folder / "out"))
     assert copied.returncode == 0, copied.stderr
     assert {file.name for file in (bench.folder / "out").iterdir()} == {f"Tiny-{each}.gguf" for each in TYPES}
+
+
+def test_a_night_of_two_recipes_is_judged_on_each_kind_of_machine(
+    bench: Bench, raylets: Callable[..., Raylets]
+) -> None:
+    load = {"prompt_tokens": 8, "repeats": 2}
+    recipes = [
+        bench.recipe("a", variants=[{"gguf": "Q8_0"}], workload=load | {"new_tokens": 4}),
+        bench.recipe("b", variants=[{"gguf": "Q4_0"}], workload=load | {"new_tokens": 5}),
+    ]
+    cluster, store = raylets(2, WORKBENCH_FAKE_BACKEND="1", HF_HUB_OFFLINE="1"), bench.folder / "store"
+    done = Driver(bench, cluster, str(store))("nightly", *recipes)
+    assert done.returncode == 0, done.stderr
+    (notes,) = (store / "results").glob("*/nights.jsonl")
+    assert [json.loads(line)["recipe"] for line in notes.read_text().splitlines()] == ["a", "b"]
+    assert len(stored(store / "results")) == 4
+    # The next night measures all of it anew, and makes nothing.
+    before = made(store)
+    again = Driver(bench, cluster, str(store))("nightly", *recipes)
+    assert again.returncode == 0 and len(stored(store / "results")) == 8 and made(store) == before
 
 
 def test_the_tiny_recipe_over_three_nodes_and_s3_gives_the_rows_of_one_machine(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from typing import Any
 
@@ -33,10 +34,11 @@ class RayMachines:
         self._running: dict[Any, tuple[str, str]] = {}
         """What Ray calls a task -> the step's name and its machine's."""
         self._known: dict[str, Place] = {}
-        where = os.environ.get("RAY_ADDRESS", "auto") if address == SCHEME else address
+        where = (os.environ.get("RAY_ADDRESS") or "auto") if address == SCHEME else address
         try:
+            _answers(where)
             ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR, namespace="workbench")
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             said = " ".join(str(error).split())[:200]
             raise UserError(
                 f"--on {address}: no Ray cluster answers there ({said}). Start one: ray start --head"
@@ -105,6 +107,14 @@ class RayMachines:
         return self._ray.remote(max_calls=1)(function).options(
             num_cpus=cpus, num_gpus=gpus, scheduling_strategy=where, max_retries=0
         )
+
+
+def _answers(address: str) -> None:
+    """Raise `OSError` if nobody listens there: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
 
 
 def _imported() -> Any:

@@ -97,7 +97,7 @@ def chosen(places: Sequence[Place], wanted: Sequence[str]) -> list[Place]:
         return [place for place in places if place.kind == most]
     found: dict[str, Place] = {}
     for word in wanted:
-        meant = [place for place in places if word.lower() in _words(place)]
+        meant = [place for place in places if _is_meant(place, {place.kind}, [word])]
         if not meant:
             known = sorted(set.union(*(_words(place) for place in places)))
             raise UserError(
@@ -223,7 +223,7 @@ def run(
 
     with show.task(f"{', '.join(outcomes)} on {len(places)} machines") as progress:
         driver.run(
-            lambda: [place for place in machines.places() if place.kind in kinds],
+            lambda: [place for place in machines.places() if _is_meant(place, kinds, only_on)],
             request_of,
             answered,
             lost,
@@ -291,6 +291,11 @@ class Driver:
                     self._machines.stop(name)
             self.view.tell()
             progress(len(schedule.steps) - schedule.left, len(schedule.steps), self.view.words())
+
+
+def _is_meant(place: Place, kinds: Collection[str], words: Sequence[str]) -> bool:
+    """Whether a machine, which may have come later, is one of those that were chosen."""
+    return place.kind in kinds and (not words or not _words(place).isdisjoint(word.lower() for word in words))
 
 
 def _words(place: Place) -> set[str]:
