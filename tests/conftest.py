@@ -193,6 +193,21 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def talking_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The same, but it says characters alone. A random model says halves of them too, which servers keep to themselves,
+    and llama_cpp.server gives more tokens than were asked for behind one."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("models") / "Talking"
+    shutil.copytree(tiny_llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    # Of 95 random logits some are above zero.
+    tensors["lm_head.weight"][: 3 + 256] = 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_llama() -> Any:
     """`write_llama`, for tests that need another shape."""
     return write_llama
@@ -241,6 +256,15 @@ def shared_home(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> P
     place = Bench(folder / "home", folder, tiny_llama)
     assert place("quantize", place.recipe()).returncode == 0
     return place.home
+
+
+@pytest.fixture(scope="session")
+def talking_file(shared_home: Path, tmp_path_factory: pytest.TempPathFactory, talking_llama: Path) -> Path:
+    """`talking_llama` as a GGUF file of type Q8_0, for servers."""
+    folder = tmp_path_factory.mktemp("talking")
+    place = Bench(shared_home, folder, talking_llama)
+    assert place("quantize", place.recipe(model="Talking"), "-o", str(folder / "out")).returncode == 0
+    return next((folder / "out").rglob("*Q8_0.gguf"))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import json
 import signal
 import threading
@@ -17,12 +17,14 @@ import workbench as wb
 from tests.bench import Bench
 from tests.command import command
 from tests.serving.fake_server import Fake, fake_server
-from tests.serving.real_servers import llama_server
+from tests.serving.real_servers import llama_cpp_server, llama_server
 from workbench.errors import UserError
+from workbench.profile import endpoint
 from workbench.profile.endpoint import limits_of
 from workbench.profile.under_load import Found, Wish
 from workbench.records import Request, Row
 from workbench.report import store
+from workbench.serving.client import SILENT_S, Client
 
 SMALL: dict[str, Any] = {"prompt_tokens": 60, "new_tokens": 8, "requests": 12, "concurrency": (3,)}
 
@@ -95,10 +97,11 @@ def test_the_command(server: Fake, results: Path) -> None:
     [
         {"apis": ("chat",), "knows_extras": False, "ids": False},
         {"ids": False, "usage": False},
+        {"ids": False, "usage": False, "ends_after": 2},
         {"a_chunk": 4},
         {"knows_extras": False},
     ],
-    ids=["chat alone", "no count in streams", "many tokens a chunk", "no extras"],
+    ids=["chat alone", "no count in streams", "ends early", "many tokens a chunk", "no extras"],
 )
 def test_servers_of_every_kind(behaviour: dict[str, Any], results: Path) -> None:
     with fake_server(**behaviour) as fake:
@@ -232,6 +235,23 @@ def test_single_faults_are_counted_and_the_rest_is_measured(results: Path) -> No
     assert "5 failed" in str(wb.table(results))
 
 
+def test_a_server_that_falls_silent_or_hangs_up(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute's silence, here a fifth of a second, ends a request; not the load, where others are answered."""
+    assert SILENT_S == 60
+    monkeypatch.setattr(endpoint, "Client", functools.partial(Client, silent_s=0.2))
+    with fake_server(faults={11: "stall", 13: "reset"}) as fake:
+        row = measured(fake, results)
+    assert row.error is None and row.measurement is not None and row.measurement.serving is not None
+    (point,) = row.measurement.serving.points
+    failed = [each for each in point.requests if each.error]
+    assert sorted(each.error.partition(" after")[0] for each in failed) == [
+        "no token for 0.2 s",
+        "the connection ended",
+    ]
+    assert all(each.first_token_s for each in failed), "what had come is kept"
+    assert "3 at once: 2 of 12 requests failed" in " ".join(row.measurement.warnings)
+
+
 def test_a_server_that_takes_few_at_once(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workbench.serving.load.BUSY_S", 0.02)
     with fake_server(slots=2) as fake:
@@ -290,21 +310,25 @@ def test_answers_that_come_all_at_once_have_no_decoding_speed() -> None:
     assert not Found(single=[made]).warnings()
 
 
-# --- a real one ----------------------------------------------------------------------------------
+# --- real ones -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-def test_a_real_llama_server(bench: Bench, results: Path, tmp_path: Path) -> None:
-    file = next(bench.home.glob("artifacts/**/*.gguf"))
-    with llama_server(file, tmp_path, "small") as url:
+@pytest.mark.parametrize(
+    ("server", "needed", "how"),
+    [(llama_server, "xllamacpp", "usage"), (llama_cpp_server, "starlette_context", "length")],
+    ids=["llama-server", "llama_cpp.server"],
+)
+def test_a_real_server(server: Any, needed: str, how: str, talking_file: Path, results: Path, tmp_path: Path) -> None:
+    pytest.importorskip(needed)
+    with server(talking_file, tmp_path, "small") as url:
         with pytest.raises(UserError, match="no model 'smal'. Did you mean 'small'"):
             wb.profile_endpoint(url, results, model="smal", **SMALL)
         with pytest.raises(UserError, match="takes no prompt of 5000 tokens"):
             wb.profile_endpoint(url, results, **(SMALL | {"prompt_tokens": 5000}))
         row = wb.profile_endpoint(url, results, **(SMALL | {"concurrency": (2, 4), "rates": (20.0,)}))
     assert row.error is None and row.measurement is not None and row.measurement.serving is not None
-    assert row.measurement.settings["tokens counted by"] == "usage" and row.base == "small"
+    assert row.measurement.settings["tokens counted by"] == how and row.base == "small"
     asked = [each for point in row.measurement.serving.points for each in point.requests]
     answers = [each for each in asked if not each.error]
     # On a busy machine an answer may come so much faster than those before that it is taken for a cache's.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from tests.bench import Bench
 from tests.serving.fake_server import fake_server
-from tests.serving.real_servers import llama_server, vllm_serve
+from tests.serving.real_servers import llama_cpp_server, llama_server, vllm_serve
 from tests.worker.small_models import write_model, write_sentencepiece
 from workbench.errors import UserError
 from workbench.recipe.load import Recipe, parse
@@ -139,6 +141,51 @@ def test_a_llama_server_of_somebody_elses_is_as_good_as_its_file(bench: Bench, t
     rows = {row.backend: row for row in store.read(bench.results)[0] if row.artifact.variant == "gguf-Q8_0"}
     given = [row.measurement.tasks["own"]["given"] for row in rows.values() if row.measurement]
     assert len(given) == 2 and given[0] == given[1]
+
+
+@pytest.mark.slow
+def test_a_llama_cpp_server_of_somebody_elses_is_scored_by_texts(bench: Bench, tmp_path: Path) -> None:
+    """Of windows that begin with a word; such texts are the same tokens to it. Others say why not."""
+    pytest.importorskip("starlette_context")
+    import sentencepiece
+
+    base = write_sentencepiece(write_model(tmp_path / "base", "llama", head_dim=32))
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model"))
+    words = [pieces.id_to_piece(i)[1:] for i in range(pieces.vocab_size()) if pieces.id_to_piece(i)[0] == "\u2581"]
+    chance = random.Random(1)
+    texts = {"words": " ".join(chance.choices([word for word in words if word], k=400)), "cut": TEXT}
+    wanted = {name: {"source": {"text": text}, "window": 64, "windows": 4} for name, text in texts.items()}
+    parts: dict[str, Any] = {"base": {"path": str(base)}, "evaluation": wanted, "workload": LOAD}
+    parts |= {"backends": {"llamacpp": {"variants": ["base"]}}}
+    assert bench("run", bench.recipe(**parts)).returncode == 0
+    (row,) = [row for row in store.read(bench.results)[0] if row.artifact.variant == "base"]
+    file = Path(row.artifact.path.replace("$WORKBENCH_HOME", str(bench.home)))
+    with llama_cpp_server(file, tmp_path, "small") as url:
+        done = bench("run", bench.recipe(**parts, endpoints={"mine": {"url": url, "variant": "base"}}))
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = {row.backend: row.measurement for row in store.read(bench.results)[0] if row.artifact.variant == "base"}
+    here, there = rows["llamacpp"], rows["endpoint"]
+    assert here and there and there.settings["quality by"] == "echo of text"
+    sets = [each.qualities["words"]["windows"] for each in (here, there)]
+    nats = [sum(each["nll_sum"] for each in windows) / sum(each["count"] for each in windows) for windows in sets]
+    assert math.exp(nats[1] - nats[0]) == pytest.approx(1, abs=1e-3)
+    told = " ".join(there.warnings)
+    assert (
+        "cut" not in there.qualities and "no quality: the server takes text alone, and reads that of a window" in told
+    )
+    assert "no divergence: the server tells the log-probabilities of a prompt's own tokens alone" in told
+
+
+@pytest.mark.slow
+def test_a_llama_cpp_server_breaks_answers_off(bench: Bench, talking_file: Path, tmp_path: Path) -> None:
+    """As it is started by itself: each request ends the answer before it, and the row says what to do."""
+    pytest.importorskip("starlette_context")
+    with llama_cpp_server(talking_file, tmp_path, "small", interrupts=True) as url:
+        words = ("--prompt-tokens", "40", "--new-tokens", "60", "--requests", "20", "--concurrency", "3")
+        assert bench("profile", "--endpoint", url, *words).returncode == 0
+    (row,), _ = store.read(bench.results)
+    assert row.measurement and "--interrupt_requests false" in " ".join(row.measurement.warnings)
 
 
 @pytest.mark.slow

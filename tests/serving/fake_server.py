@@ -33,6 +33,8 @@ class Fake:
     token_s: float = 0.001
     tells: dict[int, tuple[str, float]] = field(default_factory=dict)
     """By id: its text and log-probability, wherever it stands; told to `echo` and `logprobs`, if there are any."""
+    ends_after: int = 10**6
+    """Tokens after which it ends a streamed answer by itself, unless asked for more at the least."""
     says: str = "x"
     """What it answers where nothing is streamed."""
     slots: int = 10**6
@@ -129,7 +131,9 @@ class Fake:
         try:
             number, self.streamed = self.streamed, self.streamed + 1
             fault = self.faults.get(number, self.faults.get(-1, ""))
-            return await self._stream(writer, api, model, many, usage, fault)
+            finish = "length" if many <= max(self.ends_after, body.get("min_tokens", 0)) else "stop"
+            many = many if finish == "length" else self.ends_after
+            return await self._stream(writer, api, model, many, usage, fault, finish)
         finally:
             self.at_once -= 1
 
@@ -140,7 +144,14 @@ class Fake:
         return {"tokens": [text for text, _ in told], "token_logprobs": values, "top_logprobs": tops}
 
     async def _stream(
-        self, writer: asyncio.StreamWriter, api: str, model: str, many: int, usage: dict[str, Any], fault: str
+        self,
+        writer: asyncio.StreamWriter,
+        api: str,
+        model: str,
+        many: int,
+        usage: dict[str, Any],
+        fault: str,
+        finish: str,
     ) -> bool:
         if fault.startswith("status"):
             return self._plain(writer, int(fault.split()[1]), {"error": "told to"})
@@ -162,7 +173,7 @@ class Fake:
             words = "wörd" * more
             piece: dict[str, Any] = {"delta": {"content": words}} if api == "chat" else {"text": words}
             piece |= {"token_ids": [7] * more} if self.ids else {}
-            piece |= {"finish_reason": "length"} if done == many else {}
+            piece |= {"finish_reason": finish} if done == many else {}
             data = event({"model": model, "choices": [piece]})
             if done > many // 2 and fault == "stall":
                 while True:
@@ -174,6 +185,10 @@ class Fake:
                     return False
                 writer.transport.abort()
                 return False
+            if done > many // 2 and fault == "broken off":
+                chunk(b"data: [DONE]\n\n")
+                chunk(b"")
+                return True
             if fault == "garbage":
                 data = b'data: {"choices": [{"te\n\n'
             if fault == "not utf-8":

@@ -25,6 +25,15 @@ def llama_server(file: Path, folder: Path, name: str) -> Iterator[str]:
 
 
 @contextmanager
+def llama_cpp_server(file: Path, folder: Path, name: str, interrupts: bool = False) -> Iterator[str]:
+    """The same of llama-cpp-python's own server, which by itself breaks an answer off for whoever asks next."""
+    words = f"--model {file} --model_alias {name} --n_ctx 2048 --n_threads 2"
+    words += f" --interrupt_requests {interrupts} --flash_attn true"
+    with _started([sys.executable, "-m", "llama_cpp.server", *words.split()], folder, "/v1/models") as url:
+        yield url
+
+
+@contextmanager
 def vllm_serve(checkpoint: Path, folder: Path, name: str) -> Iterator[str]:
     """The same of vLLM's with a checkpoint, which tells the whole vocabulary."""
     words = f"--model {checkpoint} --served-model-name {name} --max-logprobs -1 --enforce-eager --dtype float32"
@@ -34,7 +43,7 @@ def vllm_serve(checkpoint: Path, folder: Path, name: str) -> Iterator[str]:
 
 
 @contextmanager
-def _started(words: list[str], folder: Path) -> Iterator[str]:
+def _started(words: list[str], folder: Path, health: str = "/health") -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -46,7 +55,7 @@ def _started(words: list[str], folder: Path) -> Iterator[str]:
     try:
         for _ in range(1200):
             # It listens before its model is loaded, and answers 503 until then.
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}{health}"):
                 break
             assert server.poll() is None, log.read_text()[-2000:]
             time.sleep(0.1)

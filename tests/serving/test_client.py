@@ -81,6 +81,20 @@ def test_counts_that_contradict_themselves_without_ids(fault: str, words: str) -
         assert words in asked(fake).request.error
 
 
+def test_an_answer_that_is_broken_off_for_the_next_says_so() -> None:
+    with fake_server(ids=False, usage=False, faults={-1: "broken off"}) as fake:
+        error = asked(fake).request.error
+    assert "broken off after 3 pieces" in error and "--interrupt_requests false" in error
+
+
+def test_answers_that_only_their_length_counts_are_asked_to_have_it() -> None:
+    with fake_server(ids=False, usage=False, ends_after=3) as fake:
+        assert "neither ids nor usage" in asked(fake).request.error
+        answer = asked(fake, Dialect("toy", "toy", by_length=True))
+        assert (answer.how, answer.request.new_tokens) == ("length", 6)
+        assert fake.asked[-1]["min_tokens"] == 6 and "min_tokens" not in fake.asked[0]
+
+
 def test_no_first_token_in_time() -> None:
     with fake_server(first_s=5.0) as fake:
         assert "no token for 0.1 s after 0 pieces" in asked(fake, first_s=0.1).request.error

@@ -135,7 +135,7 @@ async def introduce(client: Client, model: str | None, key_variable: str | None,
     """Find out how the server wants to be asked. Raises `UserError` where it cannot be asked at all."""
     found.serving = Serving(limits=dict(wish.limits))
     found.dialect = await dialect_of(client, await model_of(client, model, key_variable), key_variable)
-    found.how = await counting_of(client, found.dialect)
+    found.dialect, found.how = await counting_of(client, found.dialect)
 
 
 async def measure(client: Client, wish: Wish, show: Show, found: Found) -> None:

@@ -78,12 +78,15 @@ async def dialect_of(client: Client, model: str, key_variable: str | None) -> Di
     )
 
 
-async def counting_of(client: Client, dialect: Dialect) -> How:
-    """What its tokens can be counted by. Raises `UserError` where they cannot."""
-    answer = await client.stream(dialect, Wanted(Prompts(0).text(40), 10, PROBE_TOKENS))
-    if answer.how is None:
-        raise UserError(f"{client.address.url} cannot be measured: {answer.request.error}")
-    return answer.how
+async def counting_of(client: Client, dialect: Dialect) -> tuple[Dialect, How]:
+    """What its tokens can be counted by, and how it is asked so that they can. Raises `UserError` where they cannot."""
+    errors = []
+    for asked in (dialect, replace(dialect, by_length=True)):
+        answer = await client.stream(asked, Wanted(Prompts(0).text(40), 10, PROBE_TOKENS))
+        if answer.how:
+            return replace(dialect, by_length=answer.how == "length"), answer.how
+        errors.append(answer.request.error)
+    raise UserError(f"{client.address.url} cannot be measured: {errors[0]}")
 
 
 async def length_of(client: Client, dialect: Dialect, prompts: Prompts, tokens: int, new_tokens: int) -> int:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -61,6 +63,8 @@ class Dialect:
     api: Api = "completions"
     extras: bool = True
     """Whether it takes `EXTRAS`."""
+    by_length: bool = False
+    """Whether its tokens can be counted by nothing but the length asked for, which its answers must then have."""
 
     @property
     def path(self) -> str:
@@ -73,7 +77,9 @@ class Dialect:
             {"prompt": prompt} if self.api == "completions" else {"messages": [{"role": "user", "content": prompt}]}
         )
         asked |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-        return asked | (EXTRAS if self.extras else {})
+        asked |= EXTRAS if self.extras else {}
+        # llama_cpp.server's words for an answer of that length, of the likeliest tokens.
+        return asked | ({"min_tokens": new_tokens, "repeat_penalty": 1.0} if self.by_length else {})
 
 
 @dataclass(frozen=True)
@@ -155,24 +161,41 @@ class Client:
         return None
 
     async def _read(self, path: str, body: object, tally: Tally, now: Callable[[], float]) -> None:
-        lines, limit_s, last = Lines(), self._first_s, now()
+        begun = now()
         async with self._asked("POST", path, body) as reply:
-            while True:
-                # Comments that keep a connection open are no tokens.
-                data = await _within(reply.content.readany(), last + limit_s - now(), limit_s, len(tally.moments))
-                moment, before = now(), len(tally.moments)
-                for line in lines.feed(data):
-                    if is_end(line):
-                        return
-                    if event := event_of(line):
-                        tally.take(event, moment)
-                if not data:
-                    # Some servers close without an end mark; an answer that has no reason to end was cut.
-                    if tally.finish is None:
-                        raise Gone(f"closed after {len(tally.moments)} pieces, before the answer's end")
+            try:
+                # One for the whole of it: a timer for every token costs a tenth of what the client computes.
+                async with asyncio.timeout_at(begun + self._first_s) as limit:
+                    await self._take_all(reply, tally, now, limit)
+            except TimeoutError as error:
+                limit_s = self._silent_s if tally.moments else self._first_s
+                raise _fault_of(error, limit_s, len(tally.moments)) from None
+
+    async def _take_all(
+        self, reply: aiohttp.ClientResponse, tally: Tally, now: Callable[[], float], limit: asyncio.Timeout
+    ) -> None:
+        """Every event of a stream, as it comes. `limit` is set anew by tokens, at most 60 times in its own length."""
+        lines, renewed = Lines(), -math.inf
+        while True:
+            try:
+                data = await reply.content.readany()
+            except _connection_errors() as error:
+                raise _fault_of(error, 0.0, len(tally.moments)) from None
+            moment, before = now(), len(tally.moments)
+            for line in lines.feed(data):
+                if event := event_of(line):
+                    tally.take(event, moment)
+                elif is_end(line):
                     return
-                if len(tally.moments) > before:
-                    last, limit_s = moment, self._silent_s
+            if not data:
+                # Some servers close without an end mark; an answer that has no reason to end was cut.
+                if tally.finish is None:
+                    raise Gone(f"closed after {len(tally.moments)} pieces, before the answer's end")
+                return
+            # Comments that keep a connection open are no tokens.
+            if len(tally.moments) > before and moment - renewed > self._silent_s / 60:
+                renewed = moment
+                limit.reschedule(moment + self._silent_s * (1 + 1 / 60))
 
     async def _whole(self, method: str, path: str, body: object) -> bytes:
         async with self._asked(method, path, body) as reply:
@@ -213,17 +236,30 @@ class Client:
 
 async def _within(waited: Awaitable[Got], left_s: float, limit_s: float, pieces: int) -> Got:
     """What is waited for. Raises `Gone` for none in what is left of a limit, and where the connection ends."""
-    import aiohttp
-
     try:
         async with asyncio.timeout(left_s):
             return await waited
-    except TimeoutError:
-        raise Gone(f"no token for {limit_s:g} s after {pieces} pieces") from None
-    except aiohttp.ClientConnectorError as error:
-        raise Gone(f"nobody listens there ({error.strerror or error})") from None
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise Dropped(f"the connection ended after {pieces} pieces ({type(error).__name__})") from None
+    except _connection_errors() as error:
+        raise _fault_of(error, limit_s, pieces) from None
+
+
+@functools.cache
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """What ends a connection."""
+    import aiohttp
+
+    return (aiohttp.ClientError, OSError, ValueError)
+
+
+def _fault_of(error: Exception, limit_s: float, pieces: int) -> Gone:
+    """What has ended a connection, or a limit on silence, in words."""
+    import aiohttp
+
+    if isinstance(error, TimeoutError):
+        return Gone(f"no token for {limit_s:g} s after {pieces} pieces")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return Gone(f"nobody listens there ({error.strerror or error})")
+    return Dropped(f"the connection ended after {pieces} pieces ({type(error).__name__})")
 
 
 def _sample(

@@ -58,13 +58,12 @@ class Completion(msgspec.Struct):
 
 def own_tokens(dialect: str, ids: list[int], data: bytes) -> list[Own]:
     """Of every id of a prompt but the first. Raises `Fault` where the answer does not tell them."""
-    choice = _choice(data)
     if dialect == "prompt_logprobs":
-        places = (choice.prompt_logprobs or [])[1:]
+        places = (_choice(data).prompt_logprobs or [])[1:]
         told = [(place or {}).get(str(token)) for token, place in zip(ids[1:], places, strict=False)]
         found = [Own(each.logprob, each.rank == 1, each.decoded_token) for each in told if each]
     else:
-        echoed = choice.logprobs or Logprobs()
+        echoed = logprobs_of(data)
         tops = echoed.top_logprobs or [None] * len(ids)
         found = [
             Own(value, bool(top) and value >= max(top.values(), default=value), text)
@@ -78,10 +77,15 @@ def own_tokens(dialect: str, ids: list[int], data: bytes) -> list[Own]:
     return found
 
 
+def logprobs_of(data: bytes) -> Logprobs:
+    """What is told of an answer's tokens, and of those that it echoes. Raises `Fault` for what is no answer."""
+    return _choice(data).logprobs or Logprobs()
+
+
 def next_ids(data: bytes) -> list[tuple[int, float]]:
     """(id, log-probability) of what may come next, from vLLM's answer to `logprobs` with tokens spelt as ids. Raises
     `Fault` for what is none."""
-    tops = (_choice(data).logprobs or Logprobs()).top_logprobs or [None]
+    tops = logprobs_of(data).top_logprobs or [None]
     try:
         return [(int(name.removeprefix(AS_ID)), value) for name, value in (tops[0] or {}).items()]
     except ValueError:

@@ -171,6 +171,11 @@ class Tally:
             how, total = "usage", said
         elif self.finish == "length":
             how, total = "length", asked
+        elif self.finish is None:
+            raise Fault(
+                f"broken off after {pieces} pieces, without a reason to end: llama_cpp.server does that for whoever "
+                "asks next, unless started with --interrupt_requests false"
+            )
         else:
             raise Fault("neither ids nor usage: its tokens cannot be counted")
         if total > asked:

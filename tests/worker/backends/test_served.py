@@ -228,23 +228,28 @@ def agreeing(bench: Bench, engine: str, server: str, base: Path, **parts: Any) -
     assert not any("quality" in text for row in rows if row.measurement for text in row.measurement.warnings)
 
 
+LLAMAS = [("llama-server", "xllamacpp"), ("llama-cpp-server", "starlette_context")]
+"""Servers of GGUF files, and what must be there for them."""
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-def test_the_llama_server_of_xllamacpp(bench: Bench) -> None:
+@pytest.mark.parametrize(("server", "needed"), LLAMAS)
+def test_a_llamas_server_is_timed(server: str, needed: str, bench: Bench, talking_llama: Path) -> None:
+    pytest.importorskip(needed)
     options = {"flash_attention": True, "mmap": False, "variants": ["base"]}
-    requests = measured(bench, backends={"llama-server": options})
-    answered = [each for each in requests if not each.error]
-    # A random model's tokens are halves of characters, which a server keeps to itself: some answers have no text.
-    assert len(answered) > 24 and {each.error for each in requests if each.error} <= {"no text at all"}
-    assert {each.prompt_tokens for each in answered} == {40}
+    base = {"path": str(talking_llama)}
+    requests = measured(bench, base=base, model="Talking", backends={server: options})
+    assert not {each.error for each in requests} - {""}
+    assert {each.prompt_tokens for each in requests} == {40}
+    assert {each.new_tokens for each in requests} <= set(range(4, 13))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-def test_a_llama_server_is_as_good_as_its_file(bench: Bench) -> None:
-    # Coarser types of a random model say halves of characters only, whose speed is none.
-    engines = {name: {"variants": ["gguf-Q8_0"]} for name in ("llamacpp", "llama-server")}
-    agreeing(bench, "llamacpp", "llama-server", bench.model, backends=engines)
+@pytest.mark.parametrize(("server", "needed"), LLAMAS)
+def test_a_llamas_server_is_as_good_as_its_file(server: str, needed: str, bench: Bench, talking_llama: Path) -> None:
+    pytest.importorskip(needed)
+    engines = {name: {"variants": ["gguf-Q8_0"]} for name in ("llamacpp", server)}
+    agreeing(bench, "llamacpp", server, talking_llama, model="Talking", backends=engines)
 
 
 @pytest.mark.slow
@@ -261,3 +266,26 @@ def test_vllms_server(bench: Bench, tmp_path: Path) -> None:
     assert len(requests) == 48 and not any(each.error for each in requests)
     assert {each.prompt_tokens for each in requests} == {40}
     assert {each.new_tokens for each in requests} <= set(range(4, 13))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("server", "needed", "word"),
+    [("llama-cpp-server", "starlette_context", "llama_cpp_inside"), ("vllm-serve", "vllm", "VLLM::EngineCore")],
+)
+def test_nothing_of_a_real_server_is_left(server: str, needed: str, word: str, bench: Bench, tmp_path: Path) -> None:
+    """Not even the process that vLLM's server starts for its engine, which the workbench never saw."""
+    pytest.importorskip(needed)
+    base = write_sentencepiece(write_model(tmp_path / "base", "llama", head_dim=32))
+    engines = {server: {"variants": ["base"]}}
+    child = bench.start("run", bench.recipe(base={"path": str(base)}, model="Small", workload=LOAD, backends=engines))
+    started: list[psutil.Process] = []
+
+    def up() -> bool:
+        started[:] = psutil.Process(child.pid).children(recursive=True)
+        return any(word in " ".join(_words(each)) for each in started)
+
+    bench.wait_for(up, child)
+    child.kill()
+    child.wait(60)
+    _until(lambda: not any(map(_words, started)))

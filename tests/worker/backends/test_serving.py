@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -64,6 +65,21 @@ def test_llamacpp_serves_its_cache_context_slots_and_threads() -> None:
     assert "--ctx-size 2048" in (serving_command(scored) or "")
     gpu = replace(plain, measurement=replace(plain.measurement, device="NVIDIA L4"))  # type: ignore[type-var]
     assert "--n-gpu-layers 999" in (serving_command(gpu) or "") and "--threads" not in (serving_command(gpu) or "")
+
+
+def test_llama_cpp_pythons_server_gets_the_same() -> None:
+    row = run_with(measured("llama-cpp-server", "gguf", "/a b/q.gguf", options={"gpu_layers": -1}), threads=2)
+    start = "python -m llama_cpp.server --model"
+    assert serving_command(row) == (
+        f"{start} '/a b/q.gguf' --n_ctx 545 --interrupt_requests false --n_threads 2 --n_threads_batch 2 "
+        f"--flash_attn true {LOOPBACK} 8000"
+    )
+    options = {"kv_cache": "q8_0", "mmap": False, "gpu_layers": 12}
+    gpu = run_with(measured("llama-cpp-server", "gguf", "q.gguf", options=options), "NVIDIA L4", threads=4)
+    assert serving_command(gpu) == (
+        f"{start} q.gguf --n_ctx 545 --interrupt_requests false --n_threads 4 --n_threads_batch 4 --n_gpu_layers 12 "
+        f"--type_k 8 --type_v 8 --flash_attn true --use_mmap false {LOOPBACK} 8000"
+    )
 
 
 def test_vllm_serves_its_dtype_room_and_devices() -> None:
@@ -125,7 +141,7 @@ def test_other_homes_and_engines_that_are_gone() -> None:
 
 
 @contextmanager
-def served(command: str, folder: Path) -> Iterator[str]:
+def served(command: str, folder: Path, health: str = "/health") -> Iterator[str]:
     """The address of a server that runs exactly this command, but for its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -142,7 +158,7 @@ def served(command: str, folder: Path) -> Iterator[str]:
         for _ in range(600):
             assert server.poll() is None, log.read_text(errors="replace")[-3000:]
             try:
-                asked(f"{address}/health")
+                asked(address + health)
                 break
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.5)
@@ -184,9 +200,9 @@ def llama_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("llama_server")
-def test_llamacpps_server_takes_the_command(tmp_path: Path) -> None:
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    """A random model's file."""
     base, out = write_sentencepiece(write_model(tmp_path / "base", "llama", head_dim=32)), tmp_path / "m.gguf"
     reply = isolate.call(
         f"{__name__}:converted",
@@ -196,8 +212,14 @@ def test_llamacpps_server_takes_the_command(tmp_path: Path) -> None:
         environment={"PYTHONPATH": str(ROOT)},
     )
     assert reply.error is None, reply.log
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("llama_server")
+def test_llamacpps_server_takes_the_command(gguf: Path, tmp_path: Path) -> None:
     options = {"kv_cache": "q8_0", "gpu_layers": -1, "mmap": False, "flash_attention": True}
-    row = run_with(measured("llamacpp", "gguf", str(out), Workload([100], 28, [2]), options=options), threads=2)
+    row = run_with(measured("llamacpp", "gguf", str(gguf), Workload([100], 28, [2]), options=options), threads=2)
     with served(serving_command(row) or "", tmp_path) as address:
         found = asked(f"{address}/props")
         assert (found["total_slots"], found["default_generation_settings"]["n_ctx"]) == (2, 256)
@@ -205,6 +227,18 @@ def test_llamacpps_server_takes_the_command(tmp_path: Path) -> None:
         assert answer["tokens_predicted"] == 4
     log = (tmp_path / "server.log").read_text(errors="replace")
     assert "K (q8_0)" in log and "V (q8_0)" in log
+
+
+@pytest.mark.slow
+def test_llama_cpp_pythons_server_takes_the_command(gguf: Path, tmp_path: Path) -> None:
+    pytest.importorskip("starlette_context")
+    load, options = Workload([100], 28, [2]), {"kv_cache": "q8_0", "gpu_layers": -1, "mmap": False}
+    row = run_with(measured("llama-cpp-server", "gguf", str(gguf), load, options=options), threads=2)
+    with served(serving_command(row) or "", tmp_path, "/v1/models") as address:
+        answer = asked(f"{address}/v1/completions", prompt="ak ka", max_tokens=4, min_tokens=4)
+        assert answer["usage"]["completion_tokens"] >= 4
+    log = (tmp_path / "server.log").read_text(errors="replace")
+    assert "K (q8_0)" in log and "V (q8_0)" in log and re.search(r"n_ctx +=  *256", log)
 
 
 @pytest.mark.slow

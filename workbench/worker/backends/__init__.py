@@ -24,6 +24,7 @@ BACKENDS = {
     "mlx": "workbench.worker.backends.mlx",
     "llama-server": "workbench.worker.backends.llama_server",
     "vllm-serve": "workbench.worker.backends.vllm_serve",
+    "llama-cpp-server": "workbench.worker.backends.llama_cpp_server",
 }
 
 if os.environ.get("WORKBENCH_FAKE_BACKEND"):

@@ -3,18 +3,20 @@
     llama-server    all that may come next, at its own address: perplexity and divergence
     vLLM            a prompt's own tokens; with `--max-logprobs -1` all that may come next too
     others          a prompt's own tokens by `echo` and `logprobs`: perplexity
+    llama_cpp.server   the same of texts, where its file adds a mark of a text's beginning
 
-Each is asked with token ids, so that it is scored on what every engine is scored on; a server that takes none, or tells
-nothing of a prompt, is not scored, and its row says why. So are tasks: prompts as ids where they are taken, chats as
-messages, which its own template makes a prompt of.
+Each is asked with token ids, or with a text that it reads as these ids, so that it is scored on what every engine is
+scored on; a server that does neither, or tells nothing of a prompt, is not scored, and its row says why. So are tasks:
+prompts as ids where they are taken, chats as messages, which its own template makes a prompt of.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,7 @@ TRIED = 16
 """Tokens that it is asked with to find out what it tells."""
 BUSY_S = (1.0, 4.0, 15.0, 60.0)
 """How long is waited for a server that takes no more."""
+OWN_ALONE = "the server tells the log-probabilities of a prompt's own tokens alone"
 Progress = Callable[[int], object]
 Way = Callable[[Scoring, Progress], Quality]
 
@@ -117,6 +120,7 @@ class Engine:
             raise NotScored(self._why_not)
         ways: dict[str, Callable[[], Way]] = {"n_probs": lambda: self._whole_by_llama_server(asked)}
         ways |= {dialect: functools.partial(self._by_own_tokens, asked, dialect) for dialect in OURS}
+        ways |= {"echo of text": lambda: self._by_text(asked)}
         tried = []
         for name, way in ways.items():
             try:
@@ -160,18 +164,45 @@ class Engine:
                 self._tells = "logprobs of the whole vocabulary"
                 return self._whole_by_vllm
         else:
-            why = "the server tells the log-probabilities of a prompt's own tokens alone"
+            why = OWN_ALONE
+        return self._of_own_tokens(functools.partial(self._own_tokens, dialect), why)
+
+    def _of_own_tokens(self, told: Callable[[list[int]], Sequence[Own | None]], why: str) -> Way:
+        """By what is `told` of every id of a window but the first; `why` there is no divergence."""
         self._doubts = [f"no divergence: {why}"]
 
         def score(asked: Scoring, progress: Progress) -> Quality:
-            told = []
+            losses = []
             for index, ids, first in asked.windows:
                 progress(index)
-                scored = self._own_tokens(dialect, ids)[first:]
-                told.append(([-each.logprob for each in scored], [each.likeliest for each in scored]))
-            return of_losses(asked, told)
+                scored = [own for own in told(ids)[first:] if own]
+                if len(scored) < len(ids) - 1 - first:
+                    raise NotScored("nothing is told of a window's first tokens: take `score: second-half`")
+                losses.append(([-each.logprob for each in scored], [each.likeliest for each in scored]))
+            return of_losses(asked, losses)
 
         return score
+
+    def _by_text(self, asked: Scoring) -> Way:
+        from workbench.serving.by_text import ECHO, Otherwise, echoed, text_of
+        from workbench.serving.faults import Fault
+
+        def told(ids: list[int]) -> list[Own | None]:
+            try:
+                text = text_of(self._native, ids)
+                own = echoed(ids, self._post("/completions", self._body(text, max_tokens=1, **ECHO)))
+            except Fault as fault:
+                raise NotScored(str(fault)) from None
+            self._check(asked, {token: each.text for token, each in zip(ids[1:], own, strict=True) if each})
+            return own
+
+        if asked.tokens.bos is None:
+            # It leaves that mark out of what it echoes; without one it takes the first token for it.
+            raise NotScored("what it echoes is a place off where a file adds no mark of a text's beginning")
+        with contextlib.suppress(Otherwise):  # It may read the next one as it is.
+            told(asked.tokens.windows[0])
+        self._tells = "echo of text"
+        return self._of_own_tokens(told, OWN_ALONE)
 
     def _whole_by_vllm(self, asked: Scoring, progress: Progress) -> Quality:
         def told(prefix: list[int]) -> next_token.Told:
@@ -204,8 +235,8 @@ class Engine:
         told = [as_spelt(piece, texts[int(token)]) for token, piece in ours.items()]
         check_spelling(ours, lambda _: told, self._variant)
 
-    def _body(self, ids: list[int], **more: object) -> dict[str, object]:
-        return {"model": self._asked.model, "prompt": ids, "temperature": 0, **more}
+    def _body(self, prompt: list[int] | str, **more: object) -> dict[str, object]:
+        return {"model": self._asked.model, "prompt": prompt, "temperature": 0, **more}
 
     def _native(self, path: str, body: object) -> bytes:
         return self._post(self._client.address.root + path, body)

@@ -38,6 +38,13 @@ class NotScored(Exception):
 class Server:
     """A server that is up; what there is to know of it. `words`: its command, with any port."""
 
+    HEALTH = "/health"
+    """What it answers at once it is up."""
+    BY_LENGTH = False
+    """Whether it tells neither ids nor usage while it answers: see `Dialect.by_length`."""
+    GREEDY: Mapping[str, object] = {}
+    """What a chat needs beside a temperature of 0 to be answered with the likeliest tokens."""
+
     def __init__(self, words: list[str], name: str, settings: Mapping[str, object]) -> None:
         port = _free_port()
         words[words.index("--port") + 1] = str(port)
@@ -45,7 +52,7 @@ class Server:
         self.name, self.url, self._settings = name, f"{self._root}/v1", settings
         with LOG.open("wb") as log:
             self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        while not _answers(f"{self._root}/health"):
+        while not _answers(f"{self._root}{self.HEALTH}"):
             self.check()
             time.sleep(POLL_S)
 
@@ -63,9 +70,14 @@ class Server:
         """Not asked: the artifact is that of the engine's own process, which was."""
         return None
 
+    def prompt(self, ids: list[int]) -> tuple[str | list[int], int]:
+        """What it is timed with in the place of these ids, and how many tokens that has: the ids themselves."""
+        return ids, len(ids)
+
     def chat(self, messages: list[str], new_tokens: list[int]) -> list[str]:
         """What it answers to each message, in its own template. Raises `NotScored` where it does not chat."""
-        asked = [in_chat(self.name, text, most) for text, most in zip(messages, new_tokens, strict=True)]
+        pairs = zip(messages, new_tokens, strict=True)
+        asked = [{**in_chat(self.name, text, most), **self.GREEDY} for text, most in pairs]
         try:
             return [answer_of(self.post("/v1/chat/completions", each)) for each in asked]
         except RuntimeError as reason:

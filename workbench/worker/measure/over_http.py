@@ -1,20 +1,23 @@
 """A job in an engine's own server: timed as its user sees it, over HTTP.
 
-The same prompts as in any engine's own process, as ids; one answer at a time for each prompt length, then, for each
-number of sequences, requests of mixed lengths whose next begins when any ends. The client's clock is what users have:
-with what HTTP, the queue and the sampler cost.
+The same prompts as in any engine's own process, as ids where the server takes them; one answer at a time for each
+prompt length, then, for each number of sequences, requests of mixed lengths whose next begins when any ends. The
+client's clock is what users have: with what HTTP, the queue and the sampler cost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.records import Job, LoadPoint, Measurement, Request, Serving, Speed, faults_of, mixed_lengths
 from workbench.worker import Progress
 from workbench.worker.backends.served import Server
 from workbench.worker.measure import timing
+
+if TYPE_CHECKING:
+    from workbench.serving.client import Wanted
 
 
 def measure(job: Job, server: Server, text: list[int], load_s: float, progress: Any) -> Measurement:
@@ -49,7 +52,10 @@ class _OverHttp:
         from workbench.serving.client import Client, Dialect
 
         self._job, self._server, self._text, self._progress = job, server, text, progress
-        self._client, self._dialect = Client(address_of(server.url)), Dialect(server.name, server.name)
+        self._client, self._dialect = (
+            Client(address_of(server.url)),
+            Dialect(server.name, server.name, by_length=server.BY_LENGTH),
+        )
         load = job.workload
         self._steps = (len(load.prompt_tokens) + len(load.batches) * bool(load.requests)) * load.repeats
         self._done = self._asked = 0
@@ -92,12 +98,13 @@ class _OverHttp:
         load = self._job.workload
         fresh = self._fresh(tokens, 1, load.warmup + load.repeats, salt)
         for (ids,) in fresh[: load.warmup]:
-            await self._ask(self._warming(ids, share), timing.WARMUP_NEW_TOKENS)
+            await self._ask(self._wanted(self._warming(ids, share), timing.WARMUP_NEW_TOKENS))
         found = []
         for (ids,) in (fresh[load.warmup + repeat] for repeat in share):
+            wanted = self._wanted(ids, load.new_tokens)
             self.probes.append(timing.work_probe())
             began = timing.now()
-            found.append(await self._ask(ids, load.new_tokens))
+            found.append(await self._ask(wanted))
             self._stepped(began)
         return Speed(
             prompt_tokens=tokens,
@@ -110,7 +117,6 @@ class _OverHttp:
         )
 
     async def _together(self, salt: int, slots: int, lengths: list[int], share: range) -> list[LoadPoint]:
-        from workbench.serving.client import Wanted
         from workbench.serving.load import closed
 
         load = self._job.workload
@@ -118,7 +124,7 @@ class _OverHttp:
         fresh = self._fresh(tokens, len(lengths), load.repeats + 1, 1000 + salt)
 
         def wanted(batch: list[list[int]], answers: list[int]) -> list[Wanted]:
-            return [Wanted(ids, len(ids), answer) for ids, answer in zip(batch, answers, strict=True)]
+            return [self._wanted(ids, answer) for ids, answer in zip(batch, answers, strict=True)]
 
         def ask(each: Wanted) -> Any:
             return self._client.stream(self._dialect, each)
@@ -126,8 +132,9 @@ class _OverHttp:
         await closed(ask, wanted([self._warming(ids, share) for ids in fresh[0][:slots]], [2] * slots), slots)
         points = []
         for batch in (fresh[1 + repeat] for repeat in share):
+            requests = wanted(batch, lengths)
             began = timing.now()
-            point, gone = await closed(ask, wanted(batch, lengths), slots)
+            point, gone = await closed(ask, requests, slots)
             if gone:
                 self._server.check()
                 raise RuntimeError(f"the server answers no more: {point.requests[-1].error}")
@@ -135,13 +142,17 @@ class _OverHttp:
             self._stepped(began)
         return points
 
-    async def _ask(self, ids: list[int], new_tokens: int) -> Request:
+    def _wanted(self, ids: list[int], new_tokens: int) -> Wanted:
         from workbench.serving.client import Wanted
 
-        answer = await self._client.stream(self._dialect, Wanted(ids, len(ids), new_tokens))
+        return Wanted(*self._server.prompt(ids), new_tokens)
+
+    async def _ask(self, wanted: Wanted) -> Request:
+        answer = await self._client.stream(self._dialect, wanted)
         if answer.request.error:
             self._server.check()
-            raise RuntimeError(f"no answer of {new_tokens} tokens to {len(ids)}: {answer.request.error}")
+            told = f"no answer of {wanted.new_tokens} tokens to {wanted.prompt_tokens}"
+            raise RuntimeError(f"{told}: {answer.request.error}")
         return answer.request
 
     def _stepped(self, began: float) -> None:
