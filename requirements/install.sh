@@ -33,12 +33,15 @@ if ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.vers
   } || { say "no CPU build within reach; taking PyPI's, with its CUDA libraries"; pip install "$torch"; }
 fi
 say "2/3 engines and tools (about 1 GB; the first time llama.cpp is compiled, 5 to 10 minutes on 2 cores)"
-# Without compiling every module to bytecode: most are never imported, and those that are compile themselves.
 pip install --no-compile --require-hashes --no-deps -r "$here/cpu.lock" -r "$here/docs.lock"
 if ! "$venv/bin/python" -P -c "import llama_cpp" 2>/dev/null; then
   say "pip's cache had a llama.cpp that does not load here, built with other flags: compiling it"
   awk '/^llama-cpp-python==/{p=1} p{print} p&&!/\\$/{exit}' "$here/cpu.lock" >"$venv/llama-cpp.lock"
   pip install --require-hashes --no-deps --no-cache-dir --force-reinstall -r "$venv/llama-cpp.lock"
 fi
+# To bytecode on all cores, where pip takes one, and without what no engine imports: where Python may not write any
+# (PYTHONDONTWRITEBYTECODE), each start of an engine would compile it again.
+"$venv/bin/python" -P -m compileall -q -j 0 \
+  -x '/(transformers/models|tests?|testing|networkx|lm_eval/tasks|(anthropic|openai)/types|ray/(rllib|data))/' "$venv/lib" || true
 say "3/3 workbench itself"
 pip install --quiet --no-deps --no-build-isolation -e "$here/.."
