@@ -65,6 +65,8 @@ NUMBERS: list[tuple[str, dict[str, Any], str]] = [
     ("calibration.window", {"calibration": {**SOURCE, "window": HUGE}}, "less than or equal to 1048576"),
     ("calibration.windows", {"calibration": {**SOURCE, "windows": HUGE}}, "less than or equal to 100000"),
     ("calibration.seed", {"calibration": {**SOURCE, "seed": 2**32}}, "less than 4294967296"),
+    ("calibration.devices", {"calibration": {**SOURCE, "devices": 0}}, "greater than or equal to 1"),
+    ("calibration.devices", {"calibration": {**SOURCE, "devices": HUGE}}, "less than or equal to 64"),
     ("base.seed", {"base": {"path": "x", "seed": 2**32}}, "less than 4294967296"),
     ("base.equivalent.hidden", {"base": {"path": "x", "equivalent": {"hidden": HUGE}}}, "less than or equal to 131072"),
     ("limits.profile_s", {"limits": {"profile_s": HUGE}}, "less than or equal to 2592000"),

@@ -94,6 +94,12 @@ def _precision(recipe: Recipe) -> str:
     return "float32" if chosen == "auto" and weighted else chosen
 
 
+def _devices(recipe: Recipe) -> int | None:
+    """Over how many the pass is shared out, where the recipe says."""
+    said = recipe.calibration.devices if recipe.calibration else "auto"
+    return None if said == "auto" else said
+
+
 def _pass(
     recipe: Recipe,
     base: PreparedBase,
@@ -137,6 +143,7 @@ def _pass(
         state=str(state),
         precision=_precision(recipe),
         grams_out=str(grams_out) if grams_out else None,
+        devices=_devices(recipe),
     )
     others = {"importance matrix": imatrix_key, "Gram matrices": grams_key}
     names = ", ".join([*missing, *(name for name, key in others.items() if key)])
@@ -171,7 +178,8 @@ def _pass(
                 "tensor_errors": one.tensor_errors,
                 "layers": to_json(made.layers),
                 "experts": made.experts,
-            },
+            }
+            | ({"devices": made.devices} if made.devices > 1 else {}),
         )
         entry("artifacts", keys[name], Artifact, lambda _folder, artifact=artifact: artifact)  # type: ignore[misc]
     if imatrix_key and imatrix_out and not made.no_imatrix:

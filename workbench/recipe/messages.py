@@ -44,7 +44,7 @@ def _place(prefix: str, location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             place += f"[{part}]"
-        elif part not in ("str", "dict[str,any]", "one", "several"):
+        elif part not in ("str", "dict[str,any]", "one", "several", "word", "number"):
             place += f".{short(part)}" if place else short(part)
     return place
 

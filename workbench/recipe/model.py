@@ -258,6 +258,11 @@ class EvaluationModel(Cut):
         return self
 
 
+_WORD_OR_NUMBER = Discriminator(lambda value: "word" if isinstance(value, str) else "number")
+_Number = Annotated[int, Field(ge=1, le=64), Tag("number")]
+Devices = Annotated[Annotated[Literal["auto"], Tag("word")] | _Number, _WORD_OR_NUMBER]
+
+
 class Calibration(Cut):
     """Tokens that methods may look at; never the evaluation's unless `allow_overlap` says so."""
 
@@ -270,6 +275,10 @@ class Calibration(Cut):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the pass multiplies matrices in. `auto`: float32 where the recipe makes an importance matrix, whose smallest
     entries bfloat16 would move by a tenth; else bfloat16 where the processor has it, in two thirds of the time."""
+    # Left out at its default, as `adapter` is.
+    devices: Annotated[Devices, Field(exclude_if=lambda value: value == "auto")] = "auto"
+    """Over how many devices the windows are shared out, a process each. `auto`: every GPU that is visible; on a CPU one
+    process. A number on a CPU: so many processes, each with its part of the threads."""
 
 
 class TaskModel(Strict):

@@ -217,6 +217,8 @@ class CalibrationRequest:
     precision: str = "auto"
     grams_out: str | None = None
     """A folder for the Gram matrices, if they are wanted."""
+    devices: Count | None = None
+    """Over how many the windows are shared out, a process each; None: all GPUs that are visible, or one process."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,8 @@ class Calibrated:
     layers: list[LayerKind] = field(default_factory=list)
     experts: dict[str, list[Count]] = field(default_factory=dict)
     """Module with a layer's experts -> calibration tokens that each of them saw."""
+    devices: Count = 1
+    """Over how many the windows were shared out."""
 
 
 @dataclass(frozen=True)

@@ -294,8 +294,10 @@ def test_the_key_has_all_that_the_bytes_depend_on(tmp_path: Path) -> None:
     )  # fmt: skip
     weights = weights_of(tmp_path)
 
-    def key(request: CalibrationRequest = asked, of: Weights = weights, precision: str = "float32") -> str:
-        return resume.key_of(request, of, CPU, precision)
+    def key(
+        request: CalibrationRequest = asked, of: Weights = weights, precision: str = "float32", processes: int = 1
+    ) -> str:
+        return resume.key_of(request, of, [CPU] * processes, precision)
 
     plain = key()
     assert plain == key(replace(asked, state="elsewhere", base="moved"))
@@ -305,11 +307,13 @@ def test_the_key_has_all_that_the_bytes_depend_on(tmp_path: Path) -> None:
         key(replace(asked, variants=[replace(variant, options={"group_size": 32})])),
         key(replace(asked, variants=[])),
         key(precision="bfloat16"),
+        key(processes=2),
+        key(processes=4),
         key(of=replace(weights, config={**weights.config, "rope_theta": 5})),
     }
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
     others.add(key())
-    assert len(others | {plain}) == 8
+    assert len(others | {plain}) == 10
 
 
 def test_progress_is_told_in_forward_passes() -> None:

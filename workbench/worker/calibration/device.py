@@ -4,9 +4,9 @@ Matrix products of the forward pass take bfloat16 inputs where the processor mul
 fast; the residual stream, norms and Grams stay float32), else float32. Everything made of a Gram matrix is float32
 proper: TF32 keeps ten bits of each factor, and a Cholesky factor of a matrix so rounded is another matrix's.
 
-One device is enough for any base: only one layer is ever on it. A layer whose quantizing does not fit there is
-quantized in host memory (`with_cpu_fallback`). Rejected: spreading a layer's matrices over several devices, which
-would only help where one layer with its Grams fills a device.
+One device is enough for any base: only one layer is ever on it; several share the windows (`team.py`). A layer whose
+quantizing does not fit there is quantized in host memory (`with_cpu_fallback`). Rejected: spreading a layer's matrices
+over several devices, which would only help where one layer with its Grams fills a device.
 """
 
 from __future__ import annotations
@@ -32,6 +32,22 @@ def choose_device(name: str) -> Any:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device '{name}': torch sees {torch.cuda.device_count()} CUDA devices here; take `cpu`")
     return device
+
+
+def choose_devices(name: str, count: int | None) -> list[Any]:
+    """The devices that share the windows of a pass, the first as `choose_device` has it: so many from there on, or,
+    where it is not said, all GPUs if none is named, else one. Raises `UserError` for more GPUs than there are."""
+    import torch
+
+    first = choose_device(name)
+    if first.type == "cpu":
+        return [first] * (count or 1)
+    number = first.index or 0
+    seen = torch.cuda.device_count() - number
+    count = count or (seen if first.index is None else 1)
+    if count > seen:
+        raise UserError(f"calibration.devices: {count}, and torch sees {seen} CUDA devices here; ask for no more")
+    return [first, *(torch.device("cuda", number + more) for more in range(1, count))]
 
 
 def choose_precision(name: str, device: Any) -> str:

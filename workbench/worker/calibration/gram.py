@@ -64,13 +64,29 @@ class Grams:
         accumulate(self.matrices[name], x)
         count = len(x) if self.weights is None else float(self.weights.sum())
         self.counts[name] = self.counts.get(name, 0) + count
-        if not bool(torch.isfinite(self.matrices[name].diagonal()).all()):
+        if not self._finite(name):
             bad = (~torch.isfinite(x).all(1)).nonzero()
             sample = self.windows.number_at(self.start + (int(bad[0]) if len(bad) else 0))
-            raise UserError(
-                f"layer {self.layer}: the input of {name} is not finite, first in calibration sample {sample}: the "
-                "base's weights are damaged or overflow; fetch the base again, or take another"
-            )
+            raise self._refusal(name, f", first in calibration sample {sample}")
+
+    def take(self, name: str, matrix: Any, count: float) -> None:
+        """Add what another process has of an input, of so many tokens; `matrix` may change afterwards."""
+        if name in self.matrices:
+            self.matrices[name] += matrix.to(self.device)
+        else:
+            self.matrices[name] = matrix.to(self.device, copy=True)
+        self.counts[name] = self.counts.get(name, 0) + count
+        if not self._finite(name):
+            raise self._refusal(name, " when it is summed up")
+
+    def _finite(self, name: str) -> bool:
+        return bool(self.matrices[name].diagonal().isfinite().all())
+
+    def _refusal(self, name: str, where: str) -> UserError:
+        return UserError(
+            f"layer {self.layer}: the input of {name} is not finite{where}: the base's weights are damaged or "
+            "overflow; fetch the base again, or take another"
+        )
 
     def forget(self, names: frozenset[str]) -> None:
         """Begin these anew, and listen to nothing else from here on."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def _boot() -> str:
     return ""
 
 
-def key_of(request: CalibrationRequest, weights: Weights, device: Any, precision: str) -> str:
+def key_of(request: CalibrationRequest, weights: Weights, devices: Sequence[Any], precision: str) -> str:
     """A digest of everything that determines the bytes: work noted under another key is not gone on with."""
     import torch
     import transformers
@@ -120,13 +120,14 @@ def key_of(request: CalibrationRequest, weights: Weights, device: Any, precision
             request.tokens_digest,
             weights.config,
             precision,
-            name_of(device),
+            name_of(devices[0]),
             torch.get_num_threads(),
             weights.stamps(),
             [[each.name, each.method, each.options] for each in request.variants],
             _boot(),
             request.imatrix_out is not None,
             *(["grams"] if request.grams_out else []),
+            *([[name_of(device) for device in devices[1:]]] if devices[1:] else []),
             torch.__version__,
             transformers.__version__,
         ]

@@ -4,7 +4,7 @@ For each decoder layer: read its weights from the memory-mapped safetensors, pus
 calibration tokens through transformers' own layer class, accumulate G = mean(x x^T) for each distinct linear input,
 let every variant quantize the layer from it, write, free, go on. The base is read once whatever the number of
 variants. What is in memory is a layer, its Grams and a batch of activations; the hidden states lie on the disk,
-memory-mapped. Each step is a module of `calibration/`.
+memory-mapped. Each step is a module of `calibration/`. Several devices share the tokens (`team.py`).
 
 Rejected: the quantized layers' outputs as the next layer's inputs. It needs a pass for every variant and ties them
 to each other.
@@ -27,7 +27,7 @@ from workbench.records import Calibrated, CalibrationRequest, CheckpointRequest,
 from workbench.worker import Progress, Tensors
 from workbench.worker.calibration.balance import balanced
 from workbench.worker.calibration.device import (
-    choose_device,
+    choose_devices,
     choose_precision,
     exact_products,
     synchronize,
@@ -36,7 +36,8 @@ from workbench.worker.calibration.device import (
 from workbench.worker.calibration.discover import told
 from workbench.worker.calibration.layout import Checkpoint, check_shapes, finish, layout_of
 from workbench.worker.calibration.resume import Work, key_of, open_work
-from workbench.worker.calibration.walk import FEWEST_ROUTED, Walk, forward
+from workbench.worker.calibration.team import team
+from workbench.worker.calibration.walk import FEWEST_ROUTED, Walk, does_not_fit, forward
 from workbench.worker.calibration.weights import Weights, open_weights, read_layer
 from workbench.worker.calibration.windows import Windows, read_windows
 from workbench.worker.ggml import grams as gram_files
@@ -63,21 +64,28 @@ def run(payload: object, progress: Progress) -> object:
         torch.set_num_threads(request.threads)
     torch.manual_seed(request.seed)
     exact_products()
-    device = choose_device(request.device)
+    devices = choose_devices(request.device, request.devices)
+    device = devices[0]
     precision = choose_precision(request.precision, device)
     weights = open_weights(Path(request.base))
     windows = read_windows(Path(request.tokens), weights)
+    devices = devices[: len(windows.lengths)]
     variants, refused = _variants(request.variants, weights)
     named, no_imatrix = _gguf_names(weights) if request.imatrix_out or request.grams_out else ({}, "")
     if (refused or no_imatrix) and not variants and not named:
         raise UserError("; ".join(filter(None, [*refused.values(), no_imatrix])))
 
     state = Path(request.state)
-    with torch.inference_mode(), disk_faults(state, "The finished layers are kept."):
-        model = Walk(weights, windows, device)
+    with (
+        torch.inference_mode(),
+        disk_faults(state, "The finished layers are kept."),
+        team(request, devices, precision, weights, windows) as others,
+    ):
+        model = Walk(weights, windows, device, others.own)
+        model.add_up = others.add_up
         weights = model.proven(weights)
         checkpoints = {variant.name: variant.checkpoint for variant in variants}
-        work = open_work(state, key_of(request, weights, device, precision), windows, weights, checkpoints)
+        work = open_work(state, key_of(request, weights, devices, precision), windows, weights, checkpoints)
         note = work.note
         seconds = note.seconds
         if note.layer == 0:
@@ -90,9 +98,10 @@ def run(payload: object, progress: Progress) -> object:
             bar.text(f"layer {index + 1} of {weights.layers}: forward pass")
             structure, importance = weights.structures[index], dict[str, Any]()
             parts = parts_of(structure, tensors)
-            for part in parts:
+            for number, part in enumerate(parts):
                 step = partial(_part_of_a_step, bar, len(parts))
-                grams, counts = _forward(model, weights, index, part, tensors, work, precision, step)
+                with others.at_work(index, number):
+                    grams, counts = _forward(model, weights, index, part, tensors, work, precision, step)
                 for name, seen in counts.items():
                     note.experts.setdefault(f"{LAYERS}.{index}.{name}", []).extend(seen)
                 importance |= {name: gram.diagonal().contiguous().cpu() for name, gram in grams.items()}
@@ -130,7 +139,8 @@ def run(payload: object, progress: Progress) -> object:
         )
         for variant in variants
     }
-    return to_json(Calibrated(seconds, made_variants, refused, no_imatrix, told(weights.structures), note.experts))
+    kinds = told(weights.structures)
+    return to_json(Calibrated(seconds, made_variants, refused, no_imatrix, kinds, note.experts, len(devices)))
 
 
 @dataclass(frozen=True)
@@ -162,13 +172,12 @@ def _forward(
     """`forward`, or a `UserError` where the device's memory does not hold it."""
     try:
         return forward(model, weights, index, part, tensors, work.hidden, precision, work.note.seconds, step)
+    except UserError:
+        raise
     except Exception as error:
         if not out_of_memory(error):
             raise
-    raise UserError(
-        f"layer {index} and its Gram matrices do not fit into the free memory of {model.device}: free some, or set "
-        "CUDA_VISIBLE_DEVICES to another device, or to nothing for the CPU; finished layers are kept"
-    )
+    raise does_not_fit(index, model.device)
 
 
 def _tensors_of(part: Structure, parts: list[Structure], tensors: Tensors) -> Tensors:

@@ -6,7 +6,7 @@ of window. Layers are transformers' own classes too; only their weights come fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,28 +31,34 @@ Counts = dict[str, list[int]]
 ACTIVATIONS = 2**23
 """Numbers in the widest activation of one batch: 32 MiB in float32."""
 
+AddUp = Callable[[Grams, Sequence[str]], None]
+"""Given matrices of these inputs over a process's own windows, makes them those over all windows."""
+
 
 class Walk:
     """The base on its way through the pass: its skeleton with the weights that are outside of layers, and what each
-    layer is called with for each length of window."""
+    layer is called with for each length of window. `own`: how many windows, from the first, go through layers here,
+    where other processes have the rest; all if None. Then `add_up` is to be set."""
 
-    def __init__(self, weights: Weights, windows: Windows, device: Any) -> None:
+    def __init__(self, weights: Weights, windows: Windows, device: Any, own: int | None = None) -> None:
         import torch
 
         self.device, self.windows = device, windows
+        self.add_up: AddUp = lambda grams, names: None
         # Only the rows of tokens that occur, renumbered: an embedding of 128,256 x 4,096 is 2 GB in float32.
         occurring, self.renumbered = torch.unique(windows.ids, return_inverse=True)
         self.skeleton = Skeleton(weights.config, len(occurring))
         _fill(self.skeleton.model, weights, occurring)
-        self.batches = batches(windows.lengths, max(weights.widest, self.skeleton.hidden))
+        self.width = max(weights.widest, self.skeleton.hidden)
+        self.batches = batches(windows.lengths[:own], self.width)
         self.calls = {
             length: self.skeleton.calls(self.renumbered[:length].view(1, length), device)
-            for length in sorted(set(windows.lengths))
+            for length in sorted(set(windows.lengths[:own]))
         }
 
     def embed(self, hidden: Any) -> None:
-        """Write the first layer's input for all windows, [tokens, hidden]."""
-        for start, count, length in self.batches:
+        """Write the first layer's input for all windows, others' too, [tokens, hidden]."""
+        for start, count, length in batches(self.windows.lengths, self.width):
             ids = self.renumbered[start : start + count * length].view(count, length)
             hidden[start : start + count * length] = self.skeleton.run(ids).reshape(count * length, -1)
 
@@ -153,6 +159,7 @@ def forward(
             if not last:
                 target[piece] = out.reshape(-1, out.shape[-1]).to(device="cpu", dtype=torch.float32)
             step(1 / len(model.batches))
+        model.add_up(grams, [group.linears[0] for group in structure.groups])
         counts = {
             name: [int(grams.counts.get(group.linears[0], 0)) for group in groups[::2]]
             for name, groups in structure.experts.items()
@@ -186,7 +193,8 @@ def _feed_the_starved(
         if not few:
             continue
         starved = [int(groups[place].linears[0].removeprefix(f"{name}.").partition(".")[0]) for place in few]
-        firsts = frozenset(group.linears[0] for place in few for group in groups[place : place + 2])
+        names = [group.linears[0] for place in few for group in groups[place : place + 2]]
+        firsts = frozenset(names)
 
         chances: list[Any] = []
 
@@ -219,6 +227,15 @@ def _feed_the_starved(
         finally:
             for hook in hooks:
                 hook.remove()
+        model.add_up(grams, names)
+
+
+def does_not_fit(index: int, device: Any) -> UserError:
+    """The error for a layer whose forward pass is too large for a device's memory."""
+    return UserError(
+        f"layer {index} and its Gram matrices do not fit into the free memory of {device}: free some, or set "
+        "CUDA_VISIBLE_DEVICES to another device, or to nothing for the CPU; finished layers are kept"
+    )
 
 
 def batches(lengths: list[int], width: int) -> list[tuple[int, int, int]]:

@@ -37,6 +37,11 @@ class Windows:
                 return number
         return self.numbers[-1]
 
+    def part(self, first: int, end: int) -> Windows:
+        """Those from the `first` on, up to that at `end`."""
+        begins, ends = sum(self.lengths[:first]), sum(self.lengths[:end])
+        return Windows(self.ids[begins:ends], self.lengths[first:end], self.numbers[first:end])
+
 
 def read_windows(path: Path, weights: Weights) -> Windows:
     """Read `{"windows": [[id, ...], ...]}`. Raises `UserError` for tokens that the base cannot be run on."""
