@@ -135,6 +135,14 @@ def for_a_job(count: int = 1) -> dict[str, str]:
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(named)} if chosen else {}
 
 
+def too_few(count: int) -> str | None:
+    """Why a job cannot have `count` GPUs here; None if it can."""
+    here = len(gpus())
+    if count <= here:
+        return None
+    return f"it is to have {count} GPUs, and {here} {'is' if here == 1 else 'are'} visible here"
+
+
 def joules(gpu: Gpu) -> float | None:
     """Joules since the driver was loaded; None for a GPU without the counter (before Volta)."""
     nvml = _library()

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from tests.fake_driver import NVML, FakeGpu
 from tests.fake_hub import SHA, hub
 from tests.places import ROOT
 from workbench.errors import UserError
+from workbench.machine import identity
 from workbench.plan import formats, need, tensors
 from workbench.plan import make as plan
 from workbench.recipe.choices import BackendChoice, method_of
@@ -241,6 +243,33 @@ def test_fp8_on_a_cpu_is_refused_with_the_way_out() -> None:
     assert "GPUs only" in str(made.needs[0].unsupported) and "q8_0" in str(made.needs[0].unsupported)
     on_gpu = plan.make(recipe(backends={"vllm": {"kv_cache": "fp8"}}), cuda=True, memory_bytes=1 << 34)
     assert on_gpu.needs[0].unsupported is None
+
+
+def test_tensor_parallel_sizes_are_planned_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 GB of weights do not fit into one memory of 12 GiB, and do into two; a machine with two GPUs has no four."""
+    asked = recipe(backends={"vllm": {"tensor_parallel": [1, 2, 4]}})
+    made = plan.make(asked, cuda=True, memory_bytes=12 << 30)
+    base = [need for need in made.needs if need.variant == "base"]
+    assert [(need.devices, need.fits) for need in base] == [(1, False), (2, True), (4, True)]
+    assert [each.runtime_bytes for each in base] == [int(n * need.CUDA_CONTEXT_BYTES) for n in (1, 2, 4)]
+    assert "tensor parallel" in formats.terminal(made)
+    plain = formats.terminal(plan.make(recipe(backends={"vllm": {}}), cuda=True, memory_bytes=12 << 30))
+    assert "tensor parallel" not in plain
+    monkeypatch.setitem(sys.modules, "pynvml", NVML([FakeGpu(uuid=f"GPU-{n}", total=12 << 30) for n in range(2)]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    identity.machine.cache_clear()
+    try:
+        here = [need for need in plan.make(asked, cuda=True).needs if need.variant == "base"]
+    finally:
+        identity.machine.cache_clear()
+    assert [need.unsupported for need in here] == [None, None, "it is to have 4 GPUs, and 2 are visible here"]
+    assert [need.fits for need in here] == [False, True, None]
+
+
+def test_a_processors_memory_is_not_multiplied() -> None:
+    asked = recipe(backends={"vllm": {"tensor_parallel": [1, 2]}})
+    needs = [need for need in plan.make(asked, cuda=False, memory_bytes=12 << 30).needs if need.variant == "base"]
+    assert [(need.devices, need.fits) for need in needs] == [(1, False), (2, False)]
 
 
 @pytest.mark.parametrize("part", ["evaluation", "calibration"])

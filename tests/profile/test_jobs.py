@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
 
-from workbench.profile.jobs import all_options, planned_row
+from tests.fake_driver import NVML, FakeGpu
+from workbench.profile import jobs
+from workbench.profile.jobs import all_options, environment_of, planned_row
 from workbench.quantize.make import Made
 from workbench.recipe.load import parse
-from workbench.records import PreparedBase
+from workbench.records import Artifact, PreparedBase
 from workbench.worker.backends import BACKENDS, backend_named
 
 
@@ -36,3 +39,25 @@ def test_a_base_that_was_quantized_before_is_told_in_every_row() -> None:
             row = planned_row(recipe, Made(base, {}, {}), recipe.backends[0], variant, None)
             assert row.base_types == types
             assert sum("de-quantized from Q4_K, Q6_K" in text for text in row.warnings) == told
+
+
+def test_each_tensor_parallel_size_gets_as_many_gpus_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", NVML([FakeGpu(uuid=f"GPU-{n}") for n in range(2)]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(jobs, "uses_gpu", lambda backend: True)
+    recipe = parse(
+        {"base": {"path": "x"}, "variants": [{"gguf": "Q4_0"}], "backends": {"vllm": {"tensor_parallel": [1, 2, 4]}}},
+        Path("r"),
+    )
+    made = Made(
+        PreparedBase("p", "digest", "float32", 10, 40),
+        {"base": [Artifact("base", "base", "safetensors", *"pd", 1, 1)]},
+        {},
+    )
+    reasons = [planned_row(recipe, made, choice, "base", None).unsupported for choice in recipe.backends]
+    assert reasons == [None, None, "it is to have 4 GPUs, and 2 are visible here"]
+    given = [environment_of("vllm", choice.options)["CUDA_VISIBLE_DEVICES"] for choice in recipe.backends[:2]]
+    assert given == ["GPU-0", "GPU-0,GPU-1"]
+    # Where the engine computes on the processor there is nothing to have.
+    monkeypatch.setattr(jobs, "uses_gpu", lambda backend: False)
+    assert planned_row(recipe, made, recipe.backends[2], "base", None).unsupported is None

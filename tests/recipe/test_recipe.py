@@ -123,6 +123,9 @@ def test_what_decides_the_digest() -> None:
     assert digest() != digest(workload={"repeats": 4})
     assert digest() != digest(variants=[{"gguf": "Q4_1"}])
     assert digest() != digest(backends=["llamacpp"])
+    source = {"source": {"text": "other words"}}
+    said = {devices: digest(calibration={**source, "devices": devices}) for devices in ("auto", 1, 2)}
+    assert digest(calibration=source) == said["auto"] and len({*said.values()}) == 3
 
 
 def test_yaml_anchors_and_merges_are_allowed(tmp_path: Path) -> None:
@@ -257,6 +260,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "calibration": (
         {"calibration": {"source": {"text": "a"}, "sede": 1}},
         "calibration: unknown key 'sede'. Did you mean 'seed'?",
+    ),
+    "calibration-devices": (
+        {"calibration": {"source": {"text": "a"}, "devices": "4"}},
+        "r.yaml: calibration.devices: unknown value '4'. Known: auto.",
     ),
     "workload": (
         {"workload": {"promt_tokens": 1}},
@@ -561,6 +568,18 @@ def test_the_kv_cache_is_an_axis() -> None:
     assert "Known: f16, q8_0" in refused(recipe(backends={"llamacpp": {"kv_cache": ["f16", "fp8"]}}))
     assert "kv_cache: names a value twice" in refused(recipe(backends={"vllm": {"kv_cache": ["fp8", "fp8"]}}))
     assert "unknown value 'q8_0'" in refused(recipe(backends={"transformers": {"kv_cache": "q8_0"}}))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-serve"])
+def test_over_how_many_gpus_a_model_is_spread_is_an_axis(engine: str) -> None:
+    several = parse(recipe(backends={engine: {"tensor_parallel": [1, 2, 4], "dtype": "float16"}}), Path("r.yaml"))
+    assert [(choice.options["tensor_parallel"], choice.options["dtype"]) for choice in several.backends] == [
+        (1, "float16"),
+        (2, "float16"),
+        (4, "float16"),
+    ]
+    assert "tensor_parallel: names a value twice" in refused(recipe(backends={engine: {"tensor_parallel": [2, 2]}}))
+    assert "greater than or equal to 1" in refused(recipe(backends={engine: {"tensor_parallel": [1, 0]}}))
 
 
 def test_variants_may_run_with_options_of_their_own() -> None:

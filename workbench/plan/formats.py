@@ -45,7 +45,7 @@ def terminal(plan: Plan) -> str:
     axes = [
         axis
         for axis in dict.fromkeys(axis for need in plan.needs for axis in backend_named(need.backend).AXES)
-        if any(need.options.get(axis) not in (None, "auto") for need in plan.needs)
+        if any(need.options.get(axis) not in (None, "auto", _usual(need, axis)) for need in plan.needs)
     ]
     for heading in ("variant", "backend", *(axis.replace("_", " ") for axis in axes)):
         grid.add_column(heading, no_wrap=True)
@@ -68,7 +68,7 @@ def terminal(plan: Plan) -> str:
         grid.add_row(
             need.variant,
             need.backend,
-            *(str(need.options.get(axis) or "auto") for axis in axes),
+            *(str(need.options.get(axis) or _usual(need, axis) or "auto") for axis in axes),
             f"{need.bits_per_weight:.2f}",
             size_text(need.disk_bytes),
             *map(_size, sizes),
@@ -127,6 +127,11 @@ FORMATS = {"terminal": terminal, "json": json_text}
 
 def _size(value: float | None) -> str:
     return "-" if value is None else size_text(value)
+
+
+def _usual(need: Need, axis: str) -> object:
+    """What an engine takes where a recipe does not say; a dash if it has no such option."""
+    return getattr(backend_named(need.backend).Options(), axis, "-")
 
 
 def _fallback_words(need: Need) -> str:

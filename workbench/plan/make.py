@@ -68,6 +68,7 @@ def make(
     if memory_bytes is not None and cuda is None and not here.gpus:
         notes.append("on the processor, since there is no GPU here; --device cuda plans for one")
     cuda = any(uses_gpu(choice.name) for choice in recipe.backends) if cuda is None else cuda
+    own = memory_bytes is None
     if memory_bytes is None:
         if cuda and not here.gpus:
             raise UserError("--device cuda: there is no GPU here; say how much memory it has: --memory 24GiB")
@@ -100,7 +101,7 @@ def make(
         for variant in recipe.variants:
             if choice.takes(variant.name):
                 held = found_in(recipe, variant, shape)
-                each = [need_of(shape, variant, choice, point, cuda, held) for point in points]
+                each = [need_of(shape, variant, choice, point, cuda, held, own) for point in points]
                 place = max(range(len(points)), key=lambda i: each[i].need_bytes or 0)
                 needs.append(_fitted(each[place], shape, variant, choice, points[place], cuda, memory_bytes, held))
     return Plan(
@@ -229,7 +230,7 @@ def _fitted(
     """Whether it fits, and if not, the longest context that would."""
     if need.need_bytes is None:
         return need
-    memory_bytes *= need.devices
+    memory_bytes *= need.devices if cuda else 1
     if need.need_bytes <= memory_bytes:
         return replace(need, fits=True)
     low, high = 0, point.tokens

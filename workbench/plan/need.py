@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from workbench.gpus import too_few
 from workbench.recipe.choices import BackendChoice, first_loaded, form_for, limits_of, method_of
 from workbench.records import Artifact, Variant
 from workbench.shape import Sequences, Shape, Stored
@@ -81,9 +82,10 @@ def need_of(
     load: Sequences,
     cuda: bool,
     held: Mapping[str, Stored] | None = None,
+    own: bool = False,
 ) -> Need:
     """What one variant needs in one engine for those sequences at once, and to score windows. `held`: by format, what
-    headers say of a variant that others made."""
+    headers say of a variant that others made; `own`: on this machine, with its GPUs."""
     backend = backend_named(choice.name)
     form = first_loaded([*held], choice.name) if held else form_for(variant, choice.name)
     stored = held[form] if held else _stored(variant.method, json.dumps(variant.options), shape, form)
@@ -102,7 +104,9 @@ def need_of(
     if reason:
         return replace(need, unsupported=reason)
     found = backend.needs(shape, form, stored, load, chosen, cuda)
-    runtime = CUDA_CONTEXT_BYTES if cuda else found.runtime
+    if own and cuda and (missing := too_few(found.devices)):
+        return replace(need, unsupported=missing)
+    runtime = CUDA_CONTEXT_BYTES * found.devices if cuda else found.runtime
     notes = [*stored.notes, *found.notes]
     if shape.sliding_window:
         notes.insert(0, f"layers with a sliding window of {shape.sliding_window} may keep less than this KV cache")

