@@ -14,7 +14,7 @@ from typing import Literal
 
 from workbench.cluster.schedule import Place, Step
 from workbench.profile.beside import ENDPOINT
-from workbench.profile.jobs import pairs_of
+from workbench.profile.jobs import devices_of, pairs_of
 from workbench.quantize.make import to_carry
 from workbench.recipe.choices import making_of
 from workbench.recipe.load import Recipe
@@ -62,7 +62,9 @@ def steps_of(
     """
     name = recipe.name
     tokens = _step(f"{name}: base and tokens", cost=FIRST)
+    devices = recipe.calibration.devices if recipe.calibration else "auto"
     shared = _step(f"{name}: calibration", {tokens.name}, cost=FIRST)
+    shared = shared if devices == "auto" else replace(shared, gpus=devices)
     found = [Asked(tokens, name, "tokens"), Asked(shared, name, "pass", tuple(sorted(wanted.names or ())))]
     made = dict[str, str]()
     for variant in _made_by_themselves(recipe, wanted.names):
@@ -117,4 +119,4 @@ def _gpus(recipe: Recipe, engine: str) -> int:
     """The most GPUs that an engine's options ask for."""
     if engine == ENDPOINT:
         return 1
-    return max(int(str(choice.options.get("tensor_parallel") or 1)) for choice in recipe.choices(engine))
+    return max(devices_of(choice.options) for choice in recipe.choices(engine))
