@@ -165,7 +165,11 @@ def _over(
     since, nights = _begun(state, show), list[Night]()
     wanted = Wanted(backends=backends)
     for outcome in cluster.run(recipes, wanted, on, results, show, only_on=only_on, since=since):
-        recipe, made = outcome.recipe, outcome.made_at_all
+        recipe, made = outcome.recipe, outcome.made
+        if made is None:
+            # The other recipes are judged all the same.
+            nights.append(Night(recipe.name, "any machine", since, night.judge([], [], []), outcome.failures))
+            continue
         for kind in sorted({kind for kind, _ in outcome.rows}):
 
             def again(only: set[tuple[str, str]], recipe: Recipe = recipe, kind: str = kind) -> list[Row]:

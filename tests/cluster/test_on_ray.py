@@ -174,6 +174,8 @@ def test_machines_are_named_by_label_and_wrong_words_are_told(
 ) -> None:
     cluster, store = raylets(3, WORKBENCH_FAKE_BACKEND="1", HF_HUB_OFFLINE="1"), bench.folder / "store"
     run = Driver(bench, cluster, str(store))
+    gone = run("run", bench.recipe("gone", base={"path": "nowhere"}))
+    assert gone.returncode == 2 and gone.stderr.count("nowhere") == 1, gone.stderr
     wrong = run("quantize", recipe, "--machines", "h100")
     assert wrong.returncode == 2 and "--machines h100: no machine of that kind or label" in wrong.stderr
     done = run("quantize", recipe, "--machines", "room=b")

@@ -60,7 +60,9 @@ class Answer:
     """(machine, key) of each that is stored now."""
     said: list[str] = field(default_factory=list)
     error: str = ""
-    """What the user can mend; to try again would not help."""
+    """Why it came to nothing; to try again would not help."""
+    mend: bool = False
+    """Whether the user can."""
 
 
 class Told:
@@ -118,7 +120,8 @@ def run(text: str) -> str:
         with at_work(show.say), _recipe(request) as recipe:
             made, rows = _done(request, recipe, show)
     except (UserError, WorkFailed) as problem:
-        return json.dumps(to_json(Answer(machine().name, said=show.lines, error=str(problem))))
+        mend = isinstance(problem, UserError)
+        return json.dumps(to_json(Answer(machine().name, said=show.lines, error=str(problem), mend=mend)))
     told = portable(to_json(made)) if made else None
     return json.dumps(to_json(Answer(machine().name, told, rows, show.lines)))
 

@@ -66,12 +66,14 @@ class Outcome:
     """Steps that came to nothing, and why."""
     results: str = ""
     """Where its rows are."""
+    mend: bool = False
+    """Whether the user can mend what kept the base from being made."""
 
     @property
     def made_at_all(self) -> Made:
-        """What was made. Raises `WorkFailed` if not even the base was."""
+        """What was made. Raises `UserError` or `WorkFailed` if not even the base was."""
         if self.made is None:
-            raise WorkFailed(next(iter(self.failures.values()), "nothing was made"))
+            raise (UserError if self.mend else WorkFailed)(next(iter(self.failures.values()), "nothing was made"))
         return self.made
 
 
@@ -203,6 +205,7 @@ def run(
         for line in dict.fromkeys(answer.said):
             show.say(f"{place.name}: {line}")
         if answer.error:
+            outcome.mend = outcome.made is None and answer.mend
             lost(name, answer.error)
         if answer.made is not None:
             outcome.made = _with(outcome.made, made_of(answer.made))
@@ -219,7 +222,8 @@ def run(
             missing = [variant for variant in names if variant not in outcome.made.artifacts]
             outcome.made = replace(outcome.made, failures=outcome.made.failures | dict.fromkeys(missing, why))
         outcome.failures[name] = why
-        show.say(f"{name} failed: {why}")
+        if outcome.made is not None or len(outcomes) > 1:
+            show.say(f"{name} failed: {why}")
 
     with show.task(f"{', '.join(outcomes)} on {len(places)} machines") as progress:
         driver.run(
