@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.serving.fake_server import Fake, fake_server
+from workbench.serving import client
 from workbench.serving.address import address_of
 from workbench.serving.client import Answer, Client, Dialect, Wanted
 from workbench.serving.faults import Busy, Gone
@@ -93,6 +94,21 @@ def test_answers_that_only_their_length_counts_are_asked_to_have_it() -> None:
         answer = asked(fake, Dialect("toy", "toy", by_length=True))
         assert (answer.how, answer.request.new_tokens) == ("length", 6)
         assert fake.asked[-1]["min_tokens"] == 6 and "min_tokens" not in fake.asked[0]
+
+
+def test_a_stream_is_read_in_pieces_of_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of asyncio's quarter of a megabyte, for which memory is mapped anew with each token."""
+    pieces, set_to = [], client._read_little
+
+    def read_little(reply: Any) -> None:
+        pieces.append(reply.connection.transport.max_size)
+        set_to(reply)
+        pieces.append(reply.connection.transport.max_size)
+
+    monkeypatch.setattr(client, "_read_little", read_little)
+    with fake_server() as fake:
+        assert asked(fake).request.new_tokens == 6
+    assert pieces == [1 << 18, client.READ_BYTES] and client.READ_BYTES < 1 << 17
 
 
 def test_no_first_token_in_time() -> None:
