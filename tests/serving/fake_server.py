@@ -103,19 +103,19 @@ class Fake:
         if path == "/v1/models":
             return self._plain(writer, 200, {"data": [{"id": name} for name in self.models]})
         api = "chat" if "chat" in path else "completions"
-        if api not in self.apis:
+        if api not in self.apis or not path.endswith("/completions"):
             return self._plain(writer, 404, {"error": "no such path"})
         if not self.knows_extras and "ignore_eos" in body:
             return self._plain(writer, 400, {"error": "unknown field ignore_eos"})
         prompt = body["messages"][0]["content"] if api == "chat" else body["prompt"]
         prompt_tokens = len(prompt) if isinstance(prompt, list) else 3 + len(prompt) // 5
-        if prompt_tokens + body["max_tokens"] > self.context:
+        if prompt_tokens + body.get("max_tokens", 16) > self.context:
             return self._plain(writer, 400, {"error": f"more than {self.context} tokens"})
         self.asked.append(body)
         if self.busy > 0:
             self.busy -= 1
             return self._plain(writer, 429, {"error": "too many"})
-        many = body["max_tokens"]
+        many = body.get("max_tokens", 16)
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": many}
         usage |= {"prompt_tokens_details": {"cached_tokens": self.cached}} if self.cached else {}  # type: ignore[dict-item]
         model = self.answers_as or body["model"]
