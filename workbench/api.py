@@ -103,7 +103,8 @@ def run(
             from workbench.cluster.steps import Wanted
 
             wanted = Wanted(chosen, engines, only)
-            over = cluster.one(loaded, wanted, on, str(results), machines, show, again=again, yes_remote=yes_remote)
+            named = None if results == RESULTS else str(results)
+            over = cluster.one(loaded, wanted, on, named, machines, show, again=again, yes_remote=yes_remote)
             return Run(over.made_at_all, tuple(cluster.rows_of(over)), over.failures, over.results)
         with cache.at_work(show.say):
             made = pipeline.quantize(loaded, show, chosen)
@@ -195,7 +196,7 @@ def quantize(
             from workbench.cluster import run as cluster
             from workbench.cluster.steps import Wanted
 
-            return cluster.one(loaded, Wanted(chosen, measure=False), on, RESULTS, machines, show).made_at_all
+            return cluster.one(loaded, Wanted(chosen, measure=False), on, None, machines, show).made_at_all
         with cache.at_work(show.say):
             return pipeline.quantize(loaded, show, chosen)
 

@@ -60,7 +60,10 @@ def nightly(
         if on is not None:
             from workbench.cluster import run as cluster
 
-            there, place = left.enter_context(contextlib.closing(cluster.on(on))), cluster.rows_place(results)
+            there, place = (
+                left.enter_context(contextlib.closing(cluster.on(on))),
+                cluster.rows_place(None if results == o.RESULTS else results),
+            )
         nights = wing.run(
             loaded,
             place,

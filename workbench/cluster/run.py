@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Protocol
 
 from workbench import shared
-from workbench.api import RESULTS
 from workbench.cluster.node import Answer, Request, made_of
 from workbench.cluster.schedule import Place, Schedule, Step
 from workbench.cluster.steps import Asked, Wanted, steps_of
@@ -26,6 +25,8 @@ from workbench.recipe.load import Recipe
 from workbench.records import Row, from_json, to_json
 from workbench.report import store
 
+RESULTS = "results"
+"""The folder that rows are stored in where no other is named."""
 WAIT_S = 1.0
 LOOK_EVERY_S = 5.0
 """How often is looked for machines that came or went."""
@@ -113,7 +114,7 @@ def one(
     recipe: Recipe,
     wanted: Wanted,
     address: str,
-    results: str,
+    results: str | None,
     machines: Sequence[str],
     show: Show,
     *,
@@ -137,11 +138,12 @@ def one(
         there.close()
 
 
-def rows_place(results: str) -> str:
-    """Where machines put rows that are to go to `results`: the store, if nothing else was named."""
-    if results == RESULTS and shared.store():
+def rows_place(results: str | None) -> str:
+    """Where machines put rows that are to go to `results`; None: into the store, if there is one."""
+    if results is None and shared.store():
         return f"{shared.store()}/{RESULTS}"
-    return results if "://" in results else str(Path(results).absolute())
+    place = results or RESULTS
+    return place if "://" in place else str(Path(place).absolute())
 
 
 def run(
