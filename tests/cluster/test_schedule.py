@@ -6,14 +6,17 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.virtual import VirtualMachines
 from workbench.cluster.node import Told
-from workbench.cluster.run import Driver, chosen
+from workbench.cluster.run import Driver, chosen, run
 from workbench.cluster.schedule import Place, Schedule, Step
+from workbench.cluster.steps import Wanted
 from workbench.errors import UserError
+from workbench.recipe.load import load
 
 JOBS, MACHINES = 2000, 16
 
@@ -138,6 +141,17 @@ def test_what_others_wait_for_goes_first() -> None:
     assert [step.name for step, _ in schedule.begin()] == ["tokens"]
     schedule.ended("tokens")
     assert [step.name for step, _ in schedule.begin()] == ["late"]
+
+
+def test_two_recipes_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "r.yaml").write_text("base: {path: x}\nvariants: [{gguf: Q8_0}]\n")
+    recipes = [load(tmp_path / name / "r.yaml") for name in "ab"]
+    with pytest.raises(UserError, match="two recipes are called r: give each a `name` of its own"):
+        run(recipes, Wanted(), VirtualMachines(places(1), {}), str(tmp_path), Told())
+    with pytest.raises(UserError, match="several machines: name the store they share"):
+        run(recipes[:1], Wanted(), VirtualMachines(places(2), {}), str(tmp_path), Told())
 
 
 def test_machines_are_chosen_by_kind_and_label() -> None:

@@ -130,7 +130,7 @@ def one(
             there,
             rows_place(results),
             show,
-            only_on=machines or recipe.machines,
+            only_on=machines,
             since=now() if again else "",
             yes_remote=yes_remote,
         )[0]
@@ -161,23 +161,32 @@ def run(
     """Make and measure recipes on the machines; an outcome for each recipe, in order.
 
     Whatever a machine finished is in the store and among the rows at once: run again after any end, it goes on.
-    Raises `UserError` where there is no store and more than one machine, or no machine that was asked for.
+    `only_on`: kinds or labels of machines; else those that each recipe names. Raises `UserError` where there is no
+    store and more than one machine, no machine that was asked for, or two recipes of one name.
     """
-    places = chosen(machines.places(), only_on)
+    if twice := [name for name, count in Counter(recipe.name for recipe in recipes).items() if count > 1]:
+        raise UserError(f"two recipes are called {twice[0]}: give each a `name` of its own")
+    there = machines.places()
+    chosen_for = {recipe.name: chosen(there, only_on or recipe.machines) for recipe in recipes}
+    places = [place for place in there if any(place in those for those in chosen_for.values())]
+    # Of machines that come later; a recipe that names none takes any of its kind.
+    named = [only_on or recipe.machines for recipe in recipes]
+    words = [word for those in named for word in those] if all(named) else []
     where = shared.store()
     if where is None and len(places) > 1:
-        raise UserError("several machines: name the store they share, as --store s3://bucket/prefix or a shared folder")
+        raise UserError("several machines: name the store they share: --store s3://bucket/prefix, or a shared folder")
     installation()  # Of the store, before two machines name it at once.
     kinds = {place.kind for place in places}
     known = _durations(results)
     outcomes = {recipe.name: Outcome(recipe, results=results) for recipe in recipes}
+    texts = {recipe.name: recipe.path.read_text(encoding="utf-8") for recipe in recipes}
     asked: dict[str, Asked] = {}
     for recipe in recipes:
 
         def seconds_of(kind: str, engine: str, variant: str, recipe: str = recipe.name) -> float:
             return known.get((kind, recipe, engine, variant), 60.0)
 
-        asked |= {each.step.name: each for each in steps_of(recipe, wanted, places, seconds_of)}
+        asked |= {each.step.name: each for each in steps_of(recipe, wanted, chosen_for[recipe.name], seconds_of)}
     driver = Driver([each.step for each in asked.values()], machines, show, clock)
 
     def request_of(name: str) -> str:
@@ -188,7 +197,7 @@ def run(
         request = Request(
             work=each.work,
             recipe=str(recipe.path.absolute()),
-            text=recipe.path.read_text(encoding="utf-8"),
+            text=texts[recipe.name],
             store=where or "",
             results=results,
             names=list(each.names) or None,
@@ -229,7 +238,7 @@ def run(
 
     with show.task(f"{', '.join(outcomes)} on {len(places)} machines") as progress:
         driver.run(
-            lambda: [place for place in machines.places() if _is_meant(place, kinds, only_on)],
+            lambda: [place for place in machines.places() if _is_meant(place, kinds, words)],
             request_of,
             answered,
             lost,
@@ -296,7 +305,8 @@ class Driver:
                 if self._clock() - since > limit_s(name):
                     self._machines.stop(name)
             self.view.tell()
-            progress(len(schedule.steps) - schedule.left, len(schedule.steps), self.view.words())
+            if self._show.live:  # A log has the view's lines.
+                progress(len(schedule.steps) - schedule.left, len(schedule.steps), "")
 
 
 def _is_meant(place: Place, kinds: Collection[str], words: Sequence[str]) -> bool:
