@@ -31,7 +31,7 @@ class Machines:
         self._folder, self._monkeypatch = folder, monkeypatch
 
     def on(self, name: str) -> None:
-        shared._there.clear()
+        shared._settled.clear()
         self._monkeypatch.setenv("WORKBENCH_HOME", str(self._folder / name))
 
     def entry(self, key: str = "k", content: bytes = b"x" * 100_000) -> tuple[Path, Note]:
@@ -48,9 +48,9 @@ class Machines:
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     url = str(tmp_path / "store") if request.param == "folder" else f"memory://{uuid.uuid4().hex}/store"
     monkeypatch.setenv(shared.STORE, url)
-    shared._there.clear()
+    shared._settled.clear()
     yield url
-    shared._there.clear()
+    shared._settled.clear()
 
 
 @pytest.fixture

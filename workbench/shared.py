@@ -17,7 +17,9 @@ import os
 import sys
 import uuid
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from workbench.disk import disk_faults, remove
 from workbench.errors import UserError
@@ -30,8 +32,8 @@ CURRENT = "current.json"
 PRIVATE = ("bandwidth",)
 """Kinds of entries that are of one machine."""
 
-_there: set[str] = set()
-"""Entries known to be in a store."""
+_settled: set[str] = set()
+"""Entries that are in a store, or do not belong there: not asked for again."""
 
 
 def store() -> str | None:
@@ -77,7 +79,7 @@ def fetch(kind: str, key: str, final: Path) -> bool:
             with disk_faults(partial):
                 files.get_file(f"{path}/{upload}/{name}", str(target))
         partial.rename(final)
-    _there.add(place)
+    _settled.add(place)
     return True
 
 
@@ -87,7 +89,7 @@ def offer(kind: str, key: str, final: Path, record: str, anew: bool = False) -> 
     `record`: the name of the entry's record. What is of files that are not the entry's own stays where it is.
     """
     place = place_of(kind, key)
-    if place is None or (place in _there and not anew):
+    if place is None or (place in _settled and not anew):
         return
     with reaching(place, f"write {kind}", "--store"):
         files, path = file_system(place)
@@ -96,22 +98,25 @@ def offer(kind: str, key: str, final: Path, record: str, anew: bool = False) -> 
                 names = [*(contents(final / record)[1] or {}), record]
             except Changed as fault:
                 raise UserError(str(fault)) from None
-            if any(Path(name).is_absolute() for name in names):
-                return
-            upload = uuid.uuid4().hex
-            for name in names:
-                target = f"{path}/{upload}/{name}"
-                make_folder(files, place, target.rpartition("/")[0])
-                files.put_file(str(final / name), target)
-            _put(files, place, f"{path}/{CURRENT}", {"upload": upload, "files": names})
-    _there.add(place)
+            if not any(Path(name).is_absolute() for name in names):
+                upload = uuid.uuid4().hex
+                for name in names:
+                    target = f"{path}/{upload}/{name}"
+                    make_folder(files, place, target.rpartition("/")[0])
+                    files.put_file(str(final / name), target)
+                _put(files, f"{path}/{CURRENT}", {"upload": upload, "files": names})
+    _settled.add(place)
 
 
 def installation() -> str | None:
     """Six hex digits of the store, which all machines that share it are one installation by; None without a store."""
     place = store()
-    if place is None:
-        return None
+    return _instance(place) if place else None
+
+
+@lru_cache(maxsize=8)
+def _instance(place: str) -> str | None:
+    """Asked of a store once a process: every row has it."""
     with reaching(place, "read", "--store"):
         files, path = file_system(place)
         name = f"{path}/instance.json"
@@ -120,18 +125,19 @@ def installation() -> str | None:
                 return str(json.loads(files.cat_file(name))["instance"])
             except FileNotFoundError:
                 make_folder(files, place, path)
-                _put(files, place, name, {"instance": uuid.uuid4().hex[:6]})
+                _put(files, name, {"instance": uuid.uuid4().hex[:6]})
                 # Read again: of two that wrote it at once the later one counts for both.
     return None
 
 
-def _put(files: object, place: str, path: str, said: dict[str, object]) -> None:
+def _put(files: Any, path: str, said: dict[str, object]) -> None:
     """Write a small file that is there whole or not at all, in folders too."""
     half = f"{path}.{uuid.uuid4().hex[:8]}.partial"
-    files.pipe_file(half, json.dumps(said).encode())  # type: ignore[attr-defined]
-    files.mv(half, path)  # type: ignore[attr-defined]
-    files.invalidate_cache()  # type: ignore[attr-defined]
+    files.pipe_file(half, json.dumps(said).encode())
+    files.mv(half, path)
+    files.invalidate_cache()
 
 
 def place_of(kind: str, key: str) -> str | None:
+    """Where the store has an entry, or would; None without a store, and for what is of one machine alone."""
     return f"{store()}/{kind}/{key}" if store() and kind not in PRIVATE else None
