@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from workbench import shared
 from workbench.disk import disk_faults, expanded, remove, sync, write_whole
@@ -266,11 +266,16 @@ def stored(kind: Kind, key: str, record: type[Record]) -> Record | None:
         return _found(kind, key, record)
 
 
-def bring(kind: Kind, key: str) -> None:
-    """Have an entry here that another machine made, if there is one; who reads it checks it."""
-    with _entry_lock(kind, key):
-        if not os.path.lexists(home() / kind / key):
-            shared.fetch(kind, key, home() / kind / key)
+def bring(path: str) -> None:
+    """Have the entry here that a path of the cache lies in, if another machine made it; who reads it checks it."""
+    if not Path(path).is_relative_to(home()):
+        return
+    folder, key, *_ = Path(path).relative_to(home()).parts
+    for kind in get_args(Kind):
+        if kind == folder and not os.path.lexists(home() / kind / key):
+            with _entry_lock(kind, key):
+                if not os.path.lexists(home() / kind / key):
+                    shared.fetch(kind, key, home() / kind / key)
 
 
 def _entry_lock(kind: Kind, key: str) -> contextlib.AbstractContextManager[None]:

@@ -93,7 +93,7 @@ def _place_of(artifact: Artifact, output: Path | None, store: str | None) -> Pat
 
     with shared.using(store):
         if output:
-            bring("artifacts", artifact.digest)
+            bring(artifact.path)
             return copy_to(output, artifact)
         return artifact.path if Path(artifact.path).exists() else shared.place_of("artifacts", artifact.digest) or ""
 

@@ -7,11 +7,10 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from workbench import __version__, pipeline, shared
 from workbench.cache import at_work
@@ -19,7 +18,7 @@ from workbench.cluster.schedule import Place
 from workbench.console import Growing
 from workbench.errors import UserError, WorkFailed
 from workbench.gpus import gpus
-from workbench.home import OWN_GPUS, Kind, bring, home, local, portable
+from workbench.home import OWN_GPUS, bring, local, portable
 from workbench.machine.identity import machine
 from workbench.profile.reference import all_references, reference_keys
 from workbench.quantize.base import prepare
@@ -27,6 +26,7 @@ from workbench.quantize.make import Made, make
 from workbench.recipe.load import Recipe, load
 from workbench.records import digest, from_json, to_json
 from workbench.report import store
+from workbench.scratch import temporary
 
 
 @dataclass(frozen=True)
@@ -176,11 +176,7 @@ def _here(recipe: Recipe, made: Made, show: Told) -> Made:
     files = [each.path for forms in artifacts.values() for each in forms]
     files += [each.path for each in made.evaluations.values()] + [each.path for each in made.tasks.values()]
     for file in files:
-        if Path(file).is_relative_to(home()):
-            kind, key, *_ = Path(file).relative_to(home()).parts
-            for known in get_args(Kind):
-                if kind == known:
-                    bring(known, key)
+        bring(file)
     return replace(made, base=base, artifacts=artifacts)
 
 
@@ -192,7 +188,7 @@ def _recipe(request: Request) -> Iterator[Recipe]:
         if file.read_text(encoding="utf-8") == request.text:
             yield load(file)
             return
-    with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
+    with temporary() as folder:
         copy = Path(folder, digest(request.text)[:8] + file.suffix)
         copy.write_text(request.text, encoding="utf-8")
         yield load(copy)

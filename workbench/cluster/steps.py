@@ -15,6 +15,7 @@ from typing import Literal
 from workbench.cluster.schedule import Place, Step
 from workbench.profile.beside import ENDPOINT
 from workbench.profile.jobs import devices_of, pairs_of
+from workbench.quantize.calibrated import pass_devices
 from workbench.quantize.make import to_carry
 from workbench.recipe.choices import making_of
 from workbench.recipe.load import Recipe
@@ -62,9 +63,8 @@ def steps_of(
     """
     name = recipe.name
     tokens = _step(f"{name}: base and tokens", cost=FIRST)
-    devices = recipe.calibration.devices if recipe.calibration else "auto"
     shared = _step(f"{name}: calibration", {tokens.name}, cost=FIRST)
-    shared = shared if devices == "auto" else replace(shared, gpus=devices)
+    shared = replace(shared, gpus=pass_devices(recipe) or 1)
     found = [Asked(tokens, name, "tokens"), Asked(shared, name, "pass", tuple(sorted(wanted.names or ())))]
     made = dict[str, str]()
     for variant in _made_by_themselves(recipe, wanted.names):
@@ -96,7 +96,7 @@ def steps_of(
             step = replace(_step(text + f" @ {kind}", after, cost), kind=kind, gpus=gpus)
             found.append(Asked(step, name, "measure", jobs=tuple(block)))
     if recipe.endpoints and not wanted.backends:
-        served = tuple((ENDPOINT, each.variant or "") for each in recipe.endpoints.values())
+        served = tuple((ENDPOINT, each.variant or called) for called, each in recipe.endpoints.items())
         served = tuple(job for job in served if wanted.only is None or job in wanted.only)
         step = _step(f"{name}: endpoints", before | {shared.name, *made.values()}, 1.0)
         found += [Asked(step, name, "measure", jobs=served)] if served else []

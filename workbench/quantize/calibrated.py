@@ -94,7 +94,7 @@ def _precision(recipe: Recipe) -> str:
     return "float32" if chosen == "auto" and weighted else chosen
 
 
-def _devices(recipe: Recipe) -> int | None:
+def pass_devices(recipe: Recipe) -> int | None:
     """Over how many the pass is shared out, where the recipe says."""
     said = recipe.calibration.devices if recipe.calibration else "auto"
     return None if said == "auto" else said
@@ -143,7 +143,7 @@ def _pass(
         state=str(state),
         precision=_precision(recipe),
         grams_out=str(grams_out) if grams_out else None,
-        devices=_devices(recipe),
+        devices=pass_devices(recipe),
     )
     others = {"importance matrix": imatrix_key, "Gram matrices": grams_key}
     names = ", ".join([*missing, *(name for name, key in others.items() if key)])
