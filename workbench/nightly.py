@@ -145,9 +145,9 @@ def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] |
     def again(only: set[tuple[str, str]]) -> list[Row]:
         return pipeline.profile(recipe, made, show, results, backends=backends, again=True, only=only)
 
-    night = _judged(recipe, here, since, results, show, made.failures, again)
+    judged = _judged(recipe, here, since, results, show, made.failures, again)
     state.unlink(missing_ok=True)
-    return night
+    return judged
 
 
 def _over(

@@ -35,10 +35,15 @@ from workbench.report.selection import engine_texts, pair_of
 
 def quantize(recipe: Recipe, show: Show, names: set[str] | None = None) -> Made:
     """Make what the recipe names, or find it made; remembered as this machine's last recipe."""
+    take_up(recipe, show)
+    return make(recipe, show, names)
+
+
+def take_up(recipe: Recipe, show: Show) -> None:
+    """Say what is odd about a recipe that is to be made, and remember it."""
     for warning in recipe.warnings:
         show.say(f"note: {warning}")
     remember(recipe.path)
-    return make(recipe, show, names)
 
 
 def beside(recipe: Recipe, variant: str | None, show: Show) -> Beside:

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 from workbench.cluster import node
@@ -58,16 +59,13 @@ class RayMachines:
                 place = node.place_of(id, name, dict(alive[id].get("Labels") or {}), told)
                 cpus = int(alive[id]["Resources"].get("CPU", 1))
                 gpus = int(alive[id]["Resources"].get("GPU", 0))
-                self._known[id] = Place(id, place.kind, min(gpus, place.gpus), cpus, name, place.labels)
+                self._known[id] = replace(place, gpus=min(gpus, place.gpus), cpus=cpus)
         return [place for id, place in self._known.items() if id in alive]
 
     def begin(self, step: Step, place: Place, request: str) -> None:
         """Send a step to a machine."""
-        if place.gpus:
-            share = min(step.gpus, place.gpus)
-            task = self._task(node.run, place.id, place.cpus * share // place.gpus, share)
-        else:
-            task = self._task(node.run, place.id, place.cpus)
+        share = place.share(step)
+        task = self._task(node.run, place.id, place.cpus * share // place.room, share if place.gpus else 0)
         self._running[task.remote(request)] = step.name, place.name
 
     def wait(self, most_s: float) -> list[tuple[str, str | None, str]]:

@@ -18,6 +18,7 @@ from workbench.cluster.view import View, summary
 from workbench.console import Show
 from workbench.errors import UserError, WorkFailed
 from workbench.home import installation, portable
+from workbench.pipeline import take_up
 from workbench.profile.jobs import now
 from workbench.profile.rounds import ROUNDS
 from workbench.quantize.make import Made
@@ -179,6 +180,8 @@ def run(
     kinds = {place.kind for place in places}
     known = _durations(results)
     outcomes = {recipe.name: Outcome(recipe, results=results) for recipe in recipes}
+    for recipe in recipes:
+        take_up(recipe, show)
     texts = {recipe.name: recipe.path.read_text(encoding="utf-8") for recipe in recipes}
     asked: dict[str, Asked] = {}
     for recipe in recipes:
@@ -217,6 +220,7 @@ def run(
             show.say(f"{place.name}: {line}")
         if answer.error:
             outcome.mend = outcome.made is None and answer.mend
+            driver.view.failed += 1
             lost(name, answer.error)
         if answer.made is not None:
             outcome.made = _with(outcome.made, made_of(answer.made))
@@ -224,10 +228,9 @@ def run(
 
     def lost(name: str, why: str) -> None:
         each, outcome = asked[name], outcomes[asked[name].recipe]
-        driver.view.failed += 1
         if each.work == "tokens":
             # Nothing can be made of a base that is not there.
-            driver.give_up_all([other for other in asked if asked[other].recipe == each.recipe], name)
+            driver.schedule.drop([other for other in asked if asked[other].recipe == each.recipe])
         if each.work in ("pass", "make") and outcome.made is not None:
             names = each.names or tuple(v.name for v in outcome.recipe.variants if v.method != "base")
             missing = [variant for variant in names if variant not in outcome.made.artifacts]
@@ -260,10 +263,6 @@ class Driver:
         self.schedule = Schedule(steps)
         self.view = View(self.schedule, show, clock)
         self._machines, self._show, self._clock = machines, show, clock
-
-    def give_up_all(self, names: Collection[str], but: str) -> None:
-        """Of steps that wait, none of these will be begun."""
-        self.schedule.drop([name for name in names if name != but])
 
     def run(
         self,

@@ -27,6 +27,15 @@ class Place:
     name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def room(self) -> int:
+        """How many steps of one GPU it takes at once; without GPUs one."""
+        return max(self.gpus, 1)
+
+    def share(self, step: Step) -> int:
+        """How much of its room a step takes: as many GPUs as there are at the most."""
+        return min(step.gpus, self.room)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -72,8 +81,8 @@ class Schedule:
         """Machines that are there; those known before stay as they are."""
         for place in places:
             if place.id not in self._at:
-                busy = sum(_share(self.steps[name], place) for name, at in self._where.items() if at == place.id)
-                self._at[place.id] = _At(place, max(place.gpus, 1) - busy)
+                busy = sum(place.share(self.steps[name]) for name, at in self._where.items() if at == place.id)
+                self._at[place.id] = _At(place, place.room - busy)
 
     def leave(self, id: str) -> None:
         """A machine is gone, or is to get nothing for a while; what runs there is told of all the same."""
@@ -90,7 +99,7 @@ class Schedule:
             if at is None:
                 left.append(step)
                 continue
-            at.free -= _share(step, at.place)
+            at.free -= at.place.share(step)
             self._where[step.name] = at.place.id
             yield step, at.place
         self._waiting = left
@@ -152,15 +161,10 @@ class Schedule:
     def _room(self, step: Step) -> _At | None:
         """The machine with most room among those that may take it."""
         able = [at for at in self._at.values() if not step.kind or at.place.kind == step.kind]
-        able = [at for at in able if at.free >= _share(step, at.place)]
+        able = [at for at in able if at.free >= at.place.share(step)]
         return max(able, key=lambda at: at.free, default=None)
 
     def _free(self, name: str) -> None:
         at = self._at.get(self._where.pop(name, ""))
         if at is not None:
-            at.free += _share(self.steps[name], at.place)
-
-
-def _share(step: Step, place: Place) -> int:
-    """How much of a machine a step takes, in GPUs, or 1 for the whole of a machine without."""
-    return min(step.gpus, max(place.gpus, 1))
+            at.free += at.place.share(self.steps[name])
