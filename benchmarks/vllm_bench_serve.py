@@ -1,19 +1,19 @@
 """The client of a server's load against `vllm bench serve`: the same vLLM server, the same load, in turn.
 
     python benchmarks/vllm_bench_serve.py MODEL_DIRECTORY [--prompt 64] [--new 16] [--slots 4] [--requests 16]
-        [--rounds 8] [--guidellm PROGRAM] [--guidellm-rounds 4] [--paced]
+        [--rounds 8] [--guidellm PROGRAM] [--guidellm-rounds 8] [--paced]
 
-A `vllm serve` without a prefix cache, eager, in bfloat16 on a CPU. In each round each side sends so many requests, so
+A `vllm serve` without a prefix cache, eager, in bfloat16 on half of the processors; clients are on the others, since a
+client that keeps the server from its work would measure itself. In each round each side sends so many requests, so
 many at once, whose prompts and answers have these lengths; who begins changes from round to round. The peer's side is
 vLLM's own benchmark with its dataset of random tokens, its arguments and its clock. Compared are the medians of the
 time to the first token, of the time between tokens (ITL, over all waits) and of that of an answer (TPOT, its mean), and
 output tokens a second. The claim: within 5 % of it, by the median ratio of the rounds. Exit code 1 if not.
 
 The peers' requests are text, ours token ids. `--guidellm PROGRAM` does the same with guidellm's command, which has an
-environment of its own, its synthetic text and its figures; it starts anew in each of its rounds, so they are fewer.
-What it calls inter-token latency is an answer's mean, our TPOT. A short run of it is also work on the server's
-processors (some 11 s of start-up). `--paced` takes another server, which computes nothing (the first token comes after
-200 ms, the others 20 ms apart): there two clients differ in what they measure and in nothing else.
+environment of its own, its synthetic text and its figures. What it calls inter-token latency is an answer's mean, our
+TPOT. `--paced` takes another server, which computes nothing (the first token comes after 200 ms, the others 20 ms
+apart): there two clients differ in what they measure and in nothing else.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NAME = "served"
 
 @contextlib.contextmanager
 def vllm_serve(model: str, room: int) -> Iterator[int]:
-    """The port of the server, once it is healthy."""
+    """The port of the server, once it is healthy; clients keep off its processors from here on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -53,8 +53,12 @@ def vllm_serve(model: str, room: int) -> Iterator[int]:
     words += f" --max-model-len {room} --kv-cache-memory-bytes {1 << 29} --host 127.0.0.1 --port {port}"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words.split()]
+    processors = sorted(os.sched_getaffinity(0))
+    half = max(1, len(processors) // 2)
+    os.sched_setaffinity(0, processors[:half])
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(program, stdout=log, stderr=log, env=environment, start_new_session=True)
+        os.sched_setaffinity(0, processors[half:] or processors)
         try:
             while server.poll() is None:
                 with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(health(port)):
@@ -168,7 +172,7 @@ def main() -> int:
     for name, usual in (("prompt", 64), ("new", 16), ("slots", 4), ("requests", 16), ("rounds", 8)):
         parser.add_argument(f"--{name}", type=int, default=usual)
     parser.add_argument("--guidellm", help="its program, in an environment of its own")
-    parser.add_argument("--guidellm-rounds", type=int, default=4)
+    parser.add_argument("--guidellm-rounds", type=int, default=8)
     parser.add_argument("--paced", action="store_true", help="a server that computes nothing, in the place of vLLM's")
     given = parser.parse_args()
     failed = asked = 0

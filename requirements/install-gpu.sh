@@ -48,6 +48,7 @@ say "2/4 engines (about 6 GB) and llama.cpp for architecture $architectures, com
 new workbench
 # The CUDA libraries beside torch are found from llama.cpp's own: nobody has to import torch first. Not from pip's cache,
 # which knows versions only: what it has may be built for another GPU, or for none.
+. "$here/llama-cpp-flags.sh"
 awk '/^llama-cpp-python==/{p=1} p{print} p&&!/\\$/{exit}' "$here/cuda.lock" >"$folder/llama-cpp.lock"
 PATH="$folder/build/bin:$PATH" CUDA_HOME=$toolkit \
   LDFLAGS="-Wl,-rpath-link,$toolkit/lib/stubs -Wl,-rpath,'\$ORIGIN/../../nvidia/cu13/lib'" LIBRARY_PATH="$toolkit/lib/stubs" \

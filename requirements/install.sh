@@ -32,10 +32,11 @@ if ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.vers
     "$venv/bin/uv" pip install --python "$venv/bin/python" --torch-backend cpu "$torch"
   } || { say "no CPU build within reach; taking PyPI's, with its CUDA libraries"; pip install "$torch"; }
 fi
+. "$here/llama-cpp-flags.sh"
 say "2/3 engines and tools (about 1 GB; the first time llama.cpp is compiled, 5 to 10 minutes on 2 cores)"
 pip install --no-compile --require-hashes --no-deps -r "$here/cpu.lock" -r "$here/docs.lock"
-if ! "$venv/bin/python" -P -c "import llama_cpp" 2>/dev/null; then
-  say "pip's cache had a llama.cpp that does not load here, built with other flags: compiling it"
+if ! "$venv/bin/python" -P -c "import llama_cpp as x; assert b'AMX_INT8' not in x.llama_print_system_info()" 2>/dev/null; then
+  say "pip's cache had a llama.cpp that does not run here, built with other flags: compiling it"
   awk '/^llama-cpp-python==/{p=1} p{print} p&&!/\\$/{exit}' "$here/cpu.lock" >"$venv/llama-cpp.lock"
   pip install --require-hashes --no-deps --no-cache-dir --force-reinstall -r "$venv/llama-cpp.lock"
 fi

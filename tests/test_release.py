@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -38,6 +40,18 @@ def test_a_release_makes_no_artifact_anew() -> None:
     variant = Variant("v", "gguf", {"type": "Q8_0"})
     then = digest(["base", "gguf", variant.options, versions, "0.1.0", []])
     assert artifact_key(PreparedBase("p", "base", "float32", 1, 4), variant, making_of(variant), []) == then
+
+
+def test_llama_cpp_is_compiled_without_amx() -> None:
+    """With it and GCC 12 its first product ends in SIGSEGV on a processor that has it."""
+    flags = f". '{LOCKS / 'llama-cpp-flags.sh'}' && echo $CXXFLAGS | grep . && "
+    macros = "c++ -march=sapphirerapids $CXXFLAGS -dM -E -x c++ /dev/null"
+    found = subprocess.run(["bash", "-c", flags + macros], text=True, capture_output=True, timeout=60)
+    if found.returncode:
+        pytest.skip("this compiler knows no such processor")
+    assert "__AVX512VNNI__" in found.stdout and "__AMX_INT8__" not in found.stdout
+    for script in ("install.sh", "install-gpu.sh"):
+        assert '. "$here/llama-cpp-flags.sh"' in (LOCKS / script).read_text()
 
 
 LEFT_OUT = {
