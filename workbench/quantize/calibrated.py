@@ -1,4 +1,5 @@
-"""Calibrated variants and the importance matrix: one calibration pass for whatever is missing."""
+"""Calibrated variants and the importance matrix: one calibration pass for whatever is missing, and one that goes
+backward for variants whose objective is the output."""
 
 from __future__ import annotations
 
@@ -57,34 +58,41 @@ def run_calibration(
     compensated = [name for name, (_, making) in wanted.items() if making.grams]
     grams_key = digest([base.digest, tokens.digest, "grams", precision, 1]) if compensated else None
     need_grams = grams_key is not None and stored("grams", grams_key, GramMatrices) is None
-    asked_for = [sorted(keys[name] for name in missing), need_imatrix, *(["grams"] if need_grams else [])]
-    pass_key = digest([base.digest, tokens.digest, *asked_for])
-    try:
-        if missing or need_imatrix or need_grams:
-            file = home() / "locks" / f"pass-{base.digest}-{tokens.digest}"
 
-            def waiting() -> None:
-                show.say(f"{WAITING}, which calibrates the same{holder(file)}")
+    def waiting() -> None:
+        show.say(f"{WAITING}, which calibrates the same{holder(file)}")
 
+    def a_pass(function: str, asked: list[str], imatrix: str | None, grams: str | None) -> None:
+        """One over the base; what it fails to make is noted."""
+        if not asked and not imatrix and not grams:
+            return
+        asked_for = [sorted(keys[name] for name in asked), bool(imatrix), *(["grams"] if grams else [])]
+        key = digest([base.digest, tokens.digest, *asked_for])
+        outs = {name: variants[name] for name in asked}
+        try:
             with lock(file, waiting, note=who("calibration pass")):
-                more = (imatrix_key if need_imatrix else None, grams_key if need_grams else None)
-                asked = {name: variants[name] for name in missing}
-                done = _pass(recipe, base, tokens, asked, keys, *more, pass_key, show)
+                done = _pass(function, recipe, base, tokens, outs, keys, imatrix, grams, key, show)
                 if done:
-                    failures |= done.refused | dict.fromkeys(weighted if done.no_imatrix else [], done.no_imatrix)
-    except (WorkFailed, UserError) as problem:
-        without = (weighted if need_imatrix else []) + (compensated if need_grams else [])
-        failures |= dict.fromkeys(missing + without, str(problem))
-        show.say(f"calibration failed: {problem}")
+                    failures.update(done.refused | dict.fromkeys(weighted if done.no_imatrix else [], done.no_imatrix))
+        except (WorkFailed, UserError) as problem:
+            without = (weighted if imatrix else []) + (compensated if grams else [])
+            failures.update(dict.fromkeys(asked + without, str(problem)))
+            show.say(f"calibration failed: {problem}")
+
+    file = home() / "locks" / f"pass-{base.digest}-{tokens.digest}"
+    backward = [name for name in missing if variants[name][1].gradients]
+    forward = [name for name in missing if name not in backward]
+    a_pass("run", forward, imatrix_key if need_imatrix else None, grams_key if need_grams else None)
+    a_pass("outputs", backward, None, None)
     found = {
         name: located(made, variant)
         for name, (variant, _) in variants.items()
         if (made := stored("artifacts", keys[name], Artifact))
     }
     imatrix = stored("imatrix", imatrix_key, ImportanceMatrix) if weighted else None
-    file = home() / "imatrix" / imatrix_key / f"{recipe.model}.imatrix.gguf"
+    matrix = home() / "imatrix" / imatrix_key / f"{recipe.model}.imatrix.gguf"
     grams = str(home() / "grams" / grams_key) if grams_key else ""
-    return imatrix and replace(imatrix, path=str(file), grams=grams), found
+    return imatrix and replace(imatrix, path=str(matrix), grams=grams), found
 
 
 def _precision(recipe: Recipe) -> str:
@@ -101,6 +109,7 @@ def pass_devices(recipe: Recipe) -> int | None:
 
 
 def _pass(
+    function: str,
     recipe: Recipe,
     base: PreparedBase,
     tokens: CalibrationTokens,
@@ -111,7 +120,8 @@ def _pass(
     pass_key: str,
     show: Show,
 ) -> Calibrated | None:
-    """Run the one pass for what is missing and put each result into the cache; None where nothing was."""
+    """Run a pass (a module of `worker.calibration`) for what is missing and put each result into the cache; None where
+    nothing was."""
     root = home() / "artifacts"
     # Another run may have made some of it while this one waited for the lock.
     missing = {name: each for name, each in missing.items() if stored("artifacts", keys[name], Artifact) is None}
@@ -148,7 +158,7 @@ def _pass(
     others = {"importance matrix": imatrix_key, "Gram matrices": grams_key}
     names = ", ".join([*missing, *(name for name, key in others.items() if key)])
     made, cost = work(
-        "workbench.worker.calibration.run:run",
+        f"workbench.worker.calibration.{function}:run",
         request,
         Calibrated,
         show,

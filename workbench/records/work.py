@@ -201,7 +201,8 @@ class CheckpointRequest:
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """`worker.calibration.run:run`: all calibrated variants of a base, and its importance matrix, in one pass."""
+    """`worker.calibration.run:run`: all calibrated variants of a base, and its importance matrix, in one pass; and
+    `outputs:run`, of variants whose objective is the output."""
 
     base: str
     tokens: str

@@ -116,6 +116,22 @@ def parts_of(structure: Structure, tensors: Tensors) -> list[Structure]:
     return [replace(structure, groups=tuple(groups)) for groups in parts]
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What the outputs of a layer's linear layers do to what the model says (`calibration/outputs.py`), by linear
+    layer, float32."""
+
+    inputs: Tensors
+    """Mean(x x^T) of its inputs, half of it with each token by how much the model minds a change of the output there:
+    [in, in]."""
+    gradients: Tensors
+    """Mean(g g^T) of the gradients by its outputs, in runs of outputs: [runs, length, length]."""
+
+    def on_cpu(self) -> Outputs:
+        """The same in host memory."""
+        return Outputs(*({name: one.cpu() for name, one in each.items()} for each in (self.inputs, self.gradients)))
+
+
 @dataclass
 class Layer:
     """One decoder layer on its way through the methods.
@@ -129,6 +145,8 @@ class Layer:
     grams: Tensors
     structure: Structure
     shared: dict[Any, Any] = field(default_factory=dict)
+    outputs: Outputs | None = None
+    """For variants whose `objective` is the output; None for the others."""
 
 
 def on_cpu(layer: Layer) -> Layer:
@@ -138,6 +156,7 @@ def on_cpu(layer: Layer) -> Layer:
         {name: tensor.cpu() for name, tensor in layer.tensors.items()},
         {name: gram.cpu() for name, gram in layer.grams.items()},
         layer.structure,
+        outputs=layer.outputs and layer.outputs.on_cpu(),
     )
 
 

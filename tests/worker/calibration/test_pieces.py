@@ -14,7 +14,7 @@ from workbench.errors import UserError
 from workbench.records import CalibrationRequest, CheckpointRequest
 from workbench.worker.architectures import SEPARATE, sizes_of
 from workbench.worker.base.checkpoint import StoredTensor
-from workbench.worker.calibration import gram, layout, resume, run, skeleton, walk
+from workbench.worker.calibration import gram, layout, resume, run, skeleton, variants, walk
 from workbench.worker.calibration.discover import structures_of
 from workbench.worker.calibration.gram import Grams
 from workbench.worker.calibration.weights import Weights
@@ -318,12 +318,12 @@ def test_the_key_has_all_that_the_bytes_depend_on(tmp_path: Path) -> None:
 
 def test_progress_is_told_in_forward_passes() -> None:
     told: list[tuple[float, float, str]] = []
-    variants: list[Any] = [
-        run._Variant("a", awq, options, None, {})  # type: ignore[arg-type]
+    made: list[Any] = [
+        variants.Variant("a", awq, options, None, {})  # type: ignore[arg-type]
         for options in (awq.Options(), awq.Options(rounding="compensated"), gptq.Options())
     ]
-    assert [variant.cost for variant in variants] == [0.5, 0.8, 0.5]
-    bar = run._Bar(lambda *words: told.append(words), 4, variants, 1)
+    assert [variant.cost for variant in made] == [0.5, 0.8, 0.5]
+    bar = run._Bar(lambda *words: told.append(words), 4, made, 1)
     bar.text("here")
     bar.step(1.0)
     bar.step(0.5)

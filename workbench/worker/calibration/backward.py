@@ -6,6 +6,7 @@ the last to the first, and in memory are one layer and its activations of a batc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from workbench.worker.calibration.layout import reserve
 from workbench.worker.calibration.skeleton import output_of
 from workbench.worker.calibration.walk import Walk, batches
 from workbench.worker.calibration.weights import Weights
+
+Heard = Callable[[str, Any, Any, slice], None]
 
 KEPT = 8
 """Activations, each as wide as a layer's widest, that autograd keeps of one, about."""
@@ -66,24 +69,23 @@ def forward(model: Walk, index: int, layer: Any, states: States, precision: str)
 
 
 def backward(
-    model: Walk, weights: Weights, index: int, layer: Any, states: States, sample: Any, precision: str
-) -> Seen:
-    """Pull the gradients through a layer: those by its input are written. `sample`: numbers of tokens, ascending."""
+    model: Walk, weights: Weights, index: int, layer: Any, states: States, precision: str, heard: Heard
+) -> None:
+    """Pull the gradients through a layer, batch by batch: those by its input are written, and `heard` is told of each
+    linear layer what came into it and the gradient by what went out, [tokens, in] and [tokens, out] (of experts: of the
+    tokens that are sent to them), and which of all tokens the batch has."""
     import torch
 
-    inputs: dict[str, list[Any]] = {group.linears[0]: [] for group in weights.structures[index].groups}
-    gradients: dict[str, list[Any]] = {name: [] for name in weights.structures[index].linears}
-    routed = {name for group in weights.structures[index].groups if group.routed for name in group.linears}
     came: Tensors = {}
     went: Tensors = {}
 
     def listen(name: str) -> Any:
-        def heard(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
+        def notice(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
             came[name], went[name] = arguments[0].detach(), output
 
-        return layer.get_submodule(name).register_forward_hook(heard)
+        return layer.get_submodule(name).register_forward_hook(notice)
 
-    hooks = [listen(name) for name in gradients]
+    hooks = [listen(name) for name in weights.structures[index].linears]
     source, after, before = states.hidden(index), states.gradient(index + 1), states.gradient(index)
     try:
         for start, count, length in batches(model.windows.lengths, KEPT * max(weights.widest, states.width)):
@@ -94,17 +96,31 @@ def backward(
             given = after[piece].to(model.device).view(out.shape).to(out.dtype)
             by_x, *by_outputs = torch.autograd.grad(out, [x, *went.values()], given)
             before[piece] = by_x.reshape(count * length, -1).to(device="cpu", dtype=torch.float32)
-            rows = (sample[(sample >= start) & (sample < piece.stop)] - start).to(model.device)
             for name, found in zip(went, by_outputs, strict=True):
-                some = slice(None) if name in routed else rows
-                gradients[name].append(found.reshape(-1, found.shape[-1])[some].float())
-                if name in inputs:
-                    inputs[name].append(came[name].reshape(-1, came[name].shape[-1])[some].float())
+                x = came[name]
+                heard(name, x.reshape(-1, x.shape[-1]), found.reshape(-1, found.shape[-1]), piece)
             came.clear()
             went.clear()
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def sampled(model: Walk, weights: Weights, index: int, layer: Any, states: States, sample: Any, precision: str) -> Seen:
+    """`backward`, and what it told of a sample. `sample`: numbers of tokens, ascending."""
+    structure = weights.structures[index]
+    inputs: dict[str, list[Any]] = {group.linears[0]: [] for group in structure.groups}
+    gradients: dict[str, list[Any]] = {name: [] for name in structure.linears}
+    routed = {name for group in structure.groups if group.routed for name in group.linears}
+
+    def heard(name: str, x: Any, gradient: Any, piece: slice) -> None:
+        rows = (sample[(sample >= piece.start) & (sample < piece.stop)] - piece.start).to(model.device)
+        some = slice(None) if name in routed else rows
+        gradients[name].append(gradient[some].float())
+        if name in inputs:
+            inputs[name].append(x[some].float())
+
+    backward(model, weights, index, layer, states, precision, heard)
     return Seen(_joined(inputs), _joined(gradients))
 
 

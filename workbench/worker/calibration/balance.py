@@ -24,7 +24,8 @@ FELT = 0.01
 
 
 def balanced(layer: Layer) -> Layer:
-    """The layer itself, or the same function with groups in float16's range; the grams are of its own activations."""
+    """The layer itself, or the same function with groups in float16's range; the grams are of its own activations, and
+    nothing is known of its outputs any more."""
     tensors, grams = dict(layer.tensors), dict(layer.grams)
     changed = layer.structure.scores is not None and _queries_and_keys(tensors, *layer.structure.scores)
     for group in layer.structure.groups:
@@ -34,7 +35,7 @@ def balanced(layer: Layer) -> Layer:
             first = group.linears[0]
             grams[first] = (grams[first] / scales[:, None]).div_(scales)
             changed = True
-    return replace(layer, tensors=tensors, grams=grams, shared={}) if changed else layer
+    return replace(layer, tensors=tensors, grams=grams, shared={}, outputs=None) if changed else layer
 
 
 def _queries_and_keys(tensors: Any, query: str, key: str) -> bool:

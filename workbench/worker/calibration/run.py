@@ -16,37 +16,31 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from workbench.disk import disk_faults
-from workbench.errors import UserError, out_of_memory, unknown
-from workbench.records import Calibrated, CalibrationRequest, CheckpointRequest, MadeVariant, from_json, to_json
+from workbench.errors import UserError, out_of_memory
+from workbench.records import Calibrated, CalibrationRequest, MadeVariant, from_json, to_json
 from workbench.worker import Progress, Tensors
 from workbench.worker.calibration.balance import balanced
 from workbench.worker.calibration.device import (
     choose_devices,
     choose_precision,
     exact_products,
-    synchronize,
-    with_cpu_fallback,
 )
 from workbench.worker.calibration.discover import told
-from workbench.worker.calibration.layout import Checkpoint, check_shapes, finish, layout_of
+from workbench.worker.calibration.layout import finish
 from workbench.worker.calibration.resume import Work, key_of, open_work
 from workbench.worker.calibration.team import team
+from workbench.worker.calibration.variants import Variant, lost, variants_of
 from workbench.worker.calibration.walk import FEWEST_ROUTED, Walk, does_not_fit, forward
 from workbench.worker.calibration.weights import Weights, open_weights, read_layer
 from workbench.worker.calibration.windows import Windows, read_windows
 from workbench.worker.ggml import grams as gram_files
 from workbench.worker.ggml import imatrix, names
-from workbench.worker.layers import LAYERS, Layer, Structure, on_cpu, parts_of
-from workbench.worker.methods import METHODS, CalibratedMethod, method_named
-
-LOST_SHARE = 0.2
-"""Part of its output's power from which a linear layer is said to be lost. Four bits lose 0.01, two bits 0.1."""
+from workbench.worker.layers import LAYERS, Layer, Structure, parts_of
 
 
 def run(payload: object, progress: Progress) -> object:
@@ -70,7 +64,7 @@ def run(payload: object, progress: Progress) -> object:
     weights = open_weights(Path(request.base))
     windows = read_windows(Path(request.tokens), weights)
     devices = devices[: len(windows.lengths)]
-    variants, refused = _variants(request.variants, weights)
+    variants, refused = variants_of(request.variants, weights)
     named, no_imatrix = _gguf_names(weights) if request.imatrix_out or request.grams_out else ({}, "")
     if (refused or no_imatrix) and not variants and not named:
         raise UserError("; ".join(filter(None, [*refused.values(), no_imatrix])))
@@ -112,10 +106,9 @@ def run(payload: object, progress: Progress) -> object:
                 for variant in variants:
                     bar.text(f"layer {index + 1} of {weights.layers}: {variant.name}")
                     with _timed(seconds, variant.name):
-                        made = _quantize(layer, variant, work, device)
+                        made = variant.quantize(layer, note.errors[variant.name], note.warnings[variant.name], device)
                     with _timed(seconds, "write"):
-                        for name, tensor in made.items():
-                            variant.checkpoint.write(f"{LAYERS}.{index}.{name}", tensor)
+                        variant.write(index, made)
                     del made
                     step(variant.cost)
                 del layer, grams
@@ -134,29 +127,13 @@ def run(payload: object, progress: Progress) -> object:
         variant.name: MadeVariant(
             variant.tensor_types,
             tensor_errors=note.errors[variant.name],
-            warnings=note.warnings[variant.name] + told_to_all + _lost(note.errors[variant.name]),
+            warnings=note.warnings[variant.name] + told_to_all + lost(note.errors[variant.name]),
             seconds=seconds.get(variant.name, 0.0),
         )
         for variant in variants
     }
     kinds = told(weights.structures)
     return to_json(Calibrated(seconds, made_variants, refused, no_imatrix, kinds, note.experts, len(devices)))
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """One thing to make: a method, its options, where the result goes and what each tensor of the base becomes."""
-
-    name: str
-    method: CalibratedMethod
-    options: Any
-    checkpoint: Checkpoint
-    tensor_types: dict[str, str]
-
-    @property
-    def cost(self) -> float:
-        """Its share of a layer's time, the forward pass and Grams being 1; only for the progress bar."""
-        return 0.8 if getattr(self.options, "rounding", "nearest") == "compensated" else 0.5
 
 
 def _forward(
@@ -192,48 +169,6 @@ def _tensors_of(part: Structure, parts: list[Structure], tensors: Tensors) -> Te
 
 def _part_of_a_step(bar: _Bar, parts: int, amount: float) -> None:
     bar.step(amount / parts)
-
-
-def _variants(requests: list[CheckpointRequest], weights: Weights) -> tuple[list[_Variant], dict[str, str]]:
-    """What can be made, and the reasons of what cannot."""
-    made, refused = [], {}
-    for request in requests:
-        try:
-            made.append(_variant(request, weights))
-        except UserError as error:
-            refused[request.name] = str(error)
-    return made, refused
-
-
-def _variant(request: CheckpointRequest, weights: Weights) -> _Variant:
-    name = request.name
-    known = {word: method for word in METHODS if isinstance(method := method_named(word), CalibratedMethod)}
-    if request.method not in known:
-        raise unknown("method", request.method, known, name)
-    method = known[request.method]
-    options = method.Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in request.options.items()})
-    method.check(options)
-    if method.making(options, cuda=False).stage != "pass":
-        raise UserError(f"{name}: `engine: {options.engine}` does not take part in the calibration pass")
-    check_shapes(weights, name, method, options)
-    layout, types = layout_of(weights, method, options)
-    return _Variant(name, method, options, Checkpoint(Path(request.out), layout), types)
-
-
-def _quantize(layer: Layer, variant: _Variant, work: Work, device: Any) -> Tensors:
-    """A layer's tensors as a variant stores them; its errors and warnings go into the note."""
-    prefix = f"{LAYERS}.{layer.index}."
-    (made, errors, warnings), moved = with_cpu_fallback(
-        lambda: variant.method.quantize(layer, variant.options),
-        lambda: variant.method.quantize(on_cpu(layer), variant.options),
-        device,
-    )
-    synchronize(device)
-    if moved:
-        warnings = [*warnings, f"layer {layer.index} was quantized in host memory: {device} does not hold it"]
-    work.note.errors[variant.name] |= {prefix + name: value for name, value in errors.items()}
-    work.note.warnings[variant.name] += warnings
-    return dict(made)
 
 
 def _gguf_names(weights: Weights) -> tuple[dict[str, str], str]:
@@ -295,19 +230,6 @@ def _starved(experts: dict[str, list[int]]) -> list[str]:
     ]
 
 
-def _lost(errors: dict[str, float]) -> list[str]:
-    """A warning of linear layers of which hardly anything is left, the worst first."""
-    lost = sorted((name for name, error in errors.items() if error > LOST_SHARE), key=lambda name: -errors[name])
-    if not lost:
-        return []
-    shown = ", ".join(f"{name.removesuffix('.weight')} ({min(errors[name], 1):.0%})" for name in lost[:3])
-    more = f" and {len(lost) - 3} more" if lost[3:] else ""
-    return [
-        f"{len(lost)} of {len(errors)} linear layers lose more than {LOST_SHARE:.0%} of their output: {shown}{more}. "
-        "Take more bits, smaller groups or another method"
-    ]
-
-
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     begun = time.perf_counter()
@@ -320,7 +242,7 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 class _Bar:
     """Work done and to do, in forward passes of one layer; every layer costs the same."""
 
-    def __init__(self, progress: Progress, layers: int, variants: list[_Variant], done: int) -> None:
+    def __init__(self, progress: Progress, layers: int, variants: list[Variant], done: int) -> None:
         self.progress = progress
         layer = 1.0 + sum(variant.cost for variant in variants)
         self.total, self.done, self.words = layers * layer, done * layer, ""

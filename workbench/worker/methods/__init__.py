@@ -63,6 +63,8 @@ class Making:
     environment: Mapping[str, str] = field(default_factory=dict)
     grams: bool = False
     """Whether it looks at the pass's Gram matrices too."""
+    gradients: bool = False
+    """Of the stage `pass`: whether it looks at gradients, which takes a pass of its own (`calibration/outputs.py`)."""
     headers: str = ""
     """Of what others made, which is linked to where it lies: the worker that a plan asks what it holds, given a
     `worker.base.found.HeadersRequest`."""

@@ -19,7 +19,8 @@ when it clips; here the search weighs the outputs and clipping them loses nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from workbench.errors import UserError
@@ -27,8 +28,11 @@ from workbench.shape import Shape, Stored
 from workbench.worker import Tensors
 from workbench.worker.layers import Group, Layer, Producer, fold, producing_rows
 from workbench.worker.methods import Making, grouped, rounding
+from workbench.worker.methods.both_sides import by_outputs, pieces
+from workbench.worker.methods.feedback import Factor, factored
 
 SHORTHAND = ""
+LATER = ("objective",)
 WRITES: tuple[str, ...] = ("awq", "gguf", "mlx", "compressed-tensors", "whole")
 LIBRARY = "transformers"
 TAGS: tuple[str, ...] = ("awq", "4-bit")
@@ -62,6 +66,9 @@ class Options:
     """Linear layers that stay in 16 bits, by parts of their names."""
     damping: float = 0.05
     """Added to the diagonal of the inputs' Gram matrix, as a fraction of its mean; for `rounding: compensated`."""
+    objective: Literal["input", "output"] = "input"
+    """What rounding keeps: the layer's outputs, or what the model says, by gradients; the latter takes a pass of its
+    own, about four times as long."""
     engine: Literal["workbench", "gptqmodel"] = "workbench"
     """Who makes it; `gptqmodel`: the library GPTQModel, also for architectures that the workbench does not know."""
 
@@ -71,6 +78,7 @@ def default_name(options: Options) -> str:
     parts = [f"awq-{options.bits}bit", "row" if options.group_size == -1 else f"g{options.group_size}"]
     parts += [] if options.zero_point else ["sym"]
     parts += ["compensated"] if options.rounding == "compensated" else []
+    parts += ["output"] if options.objective == "output" else []
     parts += [options.engine] if options.engine != "workbench" else []
     return "-".join(parts)
 
@@ -78,6 +86,7 @@ def default_name(options: Options) -> str:
 def check(options: Options) -> None:
     """Refuse, when the recipe is read, what no checkpoint of this format can hold."""
     rounding.check_grid("awq", options.group_size, options.damping)
+    grouped.check_objective("awq", options)
     if "" in options.modules_to_not_convert:
         raise UserError("awq: modules_to_not_convert: an empty word is part of every name; leave it out")
     if options.engine == "gptqmodel" and options.rounding == "compensated":
@@ -159,37 +168,44 @@ def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float],
     for group, scales in folds:
         if set(group.linears) <= set(skipped):
             continue
-        gram = layer.grams[group.linears[0]]
-        power = rounding.output_power(layer, group)
-        if scales is not None:
-            gram = (gram / scales[:, None]).div_(scales)
-        size = gram.shape[0] if options.group_size == -1 else options.group_size
-        weight = torch.cat([tensors[f"{name}.weight"] for name in group.linears]).t().contiguous()
-        compensated = options.rounding == "compensated"
-        grid = rounding.search_grid(
-            weight, gram, size, options.bits, symmetric=not options.zero_point, blocks=not compensated, lowest_zero=0
-        )
-        if compensated:
-            order = rounding.group_aware_order(gram.diagonal(), size)
-            group_of = torch.arange(gram.shape[0], device=gram.device) // size
-            where = f"layer {layer.index} {group.linears[0]}"
-            rounded = rounding.compensate(weight, gram, grid, group_of, order, options.damping, where)
-            codes, lost = rounded.codes, rounded.error
-            if rounded.damping > options.damping:
-                warnings.append(rounding.singular(where, rounded.damping))
-        else:
-            codes, error = rounding.nearest(weight, grid)
-            lost = rounding.quadratic(error, gram)
         # The rows of v and up were divided by the scales of what they feed; compare like with like.
-        power = _row_factors(layer, group, folds, power)
-        for linear, rows in rounding.row_slices(layer, group):
-            if linear in skipped:
+        divisors = _divisors(layer, group, folds)
+        power = rounding.output_power(layer, group)
+        for piece in pieces(layer, group):
+            if set(piece.group.linears) <= set(skipped):
                 continue
-            del tensors[f"{linear}.weight"]
-            tensors[f"{linear}.qweight"] = pack(codes[:, rows])
-            tensors[f"{linear}.qzeros"] = pack(grid.zero[:, rows].to(torch.uint8))
-            tensors[f"{linear}.scales"] = grid.scale[:, rows].to(torch.float16).contiguous()
-            errors[f"{linear}.weight"] = rounding.ratio(lost[rows].sum(), power[rows].sum())
+            gram, gradients = piece.gram, piece.gradients
+            if scales is not None:
+                gram = (gram / scales[:, None]).div_(scales)
+            if gradients is not None and piece.group.linears[0] in divisors:
+                gradients = _scaled(gradients, divisors[piece.group.linears[0]])
+            weight = torch.cat([tensors[f"{name}.weight"] for name in piece.group.linears]).t().contiguous()
+            size = gram.shape[0] if options.group_size == -1 else options.group_size
+            group_of = torch.arange(gram.shape[0], device=gram.device) // size
+            where = f"layer {layer.index} {piece.group.linears[0]}"
+            factor = None
+            if options.rounding == "compensated":
+                order = rounding.group_aware_order(gram.diagonal(), size)
+                factor = factored(gram, order, options.damping, where)
+            rounded, grid = by_outputs(
+                weight,
+                replace(piece, gram=gram, gradients=gradients),
+                group_of,
+                partial(_rounded, gram=gram, group_of=group_of, factor=factor, options=options),
+            )
+            if factor and rounded.damping > options.damping:
+                warnings.append(rounding.singular(where, rounded.damping))
+            for linear, rows in rounding.row_slices(layer, piece.group):
+                if linear in skipped:
+                    continue
+                del tensors[f"{linear}.weight"]
+                tensors[f"{linear}.qweight"] = pack(rounded.codes[:, rows])
+                tensors[f"{linear}.qzeros"] = pack(grid.zero[:, rows].to(torch.uint8))
+                tensors[f"{linear}.scales"] = grid.scale[:, rows].to(torch.float16).contiguous()
+                whole = power[dict(rounding.row_slices(layer, group))[linear]]
+                if linear in divisors:
+                    whole = whole / divisors[linear].square()
+                errors[f"{linear}.weight"] = rounding.ratio(rounded.error[rows].sum(), whole.sum())
     return tensors, errors, warnings
 
 
@@ -286,17 +302,40 @@ def _rounding_error(weight: Any, size: int, options: Options) -> Any:
     return table.sub_(code.sub_(zero).mul_(scale)).view_as(weight)
 
 
-def _row_factors(layer: Layer, group: Group, folds: list[tuple[Group, Any]], power: Any) -> Any:
-    """`power` of a group's output channels after their rows were divided for the groups they feed."""
-    slices = dict(rounding.row_slices(layer, group))
+def _divisors(layer: Layer, group: Group, folds: list[tuple[Group, Any]]) -> Tensors:
+    """What the rows of a group's linear layers were divided by for the groups that they feed: linear -> [out]."""
+    found: Tensors = {}
     for other, scales in folds:
         producer = other.producer
-        if scales is not None and producer and producer.kind == "linear" and producer.module in slices:
-            rows = slices[producer.module]
-            divisor = producing_rows(producer, scales, rows.stop - rows.start)
-            power = power.clone()
-            power[rows] /= divisor * divisor
-    return power
+        if scales is not None and producer and producer.kind == "linear" and producer.module in group.linears:
+            rows = layer.tensors[f"{producer.module}.weight"].shape[0]
+            found[producer.module] = producing_rows(producer, scales, rows) * found.get(producer.module, 1.0)
+    return found
+
+
+def _scaled(gradients: Any, divisors: Any) -> Any:
+    """Gradients' matrices [runs, length, length] by outputs that were divided by these [out]: a change counts as much
+    more."""
+    import torch
+
+    runs, length, _ = gradients.shape
+    factors = torch.nn.functional.pad(divisors, (0, runs * length - len(divisors))).view(runs, length)
+    return gradients * factors[:, :, None] * factors[:, None, :]
+
+
+def _rounded(
+    weight: Any, *, gram: Any, group_of: Any, factor: Factor | None, options: Options
+) -> tuple[rounding.Rounded, rounding.Grid]:
+    """Some channels' codes [in, some] and their grid; with error feedback where there is a factor."""
+    size = gram.shape[0] if options.group_size == -1 else options.group_size
+    grid = rounding.search_grid(
+        weight, gram, size, options.bits, symmetric=not options.zero_point, blocks=factor is None, lowest_zero=0
+    )
+    if factor:
+        made = rounding.compensate(weight, gram, grid, group_of, factor.order, options.damping, factor=factor)
+        return made, grid
+    codes, error = rounding.nearest(weight, grid)
+    return rounding.Rounded(codes, rounding.quadratic(error, gram), 0.0), grid
 
 
 # --- layout -------------------------------------------------------------------------------------

@@ -23,13 +23,18 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from workbench.shape import Shape, Stored
 from workbench.worker import Tensors
-from workbench.worker.layers import Layer
+from workbench.worker.layers import Group, Layer
 from workbench.worker.methods import Making, grouped
+from workbench.worker.methods.both_sides import by_outputs, pieces
+from workbench.worker.methods.feedback import Factor, factored
 from workbench.worker.methods.rounding import (
+    Grid,
+    Rounded,
     check_grid,
     compensate,
     group_aware_order,
@@ -42,6 +47,7 @@ from workbench.worker.methods.rounding import (
 )
 
 SHORTHAND = ""
+LATER = ("objective",)
 WRITES: tuple[str, ...] = ("gptq", "gguf", "mlx", "compressed-tensors", "whole")
 LIBRARY = "transformers"
 TAGS: tuple[str, ...] = ("gptq",)
@@ -66,6 +72,9 @@ class Options:
     """In which order columns are rounded: the important first, group by group, or as they stand."""
     damping: float = 0.01
     """Added to the diagonal of the inputs' Gram matrix, as a fraction of its mean."""
+    objective: Literal["input", "output"] = "input"
+    """What rounding keeps: the layer's outputs, or what the model says, by gradients; the latter takes a pass of its
+    own, about four times as long."""
     engine: Literal["workbench", "gptqmodel"] = "workbench"
     """Who makes it; `gptqmodel`: the library GPTQModel, also for architectures that the workbench does not know."""
 
@@ -76,6 +85,7 @@ def default_name(options: Options) -> str:
     parts += [] if options.sym else ["asym"]
     parts += ["act-order"] if options.desc_act else []
     parts += ["natural"] if options.order == "natural" and not options.desc_act else []
+    parts += ["output"] if options.objective == "output" else []
     parts += [options.engine] if options.engine != "workbench" else []
     return "-".join(parts)
 
@@ -83,6 +93,7 @@ def default_name(options: Options) -> str:
 def check(options: Options) -> None:
     """Refuse, when the recipe is read, what no checkpoint of this format can hold."""
     check_grid("gptq", options.group_size, options.damping)
+    grouped.check_objective("gptq", options)
 
 
 def limits(options: Options) -> dict[str, str]:
@@ -179,32 +190,49 @@ def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float],
     errors: dict[str, float] = {}
     warnings: list[str] = []
     for group in layer.structure.groups:
-        gram = layer.grams[group.linears[0]]
-        weight = stacked(layer, group)
-        size = gram.shape[0] if options.group_size == -1 else options.group_size
-        order = column_order(gram, size, options)
-        group_of = torch.arange(gram.shape[0], device=gram.device) // size
-        if options.desc_act:
-            # Act-order's groups are runs of the sorted columns, so the scales are those of the sorted matrix.
-            grid = search_grid(weight[order], gram[order][:, order], size, options.bits, symmetric=options.sym)
-            group_of = torch.empty_like(group_of).scatter_(0, order, group_of)
-        else:
-            grid = search_grid(weight, gram, size, options.bits, symmetric=options.sym)
-        where = f"layer {layer.index} {group.linears[0]}"
-        rounded = compensate(weight, gram, grid, group_of, order, options.damping, where)
-        if rounded.damping > options.damping:
-            warnings.append(singular(where, rounded.damping))
-        power = output_power(layer, group)
-        for linear, rows in row_slices(layer, group):
-            del tensors[f"{linear}.weight"]
-            tensors[f"{linear}.qweight"] = pack(rounded.codes[:, rows], options.bits)
-            # Version 1 of the format stores every zero less one.
-            zeros = (grid.zero[:, rows] - 1).to(torch.uint8)
-            tensors[f"{linear}.qzeros"] = pack(zeros.t(), options.bits).t().contiguous()
-            tensors[f"{linear}.scales"] = grid.scale[:, rows].to(torch.float16).contiguous()
-            tensors[f"{linear}.g_idx"] = group_of.to(torch.int32)
-            errors[f"{linear}.weight"] = ratio(rounded.error[rows].sum(), power[rows].sum())
+        power = dict(zip(group.linears, _powers(layer, group), strict=True))
+        for piece in pieces(layer, group):
+            weight, gram = stacked(layer, piece.group), piece.gram
+            size = gram.shape[0] if options.group_size == -1 else options.group_size
+            order = column_order(gram, size, options)
+            group_of = torch.arange(gram.shape[0], device=gram.device) // size
+            if options.desc_act:
+                # Act-order's groups are runs of the sorted columns, so the scales are those of the sorted matrix.
+                group_of = torch.empty_like(group_of).scatter_(0, order, group_of)
+            where = f"layer {layer.index} {piece.group.linears[0]}"
+            factor = factored(gram, order, options.damping, where)
+            rounded, grid = by_outputs(
+                weight, piece, group_of, partial(_rounded, gram=gram, factor=factor, group_of=group_of, options=options)
+            )
+            if rounded.damping > options.damping:
+                warnings.append(singular(where, rounded.damping))
+            for linear, rows in row_slices(layer, piece.group):
+                del tensors[f"{linear}.weight"]
+                tensors[f"{linear}.qweight"] = pack(rounded.codes[:, rows], options.bits)
+                # Version 1 of the format stores every zero less one.
+                zeros = (grid.zero[:, rows] - 1).to(torch.uint8)
+                tensors[f"{linear}.qzeros"] = pack(zeros.t(), options.bits).t().contiguous()
+                tensors[f"{linear}.scales"] = grid.scale[:, rows].to(torch.float16).contiguous()
+                tensors[f"{linear}.g_idx"] = group_of.to(torch.int32)
+                errors[f"{linear}.weight"] = ratio(rounded.error[rows].sum(), power[linear])
     return tensors, errors, warnings
+
+
+def _rounded(weight: Any, *, gram: Any, factor: Factor, group_of: Any, options: Options) -> tuple[Rounded, Grid]:
+    """Some channels' codes [in, some] and their grid."""
+    inputs = gram.shape[0]
+    size = inputs if options.group_size == -1 else options.group_size
+    where = (weight, gram)
+    if options.desc_act:
+        where = (weight[factor.order], gram[factor.order][:, factor.order])
+    grid = search_grid(*where, size, options.bits, symmetric=options.sym)
+    return compensate(weight, gram, grid, group_of, factor.order, options.damping, factor=factor), grid
+
+
+def _powers(layer: Layer, group: Group) -> list[Any]:
+    """The power of the outputs of each of a group's linear layers."""
+    power = output_power(layer, group)
+    return [power[rows].sum() for _, rows in row_slices(layer, group)]
 
 
 def column_order(gram: Any, size: int, options: Options) -> Any:

@@ -144,6 +144,12 @@ def check_linear(options: Any, where: str, rows: int, columns: int, possible: li
         )
 
 
+def check_objective(method: str, options: Any) -> None:
+    """Refuse the output as the objective of whoever looks at no gradients."""
+    if options.objective == "output" and options.engine != "workbench":
+        raise UserError(f"{method}: `objective: output` is the workbench's own; leave out `engine: {options.engine}`")
+
+
 def tensor_type(options: Any) -> str:
     """What a quantized tensor is called in an artifact's record."""
     return f"I{options.bits}-" + ("row" if options.group_size == -1 else f"g{options.group_size}")
@@ -183,7 +189,7 @@ def making(method: str, options: Any) -> Making:
         ),
     }
     if options.engine == "workbench":
-        return Making("pass", "tokens", packages, carried=carried)
+        return Making("pass", "tokens", packages, carried=carried, gradients=options.objective == "output")
     return Making(
         "base",
         "tokens",

@@ -242,12 +242,20 @@ def singular(where: str, damping: float) -> str:
 
 
 def compensate(
-    weight: Any, gram: Any, grid: Grid, group_of: Any, order: Any, damping: float, where: str = "a layer"
+    weight: Any,
+    gram: Any,
+    grid: Grid,
+    group_of: Any,
+    order: Any,
+    damping: float,
+    where: str = "a layer",
+    factor: Factor | None = None,
 ) -> Rounded:
     """Round columns in `order`, each taking up the error of those before it (`feedback.py`).
 
-    `weight` [in, out], `gram` [in, in], `group_of` [in]: the grid's row for each input, `order` a permutation.
-    Inputs that never fire have no say. Raises `UserError` as `factored` does.
+    `weight` [in, out], `gram` [in, in], `group_of` [in]: the grid's row for each input, `order` a permutation, `factor`
+    what `factored` makes of gram, order and damping, where that is at hand. Inputs that never fire have no say. Raises
+    `UserError` as `factored` does.
     """
     import torch
 
@@ -268,7 +276,7 @@ def compensate(
         code.add_(zero).round_().clamp_(0.0, top)
         return torch.sub(code, zero).mul_(scale)
 
-    factor = factored(gram, order, damping, where)
+    factor = factor or factored(gram, order, damping, where)
     error, residual = feedback(weight, factor, nearest_to)
     back = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     back[order] = codes.to(torch.uint8)
