@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from tests.rows import a_row
-from workbench.report.doubts import footnotes_of
+from dataclasses import replace
+
+import pytest
+
+from tests.rows import a_row, compared
+from workbench.report.doubts import PREDICTED_FACTORS, ROUNDED_INPUTS_NATS, footnotes_of
 from workbench.report.formats import FORMATS
 from workbench.report.table import build
 
@@ -37,3 +41,42 @@ def test_what_is_no_number_of_a_sentence_keeps_two_apart() -> None:
     marks, texts = footnotes_of([["1,000 of 4 left", "9 of 4 left"], [], ["-2 of 4 left"]])
     assert (marks, texts) == ([(1,), (), (2,)], ("9 to 1,000 of 4 left", "-2 of 4 left"))
     assert footnotes_of([]) == ([], ())
+
+
+LOW, HIGH = PREDICTED_FACTORS
+
+
+def errs(predicted: float | None, measured: float, apart: float = 0.0) -> bool:
+    """Whether the row of a file that was expected to diverge so far says that it does otherwise."""
+    row = compared(a_row("chosen"), measured)
+    choice = {"divergence": predicted} if predicted is not None else {}
+    row = replace(row, artifact=replace(row.artifact, provenance={"choice": choice}))
+    table = build([compared(a_row(), apart), row])
+    chosen = next(line for line in table.lines if line.row.artifact.variant == "chosen")
+    assert not any("prediction errs" in text for line in table.lines if line is not chosen for text in line.warnings)
+    return any("prediction errs" in text for text in chosen.warnings)
+
+
+@pytest.mark.parametrize("predicted", [0.03, 0.3])
+def test_a_prediction_errs_where_more_or_less_was_measured_than_its_factors_allow(predicted: float) -> None:
+    most = HIGH * predicted + ROUNDED_INPUTS_NATS
+    assert not errs(predicted, predicted)
+    assert (errs(predicted, 0.99 * most), errs(predicted, 1.01 * most)) == (False, True)
+    assert (errs(predicted, 1.01 * LOW * predicted), errs(predicted, 0.99 * LOW * predicted)) == (False, True)
+
+
+def test_a_prediction_is_not_blamed_for_the_engine() -> None:
+    assert not errs(0.0005, 0.0005 + ROUNDED_INPUTS_NATS)
+    more = 1.01 * (HIGH * 0.03 + ROUNDED_INPUTS_NATS)
+    assert errs(0.03, more) and not errs(0.03, more, apart=0.01)
+
+
+def test_what_was_not_predicted_is_not_judged() -> None:
+    assert not errs(None, 3.0)
+    chosen = compared(a_row("chosen"), 0.1234)
+    chosen = replace(chosen, artifact=replace(chosen.artifact, provenance={"choice": {"divergence": 0.02}}))
+    (said,) = build([compared(a_row(), 0.0), chosen]).footnotes
+    assert "by 0.1234 nats a token, 6.2 times the 0.0200 predicted" in said
+    # Of a row that was compared with another reference than its table's the divergence is not shown, and not judged.
+    other = compared(replace(chosen, started_at="2020-01-01T00:00:00Z"), 0.1234, reference="r0")
+    assert not any("prediction errs" in text for text in build([compared(a_row(), 0.0), other]).footnotes)

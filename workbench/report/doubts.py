@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from workbench.records import Row
 from workbench.report import quality
@@ -13,13 +13,24 @@ from workbench.report.metrics import METRICS
 ANOTHER_MODEL_NATS = 0.02
 """Mean divergence of the base from its own reference from which an engine is said to run another model: bfloat16 costs
 up to 0.001 nats a token, a sliding window or a rope scaling that is left out 0.1 to 2."""
+PREDICTED_FACTORS = (0.5, 2.0)
+"""Measured over predicted divergence outside which a prediction is said to err: from one of llama.cpp's mixtures to the
+next (Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K) it is a factor of 2.3 to 4.6 in float32 (rows of `recipes/smollm2-135m.yaml`),
+so beyond 2 the prediction is of another mixture."""
+ROUNDED_INPUTS_NATS = 0.025
+"""What an engine's arithmetic may add to a predicted divergence, which is of exact arithmetic, nats a token: llama.cpp,
+which rounds inputs to 8 bits, added 0.003 (Q8_0) to 0.023 (Q4_K_M) to what the same files diverged by in float32 (same
+rows). The base's own divergence has none of it, for its inputs are not rounded."""
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)")
 """A number in a sentence; not part of a name (Q4_1), nor of a version with two dots."""
 
 
-def warnings_of(row: Row, own: float | None, base: Row | None, delta: Estimate | None) -> tuple[str, ...]:
-    """All that makes a row's numbers doubtful, as it was told when it was measured, and beside its base (`own`: its
-    perplexity, `delta`: the difference to the base's)."""
+def warnings_of(
+    row: Row, values: Mapping[str, float | None], base: Row | None, delta: Estimate | None
+) -> tuple[str, ...]:
+    """All that makes a row's numbers doubtful, as it was told when it was measured, beside its base, and beside what
+    was predicted (`values`: its own by metric, `delta`: the difference of perplexity to the base's)."""
+    own = values["perplexity"]
     found = [*row.artifact.warnings, *(row.measurement.warnings if row.measurement else ()), *row.warnings]
     if own is not None and base is None:
         found.append(f"the base has no perplexity on {row.backend}, so there is no delta")
@@ -39,7 +50,23 @@ def warnings_of(row: Row, own: float | None, base: Row | None, delta: Estimate |
             f"a token, where arithmetic alone makes less than {ANOTHER_MODEL_NATS:g}. Numbers of quality on "
             f"{row.backend} are that model's"
         )
+    found.append(_mispredicted(row, values["kld_predicted"], values["kld_mean"], apart or 0.0))
     return tuple(dict.fromkeys(text for text in found if text))
+
+
+def _mispredicted(row: Row, predicted: float | None, measured: float | None, apart: float) -> str:
+    """Where the divergence that types were chosen for (nats a token) is not the measured one; `apart`: the base's own
+    in this engine. A prediction is of exact arithmetic, so an engine's own counts only against one that is too high."""
+    if not predicted or measured is None:
+        return ""
+    low, high = PREDICTED_FACTORS
+    if low * predicted <= measured <= high * predicted + apart + ROUNDED_INPUTS_NATS:
+        return ""
+    return (
+        f"the prediction errs: on {row.backend} this file diverges by {measured:.4f} nats a token, "
+        f"{measured / predicted:.2g} times the {predicted:.4f} predicted, as far off as another mixture would be. "
+        "Prices were made on the calibration's tokens; go by the measured number"
+    )
 
 
 def quality_missing(row: Row) -> str | None:

@@ -326,7 +326,7 @@ def _line(
     floor: NoiseFloor | None,
 ) -> Line:
     delta = quality.perplexity_delta(row, base) if base else None
-    warnings = warnings_of(row, values["perplexity"], base, delta)
+    warnings = warnings_of(row, values, base, delta)
     if reference and quality.reference(row) not in (None, reference):
         warnings += (
             f"compared with another reference of the base ({quality.reference(row)}, not {reference}): "
