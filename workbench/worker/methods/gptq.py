@@ -74,7 +74,7 @@ class Options:
     """Added to the diagonal of the inputs' Gram matrix, as a fraction of its mean."""
     objective: Literal["input", "output"] = "input"
     """What rounding keeps: the layer's outputs, or what the model says, by gradients; the latter takes a pass of its
-    own, about four times as long."""
+    own, about five times as long."""
     engine: Literal["workbench", "gptqmodel"] = "workbench"
     """Who makes it; `gptqmodel`: the library GPTQModel, also for architectures that the workbench does not know."""
 
