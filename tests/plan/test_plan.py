@@ -335,6 +335,22 @@ def test_gram_matrices_that_are_kept_are_planned(tiny_llama: Path) -> None:
     assert two.disk_bytes - one.disk_bytes == two.needs[-1].disk_bytes
 
 
+def test_hidden_states_of_a_pass_backward_are_planned(tiny_llama: Path) -> None:
+    calibration = {"source": {"text": "many words " * 99}, "window": 8, "windows": 2}
+    inputs, outputs = (
+        plan.make(
+            recipe(
+                base={"path": str(tiny_llama)},
+                variants=[{"gptq": {"group_size": 32, "objective": objective}}],
+                calibration=calibration,
+            ),
+            cuda=False,
+        )
+        for objective in ("input", "output")
+    )
+    assert outputs.disk_bytes - inputs.disk_bytes == 4 * 16 * 64 * (2 + 3)
+
+
 def hub_plan(tmp_path: Path, **env: str) -> list[dict[str, Any]]:
     """What `workbench plan` prints as JSON for a base on the hub, with a hub cache of its own."""
     (tmp_path / "r.yaml").write_text("base: {hub: owner/name}\nvariants: [{gguf: Q8_0}]\n")

@@ -246,8 +246,8 @@ def _fitted(
 
 
 def _all_disk(recipe: Recipe, shape: Shape) -> int:
-    """Everything a recipe writes: the base where it is rewritten, one conversion, Gram matrices that are kept, each
-    variant in each form."""
+    """Everything a recipe writes: the base where it is rewritten, one conversion, Gram matrices and hidden states that
+    are kept, each variant in each form."""
     base_bytes = shape.parameters * DTYPE_BYTES[shape.dtype]
     total = 0 if recipe.base.hub is None and recipe.base.path else base_bytes
     files: dict[tuple[str, str], int] = {}
@@ -269,7 +269,7 @@ def _all_disk(recipe: Recipe, shape: Shape) -> int:
             total += base_bytes
             total += method.sizes(shape, options, "gguf").disk_bytes if shape.dtype == "float32" else 0
     grams = _grams_bytes(shape) if any(making_of(variant).grams for variant in recipe.variants) else 0
-    return total + grams + sum(files.values())
+    return total + grams + _states_bytes(recipe, shape) + sum(files.values())
 
 
 SHARING = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
@@ -284,6 +284,15 @@ def _grams_bytes(shape: Shape) -> int:
             name = tensor.name.split(".")[2]
             inputs[tensor.layer, SHARING.get(name, name)] = tensor.shape[-1]
     return sum(columns * (columns + 1) // 2 * 4 for columns in inputs.values())
+
+
+def _states_bytes(recipe: Recipe, shape: Shape) -> int:
+    """The hidden states of all calibration tokens, float32, that a pass backward keeps meanwhile: of every layer, and
+    three more (`worker/calibration/gradients.py`)."""
+    if recipe.calibration is None or not any(making_of(variant).gradients for variant in recipe.variants):
+        return 0
+    tokens = recipe.calibration.windows * recipe.calibration.window
+    return 4 * tokens * shape.hidden * (shape.traits.layers + 3)
 
 
 def _existing(folder: Any) -> Any:

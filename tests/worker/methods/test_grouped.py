@@ -40,6 +40,8 @@ def test_what_configurations_say() -> None:
         (gptq.Options(group_size=-1, order="natural"), "gptq-4bit-row-natural"),
         (gptq.Options(order="natural", desc_act=True), "gptq-4bit-g128-act-order"),
         (gptq.Options(bits=8, engine="gptqmodel"), "gptq-8bit-g128-gptqmodel"),
+        (gptq.Options(objective="output"), "gptq-4bit-g128-output"),
+        (awq.Options(rounding="compensated", objective="output"), "awq-4bit-g128-compensated-output"),
     ],
 )
 def test_names_have_what_differs(options: Any, name: str) -> None:
@@ -197,3 +199,11 @@ def test_experts_count_one_by_one() -> None:
         whole = Shape(tensors, traits, 128, 32, 64, 100, 0, "bfloat16")
         sizes[len(shape)] = gptq.sizes(whole, gptq.Options(group_size=32), "gptq").disk_bytes
     assert sizes[3] == 8 * sizes[2] > 0
+
+
+@pytest.mark.parametrize("method", [awq, gptq])
+def test_gradients_are_the_workbenchs_own(method: Any) -> None:
+    with pytest.raises(UserError, match="`objective: output` is the workbench's own; leave out `engine: gptqmodel`"):
+        method.check(method.Options(objective="output", engine="gptqmodel"))
+    assert method.making(method.Options(objective="output"), cuda=False).gradients
+    assert not method.making(method.Options(), cuda=False).gradients

@@ -59,40 +59,60 @@ def by_outputs(
 
     if piece.gradients is None:
         return rounded(weight)
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    error = torch.empty_like(weight)
+    length = piece.gradients.shape[1]
+    runs = [_Run(weight, number * length, matrix) for number, matrix in enumerate(piece.gradients)]
+    codes, error = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), torch.empty_like(weight)
     scale = zero = torch.empty(0)
     bits, damping = 0, 0.0
-    length = piece.gradients.shape[1]
-    for number, gradients in enumerate(piece.gradients):
-        first = number * length
-        count = min(length, weight.shape[1] - first)
-        before, upper = 0, None
-        blocks = _dealt(gradients[:count, :count].diagonal())
-        order = torch.cat(blocks)
-        errors = torch.empty(weight.shape[0], count, device=weight.device)
-        if len(blocks) > 1:
-            upper = factored(gradients[:count, :count], order, DAMPING).upper
-        for block in blocks:
-            here, until = first + block, before + len(block)
-            own = weight[:, here]
-            wanted = own
-            if upper is not None and before:
-                inside = upper[before:until, before:until]
-                spread = torch.linalg.solve_triangular(
-                    inside, upper[:before, before:until], upper=True, left=False, unitriangular=True
-                )
-                wanted = torch.addmm(own, errors[:, :before], spread)
-            made, grid = rounded(wanted.contiguous())
-            if not bits:
-                scale = torch.empty(len(grid.scale), weight.shape[1], device=weight.device)
-                zero, bits = torch.empty_like(scale), grid.bits
-            placed = made.codes.to(weight.dtype).sub_(grid.zero[group_of]).mul_(grid.scale[group_of])
-            errors[:, before:until] = own - placed
-            codes[:, here], scale[:, here], zero[:, here] = made.codes, grid.scale, grid.zero
-            damping, before = max(damping, made.damping), until
-        error[:, first + order] = errors
+    for number in range(max(len(run.blocks) for run in runs)):
+        # A block of each run at once: runs know nothing of one another.
+        at_work = [run for run in runs if number < len(run.blocks)]
+        made, grid = rounded(torch.cat([run.wanted(number) for run in at_work], 1))
+        if not bits:
+            scale = torch.empty(len(grid.scale), weight.shape[1], device=weight.device)
+            zero, bits = torch.empty_like(scale), grid.bits
+        here = torch.cat([run.blocks[number] for run in at_work])
+        codes[:, here], scale[:, here], zero[:, here] = made.codes, grid.scale, grid.zero
+        placed = made.codes.to(weight.dtype).sub_(grid.zero[group_of]).mul_(grid.scale[group_of])
+        error[:, here] = weight[:, here] - placed
+        for run in at_work:
+            run.learn(error[:, run.blocks[number]])
+        damping = max(damping, made.damping)
     return Rounded(codes, quadratic(error, piece.gram), damping), Grid(scale, zero, bits)
+
+
+class _Run:
+    """Outputs whose gradients are known together, from `first` on: `weight` [in, out], all there are; `gradients`
+    [length, length], as many of them as there are outputs left."""
+
+    def __init__(self, weight: Any, first: int, gradients: Any) -> None:
+        import torch
+
+        count = min(len(gradients), weight.shape[1] - first)
+        gradients = gradients[:count, :count]
+        dealt = _dealt(gradients.diagonal())
+        self.weight, self.blocks = weight, [first + block for block in dealt]
+        self.upper = factored(gradients, torch.cat(dealt), DAMPING).upper
+        self.errors = weight[:, :0]
+        """Of the blocks before the next, in their order."""
+
+    def wanted(self, number: int) -> Any:
+        """What a block's weights [in, block] should be, after the errors of those before it."""
+        import torch
+
+        own, known = self.weight[:, self.blocks[number]], self.errors.shape[1]
+        if not known:
+            return own
+        here = slice(known, known + own.shape[1])
+        inside, before = self.upper[here, here], self.upper[:known, here]
+        spread = torch.linalg.solve_triangular(inside, before, upper=True, left=False, unitriangular=True)
+        return torch.addmm(own, self.errors, spread)
+
+    def learn(self, errors: Any) -> None:
+        """Note the next block's errors [in, block]."""
+        import torch
+
+        self.errors = torch.cat([self.errors, errors], 1)
 
 
 def _dealt(strength: Any) -> list[Any]:
