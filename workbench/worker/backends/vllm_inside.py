@@ -19,6 +19,11 @@ from workbench.worker.scoring.reducer import Scoring
 if "vllm" in sys.modules:
     # Which imports this module, by the extension's name, in each of its processes and before it loads a model.
     vllm_gguf.register()
+    # Linux lends a process the registers of Intel's AMX when it asks. vLLM's kernels for AWQ and GPTQ take them without
+    # (0.32), which is SIGILL; torch asks in this function, for which it has no public name.
+    import torch
+
+    torch.cpu._init_amx()
 
 
 class Extension:
