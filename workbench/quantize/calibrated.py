@@ -58,6 +58,7 @@ def run_calibration(
     compensated = [name for name, (_, making) in wanted.items() if making.grams]
     grams_key = digest([base.digest, tokens.digest, "grams", precision, 1]) if compensated else None
     need_grams = grams_key is not None and stored("grams", grams_key, GramMatrices) is None
+    file = home() / "locks" / f"pass-{base.digest}-{tokens.digest}"
 
     def waiting() -> None:
         show.say(f"{WAITING}, which calibrates the same{holder(file)}")
@@ -79,7 +80,6 @@ def run_calibration(
             failures.update(dict.fromkeys(asked + without, str(problem)))
             show.say(f"calibration failed: {problem}")
 
-    file = home() / "locks" / f"pass-{base.digest}-{tokens.digest}"
     backward = [name for name in missing if variants[name][1].gradients]
     forward = [name for name in missing if name not in backward]
     a_pass("run", forward, imatrix_key if need_imatrix else None, grams_key if need_grams else None)

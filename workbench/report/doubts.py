@@ -17,10 +17,12 @@ PREDICTED_FACTORS = (0.5, 2.0)
 """Measured over predicted divergence outside which a prediction is said to err: from one of llama.cpp's mixtures to the
 next (Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K) it is a factor of 2.3 to 4.6 in float32 (rows of `recipes/smollm2-135m.yaml`),
 so beyond 2 the prediction is of another mixture."""
+ROUNDING_INPUTS = ("llamacpp", "llama-server", "llama-cpp-server")
+"""Engines that round inputs to 8 bits: llama.cpp by its three names."""
 ROUNDED_INPUTS_NATS = 0.025
-"""What an engine's arithmetic may add to a predicted divergence, which is of exact arithmetic, nats a token: llama.cpp,
-which rounds inputs to 8 bits, added 0.003 (Q8_0) to 0.023 (Q4_K_M) to what the same files diverged by in float32 (same
-rows). The base's own divergence has none of it, for its inputs are not rounded."""
+"""What that may add to a predicted divergence, which is of exact arithmetic, nats a token: llama.cpp added 0.003 (Q8_0)
+to 0.023 (Q4_K_M) to what the same files diverged by in float32 (same rows). The base's own divergence has none of it,
+for its inputs are not rounded."""
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)")
 """A number in a sentence; not part of a name (Q4_1), nor of a version with two dots."""
 
@@ -60,7 +62,8 @@ def _mispredicted(row: Row, predicted: float | None, measured: float | None, apa
     if not predicted or measured is None:
         return ""
     low, high = PREDICTED_FACTORS
-    if low * predicted <= measured <= high * predicted + apart + ROUNDED_INPUTS_NATS:
+    allowed = apart + (ROUNDED_INPUTS_NATS if row.backend in ROUNDING_INPUTS else 0.0)
+    if low * predicted <= measured <= high * predicted + allowed:
         return ""
     return (
         f"the prediction errs: on {row.backend} this file diverges by {measured:.4f} nats a token, "

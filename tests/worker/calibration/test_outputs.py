@@ -117,6 +117,37 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         assert heard[0] == words.replace("awq", "backward pass"), "what was done before is not done again"
 
 
+def test_a_pass_whose_hidden_states_are_gone_begins_anew(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", "llama")
+    request = pass_request(base, tmp_path / "work", {"gptq": VARIANTS["gptq"]})
+    outputs.run(request, quiet)
+    whole = (tmp_path / "work" / "gptq" / "model.safetensors").read_bytes()
+    for file in ("hidden-00001.bin", "gradient-1.bin"):
+        shutil.rmtree(request["state"])
+
+        def stop(done: float, total: float, text: str) -> None:
+            if text == "layer 1 of 2: gptq":
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            outputs.run(request, stop)
+        (Path(request["state"]) / file).unlink()
+        heard: list[str] = []
+        outputs.run(request, lambda done, total, text, heard=heard: heard.append(text))
+        assert heard[0] == "layer 1 of 2: forward pass"
+        assert (tmp_path / "work" / "gptq" / "model.safetensors").read_bytes() == whole
+
+
+def test_a_device_that_does_not_hold_a_layers_matrices_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(outputs, "backward", full)
+    request = pass_request(write_model(tmp_path / "base", "llama"), tmp_path / "work", VARIANTS)
+    with pytest.raises(UserError, match="layer 1 and its Gram matrices do not fit .* finished layers are kept"):
+        outputs.run(request, quiet)
+
+
 def test_what_has_no_gradients_to_go_by_is_refused(tmp_path: Path) -> None:
     experts = pass_request(write_model(tmp_path / "experts", "mixtral"), tmp_path / "one", VARIANTS)
     with pytest.raises(UserError, match="`objective: output` takes no model with experts"):

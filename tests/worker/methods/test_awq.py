@@ -10,7 +10,7 @@ from tests.worker.unpacking import dequantize_awq, unpack_awq
 from workbench.errors import UserError
 from workbench.recipe.load import parse
 from workbench.worker.calibration.discover import structures_of
-from workbench.worker.layers import Layer, Producer
+from workbench.worker.layers import Group, Layer, Producer, Structure
 from workbench.worker.methods import awq, rounding
 
 torch = pytest.importorskip("torch")
@@ -166,3 +166,28 @@ def test_what_an_engine_cannot_load_is_said_when_the_recipe_is_read(options: dic
     (warning,) = parse(recipe, Path("r.yaml")).warnings
     assert " will not run on vllm: vLLM " in warning
     assert parse(recipe | {"backends": ["transformers"]}, Path("r.yaml")).warnings == ()
+
+
+def test_gradients_are_by_outputs_as_they_are_after_folding() -> None:
+    """Rows that were divided by d err by a d-th, and what they do counts d times as much, either way."""
+    gradients = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    gradients = gradients @ gradients.t()
+    divisors = torch.arange(1.0, 11.0)
+    want = gradients * divisors[:, None] * divisors
+    assert torch.allclose(awq._scaled(gradients[None], divisors)[0], want)
+    runs = torch.zeros(3, 4, 4)
+    for run, rows in enumerate(torch.arange(10).split(4)):
+        runs[run, : len(rows), : len(rows)] = gradients[rows][:, rows]
+    found = awq._scaled(runs, divisors)
+    for run, rows in enumerate(torch.arange(10).split(4)):
+        assert torch.allclose(found[run, : len(rows), : len(rows)], want[rows][:, rows])
+
+
+def test_what_rows_were_divided_by_is_the_product_over_what_they_feed() -> None:
+    first, second = (Group((name,), Producer("v", "linear")) for name in ("o", "gate"))
+    other = Group(("down",), Producer("up", "linear"))
+    layer = Layer(0, {"v.weight": torch.ones(4, 8)}, {}, Structure(()))
+    scales = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    folds = [(first, scales), (second, scales), (other, scales), (first, None)]
+    found = awq._divisors(layer, Group(("q", "v"), None), folds)
+    assert list(found) == ["v"] and torch.equal(found["v"], scales * scales)

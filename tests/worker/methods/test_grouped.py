@@ -207,3 +207,8 @@ def test_gradients_are_the_workbenchs_own(method: Any) -> None:
         method.check(method.Options(objective="output", engine="gptqmodel"))
     assert method.making(method.Options(objective="output"), cuda=False).gradients
     assert not method.making(method.Options(), cuda=False).gradients
+
+
+def test_an_order_of_its_own_for_each_of_q_k_and_v_is_refused() -> None:
+    with pytest.raises(UserError, match="leave `desc_act` out"):
+        gptq.check(gptq.Options(desc_act=True, objective="output"))

@@ -40,11 +40,20 @@ class States:
         """The gradient of the losses by a layer's input; two files take turns."""
         return self._mapped(f"gradient-{layer % 2}.bin")
 
+    def whole(self, forward: int, back: int) -> bool:
+        """Whether what was written is there, of a pass that went through so many layers, and back to that one."""
+        names = [f"hidden-{layer:05d}.bin" for layer in range(forward + 1)] if forward else []
+        names += [f"gradient-{back % 2}.bin"] if back <= forward else []
+        return all(self._there(self.folder / name) for name in names)
+
+    def _there(self, file: Path) -> bool:
+        return file.is_file() and file.stat().st_size == 4 * self.tokens * self.width
+
     def _mapped(self, name: str) -> Any:
         import torch
 
         size, file = self.tokens * self.width, self.folder / name
-        if not file.is_file() or file.stat().st_size != size * 4:
+        if not self._there(file):
             reserve(file, size * 4)
         return torch.from_file(str(file), shared=True, size=size, dtype=torch.float32).view(self.tokens, self.width)
 

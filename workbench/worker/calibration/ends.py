@@ -31,8 +31,8 @@ class Head:
             whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(weights.folder))
         if "model.norm.weight" not in weights.tensors or not hasattr(whole.model, "norm"):
             raise UserError(
-                f"model_type '{weights.config['model_type']}' does not end in `model.norm`, and types are "
-                "priced from there on: name a `type`"
+                f"model_type '{weights.config['model_type']}' does not end in `model.norm`, where gradients "
+                "begin: name a `type` (GGUF), leave `objective` out (AWQ, GPTQ)"
             )
         self.weights, self.device = weights, device
         self.name = "model.embed_tokens.weight" if weights.tied else "lm_head.weight"

@@ -22,6 +22,7 @@ from workbench.worker import Progress
 from workbench.worker.calibration.backward import States, forward
 from workbench.worker.calibration.device import name_of
 from workbench.worker.calibration.ends import Head
+from workbench.worker.calibration.resume import boot
 from workbench.worker.calibration.walk import Walk
 from workbench.worker.calibration.weights import Weights, read_layer
 from workbench.worker.calibration.windows import Windows
@@ -64,6 +65,8 @@ class GradientPass(Generic[N]):
         self.states = States(folder, windows.tokens, weights.sizes.hidden)
         self.file = folder / "progress.json"
         self.note = _noted(self.file, fresh)
+        if not self.states.whole(self.note.forward, self.note.back):
+            self.note = fresh
         self.model = Walk(weights, windows, device)
 
     def forward(self) -> None:
@@ -138,5 +141,5 @@ def key_of(asked: list[object], weights: Weights, device: Any, precision: str) -
     import torch
     import transformers
 
-    where = [precision, name_of(device), torch.get_num_threads(), torch.__version__, transformers.__version__]
+    where = [precision, name_of(device), torch.get_num_threads(), torch.__version__, transformers.__version__, boot()]
     return digest([*asked, weights.config, weights.stamps(), where])

@@ -6,7 +6,8 @@
 It goes through the layers backward, over all calibration tokens, and quantizes each when its gradients are known: in
 memory are a layer, its matrices and a batch of activations. On the disk are the hidden states before every layer.
 
-Rejected: the matrices kept on the disk for the pass that goes forward (`run.py`): 40 GB for a model of 8B.
+Rejected: the matrices kept on the disk for the pass that goes forward (`run.py`), some 50 GB for a model of 8B, beside
+the hidden states that a pass backward needs either way.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.disk import disk_faults
-from workbench.errors import UserError
+from workbench.errors import UserError, out_of_memory
 from workbench.records import Calibrated, CalibrationRequest, MadeVariant, from_json, to_json
 from workbench.worker import Progress, Tensors
 from workbench.worker.calibration import gradients
@@ -31,6 +32,7 @@ from workbench.worker.calibration.gradients import GradientPass, key_of
 from workbench.worker.calibration.gram import accumulate, mirror
 from workbench.worker.calibration.layout import finish
 from workbench.worker.calibration.variants import lost, variants_of
+from workbench.worker.calibration.walk import does_not_fit
 from workbench.worker.calibration.weights import open_weights, read_layer
 from workbench.worker.calibration.windows import read_windows
 from workbench.worker.layers import Layer, Outputs, Structure
@@ -93,8 +95,6 @@ class _Sums:
 
     def means(self) -> tuple[Tensors, Outputs]:
         """The Gram matrices by the first linear of a group, and what is known by linear; to be called once."""
-        import torch
-
         for sums in (self.inputs, self.minded):
             for matrix in sums.values():
                 mirror(matrix)
@@ -111,7 +111,10 @@ class _Sums:
                 own = minded.diagonal().sum()
                 minded.mul_(MINDED * size / own if float(own) > 0 else 0.0)
                 minded.add_(plain, alpha=1 - MINDED if float(own) > 0 else 1.0)
-            grams[group.linears[0]] = torch.stack([self.minded[name] for name in group.linears]).mean(0)
+            mean = plain.zero_()
+            for name in group.linears:
+                mean.add_(self.minded[name], alpha=1 / len(group.linears))
+            grams[group.linears[0]] = mean
         return grams, Outputs(self.minded, self.gradients)
 
 
@@ -129,6 +132,7 @@ class _Work(GradientPass[Note]):
             raise UserError(
                 "`objective: output` takes no model with experts yet, which see a part of the tokens each: leave it out"
             )
+        self.head = Head(weights, device)
         asked = [[each.name, each.method, each.options] for each in request.variants]
         key = key_of([request.tokens_digest, request.seed, VERSION, asked], weights, device, precision)
         names = [variant.name for variant in self.variants]
@@ -145,7 +149,7 @@ class _Work(GradientPass[Note]):
     def output(self) -> None:
         """The gradient after the last layer."""
         if self.note.back > self.weights.layers:
-            self.after_the_last(Head(self.weights, self.device))
+            self.after_the_last(self.head)
             self.note.back = self.weights.layers
             self.keep()
 
@@ -155,23 +159,34 @@ class _Work(GradientPass[Note]):
         for index in reversed(range(self.note.back)):
             where = f"layer {index + 1} of {self.weights.layers}"
             tensors, structure = read_layer(self.weights, index, self.device), self.weights.structures[index]
-            sums = _Sums(structure, self.device)
             with self.timed("backward", f"{where}: backward pass"):
-                layer = self.model.layer(index, tensors, self.precision).requires_grad_(False)
-                backward(self.model, self.weights, index, layer, self.states, self.precision, sums.heard)
-                self.model.release(index)
-                self.check(self.states.gradient(index), f"at layer {index}")
-                grams, outputs = sums.means()
+                grams, outputs = self._known(index, tensors, structure)
             ready = balanced(Layer(index, tensors, grams, structure, outputs=outputs))
             for variant in self.variants:
                 with self.timed(variant.name, f"{where}: {variant.name}"):
                     warnings = self.note.warnings[variant.name]
                     if ready.outputs is None:
-                        warnings.append(f"layer {index} is beyond float16's range and was rounded by its inputs alone")
+                        warnings.append(f"layer {index} is beyond float16's range: its outputs' errors were not minded")
                     made = variant.quantize(ready, self.note.errors[variant.name], warnings, self.device)
                     variant.write(index, made)
             self.note.back = index
             self.keep()
+
+    def _known(self, index: int, tensors: Tensors, structure: Structure) -> tuple[Tensors, Outputs]:
+        """A layer's matrices. Raises `UserError` where the device's memory does not hold them."""
+        try:
+            sums = _Sums(structure, self.device)
+            layer = self.model.layer(index, tensors, self.precision).requires_grad_(False)
+            backward(self.model, self.weights, index, layer, self.states, self.precision, sums.heard)
+            self.model.release(index)
+            self.check(self.states.gradient(index), f"at layer {index}")
+            return sums.means()
+        except UserError:
+            raise
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        raise does_not_fit(index, self.device)
 
     def finish(self) -> None:
         """Everything outside of layers."""

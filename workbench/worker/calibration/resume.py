@@ -102,7 +102,7 @@ def open_work(
     return work
 
 
-def _boot() -> str:
+def boot() -> str:
     """What changes when the machine starts anew: after a power cut, what was written last need not be on the disk."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -124,7 +124,7 @@ def key_of(request: CalibrationRequest, weights: Weights, devices: Sequence[Any]
             torch.get_num_threads(),
             weights.stamps(),
             [[each.name, each.method, each.options] for each in request.variants],
-            _boot(),
+            boot(),
             request.imatrix_out is not None,
             *(["grams"] if request.grams_out else []),
             *([[name_of(device) for device in devices[1:]]] if devices[1:] else []),

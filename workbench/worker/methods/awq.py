@@ -68,7 +68,7 @@ class Options:
     """Added to the diagonal of the inputs' Gram matrix, as a fraction of its mean; for `rounding: compensated`."""
     objective: Literal["input", "output"] = "input"
     """What rounding keeps: the layer's outputs, or what the model says, by gradients; the latter takes a pass of its
-    own, about five times as long."""
+    own, on the default model five times as long."""
     engine: Literal["workbench", "gptqmodel"] = "workbench"
     """Who makes it; `gptqmodel`: the library GPTQModel, also for architectures that the workbench does not know."""
 
@@ -170,10 +170,12 @@ def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float],
             continue
         # The rows of v and up were divided by the scales of what they feed; compare like with like.
         divisors = _divisors(layer, group, folds)
-        power = rounding.output_power(layer, group)
         for piece in pieces(layer, group):
             if set(piece.group.linears) <= set(skipped):
                 continue
+            power = rounding.output_power(layer, group)
+            if piece.gradients is not None:
+                power = rounding.quadratic(rounding.stacked(layer, piece.group), piece.gram)
             gram, gradients = piece.gram, piece.gradients
             if scales is not None:
                 gram = (gram / scales[:, None]).div_(scales)
@@ -202,7 +204,7 @@ def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float],
                 tensors[f"{linear}.qweight"] = pack(rounded.codes[:, rows])
                 tensors[f"{linear}.qzeros"] = pack(grid.zero[:, rows].to(torch.uint8))
                 tensors[f"{linear}.scales"] = grid.scale[:, rows].to(torch.float16).contiguous()
-                whole = power[dict(rounding.row_slices(layer, group))[linear]]
+                whole = power[rows]
                 if linear in divisors:
                     whole = whole / divisors[linear].square()
                 errors[f"{linear}.weight"] = rounding.ratio(rounded.error[rows].sum(), whole.sum())

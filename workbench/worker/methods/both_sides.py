@@ -7,8 +7,8 @@ diagonal, that is the sum over blocks b of tr(D_b R_b Gi R_b^T), R_b = E_b + V[b
 rounded as any matrix is, once the errors of those before it have been added to its weights. What is between the outputs
 of one block is left out: strong outputs are dealt out over all blocks.
 
-Gi is taken as a mean of itself and of mean(|g|^2 x x^T), GuidedQuant's (2505.07004), at the same size. What it brings:
-`benchmarks/output_objective.py`.
+For Gi stands the mean of mean(x x^T) and mean(|g|^2 x x^T), which is GuidedQuant's (2505.07004), scaled to its trace.
+What it brings: `benchmarks/output_objective.py`.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from workbench.errors import UserError
 from workbench.shape import Shape, Stored
 from workbench.worker import Tensors
-from workbench.worker.layers import Group, Layer
+from workbench.worker.layers import Layer
 from workbench.worker.methods import Making, grouped
 from workbench.worker.methods.both_sides import by_outputs, pieces
 from workbench.worker.methods.feedback import Factor, factored
@@ -39,6 +40,7 @@ from workbench.worker.methods.rounding import (
     compensate,
     group_aware_order,
     output_power,
+    quadratic,
     ratio,
     row_slices,
     search_grid,
@@ -74,7 +76,7 @@ class Options:
     """Added to the diagonal of the inputs' Gram matrix, as a fraction of its mean."""
     objective: Literal["input", "output"] = "input"
     """What rounding keeps: the layer's outputs, or what the model says, by gradients; the latter takes a pass of its
-    own, about five times as long."""
+    own, on the default model five times as long."""
     engine: Literal["workbench", "gptqmodel"] = "workbench"
     """Who makes it; `gptqmodel`: the library GPTQModel, also for architectures that the workbench does not know."""
 
@@ -94,6 +96,11 @@ def check(options: Options) -> None:
     """Refuse, when the recipe is read, what no checkpoint of this format can hold."""
     check_grid("gptq", options.group_size, options.damping)
     grouped.check_objective("gptq", options)
+    if options.desc_act and options.objective == "output":
+        raise UserError(
+            "gptq: `objective: output` gives q, k and v an order each, and engines that fuse them keep one; leave "
+            "`desc_act` out"
+        )
 
 
 def limits(options: Options) -> dict[str, str]:
@@ -190,9 +197,9 @@ def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float],
     errors: dict[str, float] = {}
     warnings: list[str] = []
     for group in layer.structure.groups:
-        power = dict(zip(group.linears, _powers(layer, group), strict=True))
         for piece in pieces(layer, group):
             weight, gram = stacked(layer, piece.group), piece.gram
+            power = output_power(layer, group) if piece.gradients is None else quadratic(weight, gram)
             size = gram.shape[0] if options.group_size == -1 else options.group_size
             order = column_order(gram, size, options)
             group_of = torch.arange(gram.shape[0], device=gram.device) // size
@@ -214,7 +221,7 @@ def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float],
                 tensors[f"{linear}.qzeros"] = pack(zeros.t(), options.bits).t().contiguous()
                 tensors[f"{linear}.scales"] = grid.scale[:, rows].to(torch.float16).contiguous()
                 tensors[f"{linear}.g_idx"] = group_of.to(torch.int32)
-                errors[f"{linear}.weight"] = ratio(rounded.error[rows].sum(), power[linear])
+                errors[f"{linear}.weight"] = ratio(rounded.error[rows].sum(), power[rows].sum())
     return tensors, errors, warnings
 
 
@@ -227,12 +234,6 @@ def _rounded(weight: Any, *, gram: Any, factor: Factor, group_of: Any, options: 
         where = (weight[factor.order], gram[factor.order][:, factor.order])
     grid = search_grid(*where, size, options.bits, symmetric=options.sym)
     return compensate(weight, gram, grid, group_of, factor.order, options.damping, factor=factor), grid
-
-
-def _powers(layer: Layer, group: Group) -> list[Any]:
-    """The power of the outputs of each of a group's linear layers."""
-    power = output_power(layer, group)
-    return [power[rows].sum() for _, rows in row_slices(layer, group)]
 
 
 def column_order(gram: Any, size: int, options: Options) -> Any:

@@ -1,0 +1,45 @@
+"""Which pass makes a calibrated variant, from a recipe to its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests.bench import Bench
+from tests.worker.small_models import write_model
+
+CALIBRATION = {"source": {"module": "pydoc_data.topics"}, "window": 64, "windows": 8}
+BOTH = [{"gptq": {"group_size": 32, "objective": objective}} for objective in ("input", "output")]
+
+
+@pytest.mark.slow
+def test_the_output_as_objective_takes_a_pass_of_its_own(bench: Bench) -> None:
+    """Made once, by gradients; kept apart from the same variant without; said to be impossible of experts alone."""
+    recipe = bench.recipe("both", variants=BOTH, calibration=CALIBRATION)
+    answer = bench("quantize", recipe)
+    assert answer.returncode == 0, answer.stderr
+    assert "calibration pass: gptq-4bit-g32:" in answer.stderr
+    assert "calibration pass: gptq-4bit-g32-output:" in answer.stderr
+    records = [json.loads(path.read_text()) for path in (bench.home / "artifacts").glob("*/artifact.json")]
+    phases = {record["variant"]: set(record["provenance"].get("seconds", ())) for record in records}
+    assert "gram" in phases["gptq-4bit-g32"] and "backward" not in phases["gptq-4bit-g32"]
+    assert "backward" in phases["gptq-4bit-g32-output"]
+    assert not list((bench.home / "states").iterdir()), "hidden states are large"
+    assert "calibration pass" not in bench("quantize", recipe).stderr
+
+
+@pytest.mark.slow
+def test_one_pass_that_fails_leaves_the_others_variants(bench: Bench) -> None:
+    vocabulary = json.loads((bench.model / "config.json").read_text())["vocab_size"]
+    experts = write_model(bench.folder / "experts", "mixtral", vocab_size=vocabulary)
+    for file in bench.model.glob("*token*.json"):
+        shutil.copy2(file, experts)
+    answer = bench(
+        "quantize", bench.recipe("experts", base={"path": str(experts)}, variants=BOTH, calibration=CALIBRATION)
+    )
+    assert answer.returncode == 1
+    assert "takes no model with experts yet" in answer.stderr
+    made = [line.split()[0] for line in answer.stdout.splitlines() if "bits/weight" in line]
+    assert made == ["base", "gptq-4bit-g32"]
