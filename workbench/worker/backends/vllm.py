@@ -178,9 +178,12 @@ def sees_cuda(payload: None, progress: object) -> bool:
 
 
 def load_engine() -> Any:
-    """The `vllm` module."""
+    """The `vllm` module, in a process that may use AMX."""
     import vllm
 
+    from workbench.worker.backends import vllm_inside
+
+    vllm_inside.allow_amx()
     return vllm
 
 

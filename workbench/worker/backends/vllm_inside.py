@@ -16,14 +16,19 @@ from workbench.worker.backends import vllm_gguf
 from workbench.worker.measure import resident
 from workbench.worker.scoring.reducer import Scoring
 
-if "vllm" in sys.modules:
-    # Which imports this module, by the extension's name, in each of its processes and before it loads a model.
-    vllm_gguf.register()
-    # Linux lends a process the registers of Intel's AMX when it asks. vLLM's kernels for AWQ and GPTQ take them without
-    # (0.32), which is SIGILL; torch asks in this function, for which it has no public name.
+
+def allow_amx() -> None:
+    """Linux lends a process the registers of Intel's AMX when asked. vLLM's kernels take them without (0.32), which is
+    SIGILL where nothing else asked before; torch asks in this function, for which it has no public name."""
     import torch
 
     torch.cpu._init_amx()
+
+
+if "vllm" in sys.modules:
+    # Which imports this module, by the extension's name, in each of its processes and before it loads a model.
+    vllm_gguf.register()
+    allow_amx()
 
 
 class Extension:
