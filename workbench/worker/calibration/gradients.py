@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from workbench.disk import need_room, write_whole
+from workbench.disk import disk_faults, need_room, write_whole
 from workbench.errors import UserError
-from workbench.records import digest
+from workbench.records import CalibrationRequest, PricesRequest, digest
 from workbench.worker import Progress
 from workbench.worker.calibration.backward import States, forward
-from workbench.worker.calibration.device import name_of
+from workbench.worker.calibration.device import exact_products, name_of
 from workbench.worker.calibration.ends import Head
 from workbench.worker.calibration.resume import boot
 from workbench.worker.calibration.walk import Walk
@@ -134,6 +135,21 @@ def _noted(file: Path, fresh: N) -> N:
         if note.key == fresh.key:
             return note
     return fresh
+
+
+@contextlib.contextmanager
+def at_work(request: CalibrationRequest | PricesRequest) -> Iterator[None]:
+    """Torch as a pass by gradients wants it, and the folder that it goes on from."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    exact_products()
+    state = Path(request.state)
+    state.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), disk_faults(state, "The finished layers are kept."):
+        yield
 
 
 def key_of(asked: list[object], weights: Weights, device: Any, precision: str) -> str:

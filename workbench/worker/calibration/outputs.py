@@ -12,26 +12,24 @@ the hidden states that a pass backward needs either way.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workbench.disk import disk_faults
 from workbench.errors import UserError, out_of_memory
-from workbench.records import Calibrated, CalibrationRequest, MadeVariant, from_json, to_json
+from workbench.records import Calibrated, CalibrationRequest, from_json, to_json
 from workbench.worker import Progress, Tensors
 from workbench.worker.calibration import gradients
 from workbench.worker.calibration.backward import backward
 from workbench.worker.calibration.balance import balanced
-from workbench.worker.calibration.device import choose_device, choose_precision, exact_products
+from workbench.worker.calibration.device import choose_device, choose_precision
 from workbench.worker.calibration.discover import told
 from workbench.worker.calibration.ends import Head
-from workbench.worker.calibration.gradients import GradientPass, key_of
+from workbench.worker.calibration.gradients import GradientPass, at_work, key_of
 from workbench.worker.calibration.gram import accumulate, mirror
 from workbench.worker.calibration.layout import finish
-from workbench.worker.calibration.variants import lost, variants_of
+from workbench.worker.calibration.variants import variants_of
 from workbench.worker.calibration.walk import does_not_fit
 from workbench.worker.calibration.weights import open_weights, read_layer
 from workbench.worker.calibration.windows import read_windows
@@ -201,28 +199,17 @@ def run(payload: object, progress: Progress) -> object:
     Raises `UserError` for a base that the pass does not take or whose gradients are not finite, and for tokens that it
     cannot be run on.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-
     request: CalibrationRequest = from_json(CalibrationRequest, payload)
     started = time.perf_counter()
-    if request.threads:
-        torch.set_num_threads(request.threads)
-    exact_products()
-    state = Path(request.state)
-    state.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), disk_faults(state, "The finished layers are kept."):
+    with at_work(request):
         work = _Work(request, progress)
         for step in (work.forward, work.output, work.backward, work.finish):
             step()
     note = work.note
     note.seconds["total"] = note.seconds.get("total", 0.0) + time.perf_counter() - started
     made = {
-        variant.name: MadeVariant(
-            variant.tensor_types,
-            tensor_errors=note.errors[variant.name],
-            warnings=note.warnings[variant.name] + lost(note.errors[variant.name]),
-            seconds=note.seconds.get(variant.name, 0.0),
+        variant.name: variant.made(
+            note.errors[variant.name], note.warnings[variant.name], note.seconds.get(variant.name, 0.0)
         )
         for variant in work.variants
     }

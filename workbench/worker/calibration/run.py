@@ -22,7 +22,7 @@ from typing import Any
 
 from workbench.disk import disk_faults
 from workbench.errors import UserError, out_of_memory
-from workbench.records import Calibrated, CalibrationRequest, MadeVariant, from_json, to_json
+from workbench.records import Calibrated, CalibrationRequest, from_json, to_json
 from workbench.worker import Progress, Tensors
 from workbench.worker.calibration.balance import balanced
 from workbench.worker.calibration.device import (
@@ -34,7 +34,7 @@ from workbench.worker.calibration.discover import told
 from workbench.worker.calibration.layout import finish
 from workbench.worker.calibration.resume import Work, key_of, open_work
 from workbench.worker.calibration.team import team
-from workbench.worker.calibration.variants import Variant, lost, variants_of
+from workbench.worker.calibration.variants import Variant, variants_of
 from workbench.worker.calibration.walk import FEWEST_ROUTED, Walk, does_not_fit, forward
 from workbench.worker.calibration.weights import Weights, open_weights, read_layer
 from workbench.worker.calibration.windows import Windows, read_windows
@@ -124,11 +124,8 @@ def run(payload: object, progress: Progress) -> object:
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - started
     told_to_all = _too_short(windows, weights) + _starved(note.experts)
     made_variants = {
-        variant.name: MadeVariant(
-            variant.tensor_types,
-            tensor_errors=note.errors[variant.name],
-            warnings=note.warnings[variant.name] + told_to_all + lost(note.errors[variant.name]),
-            seconds=seconds.get(variant.name, 0.0),
+        variant.name: variant.made(
+            note.errors[variant.name], note.warnings[variant.name] + told_to_all, seconds.get(variant.name, 0.0)
         )
         for variant in variants
     }

@@ -8,20 +8,18 @@ are known, and an interrupted pass goes on behind the last of them.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workbench.disk import disk_faults
 from workbench.records import Priced, PricesRequest, from_json, to_json
 from workbench.worker import Progress, Tensors
 from workbench.worker.calibration import gradients
 from workbench.worker.calibration.backward import Seen, sampled
-from workbench.worker.calibration.device import choose_device, choose_precision, exact_products
+from workbench.worker.calibration.device import choose_device, choose_precision
 from workbench.worker.calibration.ends import Head
-from workbench.worker.calibration.gradients import GradientPass, key_of
+from workbench.worker.calibration.gradients import GradientPass, at_work, key_of
 from workbench.worker.calibration.weights import open_weights, read_layer
 from workbench.worker.calibration.windows import Windows, read_windows
 from workbench.worker.ggml import imatrix, prices
@@ -57,16 +55,8 @@ def run(payload: object, progress: Progress) -> object:
     Raises `UserError` for a base that the pass does not take or whose gradients are not finite, and for tokens that it
     cannot be run on.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-
     request: PricesRequest = from_json(PricesRequest, payload)
-    if request.threads:
-        torch.set_num_threads(request.threads)
-    exact_products()
-    state = Path(request.state)
-    state.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), disk_faults(state, "The finished layers are kept."):
+    with at_work(request):
         work = _Work(request, progress)
         for step in (work.forward, work.output, work.backward, work.embedding):
             step()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError, unknown
-from workbench.records import CheckpointRequest
+from workbench.records import CheckpointRequest, MadeVariant
 from workbench.worker import Tensors
 from workbench.worker.calibration.device import synchronize, with_cpu_fallback
 from workbench.worker.calibration.layout import Checkpoint, check_shapes, layout_of
@@ -48,6 +48,10 @@ class Variant:
         warnings += told
         return dict(made)
 
+    def made(self, errors: dict[str, float], warnings: list[str], taken_s: float) -> MadeVariant:
+        """What there is to say of it once it is whole."""
+        return MadeVariant(self.tensor_types, tensor_errors=errors, warnings=warnings + _lost(errors), seconds=taken_s)
+
     def write(self, index: int, made: Tensors) -> None:
         """Write a layer's tensors to their places."""
         for name, tensor in made.items():
@@ -80,7 +84,7 @@ def _variant(request: CheckpointRequest, weights: Weights) -> Variant:
     return Variant(name, method, options, Checkpoint(Path(request.out), layout), types)
 
 
-def lost(errors: dict[str, float]) -> list[str]:
+def _lost(errors: dict[str, float]) -> list[str]:
     """A warning of linear layers of which hardly anything is left, the worst first."""
     lost = sorted((name for name, error in errors.items() if error > LOST_SHARE), key=lambda name: -errors[name])
     if not lost:
