@@ -158,3 +158,11 @@ def test_what_has_no_gradients_to_go_by_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(base)
     with pytest.raises(UserError, match="is not finite: .* leave `objective` out"):
         outputs.run(pass_request(base, tmp_path / "two", VARIANTS), quiet)
+
+
+def test_too_few_tokens_are_told(tmp_path: Path) -> None:
+    tokens = write_tokens(tmp_path / "tokens.json", [65, 65])
+    base = write_model(tmp_path / "base", "llama", intermediate_size=192)
+    told = outputs.run(pass_request(base, tmp_path, VARIANTS, tokens=tokens), quiet)
+    for made in told["variants"].values():  # type: ignore[index]
+        assert any(line.startswith("130 calibration tokens are fewer than the widest") for line in made["warnings"])

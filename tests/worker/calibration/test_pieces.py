@@ -332,8 +332,8 @@ def test_progress_is_told_in_forward_passes() -> None:
 
 def test_fewer_tokens_than_the_widest_layers_inputs_are_told(tmp_path: Path) -> None:
     weights = weights_of(tmp_path)
-    assert run._too_short(windows_of([50, 46]), weights) == []
-    (line,) = run._too_short(windows_of([50, 45]), weights)
+    assert windows_of([50, 46]).warnings(weights) == []
+    (line,) = windows_of([50, 45]).warnings(weights)
     assert line.startswith("95 calibration tokens are fewer than the widest layer's 96 inputs")
 
 

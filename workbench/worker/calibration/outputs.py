@@ -205,11 +205,11 @@ def run(payload: object, progress: Progress) -> object:
         work = _Work(request, progress)
         for step in (work.forward, work.output, work.backward, work.finish):
             step()
-    note = work.note
+    note, told_to_all = work.note, work.windows.warnings(work.weights)
     note.seconds["total"] = note.seconds.get("total", 0.0) + time.perf_counter() - started
     made = {
         variant.name: variant.made(
-            note.errors[variant.name], note.warnings[variant.name], note.seconds.get(variant.name, 0.0)
+            note.errors[variant.name], note.warnings[variant.name] + told_to_all, note.seconds.get(variant.name, 0.0)
         )
         for variant in work.variants
     }

@@ -122,7 +122,7 @@ def run(payload: object, progress: Progress) -> object:
             if request.imatrix_out and named:
                 _write_imatrix(Path(request.imatrix_out), work, weights, named, windows, request.tokens_digest)
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - started
-    told_to_all = _too_short(windows, weights) + _starved(note.experts)
+    told_to_all = windows.warnings(weights) + _starved(note.experts)
     made_variants = {
         variant.name: variant.made(
             note.errors[variant.name], note.warnings[variant.name] + told_to_all, seconds.get(variant.name, 0.0)
@@ -203,15 +203,6 @@ def _write_imatrix(
     out.parent.mkdir(parents=True, exist_ok=True)
     count, longest = len(windows.lengths), max(windows.lengths)
     imatrix.write(out, means, tokens=windows.tokens, windows=count, window=longest, dataset=dataset)
-
-
-def _too_short(windows: Windows, weights: Weights) -> list[str]:
-    if windows.tokens >= weights.widest:
-        return []
-    return [
-        f"{windows.tokens} calibration tokens are fewer than the widest layer's {weights.widest} inputs: "
-        "its Gram matrix is singular and the result leans on the damping; take more"
-    ]
 
 
 def _starved(experts: dict[str, list[int]]) -> list[str]:

@@ -37,6 +37,15 @@ class Windows:
                 return number
         return self.numbers[-1]
 
+    def warnings(self, weights: Weights) -> list[str]:
+        """What a user should know of a pass over these tokens."""
+        if self.tokens >= weights.widest:
+            return []
+        return [
+            f"{self.tokens} calibration tokens are fewer than the widest layer's {weights.widest} inputs: "
+            "its Gram matrix is singular and the result leans on the damping; take more"
+        ]
+
     def part(self, first: int, end: int) -> Windows:
         """Those from the `first` on, up to that at `end`."""
         begins, ends = sum(self.lengths[:first]), sum(self.lengths[:end])
