@@ -10,7 +10,7 @@ demo: $(READY)
 
 # The same on an NVIDIA GPU: CUDA environments beside the other one (about 16 GB), then the default recipe.
 gpu: $(GPU)/.ready
-	WORKBENCH_PYTHON_VLLM=$(CURDIR)/$(GPU)/vllm/bin/python $(GPU)/workbench/bin/workbench run recipes/smollm2-135m.yaml
+	. $(GPU)/activate && workbench run recipes/smollm2-135m.yaml
 
 $(GPU)/.ready: requirements/install-gpu.sh requirements/cuda.lock requirements/cuda-vllm.lock requirements/cuda-build.lock
 	requirements/install-gpu.sh $(if $(filter python3,$(PYTHON)),python3.12,$(PYTHON)) $(GPU)
@@ -19,8 +19,7 @@ $(GPU)/.ready: requirements/install-gpu.sh requirements/cuda.lock requirements/c
 # What holds on this machine's GPU and what does not, in ten minutes at most; PARTS="kernels speed" runs some parts.
 # Takes what `make gpu` set up, and without that whatever torch and Triton $(PYTHON) has.
 gpu-check:
-	$(if $(wildcard $(GPU)/vllm),WORKBENCH_PYTHON_VLLM=$(CURDIR)/$(GPU)/vllm/bin/python) \
-		$(or $(wildcard $(GPU)/workbench/bin/python),$(PYTHON)) -P benchmarks/gpu_check.py $(PARTS)
+	$(if $(wildcard $(GPU)/activate),. $(GPU)/activate && python,$(PYTHON)) -P benchmarks/gpu_check.py $(PARTS)
 
 # The image's own steps without a GPU and without Docker: an hour on two cores and 8 GB the first time; STEPS="kernels"
 # takes some of them, and an interrupted one goes on.

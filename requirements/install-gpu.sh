@@ -3,9 +3,9 @@
 #
 # Needs NVIDIA's driver (580 or newer, for CUDA 13), Python 3.12 and a C++ compiler, and no CUDA toolkit: the compiler
 # that llama.cpp and GPTQModel are built with comes from PyPI (cuda-build.lock). As in the image there are two
-# environments, FOLDER/workbench and FOLDER/vllm, since vLLM pins much to versions of its own. ARCHITECTURES ("90", or
-# "86;89"): of the GPUs that llama.cpp is built for; by default those of the GPUs that are here. STEP: of compiler,
-# engines, vllm and workbench, by default all.
+# environments, FOLDER/workbench and FOLDER/vllm, since vLLM pins much to versions of its own; a shell uses both after
+# `. FOLDER/activate`. ARCHITECTURES ("90", or "86;89"): of the GPUs that llama.cpp is built for; by default those of the
+# GPUs that are here. STEP: of compiler, engines, vllm and workbench, by default all.
 set -euo pipefail
 python=$1 folder=$2 architectures=${3:-}
 shift "$(($# < 3 ? $# : 3))"
@@ -66,4 +66,10 @@ fi
 if asked workbench; then
 say "4/4 workbench itself"
 pip workbench install --quiet --no-deps --no-build-isolation -e "$here/.."
+# What a shell needs to use all of it: both environments, and the compiler for kernels that a checkpoint is loaded with.
+cat >"$folder/activate" <<ACTIVATE
+export CUDA_HOME="$toolkit" PATH="$toolkit/bin:$folder/build/bin:\$PATH"
+. "$folder/workbench/bin/activate"
+export WORKBENCH_PYTHON_VLLM="$folder/vllm/bin/python" WORKBENCH_PYTHON_VLLM_SERVE="$folder/vllm/bin/python"
+ACTIVATE
 fi

@@ -103,6 +103,8 @@ def test_a_run_measures_once_and_its_table_has_what_is_promised(bench: Bench) ->
         assert all(len(steps) == 3 for steps in row["measurement"]["speeds"][0]["step_s"])
         assert row["measurement"]["speeds"][0]["rounds"] == [1, 1]
         assert [len(each["windows"]) for each in row["measurement"]["qualities"].values()] == [3]
+        # The worker's variables, not those of this process: in a worker alone vLLM is kept from telling anybody.
+        assert row["measurement"]["conditions"]["environment"]["VLLM_NO_USAGE_STATS"] == "1"
     told = [line for line in first.stderr.splitlines() if " perplexity " in line]
     names = [re.split(": | {2,}fake", line)[1 if line.startswith("fake: ") else 0] for line in told]
     assert sorted(names[:2]) == ["base", "gguf-Q8_0"], "both loaded before a second round"
@@ -413,9 +415,13 @@ def test_a_table_of_nothing(fresh: Bench) -> None:
     assert only_line(fresh("table")) == "error: nothing measured yet: run `workbench run RECIPE`"
 
 
-def test_results_that_cannot_be_written(bench: Bench) -> None:
-    bench.results.write_text("a file, not a folder")
-    assert "cannot store a row" in only_line(bench("run", bench.recipe()))
+def test_results_that_cannot_be_written_are_known_before_any_work(fresh: Bench) -> None:
+    fresh.results.write_text("a file, not a folder")
+    for words in (["run"], ["nightly"]):
+        assert "cannot store a row" in only_line(fresh(*words, fresh.recipe()))
+    line = only_line(fresh("profile", "--endpoint", "http://127.0.0.1:9/v1"))
+    assert "cannot store a row" in line, "before the server was asked anything"
+    assert not [name for name in ("bases", "artifacts", "tokens") if (fresh.home / name).exists()]
 
 
 # --- bases that are no good ---------------------------------------------------------------------

@@ -117,6 +117,32 @@ def test_llama_cpp_is_built_for_the_gpus_that_are_here() -> None:
     assert "--no-cache-dir --no-binary llama-cpp-python" in built and "PIP_NO_CACHE_DIR=1" in DOCKERFILE
 
 
+def test_a_shell_of_make_gpu_has_both_environments_and_the_compiler(tmp_path: Path) -> None:
+    """GPTQModel compiles Marlin with nvcc as a checkpoint is loaded, and `make gpu` asks for no CUDA toolkit."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n")
+    folder = tmp_path / "with a space" / "gpu"
+    compiler = folder / "build" / "lib" / "python3.12" / "site-packages" / "nvidia" / "cu13" / "bin" / "nvcc"
+    for program in (folder / "workbench" / "bin" / "python", folder / "workbench" / "bin" / "pip", compiler):
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text("#!/bin/sh\n")
+    for program in (python, *folder.rglob("bin/*")):
+        program.chmod(0o755)
+    activate = folder / "workbench" / "bin" / "activate"
+    activate.write_text(f'PATH="{activate.parent}:$PATH"\n')
+    set_up = ROOT / "requirements" / "install-gpu.sh"
+    subprocess.run([set_up, python, folder, "90", "workbench"], check=True, capture_output=True)
+    told = "command -v python; command -v nvcc; echo $CUDA_HOME"
+    told += "; echo $WORKBENCH_PYTHON_VLLM; echo $WORKBENCH_PYTHON_VLLM_SERVE"
+    done = subprocess.run(["sh", "-c", f'. "{folder}/activate" && {told}'], check=True, capture_output=True, text=True)
+    vllm = str(folder / "vllm" / "bin" / "python")
+    own = str(folder / "workbench" / "bin" / "python")
+    assert done.stdout.splitlines() == [own, str(compiler), str(compiler.parents[1]), vllm, vllm]
+    assert ". $(GPU)/activate && workbench run" in (ROOT / "Makefile").read_text()
+    image = re.findall(r"^ +(WORKBENCH_PYTHON_\w+)=(\S+)", DOCKERFILE.replace("ENV ", " "), re.MULTILINE)
+    assert {*image} == {(f"WORKBENCH_PYTHON_{name}", "/opt/vllm/bin/python") for name in ("VLLM", "VLLM_SERVE")}
+
+
 def test_cuda_python_is_of_one_generation() -> None:
     """cuda-python 12 holds files where cuda-bindings 13 and cuda-core have theirs: one overwrites the other."""
     locked = pins("cuda-vllm.lock")

@@ -91,6 +91,8 @@ def run(
     """
     from workbench import cache, pipeline, shared
     from workbench.console import Console
+    from workbench.machine.identity import machine
+    from workbench.report.store import try_writing
 
     loaded = load(recipe)
     for name in backends or []:
@@ -107,6 +109,7 @@ def run(
             over = cluster.one(loaded, wanted, on, named, machines, show, again=again, yes_remote=yes_remote)
             return Run(over.made_at_all, tuple(cluster.rows_of(over)), over.failures, over.results)
         with cache.at_work(show.say):
+            try_writing(results, machine().name)
             made = pipeline.quantize(loaded, show, chosen)
             measured = pipeline.profile(
                 loaded, made, show, results, backends=engines, variants=only, again=again, yes_remote=yes_remote
@@ -160,6 +163,7 @@ def profile_endpoint(
     from workbench import cache, pipeline
     from workbench.console import Console
     from workbench.profile import endpoint as wing
+    from workbench.report.store import try_writing
     from workbench.serving.address import address_of
 
     address, show = address_of(url, api_key_env), Console(quiet)
@@ -168,6 +172,7 @@ def profile_endpoint(
     if loaded and variant:
         loaded.variant(variant)
     wing.check_remote(address, wish, yes_remote, loaded)
+    try_writing(results, wing.machine_at(address).name)
     if loaded is None:
         return wing.measure_endpoint(address, model, api_key_env, wish, results, show)
     with cache.at_work(show.say):

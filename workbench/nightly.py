@@ -137,6 +137,7 @@ def tell(one: Night, show: Show) -> None:
 
 def _one(recipe: Recipe, results: store.Place, show: Show, backends: list[str] | None) -> Night:
     here = machine().name
+    store.try_writing(results, here)
     state = _state([recipe.name, str(results)])
     since = _begun(state, show)
     made = pipeline.quantize(recipe, show)

@@ -214,6 +214,26 @@ def test_the_environment_is_scrubbed(call: Any, monkeypatch: pytest.MonkeyPatch)
     assert told["DO_NOT_TRACK"] == "1" and told["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 
+def test_what_configures_engines_reaches_the_worker_and_the_record(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    users = {
+        "CUDA_MODULE_LOADING": "LAZY",
+        "GGML_CUDA_FORCE_MMQ": "1",
+        "NCCL_P2P_DISABLE": "1",
+        "PYTORCH_ALLOC_CONF": "backend:native",
+        "TRITON_CACHE_DIR": "/kept",
+        "VLLM_CACHE_ROOT": "/kept",
+        "VLLM_LOGGING_LEVEL": "DEBUG",
+    }
+    for name, value in users.items():
+        monkeypatch.setenv(name, value)
+    # A backend's own has the last word.
+    backends = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_USE_FLASHINFER_SAMPLER": "0", "OMP_NUM_THREADS": "2"}
+    told, recorded = call("whoami", environment=backends).value["environment"], isolate.engines_own(backends)
+    assert recorded.items() <= told.items()
+    wanted = users | backends
+    assert recorded.items() >= {name: wanted[name] for name in wanted if name != "OMP_NUM_THREADS"}.items()
+
+
 def test_what_the_worker_started_ends_with_it(call: Any) -> None:
     pids = call("breeds").value
     assert len(pids) == 2 and all(gone(pid) for pid in pids)

@@ -51,6 +51,11 @@ def test_rows_come_back_in_order_and_one_process_keeps_one_file(bucket: str) -> 
     assert store.read(f"memory://{file}")[0] == [a_row(key="0", machine="lab")]
 
 
+def test_trying_leaves_no_file(bucket: str) -> None:
+    store.try_writing(bucket, "desk")
+    assert files(bucket) == []
+
+
 def test_two_writers_never_share_a_file(bucket: str) -> None:
     store.append(bucket, "desk", a_row(key="a"))
     remote._written.clear()  # as another process would begin

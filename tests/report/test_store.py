@@ -240,6 +240,20 @@ def test_a_results_path_that_is_a_file_is_a_clear_line(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("")
     with pytest.raises(UserError, match="results/desk.*cannot store a row"):
         store.append(tmp_path / "results", "desk", a_row())
+    with pytest.raises(UserError, match="results/desk.*cannot store a row"):
+        store.try_writing(tmp_path / "results", "desk")
+
+
+def test_trying_leaves_no_row_and_no_file(tmp_path: Path) -> None:
+    store.try_writing(tmp_path / "results", "desk")
+    assert not list(tmp_path.iterdir())
+    store.append(tmp_path, "desk", a_row())
+    before = (tmp_path / "desk" / "rows.jsonl").read_bytes()
+    store.try_writing(tmp_path, "desk")
+    assert [(file.name, file.read_bytes()) for file in (tmp_path / "desk").iterdir()] == [("rows.jsonl", before)]
+    (tmp_path / "other" / "rows.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match="other/rows.jsonl: cannot store a row"):
+        store.try_writing(tmp_path, "other")
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "../up"])

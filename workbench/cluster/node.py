@@ -40,6 +40,7 @@ class Request:
     text: str
     store: str
     results: str
+    """Where rows go; empty where nothing is to be measured."""
     names: list[str] | None = None
     backends: list[str] | None = None
     variants: list[str] | None = None
@@ -128,6 +129,8 @@ def run(text: str) -> str:
 
 def _done(request: Request, recipe: Recipe, show: Told) -> tuple[Made | None, list[tuple[str, str]]]:
     names = None if request.names is None else set(request.names)
+    if request.results:
+        store.try_writing(request.results, machine().name)
     if request.work == "tokens":
         return make(recipe, show, set(), until="tokens"), []
     if request.work == "pass":

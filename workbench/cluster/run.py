@@ -202,7 +202,7 @@ def run(
             recipe=str(recipe.path.absolute()),
             text=texts[recipe.name],
             store=where or "",
-            results=results,
+            results=results if wanted.measure else "",
             names=list(each.names) or None,
             backends=wanted.backends,
             variants=wanted.variants,

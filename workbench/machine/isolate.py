@@ -211,18 +211,18 @@ class Worker:
             os.close(told)
 
 
-def _environment(extra: dict[str, str]) -> dict[str, str]:
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
         if name in KEPT or name in PROXIES or name.startswith(KEPT_PREFIXES + ENGINES_OWN)
     }
-    return kept | SILENT | extra
+    return kept | SILENT | dict(extra)
 
 
-def engines_own(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables among these that configure engines, for the record of what was measured."""
-    return {name: value for name, value in sorted(environment.items()) if name.startswith(ENGINES_OWN)}
+def engines_own(extra: Mapping[str, str]) -> dict[str, str]:
+    """What configures engines among the variables of a worker that is given `extra`; recorded with its numbers."""
+    return {name: value for name, value in sorted(_environment(extra).items()) if name.startswith(ENGINES_OWN)}
 
 
 def _follow(

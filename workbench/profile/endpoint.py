@@ -146,11 +146,15 @@ def measure_endpoint(
     return row
 
 
+def machine_at(address: Address) -> Machine:
+    """Whose row it is: what another machine is made of is not known here, and its numbers are not this one's."""
+    return machine() if address.loopback else Machine(name=re.sub(r"[^\w.-]", "-", address.host)[:200])
+
+
 def planned(model: str, address: Address, wish: Wish, beside: Beside | None) -> Row:
     """A server's row before anything was measured, by the name of its model."""
     options: dict[str, object] = {"url": address.url, **wish.options, **(beside.options if beside else {})}
-    # What another machine is made of is not known here; its numbers are not this one's.
-    here = machine() if address.loopback else Machine(name=re.sub(r"[^\w.-]", "-", address.host)[:200])
+    here = machine_at(address)
     base = re.sub(r"[\x00-\x1f\x7f]", "-", model)[:500]
     served = re.sub(r"[\x00-\x1f\x7f\\]", "-", model.rstrip("/").rpartition("/")[2])[:200] or ENDPOINT
     row = Row(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import replace
@@ -60,6 +59,7 @@ def run_job(
     error: str | None = None
     doubts: list[str] = []
     here = replace(row.machine, copy_bytes_per_s=_copy_bandwidth(show))
+    environment = environment_of(row.backend, row.options)
     try:
         check(recipe, made.base, row.artifact)
         measurement, cost = yield from in_rounds(
@@ -70,10 +70,10 @@ def run_job(
             f"{engine}: {row.artifact.variant}",
             python=interpreter(row.backend, sys.executable),
             limit_s=recipe.limits.profile_s,
-            environment=environment_of(row.backend, row.options),
+            environment=environment,
         )
         duration_s = cost.seconds  # Without the wait for another run to end.
-        conditions = measurement.conditions | cost.conditions | {"environment": isolate.engines_own(os.environ)}
+        conditions = measurement.conditions | cost.conditions | {"environment": isolate.engines_own(environment)}
         conditions.pop("repeats_s", None)
         doubts = monitor.warnings(conditions)
         measurement = replace(measurement, memory=measurement.memory | cost.memory, conditions=conditions)

@@ -32,6 +32,16 @@ def append_remote(folder: str, name: str, line: bytes, stamp: str) -> None:
             files.rm_file(before)
 
 
+def try_remote(folder: str) -> None:
+    """Write a file and remove it again."""
+    with reaching(folder, "write rows", "--results"):
+        files, path = file_system(folder)
+        make_folder(files, folder, path)
+        probe = f"{path}/{uuid.uuid4().hex}.tried"
+        files.pipe_file(probe, b"\n")
+        files.rm_file(probe)
+
+
 def remote_contents(url: str, name: str, segments: str) -> list[tuple[str, bytes]]:
     with reaching(url, "read rows", "--results"):
         files, path = file_system(url)

@@ -23,6 +23,7 @@ import gc
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +34,7 @@ import msgspec
 from workbench.errors import UserError, unknown
 from workbench.records import Row, digest, to_json
 from workbench.report.border import row_of
-from workbench.report.remote import append_remote, remote_contents
+from workbench.report.remote import append_remote, remote_contents, try_remote
 from workbench.storage import brief
 
 FILE_NAME = "rows.jsonl"
@@ -70,6 +71,22 @@ def append(results: Place, machine: str, row: Row) -> None:
     _append(results, machine, FILE_NAME, to_json(row), row.started_at)
 
 
+def try_writing(results: Place, machine: str) -> None:
+    """See to it that rows can be stored, before hours of work are done for them. Raises the `UserError` of `append`."""
+    _check_name(machine)
+    if _is_url(results):
+        try_remote(f"{str(results).rstrip('/')}/{machine}")
+        return
+    path = _local(results) / machine / FILE_NAME
+    with _storing(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.close(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC))
+        nearest = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"\n")
+            file.flush()
+
+
 def append_note(results: Place, machine: str, name: str, note: Mapping[str, object], stamp: str) -> None:
     """Store one JSON object durably as a line of `results/machine/<name>.jsonl`; `stamp` is its time."""
     _append(results, machine, f"{name}.jsonl", note, stamp)
@@ -87,15 +104,14 @@ def read_notes(results: Place, machine: str, name: str, kind: type[Found]) -> tu
 
 
 def _append(results: Place, machine: str, name: str, record: Any, stamp: str) -> None:
-    if not machine or machine in (".", "..") or any(mark in machine for mark in "/\\\0\n"):
-        raise UserError(f"machine name {machine!r} cannot name a folder: use letters, digits, '-', '_' and '.'")
+    _check_name(machine)
     text = json.dumps(_finite(record), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     line = text.encode("utf-8", "replace") + b"\n"  # the name of a file may hold what is no letter at all
     if _is_url(results):
         append_remote(f"{str(results).rstrip('/')}/{machine}", name, line, stamp)
         return
     path = _local(results) / machine / name
-    try:
+    with _storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -111,6 +127,18 @@ def _append(results: Place, machine: str, name: str, record: Any, stamp: str) ->
             os.close(file)
         if size == 0:
             _sync_folder(path.parent)
+
+
+def _check_name(machine: str) -> None:
+    if not machine or machine in (".", "..") or any(mark in machine for mark in "/\\\0\n"):
+        raise UserError(f"machine name {machine!r} cannot name a folder: use letters, digits, '-', '_' and '.'")
+
+
+@contextlib.contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """What the system refuses within, as a `UserError`."""
+    try:
+        yield
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(

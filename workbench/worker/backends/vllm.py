@@ -42,6 +42,8 @@ ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     # With AMX, vLLM rounds what goes into 4-bit weights to 8 bits: another variant than the file's.
     "VLLM_CPU_INT4_W4A8": "0",
+    # FlashInfer compiles its sampler with nvcc, in the first timed repeat; decoding here is greedy and needs none.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 EXTENSION = "workbench.worker.backends.vllm_inside.Extension"
 KV_BLOCK_TOKENS = 16
