@@ -22,7 +22,7 @@ from workbench.errors import UserError
 from workbench.profile import endpoint
 from workbench.profile.endpoint import limits_of
 from workbench.profile.under_load import Found, Wish
-from workbench.records import Request, Row
+from workbench.records import Request, Row, Speed
 from workbench.report import store
 from workbench.serving.client import SILENT_S, Client
 
@@ -49,6 +49,11 @@ def measured(fake: Fake, results: Path, **more: Any) -> Row:
     return wb.profile_endpoint(fake.url, results, **(SMALL | more))
 
 
+def most_steps(speed: Speed) -> int:
+    """Tokens after the first; of the repeat with the most, for on a busy machine several may arrive as one."""
+    return max(map(sum, speed.step_tokens))
+
+
 def test_a_server_is_a_row_like_any_other(server: Fake, results: Path) -> None:
     row = measured(server, results, rates=(200.0,), limits=("ttft:2s", "e2e:10s", "itl:5s"), requests=10)
     assert row.error is None and row.measurement is not None and row.measurement.serving is not None
@@ -58,7 +63,7 @@ def test_a_server_is_a_row_like_any_other(server: Fake, results: Path) -> None:
     lengths = [each.new_tokens for each in closed.requests]
     assert min(lengths) >= 4 and max(lengths) <= 12 and len({*lengths}) > 1
     (speed,) = row.measurement.speeds
-    assert (speed.batch, len(speed.first_token_s), sum(speed.step_tokens[0])) == (1, 5, 7)
+    assert (speed.batch, len(speed.first_token_s), most_steps(speed)) == (1, 5, 7)
     assert abs(speed.prompt_tokens - 60) <= 2, "as the server counts them"
     assert row.measurement.serving.largest_rate is not None and row.measurement.serving.largest_rate[0] > 100
     prompts = [body["prompt"][:12] for body in server.asked]
@@ -107,7 +112,7 @@ def test_servers_of_every_kind(behaviour: dict[str, Any], results: Path) -> None
     with fake_server(**behaviour) as fake:
         row = measured(fake, results)
     assert row.error is None and row.measurement is not None
-    assert sum(row.measurement.speeds[0].step_tokens[0]) in (7, 4)
+    assert most_steps(row.measurement.speeds[0]) in (7, 4)
     assert any("several tokens" in text for text in row.measurement.warnings) is ("a_chunk" in behaviour)
 
 
