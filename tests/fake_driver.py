@@ -32,6 +32,16 @@ class FakeGpu:
     clock_mhz: int = 1980
     reasons: int = 0
     """NVML's bits for lower clocks."""
+    slices: list[FakeGpu] = field(default_factory=list)
+    """Into which MIG cuts it."""
+
+
+NOT_OF_SLICES = (
+    "nvmlDeviceGetUtilizationRates",
+    "nvmlDeviceGetClockInfo",
+    "nvmlDeviceGetCurrentClocksThrottleReasons",
+    "nvmlDeviceGetTotalEnergyConsumption",
+)
 
 
 @dataclass
@@ -47,7 +57,8 @@ class NVML:
             raise AttributeError(name)
 
         def ask(*arguments: Any) -> Any:
-            if name in self.refused:
+            of_a_slice = name in NOT_OF_SLICES and any(arguments[0] is each for gpu in self.gpus for each in gpu.slices)
+            if name in self.refused or of_a_slice:
                 raise NVMLError("Not Supported")
             return getattr(self, f"_{name}")(*arguments)
 
@@ -64,6 +75,20 @@ class NVML:
 
     def _nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
         return self.gpus[index]
+
+    def _nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu:
+        found = [each for gpu in self.gpus for each in (gpu, *gpu.slices) if each.uuid == uuid]
+        if not found:
+            raise NVMLError("Not Found")
+        return found[0]
+
+    def _nvmlDeviceGetMaxMigDeviceCount(self, gpu: FakeGpu) -> int:
+        return 7 if gpu.slices else 0
+
+    def _nvmlDeviceGetMigDeviceHandleByIndex(self, gpu: FakeGpu, place: int) -> FakeGpu:
+        if place >= len(gpu.slices):
+            raise NVMLError("Not Found")
+        return gpu.slices[place]
 
     def _nvmlDeviceGetUUID(self, gpu: FakeGpu) -> str:
         return gpu.uuid

@@ -21,7 +21,9 @@ from pathlib import Path
 import pytest
 
 from tests.bench import Bench
+from tests.fake_driver import NVML
 from tests.places import ROOT
+from workbench.engines import uses_gpu
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 4
 PROMISED = {
@@ -528,6 +530,36 @@ def test_a_reader_that_leaves_early_is_no_error(bench: Bench) -> None:
     command = f"{sys.executable} -m workbench.cli schema | head -n 1"
     answer = subprocess.run(["sh", "-c", command], env=bench.environment(), capture_output=True, text=True)
     assert answer.stdout == "{\n" and answer.stderr == ""
+
+
+@pytest.fixture
+def idle_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU that the driver tells of and that no engine here is built for."""
+    monkeypatch.setitem(sys.modules, "pynvml", NVML())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    uses_gpu.cache_clear()
+    yield
+    uses_gpu.cache_clear()
+
+
+def test_a_run_beside_an_idle_gpu_says_how_to_use_it(bench: Bench, idle_gpu: None) -> None:
+    answer = bench("run", bench.recipe())
+    assert answer.returncode == 0, answer.stderr
+    hint = "is not built for the GPU that is here. `make gpu` sets up what is"
+    told = [line for line in answer.stderr.splitlines() if hint in line]
+    assert len(told) == 1 and told[0].startswith("note: fake is measured on the processor: what ")
+
+
+@pytest.mark.slow
+def test_doctor_tells_of_an_idle_gpu(bench: Bench, idle_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    if llama_cpp.llama_supports_gpu_offload():
+        pytest.skip("llama.cpp here is built for a GPU")
+    monkeypatch.setattr("workbench.doctor.BACKENDS", ["llamacpp"])
+    answer = bench("doctor", WORKBENCH_FAKE_BACKEND="")
+    assert answer.returncode == 0, answer.stderr
+    assert "           llamacpp is measured on the processor: what " in answer.stdout
+    assert "`make gpu` sets up what is\n" in answer.stdout
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fake_driver import NVML, FakeGpu, write
 from tests.places import ROOT
-from workbench.gpus import Gpu, Watch, driver_version, for_a_job, gpus, joules, visible
+from workbench.gpus import Gpu, Watch, driver_version, for_a_job, gpus, installed, joules, too_few, visible
 
 GIB = 1 << 30
 EVERY = ("nvmlDeviceGetUUID", "nvmlDeviceGetName", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses")
@@ -104,11 +104,46 @@ def test_only_the_job_s_gpus_are_watched(driver: NVML) -> None:
     assert joules(chosen[0]) is None
 
 
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "uuids"),
+    [
+        ("MIG-b", ["MIG-b"]),
+        (None, ["MIG-a"]),
+        ("0", ["MIG-a"]),
+        ("MIG-c,MIG-a", ["MIG-c"]),
+        ("1,MIG-b", ["MIG-b"]),
+        ("1", ["GPU-1"]),
+        ("MIG-d", []),
+    ],
+)
+def test_a_slice_is_a_gpu(driver: NVML, monkeypatch: pytest.MonkeyPatch, wanted: str | None, uuids: list[str]) -> None:
+    """A program was told of no GPU where a slice was named. CUDA gives it one slice, and nothing beside it."""
+    sizes = {"a": "1g.10gb", "b": "2g.20gb", "c": "1g.10gb"}
+    slices = [FakeGpu(f"MIG-{n}", f"{H100} MIG {size}", int(size[3:5]) * GIB) for n, size in sizes.items()]
+    driver.gpus = [FakeGpu(uuid="GPU-0", slices=slices), FakeGpu(uuid="GPU-1")]
+    given = {} if wanted is None else {"CUDA_VISIBLE_DEVICES": wanted}
+    assert [gpu.uuid for gpu in gpus(given)] == uuids
+    assert installed() == [
+        Gpu(0, "MIG-a", f"{H100} MIG 1g.10gb", 10 * GIB),
+        Gpu(0, "MIG-b", f"{H100} MIG 2g.20gb", 20 * GIB),
+        Gpu(0, "MIG-c", f"{H100} MIG 1g.10gb", 10 * GIB),
+        Gpu(1, "GPU-1", H100, 80 * GIB),
+    ]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert for_a_job(None).get("CUDA_VISIBLE_DEVICES", "") == ",".join(uuids)
+    assert (too_few(2) is None) == (len(uuids) > 1)
+
+
 def test_a_job_gets_one_gpu_unless_it_asks_for_more(driver: NVML, monkeypatch: pytest.MonkeyPatch) -> None:
     driver.gpus = [FakeGpu(uuid=f"GPU-{n}") for n in range(4)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     assert for_a_job() == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "GPU-3"}
-    assert for_a_job(2)["CUDA_VISIBLE_DEVICES"] == "GPU-3,GPU-1"
+    assert for_a_job(2)["CUDA_VISIBLE_DEVICES"] == for_a_job(None)["CUDA_VISIBLE_DEVICES"] == "GPU-3,GPU-1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert for_a_job() == {}
 
@@ -121,11 +156,11 @@ def test_engines_built_for_processors_are_not_believed_to_use_a_gpu(tmp_path: Pa
         pytest.skip("the torch here is built for CUDA")
     code = (
         "from workbench.machine.identity import has_cuda\nfrom workbench.engines import idle_gpu, uses_gpu\n"
-        "print(has_cuda(), uses_gpu('transformers'), uses_gpu('llamacpp'))\nprint(idle_gpu('transformers'))"
+        "print(has_cuda(), *map(uses_gpu, ('transformers', 'llamacpp', 'vllm')))\nprint(idle_gpu('transformers'))"
     )
     environment = {**os.environ, "WORKBENCH_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
     environment["PYTHONPATH"] = f"{write(tmp_path / 'driver')}:{ROOT}"
-    for hidden, words in ((None, "True False False"), ("", "False False False")):
+    for hidden, words in ((None, "True False False False"), ("", "False False False False")):
         more = {} if hidden is None else {"CUDA_VISIBLE_DEVICES": hidden}
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment | more, capture_output=True, text=True, timeout=300

@@ -223,15 +223,62 @@ def test_clocks_count_inside_timed_repeats_alone(
     assert len(changed) == (clocks is not None and clocks[0] < 1.5e9)
 
 
-@pytest.mark.parametrize("refused", ["nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMemoryInfo"])
-def test_a_driver_that_does_not_tell_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
-    """As on WSL2 and with MIG: null, and not 0."""
-    monkeypatch.setitem(sys.modules, "pynvml", NVML([FakeGpu(used=5 * MIB)], refused=[refused]))
-    monitor = Monitor(tmp_path)
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        (["nvmlDeviceGetComputeRunningProcesses"], "memory by process"),
+        (["nvmlDeviceGetMemoryInfo"], "used memory"),
+        (["nvmlDeviceGetUtilizationRates"], "clocks"),
+        (["nvmlDeviceGetClockInfo", "nvmlDeviceGetCurrentClocksThrottleReasons"], "clocks, reasons for lower clocks"),
+        (["nvmlDeviceGetTotalEnergyConsumption"], "energy"),
+    ],
+)
+def test_a_driver_that_does_not_tell_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: list[str], words: str
+) -> None:
+    """As on WSL2 and with MIG: null, and not 0; and a line that says what, of which GPU."""
+    gpus = [FakeGpu(used=5 * MIB), FakeGpu(uuid="GPU-2", name="NVIDIA A2")]
+    monkeypatch.setitem(sys.modules, "pynvml", NVML(gpus, refused=refused))
+    monitor = Monitor(tmp_path, watched=module.gpus({"CUDA_VISIBLE_DEVICES": "1"}))
     monitor(os.getpid())
     found = monitor.conditions()
     assert "peak_vram" not in monitor.memory() and found["gpu_strangers"] is None
-    assert not any("GPU" in line for line in module.warnings(found))
+    assert found["gpu_clock_hz"] is None or "clocks" not in words
+    line = f"NVML does not tell {words} of GPU 1 (NVIDIA A2): what needs it is empty, or estimated"
+    assert module.warnings(found) == [line]
+
+
+def test_a_process_whose_memory_is_not_told_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = NVML([FakeGpu(processes={os.getpid(): None})])
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monitor = Monitor(tmp_path)
+    fake.gpus[0].used += 3 * MIB
+    monitor(os.getpid())
+    assert monitor.memory()["peak_vram"] == 3 * MIB, "estimated"
+    assert "NVML does not tell memory by process of GPU 0" in module.warnings(monitor.conditions())[0]
+
+
+def test_what_is_told_after_all_is_not_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = NVML([FakeGpu(processes={os.getpid(): MIB})], refused=["nvmlDeviceGetComputeRunningProcesses"])
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monitor = Monitor(tmp_path)
+    monitor(os.getpid())
+    fake.refused = []
+    monitor(os.getpid())
+    assert module.warnings(monitor.conditions()) == []
+
+
+def test_a_slice_is_metered_where_the_driver_allows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = FakeGpu(uuid="MIG-b", name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", processes={os.getpid(): 3 * MIB})
+    whole = FakeGpu(slices=[FakeGpu(uuid="MIG-a"), piece], processes={1: MIB})
+    monkeypatch.setitem(sys.modules, "pynvml", NVML([whole]))
+    monitor = Monitor(tmp_path, watched=module.gpus({"CUDA_VISIBLE_DEVICES": "MIG-b"}))
+    monitor(os.getpid())
+    found = monitor.conditions()
+    assert monitor.memory()["peak_vram"] == 3 * MIB and found["gpu_strangers"] == 0 and found["gpu_clock_hz"] is None
+    (line,) = module.warnings(found)
+    lacking = "clocks, reasons for lower clocks, energy of GPU 0 (NVIDIA H100 80GB HBM3 MIG 1g.10gb)"
+    assert line.startswith(f"NVML does not tell {lacking}:")
 
 
 def test_in_a_container_the_growth_of_used_memory_stands_for_the_job(

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from tests.fake_driver import NVML, FakeGpu
 from tests.places import ROOT
 from workbench.console import Console
 from workbench.errors import WorkFailed
 from workbench.home import machine_lock
 from workbench.machine.work import in_rounds, work
-from workbench.records import Bandwidth
+from workbench.records import Bandwidth, Conditions, Measurement, to_json
 
 
 @pytest.fixture
@@ -106,6 +107,36 @@ def test_what_a_job_told_last_is_said_after_its_first_round(
     own = {"PYTHONPATH": str(ROOT)}
     list(in_rounds("tests.machine.children:tells", None, int, Console(), "job", limit_s=60, environment=own))
     assert capfd.readouterr().err == "job: perplexity 12\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "hertz"),
+    [({}, 1.2e9), ({"CUDA_VISIBLE_DEVICES": "GPU-2"}, 1.98e9), ({"CUDA_VISIBLE_DEVICES": "GPU-2,GPU-0"}, 1.2e9)],
+)
+def test_only_the_job_s_gpus_are_watched_and_in_its_repeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], hertz: float
+) -> None:
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    every = [FakeGpu(uuid=f"GPU-{n}", clock_mhz=clock) for n, clock in enumerate((1200, 300, 1980))]
+    monkeypatch.setitem(sys.modules, "pynvml", NVML(every))
+    for repeats_s, seen in (([[0.0, 1e9]], hertz), ([[0.0, 1e-9]], None)):
+        told = to_json(Measurement("NVIDIA A2", conditions=Conditions(repeats_s=repeats_s)))
+        own = {"PYTHONPATH": str(ROOT), **given}
+        show, function = Console(quiet=True), "tests.machine.children:echo"
+        _, cost = work(function, told, Measurement, show, "job", limit_s=60, environment=own)
+        clocks = cost.conditions["gpu_clock_hz"]
+        assert (clocks and clocks[0]) == seen
+        assert clocks is None or clocks[2] == (1.98e9 if "GPU-2" in given.get("CUDA_VISIBLE_DEVICES", "") else hertz)
+
+
+def test_a_worker_sees_one_gpu_unless_it_is_given_more(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copying was timed, and quantizing done, with every GPU in sight, and maybe on another than the job's."""
+    monkeypatch.setitem(sys.modules, "pynvml", NVML([FakeGpu(uuid=f"GPU-{n}") for n in range(3)]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    told = call("whoami")["environment"]
+    assert (told["CUDA_DEVICE_ORDER"], told["CUDA_VISIBLE_DEVICES"]) == ("PCI_BUS_ID", "GPU-2")
 
 
 @pytest.mark.parametrize("said", [{"bytes_per_s": "fast"}, {"bytes_per_s": -1}, {}, 7, None])

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.bench import Bench
+from tests.fake_driver import NVML, FakeGpu
 from tests.worker.small_models import write_model
+from workbench.console import Console
+from workbench.errors import WorkFailed
+from workbench.quantize import calibrated
+from workbench.recipe.choices import making_of
+from workbench.recipe.load import parse
+from workbench.records import CalibrationTokens, PreparedBase
 
 CALIBRATION = {"source": {"module": "pydoc_data.topics"}, "window": 64, "windows": 8}
 BOTH = [{"gptq": {"group_size": 32, "objective": objective}} for objective in ("input", "output")]
@@ -45,3 +55,33 @@ def test_one_pass_that_fails_leaves_the_others_variants(bench: Bench) -> None:
     assert "takes no model with experts yet" in answer.stderr
     made = [line.split()[0] for line in answer.stdout.splitlines() if "bits/weight" in line]
     assert made == ["base", "gptq-4bit-g32"]
+
+
+@pytest.mark.parametrize(
+    ("said", "forward"), [({}, "GPU-2,GPU-0,GPU-1"), ({"devices": 1}, "GPU-2"), ({"devices": 2}, "GPU-2,GPU-0")]
+)
+def test_a_pass_sees_the_gpus_that_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], forward: str
+) -> None:
+    """`auto`, the default, shares it out over all; the pass by gradients is of one GPU always."""
+    monkeypatch.setenv("WORKBENCH_HOME", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0,1")
+    monkeypatch.setitem(sys.modules, "pynvml", NVML([FakeGpu(uuid=f"GPU-{n}") for n in range(3)]))
+    given: dict[str, dict[str, str]] = {}
+
+    def work(function: str, *_: Any, environment: dict[str, str], **__: Any) -> None:
+        given[function] = environment
+        raise WorkFailed("no")
+
+    monkeypatch.setattr(calibrated, "work", work)
+    monkeypatch.setattr(calibrated, "check", lambda *_: None)
+    whole = {"base": {"path": "x"}, "variants": BOTH, "calibration": CALIBRATION | said}
+    recipe = parse({**whole, "backends": {"transformers": {}}}, Path("r"))
+    base, tokens = PreparedBase("p", "digest", "float32", 10, 40), CalibrationTokens("t", "t")
+    wanted = {each.name: (each, making_of(each)) for each in recipe.variants if each.method == "gptq"}
+    calibrated.run_calibration(recipe, base, tokens, wanted, Console(quiet=True), {})
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert given == {
+        "workbench.worker.calibration.run:run": {**order, "CUDA_VISIBLE_DEVICES": forward},
+        "workbench.worker.calibration.outputs:run": {**order, "CUDA_VISIBLE_DEVICES": "GPU-2"},
+    }

@@ -16,14 +16,14 @@ from pathlib import Path
 import psutil
 
 from workbench import __version__
-from workbench.gpus import driver_version, gpus
+from workbench.gpus import driver_version, gpus, installed
 from workbench.records import Accelerator, Machine
 
 
 @lru_cache(maxsize=1)
 def machine() -> Machine:
     """Processor, memory, GPUs, system; `name` is the folder its results go to, the same for all with such hardware."""
-    accelerators = [Accelerator(gpu.name, gpu.memory_bytes or 0) for gpu in gpus({})]
+    accelerators = [Accelerator(gpu.name, gpu.memory_bytes or 0) for gpu in installed()]
     found = Machine(
         cpu=_cpu_model(),
         threads=len(os.sched_getaffinity(0)),

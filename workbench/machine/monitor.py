@@ -10,8 +10,8 @@ find them psutil reads those of the whole machine, 1 ms a sample instead of 0.04
 none, psutil takes the nominal one of /proc/cpuinfo for it).
 
 Once a second it also looks at what would make a speed untrue: the load of other processes, time that a hypervisor
-gave to others, clocks while repeats were timed, throttling, another's processes on the GPU. What cannot be read is None
-and warns of nothing.
+gave to others, clocks while repeats were timed, throttling, another's processes on the GPU. What cannot be read is
+None; a row measured on a GPU is warned of what its driver did not tell.
 """
 
 from __future__ import annotations
@@ -117,6 +117,8 @@ class Monitor:
         if self._gpu_reasons is not None:
             found["gpu_throttled"] = bool(self._gpu_reasons & (THERMAL | POWER_BRAKE))
         found["gpu_strangers"] = self._gpus.strangers()
+        if untold := self._gpus.untold():
+            found["gpu_untold"] = untold
         return found
 
     def _look(self, pids: list[int], moment: float) -> None:
@@ -162,6 +164,8 @@ def warnings(conditions: Conditions) -> list[str]:
             f"the processor's speed changed during the run: a fixed piece of work took {min(probes) * 1e3:.1f} to "
             f"{max(probes) * 1e3:.1f} ms"
         )
+    if conditions.get("gpu_untold"):
+        found.append(f"NVML does not tell {'; '.join(conditions['gpu_untold'])}: what needs it is empty, or estimated")
     if conditions.get("gpu_strangers"):
         found.append(f"the GPU was in use by others: {conditions['gpu_strangers']} processes not of this job")
     return found

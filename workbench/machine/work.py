@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from workbench.console import Show
 from workbench.disk import disk_faults
 from workbench.errors import UserError, WorkFailed
-from workbench.gpus import gpus
+from workbench.gpus import for_a_job, gpus
 from workbench.home import WAITING, home, machine_lock, who
 from workbench.machine import isolate
 from workbench.machine.monitor import Monitor
@@ -48,6 +48,8 @@ def work(
 ) -> tuple[Answer, Cost]:
     """Run one worker alone on this machine; its answer to the request, as a record of the type `answer`, and its cost.
 
+    It has one GPU, the first that is visible, unless `environment` says otherwise (`for_a_job`).
+
     Raises `UserError` for what the user can mend and `WorkFailed` for the rest.
     """
     running = in_rounds(
@@ -78,7 +80,8 @@ def in_rounds(
     The machine is its own only while it works. Said is what the worker told last in the first of several rounds, or,
     if it is to be `told`, how long its only one took.
     """
-    monitor, reply, round_, latest = Monitor(watched=gpus(os.environ | (environment or {}))), None, 1, ""
+    given = for_a_job() | (environment or {})
+    monitor, reply, round_, latest = Monitor(watched=gpus(os.environ | given)), None, 1, ""
 
     def heard(done: float, total: float, detail: str) -> None:
         nonlocal latest
@@ -93,7 +96,7 @@ def in_rounds(
             to_json(request),
             workdir=folder,
             python=python,
-            environment={**(environment or {}), **_places(place)},
+            environment={**given, **_places(place)},
         ) as worker,
     ):
         while reply is None:

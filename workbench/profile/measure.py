@@ -10,6 +10,7 @@ from pathlib import Path
 from workbench.console import Show
 from workbench.engines import uses_gpu
 from workbench.errors import UserError, WorkFailed, out_of_memory
+from workbench.gpus import for_a_job
 from workbench.home import entry, interpreter, portable
 from workbench.machine import isolate, monitor
 from workbench.machine.identity import machine
@@ -75,6 +76,8 @@ def run_job(
         duration_s = cost.seconds  # Without the wait for another run to end.
         conditions = measurement.conditions | cost.conditions | {"environment": isolate.engines_own(environment)}
         conditions.pop("repeats_s", None)
+        if measurement.device == "cpu":
+            conditions.pop("gpu_untold", None)  # It lacks nothing of a GPU.
         doubts = monitor.warnings(conditions)
         measurement = replace(measurement, memory=measurement.memory | cost.memory, conditions=conditions)
     except (WorkFailed, UserError) as problem:
@@ -101,7 +104,9 @@ def portable_row(row: Row) -> Row:
 def _copy_bandwidth(show: Show) -> float | None:
     """Bytes a second that this machine copies, measured once; None where it cannot be."""
     here, device = machine(), "cuda" if uses_gpu(REFERENCE_MAKER) else "cpu"
-    facts = [here.cpu, here.threads, here.memory_bytes, here.gpus, here.driver, device]
+    facts: list[object] = [here.cpu, here.threads, here.memory_bytes, here.gpus, here.driver, device]
+    if device == "cuda":
+        facts.append(for_a_job())  # Of several GPUs the job's own is timed.
 
     def build(folder: Path) -> Bandwidth:
         python = interpreter(REFERENCE_MAKER, sys.executable) if device == "cuda" else sys.executable

@@ -11,6 +11,7 @@ from pathlib import Path
 from workbench.console import Show
 from workbench.disk import need_room
 from workbench.errors import UserError, WorkFailed
+from workbench.gpus import for_a_job
 from workbench.home import WAITING, entry, holder, home, lock, stored, who
 from workbench.machine.work import work
 from workbench.quantize.record import artifact_key, check, checkpoint_bytes, located, provenance_of
@@ -164,6 +165,8 @@ def _pass(
         show,
         f"calibration pass: {names}",
         limit_s=recipe.limits.quantize_s,
+        # Only the forward pass is shared out; its `auto` is all that are visible.
+        environment=for_a_job(pass_devices(recipe) if function == "run" else 1),
     )
     for name, reason in made.refused.items():
         show.say(f"{name} failed: {reason}")

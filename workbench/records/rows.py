@@ -264,6 +264,8 @@ class Conditions(TypedDict, total=False):
     gpu_throttled: bool | None
     gpu_strangers: Count | None
     """Processes of others on the GPU, at the most."""
+    gpu_untold: list[str]
+    """What the driver did not tell of which GPU; only where there is something."""
     probe_s: list[Seconds]
     """A fixed piece of work before each repeat."""
     repeats_s: list[list[Number]]

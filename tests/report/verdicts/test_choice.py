@@ -275,8 +275,18 @@ def test_a_device_of_its_own_has_the_memory_that_counts() -> None:
     assert objects(ask([row]))["choice"]["memory_bytes"] == 5000 * MIB  # type: ignore[index]
     row = replace(row, measurement=replace(row.measurement, device="NVIDIA H100"))  # type: ignore[type-var]
     assert objects(ask([row]))["choice"]["memory_bytes"] == 900 * MIB  # type: ignore[index]
-    row = replace(row, measurement=replace(row.measurement, memory={"peak_rss": 5 * MIB, "peak_vram": 0}))  # type: ignore[type-var]
-    assert objects(ask([row]))["choice"]["memory_bytes"] == 5 * MIB  # type: ignore[index]
+
+
+@pytest.mark.parametrize("memory", [{"peak_rss": 5 * MIB, "peak_vram": 0}, {"peak_rss": 5 * MIB}])
+def test_where_a_gpu_s_memory_is_unknown_the_host_s_does_not_stand_for_it(memory: dict[str, int]) -> None:
+    row = a_row("q", memory=memory)
+    row = replace(row, measurement=replace(row.measurement, device="NVIDIA H100"))  # type: ignore[type-var]
+    assert objects(ask([row]))["choice"]["memory_bytes"] is None  # type: ignore[index]
+    failed = ask([row], memory_bytes=900 * MIB)
+    assert failed.choice is None and failed.rejected == {"q on llamacpp": ("memory on the GPU was not measured",)}
+    known = a_row("known", memory={"peak_rss": 9 * MIB})
+    best = ask([row, known], sort="memory").choice
+    assert best and best.name == "known on llamacpp", "what is unknown is not the least"
 
 
 def test_bases_of_their_own_are_compared_by_perplexity_alone() -> None:

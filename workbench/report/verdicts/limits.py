@@ -72,9 +72,10 @@ def on_the_bases_grid(row: Row) -> str | None:
 
 
 def memory_bytes(line: Line) -> float | None:
-    """What must be there to run it: device memory where it ran on one, else the processes' peak."""
-    vram = line.values["peak_vram_bytes"]
-    return vram if vram and line.row.device != "cpu" else line.values["peak_rss_bytes"]
+    """What must be there to run it: device memory where it ran on one, else the processes' peak. None where it is not
+    known: what a process takes on the host says nothing of its GPU."""
+    on_host = line.row.device in ("cpu", "metal")  # Apple's GPUs take theirs of the host.
+    return line.values["peak_rss_bytes"] if on_host else line.values["peak_vram_bytes"] or None
 
 
 def judged(table: Table, place: int, name: str, wish: Constraints, noise: Noise) -> tuple[Candidate, tuple[str, ...]]:
@@ -103,8 +104,10 @@ def _verdicts(
 ) -> Iterator[str | Doubt | None]:
     """A reason for each limit that fails, a doubt for each that is undecided, None for each that is kept."""
     line = candidate.line
+    memory = memory_bytes(line)
+    of_the_host_alone = memory is None and line.values["peak_rss_bytes"] is not None
     for what, bytes_, most in (
-        ("memory", memory_bytes(line), wish.memory_bytes),
+        ("memory on the GPU" if of_the_host_alone else "memory", memory, wish.memory_bytes),
         ("size", line.values["disk_bytes"], wish.size_bytes),
     ):
         yield _verdict(what, bytes_, None if bytes_ is None else (bytes_, bytes_), most, size_text)
