@@ -10,9 +10,11 @@ the narrowest store; `programs`: of the grid, the fewest. What a kernel should b
 """
 
 import argparse
+import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 # The default from Triton 3.10 on is another one, and without this 3.9 says so on every run.
@@ -31,6 +33,10 @@ ARCHITECTURES = (80, 90, 100)
 KERNELS = ("decode", "prefill", "dequantize")
 PREFILL_ROWS = 16
 LEAST_BYTES = 8
+HEADER = (
+    f"{'':7} {'':10} {'sm':>4} {'registers':>9} {'spilled':>7} {'shared':>6} {'instr.':>6} {'codes':>5} {'x':>3} "
+    f"{'stores':>6} {'programs':>8}"
+)
 
 
 def launches(operation: str, kernel: str) -> Iterator[Launch]:
@@ -43,11 +49,6 @@ def launches(operation: str, kernel: str) -> Iterator[Launch]:
         else:
             x = torch.empty(1 if kernel == "decode" else PREFILL_ROWS, k, dtype=torch.float16, device="meta")
             yield known.launch(kernel, x, *weight)
-
-
-def programs(launch: Launch) -> int:
-    """Of the grid, with the first tile."""
-    return launch.programs(launch.configs[0])
 
 
 def narrowest(found: list[Facts], role: str) -> int:
@@ -71,34 +72,47 @@ def failures(kernel: str, found: list[Facts]) -> list[str]:
     return wrong
 
 
+@dataclass(frozen=True)
+class Line:
+    """One of the table: the launches of a kernel on one architecture."""
+
+    operation: str
+    kernel: str
+    architecture: int
+    found: list[Facts]
+
+    @property
+    def wrong(self) -> list[str]:
+        """What stands in the last column."""
+        return failures(self.kernel, self.found)
+
+    def __str__(self) -> str:
+        found = self.found
+        widths = [narrowest(found, role) for role in ("codes", "activations", "stores")]
+        return (
+            f"{self.operation:7} {self.kernel:10} {self.architecture:>4} {max(f.registers for f in found):>9} "
+            f"{max(f.spilled_bytes for f in found):>7} {max(f.shared_bytes for f in found):>6} "
+            f"{max(f.instructions for f in found):>6} {widths[0]:>5} {widths[1] or '':>3} "
+            f"{widths[2]:>6} {min(f.programs for f in found):>8} "
+            f"{', '.join(self.wrong)}".rstrip()
+        )
+
+
 def table(
-    names: list[str], kernels: list[str], architectures: list[int], all_tiles: bool
-) -> Iterator[tuple[str, bool]]:
-    """The table's lines, each with whether something is wrong."""
-    yield (
-        f"{'':7} {'':10} {'sm':>4} {'registers':>9} {'spilled':>7} {'shared':>6} {'instr.':>6} {'codes':>5} {'x':>3} "
-        f"{'stores':>6} {'programs':>8}",
-        False,
-    )
-    for name in names:
-        for kernel in kernels:
-            planned = list(launches(name, kernel))
-            for architecture in architectures:
-                found = [
-                    facts(launch, architecture, config)
-                    for launch in planned
-                    for config in (launch.configs if all_tiles else launch.configs[:1])
-                ]
-                wrong = failures(kernel, found)
-                widths = [narrowest(found, role) for role in ("codes", "activations", "stores")]
-                yield (
-                    f"{name:7} {kernel:10} {architecture:>4} {max(f.registers for f in found):>9} "
-                    f"{max(f.spilled_bytes for f in found):>7} {max(f.shared_bytes for f in found):>6} "
-                    f"{max(f.instructions for f in found):>6} {widths[0]:>5} {widths[1] or '':>3} "
-                    f"{widths[2]:>6} {min(f.programs for f in found):>8} "
-                    f"{', '.join(wrong)}".rstrip(),
-                    bool(wrong),
-                )
+    names: Iterable[str], kernels: Iterable[str], architectures: Iterable[int], all_tiles: bool = False
+) -> Iterator[Line]:
+    """The table's lines, without `HEADER`."""
+    for name, kernel, architecture in itertools.product(names, kernels, architectures):
+        yield Line(
+            name,
+            kernel,
+            architecture,
+            [
+                facts(launch, architecture, config)
+                for launch in launches(name, kernel)
+                for config in (launch.configs if all_tiles else launch.configs[:1])
+            ],
+        )
 
 
 def main() -> int:
@@ -110,9 +124,10 @@ def main() -> int:
     arguments = parser.parse_args()
     names = arguments.operations or list(operations("meta"))
     wrong = False
-    for line, line_wrong in table(names, arguments.kernels, arguments.architectures, arguments.all_tiles):
+    print(HEADER, flush=True)
+    for line in table(names, arguments.kernels, arguments.architectures, arguments.all_tiles):
         print(line, flush=True)
-        wrong = wrong or line_wrong
+        wrong = wrong or bool(line.wrong)
     return int(wrong)
 
 
