@@ -274,6 +274,28 @@ def test_an_engine_that_is_not_installed(bench: Bench, bare_python: str) -> None
         assert "quantizer" in error and "is not installed here. Install it with: pip install llama-cpp-python" in error
 
 
+def test_an_engine_that_is_installed_and_cannot_be_imported(bench: Bench) -> None:
+    """Its shared library lacks another. The same in every line: of a job and of a file that was to be made."""
+    bench("quantize", bench.recipe())
+    package, python = bench.folder / "broken" / "llama_cpp" / "__init__.py", bench.folder / "python"
+    package.parent.mkdir(parents=True)
+    package.write_text("raise ImportError('libcublas.so.13: cannot open shared object file')\n")
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={package.parents[1]}:$PYTHONPATH exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    recipe = bench.recipe(variants=[{"gguf": "Q8_0"}, {"gguf": "Q5_0"}], backends=["llamacpp", "fake"])
+    answer = bench("run", recipe, "--format", "json", WORKBENCH_PYTHON_LLAMACPP=str(python))
+    assert answer.returncode == 1
+    lines = {(line["variant"], line["backend"]): line["error"] for line in json.loads(answer.stdout)}
+    assert lines["base", "fake"] is lines["gguf-Q8_0", "fake"] is None
+    words = (
+        "is installed but cannot be imported: libcublas.so.13: cannot open shared object file. Install it anew with: "
+    )
+    for variant in ("base", "gguf-Q8_0"):
+        assert lines[variant, "llamacpp"].startswith(f"llamacpp {words}pip install llama-cpp-python")
+    for backend in ("llamacpp", "fake"):
+        assert f"llama.cpp's quantizer {words}pip install llama-cpp-python" in lines["gguf-Q5_0", backend]
+
+
 def test_an_interpreter_that_does_not_exist(bench: Bench) -> None:
     answer = bench("run", bench.recipe(), "--format", "json", WORKBENCH_PYTHON_FAKE="/nowhere/python")
     assert answer.returncode == 1

@@ -16,6 +16,9 @@ OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 """Engines' and CUDA libraries' words for what does not fit into a memory; an exception's name among them."""
+NOT_IMPORTED = (ImportError, OSError, RuntimeError)
+"""What the import of an engine raises that is missing or broken. That a shared library cannot be loaded, Python says by
+ImportError, torch by OSError, llama-cpp-python by RuntimeError."""
 LONGEST = 60
 """Characters of a word, from a file or a command line, that a message repeats."""
 LONGEST_PATH = 160
@@ -84,7 +87,7 @@ def install_with(what: str, command: str) -> UserError:
     return UserError(f"{what} is not installed here. Install it with: {command}")
 
 
-def cannot_import(what: str, error: ImportError, command: str) -> UserError:
+def cannot_import(what: str, error: Exception, command: str) -> UserError:
     """The error for a library whose import failed: it is missing, or what it was built against is not what is here."""
     if isinstance(error, ModuleNotFoundError):
         return install_with(f"{what} (module '{error.name}')", command)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-from workbench.errors import cannot_import
+from workbench.errors import NOT_IMPORTED, cannot_import
 from workbench.shape import FLOATS
 from workbench.worker.ggml.index import block_maker
 from workbench.worker.ggml.mixtures import BLOCKS
@@ -55,7 +55,7 @@ def _quantizer() -> Any:
     try:
         import gguf  # noqa: F401 (told before the work, not after it)
         import llama_cpp
-    except ImportError as error:
+    except NOT_IMPORTED as error:
         raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
     llama_cpp.llama_backend_init()
     return block_maker()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, cannot_import, out_of_memory
+from workbench.errors import NOT_IMPORTED, UserError, cannot_import, out_of_memory
 from workbench.shape import FLOATS, NamedShape, Traits
 from workbench.worker import Progress
 from workbench.worker.base.gguf_file import field_of
@@ -57,7 +57,7 @@ def place_of(encoder: str) -> Place | None:
         from workbench.worker.kernels import import_kernels
 
         import_kernels()
-    except (ImportError, UserError) as problem:
+    except (*NOT_IMPORTED, UserError) as problem:
         if encoder == "auto":
             return None
         if isinstance(problem, UserError):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workbench.disk import write_whole
-from workbench.errors import UserError, WorkFailed, cannot_import
+from workbench.errors import NOT_IMPORTED, UserError, WorkFailed, cannot_import
 from workbench.records import MadeVariant, Priced, from_json, to_json
 from workbench.shape import NamedShape
 from workbench.worker import Progress
@@ -54,7 +54,7 @@ def make(payload: object, progress: Progress) -> object:
     try:
         import gguf
         import llama_cpp
-    except ImportError as error:
+    except NOT_IMPORTED as error:
         raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
 
     request: Request = from_json(Request, payload)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from workbench.errors import cannot_import
+from workbench.errors import NOT_IMPORTED, cannot_import
 from workbench.records import (
     Answers,
     Job,
@@ -229,7 +229,7 @@ def _engine(job: Job) -> Any:
     module = backend_named(job.backend)
     try:
         module.load_engine()
-    except ImportError as error:
+    except NOT_IMPORTED as error:
         raise cannot_import(job.backend, error, module.INSTALL) from None
     return module
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from workbench.errors import UserError, cannot_import
+from workbench.errors import NOT_IMPORTED, UserError, cannot_import
 from workbench.records import from_json, to_json
 from workbench.shape import DTYPE_CODES, Shape, Stored
 from workbench.sizes import mib_text, parse_size
@@ -284,7 +284,7 @@ def quantize(payload: object, progress: Progress) -> object:
     try:
         import gguf  # noqa: F401 (told before the work, not after it)
         import llama_cpp
-    except ImportError as error:
+    except NOT_IMPORTED as error:
         raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
 
     request: Request = from_json(Request, payload)
