@@ -1,4 +1,5 @@
-"""What of a machine is written into a row: what its GPU's driver did not tell, how fast the job's own GPU copies."""
+"""What of a machine is written into a row: what its GPU's driver did not tell, how fast the job's own GPU copies; in
+how many rounds a job is timed."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 
 from tests.fake_driver import NVML, FakeGpu
+from tests.rows import a_row
 from workbench.console import Console
+from workbench.errors import WorkFailed
 from workbench.gpus import for_a_job
 from workbench.profile import measure
 from workbench.profile.jobs import planned_row
 from workbench.quantize.make import Made
 from workbench.recipe.load import parse
-from workbench.records import Artifact, Bandwidth, Conditions, Cost, Measurement, PreparedBase
+from workbench.records import Artifact, Bandwidth, Conditions, Cost, Job, Measurement, PreparedBase
 
 
 @pytest.mark.parametrize(("device", "warned"), [("NVIDIA A2", True), ("cuda", True), ("cpu", False)])
@@ -62,3 +65,27 @@ def test_the_bandwidth_is_of_the_job_s_gpu(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         found.append(measure._copy_bandwidth(Console(quiet=True)))
     assert (found, timed) == ([1.0, 2.0, 1.0], ["GPU-0", "GPU-1"])
+
+
+@pytest.mark.parametrize(("cuda", "rounds"), [(False, measure.ROUNDS), (True, 1)])
+def test_on_a_gpu_all_repeats_are_timed_in_one_round(cuda: bool, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine takes a GPU's memory as a whole: no other job could come between."""
+    given: list[Job] = []
+
+    def in_rounds(function: str, job: Job, *_: object, **__: object) -> Any:
+        given.append(job)
+        raise WorkFailed("enough is known")
+
+    recipe = parse(
+        {"base": {"path": "x"}, "variants": [{"gguf": "Q4_0"}], "backends": {"llamacpp": {}}}, Path("r.yaml")
+    )
+    row = a_row(measured=False)
+    monkeypatch.setattr(measure, "uses_gpu", lambda backend: cuda)
+    monkeypatch.setattr(measure, "_copy_bandwidth", lambda show: None)
+    monkeypatch.setattr(measure, "check", lambda *_: None)
+    monkeypatch.setattr(measure, "in_rounds", in_rounds)
+    made = Made(PreparedBase("p", "digest", "float32", 10, 40), {}, {})
+    with pytest.raises(StopIteration) as end:
+        next(measure.run_job(recipe, made, row, None, "llamacpp", Console()))
+    assert end.value.value.error == "enough is known"
+    assert [job.rounds for job in given] == [rounds] and measure.ROUNDS > 1

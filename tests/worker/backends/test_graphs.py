@@ -132,6 +132,14 @@ def test_a_step_that_waits_for_the_gpu_cannot_be_captured(tmp_path: Path, monkey
         graphs.Steps(model, 1, 8, recorded)
 
 
+def told(engine: backend.Engine) -> object:
+    """What a row measured on a GPU says of decoding."""
+    engine._device = "cuda"
+    said = engine.settings()["decoding"]
+    engine._device = "cpu"
+    return said
+
+
 def test_the_engine_replays_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the CPU in the place of the GPU: `prepare`, the timed steps, and the bytes of the first point's cache."""
     path = write_model(tmp_path / "llama", "llama")
@@ -143,12 +151,13 @@ def test_the_engine_replays_and_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(engine.generate(PROMPTS, NEW)) == [[1, 1]] * NEW
     grown = engine.memory()["kv_cache"]
     monkeypatch.setattr(graphs, "_captured", recorded)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     engine.prepare(2, 12)
-    assert engine._steps is None and engine._decoding == "", "a CPU launches its steps"
+    assert engine._steps is None and "decoding" not in engine.settings(), "a CPU launches its steps"
     engine._device = "cuda"
     engine.prepare(2, 12)
     engine._device = "cpu"
-    assert engine._decoding == "CUDA graph over a static cache"
+    assert told(engine) == "CUDA graph over a static cache"
     count = []
     monkeypatch.setattr(engine._steps, "step", lambda step=engine._steps.step: (count.append(1), step()))
     assert list(engine.generate(PROMPTS, NEW)) == [[1, 1]] * NEW and len(count) == NEW - 1
@@ -157,4 +166,4 @@ def test_the_engine_replays_and_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(graphs, "_fixed_cache", lambda *_: (_ for _ in ()).throw(ValueError("why not")))
     engine._device = "cuda"
     engine.prepare(2, 20)
-    assert engine._steps is None and engine._decoding == "launched by Python: why not"
+    assert engine._steps is None and told(engine) == "launched by Python: why not"

@@ -159,6 +159,16 @@ def test_what_is_served_is_drawn_once_for_every_engine() -> None:
     assert [batch for batch, _, _ in engine.served[:4]] == [fresh[0][:2], *fresh[1:]]
     assert engine.served[4][0] == timing.prompts(load, TEXT, 30, 12, 4, 1001)[0][:3]
     assert [batch for batch, _, _ in later.served[:2]] == [fresh[0][:2], fresh[2]]
+    whole = Counting()
+    timing.served(whole, load, TEXT, clock=whole.clock, whole=True)
+    assert [whole.served[0], whole.served[4]] == [
+        (batch, sorted(each, reverse=True)[:slots], slots)
+        for (batch, _, slots), each in zip(engine.served[::4], lengths, strict=True)
+    ]
+    assert max(lengths[1][:3]) < max(lengths[1]), "of this draw the longest answer is none of the first"
+    assert [each for n, each in enumerate(whole.served) if n % 4] == [
+        each for n, each in enumerate(engine.served) if n % 4
+    ]
     short = Counting()
     (one,) = timing.served(short, Workload(new_tokens=1, prompt_tokens=[3], batches=[1], requests=2, repeats=1), TEXT)
     assert one.new_tokens == [1, 1]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.fake_driver import NVML, FakeGpu
 from tests.worker.small_models import write_model
-from workbench.records import Artifact, Evaluation, Job, Workload, to_json
+from workbench.records import Artifact, Evaluation, Job, Measurement, Workload, to_json
 from workbench.worker.backends import transformers as backend
 from workbench.worker.measure import energy, job
 
@@ -52,14 +52,14 @@ class Engine(backend.Engine):
 
 
 def measured(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, compiled: list[str] | None = None
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, compiled: list[str] | None = None, server: bool = False
 ) -> tuple[list[Any], dict[str, Any]]:
     path = write_model(folder / "llama", "llama")
     tokens = folder / "tokens.json"
     windows = [[1, *range(10, 40)], [1, *range(50, 80)]]
     tokens.write_text(json.dumps({"windows": windows, "score_from": [3, 3], "vocab_size": 354}))
     artifact = Artifact("v", "base", "safetensors", str(path), "", 1, 1)
-    load = Workload(prompt_tokens=[8], new_tokens=NEW, batches=[1, 2], repeats=2, warmup=2, requests=1)
+    load = Workload(prompt_tokens=[8], new_tokens=NEW, batches=[1, 2], repeats=2, warmup=2, requests=4)
     test = Evaluation("e", str(tokens), "", window=31, score="all", windows=2, scored_tokens=54)
     asked = Job("b", artifact, "transformers", {"device": "cpu", "threads": 1}, load, {"e": test})
     made: list[Engine] = []
@@ -75,7 +75,7 @@ def measured(
         compiled.append(given.artifact.variant)
 
     extra = {} if compiled is None else {"compile_for": compile_for}
-    monkeypatch.setattr(job, "_engine", lambda given: SimpleNamespace(Engine=load_one, **extra))
+    monkeypatch.setattr(job, "_engine", lambda given: SimpleNamespace(Engine=load_one, SERVER=server, **extra))
     monkeypatch.setattr(job, "check_spelling", lambda *_: None)
     answer: Any = job.measure(to_json(asked), lambda *_: None)
     return made[0].notes, answer
@@ -84,14 +84,15 @@ def measured(
 def test_on_a_gpu_nothing_that_is_timed_is_the_first_of_its_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A window is scored before scoring is timed; a point's first warm-up runs through all lengths of the cache."""
+    """A window is scored before scoring is timed; a point's first warm-up runs through all lengths of the cache, and
+    what is served too."""
     notes, _ = measured(tmp_path, monkeypatch, "cuda")
     assert notes[:3] == [("score", 1, False), ("score", 2, False), "forget"]
     points = [(batch, new) for batch in (1, 2) for new in (NEW, 8, NEW, NEW)]
     assert notes[3:11] == points
-    low, high = NEW // 2, NEW * 3 // 2
     for slots, (warm, *timed) in zip((1, 2), (notes[11:14], notes[14:17]), strict=True):
-        assert all(note[:2] == ("serve", slots) and low <= note[2] <= high for note in (warm, *timed))
+        assert warm[:2] == ("serve", slots)
+        assert all(note == ("serve", 4 * slots, warm[2]) and NEW < note[2] <= NEW * 3 // 2 for note in timed)
 
 
 def test_on_a_cpu_warm_ups_stay_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +102,18 @@ def test_on_a_cpu_warm_ups_stay_short(tmp_path: Path, monkeypatch: pytest.Monkey
     spans = answer["conditions"]["repeats_s"]
     assert len(spans) == 2 * 2 + 2 * 2 and all(began <= ended for began, ended in spans)
     assert all(one[1] <= two[0] for one, two in zip(spans, spans[1:], strict=False))
+
+
+@pytest.mark.parametrize(("device", "whole"), [("cuda", True), ("cpu", False)])
+def test_a_server_on_a_gpu_is_told_to_be_warmed_up_wholly(
+    device: str, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*given: Any) -> Measurement:
+        assert given[-1] is whole
+        return Measurement(device)
+
+    monkeypatch.setattr(job.over_http, "measure", measure)
+    assert measured(tmp_path, monkeypatch, device, server=True)[1]["device"] == device
 
 
 def test_a_row_names_the_counters_its_joules_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def measure(payload: object, progress: Any) -> object:
     on_gpu = engine.settings().get("device") == "cuda"
     scored = _scored(job, engine, sets, on_gpu, progress, steps)
     if getattr(module, "SERVER", False):
-        served_row = over_http.measure(job, engine, text, load_s, progress)
+        served_row = over_http.measure(job, engine, text, load_s, progress, on_gpu)
         return to_json(
             replace(
                 served_row,

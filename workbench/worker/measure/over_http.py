@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from workbench.serving.client import Wanted
 
 
-def measure(job: Job, server: Server, text: list[int], load_s: float, progress: Any) -> Measurement:
+def measure(job: Job, server: Server, text: list[int], load_s: float, progress: Any, whole: bool) -> Measurement:
     """What a server that is up does under the job's workload, with prompts cut from `text`; pauses between the job's
-    rounds."""
+    rounds. `whole`: warm-ups as long as what is timed, as in `timing.py`."""
     rounds = []
     with asyncio.Runner() as runner:
-        http = _OverHttp(job, server, text, progress)
+        http = _OverHttp(job, server, text, progress, whole)
         runner.run(http.open())
         for share in timing.shares(job.workload.repeats, job.rounds):
             if share.start:
@@ -47,11 +47,11 @@ def measure(job: Job, server: Server, text: list[int], load_s: float, progress: 
 class _OverHttp:
     """One server and the clock before each repeat."""
 
-    def __init__(self, job: Job, server: Server, text: list[int], progress: Progress) -> None:
+    def __init__(self, job: Job, server: Server, text: list[int], progress: Progress, whole: bool) -> None:
         from workbench.serving.address import address_of
         from workbench.serving.client import Client, Dialect
 
-        self._job, self._server, self._text, self._progress = job, server, text, progress
+        self._job, self._server, self._text, self._progress, self._whole = job, server, text, progress, whole
         self._client, self._dialect = (
             Client(address_of(server.url)),
             Dialect(server.name, server.name, by_length=server.BY_LENGTH),
@@ -97,8 +97,10 @@ class _OverHttp:
     async def _alone(self, salt: int, tokens: int, share: range) -> Speed:
         load = self._job.workload
         fresh = self._fresh(tokens, 1, load.warmup + load.repeats, salt)
-        for (ids,) in fresh[: load.warmup]:
-            await self._ask(self._wanted(self._warming(ids, share), timing.WARMUP_NEW_TOKENS))
+        for number, (ids,) in enumerate(fresh[: load.warmup]):
+            whole = self._whole and number == share.start == 0
+            new_tokens = load.new_tokens if whole else timing.WARMUP_NEW_TOKENS
+            await self._ask(self._wanted(self._warming(ids, share), new_tokens))
         found = []
         for (ids,) in (fresh[load.warmup + repeat] for repeat in share):
             wanted = self._wanted(ids, load.new_tokens)
@@ -129,7 +131,8 @@ class _OverHttp:
         def ask(each: Wanted) -> Any:
             return self._client.stream(self._dialect, each)
 
-        await closed(ask, wanted([self._warming(ids, share) for ids in fresh[0][:slots]], [2] * slots), slots)
+        answers = timing.served_warmup(lengths, slots, share, self._whole)
+        await closed(ask, wanted([self._warming(ids, share) for ids in fresh[0][:slots]], answers), slots)
         points = []
         for batch in (fresh[1 + repeat] for repeat in share):
             requests = wanted(batch, lengths)

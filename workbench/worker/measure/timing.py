@@ -122,8 +122,8 @@ def served(
     """Throughput at every batch size: `requests` prompts a slot, answers of different lengths, one after the other.
 
     Lengths are drawn from half to one and a half of `new_tokens`, so that sequences end at different times and an
-    engine that can must take the next ones in between. The same draw for every engine and repeat. `share` and `whole`
-    as in `speeds`.
+    engine that can must take the next ones in between. The same draw for every engine and repeat. `share` as in
+    `speeds`. `whole`: the warm-up has the longest answers, so that the cache has had every length that is timed.
     """
     share = range(workload.repeats) if share is None else share
     found: list[Served] = []
@@ -137,8 +137,9 @@ def served(
         _ready(engine, slots, prompt_tokens, workload.longest_answer)
         fresh = prompts(workload, text, prompt_tokens, many, workload.repeats + 1, 1000 + salt)
         first = fresh[0][:slots]
-        answers = lengths[:slots] if whole else [2] * slots
-        for _ in engine.serve(first if share.start == 0 else _woken(first), answers, slots):
+        for _ in engine.serve(
+            first if share.start == 0 else _woken(first), served_warmup(lengths, slots, share, whole), slots
+        ):
             pass
         seconds = []
         for each in (fresh[1 + repeat] for repeat in share):
@@ -160,6 +161,11 @@ def served(
             )
         )
     return found
+
+
+def served_warmup(lengths: list[int], slots: int, share: range, whole: bool) -> list[int]:
+    """New tokens of each of `slots` prompts before the repeats of `share`; see `served`."""
+    return sorted(lengths, reverse=True)[:slots] if whole and share.start == 0 else [2] * slots
 
 
 def joined(parts: list[list[Any]]) -> list[Any]:
