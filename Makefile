@@ -21,7 +21,7 @@ $(GPU)/.ready: requirements/install-gpu.sh requirements/cuda.lock requirements/c
 gpu-check:
 	$(if $(wildcard $(GPU)/activate),. $(GPU)/activate && python,$(PYTHON)) -P benchmarks/gpu_check.py $(PARTS)
 
-# The image's own steps without a GPU and without Docker: an hour on two cores and 8 GB the first time; STEPS="kernels"
+# The image's own steps without a GPU and without Docker: an hour on two cores and 16 GB the first time; STEPS="kernels"
 # takes some of them, and an interrupted one goes on.
 image-check:
 	requirements/image-check.sh $(if $(filter python3,$(PYTHON)),python3.12,$(PYTHON)) $(GPU)-image 90 $(STEPS)

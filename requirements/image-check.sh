@@ -5,6 +5,7 @@
 #   compiler   NVIDIA's from PyPI (1 GB)
 #   engines    the image's environment (6 GB), in which llama.cpp is compiled for ARCHITECTURE ("90"); then imported as
 #              the workers do, beside a stub of the driver
+#   vllm       vLLM's environment (8 GB), imported likewise
 #   gptqmodel  the kernels that GPTQModel compiles when a checkpoint is loaded; they stay in FOLDER/gptqmodel
 #   kernels    our own kernels compiled: registers, spills, widths of loads; with the image's Triton, or PYTHON's
 # What is printed last is a line a step: its name, seconds, and whether it went well. Exit code 1 if one did not.
@@ -13,7 +14,7 @@ set -uo pipefail
 python=$1 folder=$2 architecture=$3
 shift 3
 here=$(cd "$(dirname "$0")" && pwd)
-known="compiler engines gptqmodel kernels"
+known="compiler engines vllm gptqmodel kernels"
 for step in "$@"; do
   [[ " $known " == *" $step "* ]] || { echo "error: unknown step '$step'. Known: $known" >&2; exit 2; }
 done
@@ -28,12 +29,13 @@ compiler() {
 
 engines() {
   "$here/install-gpu.sh" "$python" "$folder" "$architecture" engines &&
-    LD_LIBRARY_PATH=$toolkit/lib/stubs "$engines" -P - <<'PYTHON'
-import importlib
+    LD_LIBRARY_PATH=$toolkit/lib/stubs "$engines" -P "$here/imported.py" llama_cpp torch transformers gptqmodel gguf triton
+}
 
-for name in ("llama_cpp", "torch", "transformers", "gptqmodel", "gguf", "triton"):
-    print(name, getattr(importlib.import_module(name), "__version__", "imported"))
-PYTHON
+vllm() {
+  "$here/install-gpu.sh" "$python" "$folder" "$architecture" vllm &&
+    LD_LIBRARY_PATH=$toolkit/lib/stubs "$folder/vllm/bin/python" -P "$here/imported.py" \
+      cuda.core cuda.bindings.driver torch triton transformers vllm vllm._C_stable_libtorch
 }
 
 gptqmodel() {

@@ -136,11 +136,31 @@ def test_the_steps_that_are_taken_without_a_gpu_are_those_of_the_set_up(tmp_path
     """One that is misspelt is named before anything is made, and each may be taken alone."""
     script = ROOT / "requirements" / "image-check.sh"
     done = subprocess.run([script, "python", tmp_path / "x", "90", "enginse"], capture_output=True, text=True)
-    assert done.returncode == 2 and "unknown step 'enginse'. Known: compiler engines gptqmodel kernels" in done.stderr
+    assert (
+        done.returncode == 2 and "unknown step 'enginse'. Known: compiler engines vllm gptqmodel kernels" in done.stderr
+    )
     assert not (tmp_path / "x").exists()
     text, set_up = script.read_text(), (ROOT / "requirements" / "install-gpu.sh").read_text()
     taken = set(re.findall(r'install-gpu.sh" .* (\w+)(?: &&|$)', text, re.MULTILINE))
-    assert taken == {"compiler", "engines"} < set(re.findall(r"^if asked (\w+)", set_up, re.MULTILINE))
+    assert taken == {"compiler", "engines", "vllm"} < set(re.findall(r"^if asked (\w+)", set_up, re.MULTILINE))
+
+
+def test_files_of_two_packages_are_told(tmp_path: Path) -> None:
+    """In an environment whose second package has overwritten a file of the first."""
+    for name, digests in (
+        ("one", {"both.py": "aa", "same.py": "bb", "own.py": "cc"}),
+        ("two", {"both.py": "dd", "same.py": "bb"}),
+    ):
+        folder = tmp_path / f"{name}-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (folder / "RECORD").write_text("".join(f"{file},sha256={digest},3\n" for file, digest in digests.items()))
+    (tmp_path / "both.py").write_text("__version__ = '7'\n")
+    script = ROOT / "requirements" / "imported.py"
+    done = subprocess.run(
+        [sys.executable, "-P", script, "both"], capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert (done.returncode, done.stdout) == (1, "both 7\nboth.py belongs to one and two\n")
 
 
 def test_llama_cpp_is_built_for_the_gpus_that_are_here() -> None:
