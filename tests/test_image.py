@@ -158,7 +158,7 @@ def test_files_of_two_packages_are_told(tmp_path: Path) -> None:
     (tmp_path / "both.py").write_text("__version__ = '7'\n")
     script = ROOT / "requirements" / "imported.py"
     done = subprocess.run(
-        [sys.executable, "-P", script, "both"], capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
+        [sys.executable, "-S", "-P", script, "both"], capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}
     )
     assert (done.returncode, done.stdout) == (1, "both 7\nboth.py belongs to one and two\n")
 
