@@ -40,11 +40,17 @@ def priced(request: dict[str, Any], progress: Any = quiet) -> Any:
     return sensitivity.run(request, progress)["tensors"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3", "cohere", "mixtral"])
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3", "cohere", *EXPERTS])
 def test_prices_are_what_a_rounded_tensor_moves_the_output_by(kind: str, tmp_path: Path) -> None:
     """Of a model with its own factors, caps, norms and experts: a tensor in Q4_0 at a time, the divergence over the
     tokens."""
-    base = write_model(tmp_path / "base", kind, hidden_size=128)
+    base = write_model(tmp_path / "base", kind, hidden_size=128, **EXPERTS.get(kind, {}))
     request = asked(base, tmp_path / "work")
     found = priced(request)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
@@ -65,7 +71,7 @@ def test_prices_are_what_a_rounded_tensor_moves_the_output_by(kind: str, tmp_pat
     }
     parameters = dict(model.named_parameters())
     checked = {tensor: parameters[name] for tensor, name in names.items() if tensor in found}
-    if kind == "mixtral":
+    if kind in EXPERTS:
         # A token that is sent to another expert is beyond gradients: only what no router comes after.
         checked = {tensor: checked[tensor] for tensor in ("blk.1.ffn_down_exps.weight", "output.weight")}
     for tensor, parameter in checked.items():
