@@ -57,14 +57,19 @@ def visible(found: Sequence[Gpu], wanted: str | None) -> list[Gpu]:
     Indices are of the PCI order, which workers are told to count by (`CUDA_DEVICE_ORDER`). Of slices CUDA gives a
     program the first alone, and then no whole GPU either (NVIDIA's MIG User Guide, "CUDA Device Enumeration").
     """
-    chosen = list(found) if wanted is None else list[Gpu]()
-    for word in (part.strip() for part in (wanted or "").split(",")):
+    chosen = list(found) if wanted is None else _named(found, wanted)
+    return [gpu for gpu in chosen if gpu.uuid.startswith(SLICE)][:1] or chosen
+
+
+def _named(found: Sequence[Gpu], wanted: str) -> list[Gpu]:
+    chosen: list[Gpu] = []
+    for word in (part.strip() for part in wanted.split(",")):
         meant = [gpu for gpu in found if word == str(gpu.index)][:1]
         meant = meant or [gpu for gpu in found if word and gpu.uuid.startswith(word)]
         if len(meant) != 1 or meant[0] in chosen:
             break
         chosen += meant
-    return [gpu for gpu in chosen if gpu.uuid.startswith(SLICE)][:1] or chosen
+    return chosen
 
 
 def driver_version() -> str | None:

@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-from workbench.errors import NOT_IMPORTED, cannot_import
 from workbench.shape import FLOATS
 from workbench.worker.ggml.index import block_maker
 from workbench.worker.ggml.mixtures import BLOCKS
-from workbench.worker.ggml.quantizer import INSTALL, all_threads
+from workbench.worker.ggml.quantizer import all_threads, ready
 
 
 def round_trip(kind: str, rows: Any, importance: Any = None) -> Any:
@@ -52,10 +51,5 @@ def round_trip(kind: str, rows: Any, importance: Any = None) -> Any:
 
 @lru_cache(maxsize=1)
 def _quantizer() -> Any:
-    try:
-        import gguf  # noqa: F401 (told before the work, not after it)
-        import llama_cpp
-    except NOT_IMPORTED as error:
-        raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
-    llama_cpp.llama_backend_init()
+    ready()
     return block_maker()

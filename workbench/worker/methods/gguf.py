@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from workbench.errors import NOT_IMPORTED, UserError, cannot_import
+from workbench.errors import UserError, cannot_import
 from workbench.records import from_json, to_json
 from workbench.shape import DTYPE_CODES, Shape, Stored
 from workbench.sizes import mib_text, parse_size
@@ -24,7 +24,7 @@ from workbench.worker.base.checkpoint import VOCABULARY_FILES
 from workbench.worker.ggml import compensate, converter, encode, lost
 from workbench.worker.ggml.choice import TYPES, Budget, allowed, choose, range_of, refusal
 from workbench.worker.ggml.mixtures import BLOCKS, main_type, tensor_bytes, types_of
-from workbench.worker.ggml.quantizer import INSTALL, all_threads, describe, run_quantizer
+from workbench.worker.ggml.quantizer import INSTALL, all_threads, describe, ready, run_quantizer
 from workbench.worker.methods import Making
 
 SHORTHAND = "type"
@@ -281,14 +281,8 @@ def quantize(payload: object, progress: Progress) -> object:
     compared with llama.cpp's (`rows_checked`, `rows_equal`), or what llama.cpp is `instead_of`. With `encoder: auto`
     llama.cpp makes what the encoders do not. Raises `UserError` in llama.cpp's own words where it refuses.
     """
-    try:
-        import gguf  # noqa: F401 (told before the work, not after it)
-        import llama_cpp
-    except NOT_IMPORTED as error:
-        raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
-
+    ready()
     request: Request = from_json(Request, payload)
-    llama_cpp.llama_backend_init()
     checked: encode.Checked | str = ""
     by: dict[str, object] = {"name": "llamacpp", "device": "cpu"}
     making = compensate.first_step(request.grams, progress)
