@@ -40,7 +40,7 @@ def available(device: torch.device) -> bool:
     if driver is None or device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return False
     try:
-        known = _checked(nvrtc.nvrtcGetSupportedArchs())[1]
+        known = _checked(nvrtc.nvrtcGetSupportedArchs())[-1]
     except RuntimeError:  # what cuda.bindings raises where there is no NVRTC to load
         return False
     return architecture_of(device) >= LEAST_ARCHITECTURE and architecture_of(device) in known

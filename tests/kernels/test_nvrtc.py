@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -61,6 +63,19 @@ def test_nothing_is_available_on_the_cpu() -> None:
 
     assert not nvrtc.available(torch.device("cpu"))
     assert nvrtc.compiled("text", "-O") is nvrtc.compiled("text", "-O")
+
+
+@pytest.mark.parametrize("answer", [(0, [80, 90]), (0, 2, [80, 90])], ids=["cuda-bindings 13", "with their number"])
+def test_available_is_what_the_compiler_knows(answer: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    from workbench_kernels import nvrtc
+
+    monkeypatch.setattr(nvrtc, "driver", object())
+    monkeypatch.setattr(nvrtc, "nvrtc", SimpleNamespace(nvrtcGetSupportedArchs=lambda: answer))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for architecture, available in ((90, True), (100, False), (75, False)):
+        monkeypatch.setattr(nvrtc, "architecture_of", lambda device, found=architecture: found)
+        assert nvrtc.available.__wrapped__(torch.device("cuda", 0)) is available
 
 
 @pytest.mark.gpu
