@@ -142,3 +142,27 @@ def test_where_the_damping_is_nearly_all_of_an_error_the_rest_is_still_told_righ
     left = (weight - (made.codes.float() - 8) * 0.5).double()
     assert not left[0].any() and left[1:].abs().max() > 0.1
     torch.testing.assert_close(made.error.double(), ((gram.double() @ left) * left).sum(0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_groups_that_are_searched_together_get_the_same_grids(
+    monkeypatch: pytest.MonkeyPatch, blocks: bool, symmetric: bool
+) -> None:
+    """As on a GPU: three groups and all channels at once, then the rest."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(256, 90) * 0.02, torch.randn(500, 256)
+    gram = x.t() @ x / 500
+    alone = rounding.search_grid(weight, gram, 64, 4, symmetric=symmetric, blocks=blocks)
+    together = [(range(3), slice(None)), (range(3, 4), slice(None))]
+    monkeypatch.setattr(rounding, "_steps", lambda *_: iter(together))
+    found = rounding.search_grid(weight, gram, 64, 4, symmetric=symmetric, blocks=blocks)
+    assert float((found.scale == alone.scale).float().mean()) > 0.98
+    assert torch.allclose(found.scale, alone.scale, rtol=0.1)
+
+
+def test_a_gpu_searches_some_groups_at_once_and_no_more_weights_than_fit() -> None:
+    steps = list(rounding._steps(5, 128, rounding.SLAB // 256, torch.device("cuda")))
+    assert [some for some, _ in steps] == [range(0, 2), range(2, 4), range(4, 5)]
+    (huge, channels), *_ = rounding._steps(3, 128, 2 * rounding.SLAB, torch.device("cuda"))
+    assert huge == range(1) and channels == slice(None)

@@ -41,17 +41,22 @@ def factored(gram: Any, order: Any, damping: float, where: str = "a layer") -> F
     return Factor(order, *_factor(gram[order][:, order], damping, where))
 
 
-def feedback(weight: Any, factor: Factor, nearest: Callable[[int, Any], Any]) -> tuple[Any, Any]:
-    """Round the columns of `weight` [in, out] in the factor's order. Returns the errors W - Q and the residuals r, both
-    [in, out] in that order.
+Nearest = Callable[[int, Any], Any]
+"""`nearest(k, wanted)`: what the k-th column in the order becomes for the numbers wanted of it, both [out]."""
+WholeBlock = Callable[[slice, Any, Any, Any, Any], None]
+"""`whole_block(columns, target, weight, error, residual)`: round some columns in order at once, each taking up the
+errors of those before it among them; `target` is what else is wanted of them. The last two are written, and all are
+[columns, out]."""
 
-    `nearest(k, wanted)` is what the k-th in the order becomes for the numbers wanted of it, both [out].
-    """
+
+def feedback(weight: Any, factor: Factor, nearest: Nearest, whole_block: WholeBlock | None = None) -> tuple[Any, Any]:
+    """Round the columns of `weight` [in, out] in the factor's order, one by one by `nearest`, or where there is one by
+    `whole_block`. Returns the errors W - Q and the residuals r, both [in, out] in that order."""
     with threads.fit_for(weight.numel()):
-        return _fed_back(weight, factor, nearest)
+        return _fed_back(weight, factor, nearest, whole_block)
 
 
-def _fed_back(weight: Any, factor: Factor, nearest: Callable[[int, Any], Any]) -> tuple[Any, Any]:
+def _fed_back(weight: Any, factor: Factor, nearest: Nearest, whole_block: WholeBlock | None) -> tuple[Any, Any]:
     """`feedback`, by whatever threads there are."""
     import torch
 
@@ -64,6 +69,10 @@ def _fed_back(weight: Any, factor: Factor, nearest: Callable[[int, Any], Any]) -
         target = sorted_weight[block:block_end].clone()
         if block:
             target.addmm_(upper[:block, block:block_end].t(), error[:block])
+        if whole_block:
+            here = slice(block, block_end)
+            whole_block(here, target, sorted_weight[here], error[here], residual[here])
+            continue
         for sub in range(block, block_end, SUB_BLOCK):
             sub_end = min(sub + SUB_BLOCK, block_end)
             if sub > block:

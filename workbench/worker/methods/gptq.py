@@ -13,8 +13,9 @@ group-aware order (groups by their largest diagonal entry, columns inside a grou
 gives most of act-order's gain and leaves the plain group layout that every engine loads.
 
 All arrays are transposed, [in, out]: a column of W is then contiguous, and both checkpoint layouts store it so.
-Rejected: a compiled kernel. One column costs ten operations on vectors of `out` entries, about 30 microseconds;
-the whole of it is less than the forward pass.
+On a processor one column costs ten operations on vectors of `out` entries, about 30 microseconds; the whole of it is
+less than the forward pass, and a compiled kernel would gain little. On a GPU, where each is a launch longer than
+its work, a kernel rounds a block of columns at once (`kernels/`, `feedback`).
 """
 
 from __future__ import annotations

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from workbench.errors import UserError, short
+from workbench.worker.kernels import import_kernels
 from workbench.worker.layers import Group, Layer
-from workbench.worker.methods.feedback import Factor, factored, feedback
+from workbench.worker.methods.feedback import Factor, WholeBlock, factored, feedback
 
 MOST_GROUP = 2**16
 """Columns of a group."""
 CHUNK = 1024
 """Output channels in one step of the scale search: with a group of 128 it stays in a core's cache."""
+SLAB = 2**26
+"""Weights in one step of it on a GPU, which is busy with each operation for longer than asking for it takes; some four
+times as many numbers are held beside them."""
 
 NEARLY_ALL = 0.999
 """Part of an error from which what is left beside it is rounding alone."""
@@ -125,23 +130,37 @@ def search_grid(
     middle = float(2 ** (bits - 1))
     scale = torch.empty(groups, outputs, dtype=torch.float32, device=weight.device)
     zero = torch.empty_like(scale)
-    diagonal = gram.diagonal()
     # With few levels the best range is far inside the largest weight.
     shrinks = [1.0 - 0.08 * i for i in range(-1 if symmetric else 0, 6 if bits > 3 else 9)]
-    for index in range(groups):
-        inside = slice(index * size, (index + 1) * size)
-        block = gram[inside, inside].contiguous() if blocks else None
-        importance = diagonal[inside]
-        for start in range(0, outputs, CHUNK):
-            part = weight[inside, start : start + CHUNK]
-            low, high = part.amin(0).clamp_(max=0), part.amax(0).clamp_(min=0)
-            best_scale, best_zero = _search(
-                part, block, importance, low, high, shrinks, top, middle, symmetric, lowest_zero
-            )
-            empty = (high - low) <= 0
-            scale[index, start : start + CHUNK] = torch.where(empty, torch.ones_like(low), best_scale)
-            zero[index, start : start + CHUNK] = torch.where(empty, torch.full_like(low, middle), best_zero)
+    for some, channels in _steps(groups, size, outputs, weight.device):
+        inside = slice(some.start * size, some.stop * size)
+        count = () if len(some) == 1 else (len(some),)
+        part = weight[inside, channels].view(*count, size, -1)
+        block = None
+        if blocks:
+            own = gram[inside, inside].view(len(some), size, len(some), size).diagonal(dim1=0, dim2=2)
+            block = own.permute(2, 0, 1).reshape(*count, size, size).contiguous()
+        importance = gram.diagonal()[inside].view(*count, size)
+        low, high = part.amin(-2).clamp_(max=0), part.amax(-2).clamp_(min=0)
+        best_scale, best_zero = _search(
+            part, block, importance, low, high, shrinks, top, middle, symmetric, lowest_zero
+        )
+        empty = (high - low) <= 0
+        here = slice(some.start, some.stop)
+        scale[here, channels] = torch.where(empty, torch.ones_like(low), best_scale)
+        zero[here, channels] = torch.where(empty, torch.full_like(low, middle), best_zero)
     return Grid(scale, zero, bits)
+
+
+def _steps(groups: int, size: int, outputs: int, device: Any) -> Iterator[tuple[range, slice]]:
+    """Groups of inputs and output channels that are searched at once: one group and some channels on a processor, all
+    channels of some groups on a GPU."""
+    if device.type != "cpu":
+        at_once = max(1, SLAB // (size * outputs))
+        yield from ((range(first, min(first + at_once, groups)), slice(None)) for first in range(0, groups, at_once))
+        return
+    for group in range(groups):
+        yield from ((range(group, group + 1), slice(start, start + CHUNK)) for start in range(0, outputs, CHUNK))
 
 
 def _search(
@@ -156,7 +175,10 @@ def _search(
     symmetric: bool,
     lowest_zero: int,
 ) -> tuple[Any, Any]:
-    """The best scale and zero of one group of inputs, [out] each: coarse, then finer, then two least-squares steps."""
+    """The best scale and zero of groups of inputs, [..., out] each: coarse, then finer, then two least-squares steps.
+
+    `part` [..., size, out], `block` [..., size, size] or None, `importance` [..., size], `low` and `high` [..., out].
+    """
     import torch
 
     work, codes = torch.empty_like(part), torch.empty_like(part)
@@ -165,18 +187,18 @@ def _search(
     scale, zero = torch.ones_like(low), torch.full_like(low, middle)
 
     def encode(scale: Any, zero: Any) -> None:
-        torch.div(part, scale, out=work)
+        torch.div(part, scale.unsqueeze(-2), out=work)
         torch.round(work, out=codes)
         if symmetric:
             codes.clamp_(-middle, top - middle)
         else:
-            torch.clamp(codes, -zero, top - zero, out=codes)
+            torch.clamp(codes, -zero.unsqueeze(-2), (top - zero).unsqueeze(-2), out=codes)
 
     def consider(new_scale: Any, new_zero: Any, new_shrink: Any) -> None:
         nonlocal error, shrink, scale, zero
         encode(new_scale, new_zero)
         work.sub_(codes)
-        found = (block @ work).mul_(work).sum(0) if block is not None else importance @ work.mul_(work)
+        found = (block @ work).mul_(work).sum(-2) if block is not None else _times(importance, work.mul_(work))
         found.mul_(new_scale).mul_(new_scale)
         better = found < error
         error, shrink = torch.where(better, found, error), torch.where(better, new_shrink, shrink)
@@ -195,10 +217,15 @@ def _search(
     for _ in range(2):
         # The best scale for the codes just found; rounding again with it is kept only where it is better.
         encode(scale, zero)
-        weighted = block @ codes if block is not None else codes * importance[:, None]
-        fitted = (weighted * part).sum(0) / weighted.mul_(codes).sum(0)
+        weighted = block @ codes if block is not None else codes * importance.unsqueeze(-1)
+        fitted = (weighted * part).sum(-2) / weighted.mul_(codes).sum(-2)
         consider(as_half(torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, scale)), zero, shrink)
     return scale, zero
+
+
+def _times(row: Any, matrix: Any) -> Any:
+    """A row [..., n] times a matrix [..., n, out] -> [..., out]."""
+    return row @ matrix if row.dim() == 1 else (row.unsqueeze(-2) @ matrix).squeeze(-2)
 
 
 def as_half(scale: Any) -> Any:
@@ -277,10 +304,30 @@ def compensate(
         return torch.sub(code, zero).mul_(scale)
 
     factor = factor or factored(gram, order, damping, where)
-    error, residual = feedback(weight, factor, nearest_to)
+    error, residual = feedback(weight, factor, nearest_to, by_kernel(factor, grid, rows, codes))
     back = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     back[order] = codes.to(torch.uint8)
     return Rounded(back, _channel_error(error, residual, factor, gram), factor.damping)
+
+
+def by_kernel(factor: Factor, grid: Grid, rows: list[int], codes: Any) -> WholeBlock | None:
+    """Rounding a block of columns by one launch; None where no kernel runs, as on a processor. `rows`: the grid's row
+    of each column in the order; `codes` [in, out] are written."""
+    import torch
+
+    import_kernels()
+    from workbench_kernels.feedback import round_block, usable
+
+    if not usable(codes.device):
+        return None
+    groups = torch.tensor(rows, dtype=torch.int32, device=codes.device)
+    scale, zero = grid.scale.contiguous(), grid.zero.contiguous()
+
+    def whole_block(here: slice, target: Any, weight: Any, error: Any, residual: Any) -> None:
+        own = factor.upper[here, here]
+        round_block(target, weight, own, scale, zero, groups[here], 2**grid.bits - 1, codes[here], error, residual)
+
+    return whole_block
 
 
 def _channel_error(error: Any, residual: Any, factor: Factor, gram: Any) -> Any:
