@@ -241,8 +241,8 @@ def speed_finding(name: str, n: int, k: int, row: dict[str, Any]) -> Finding:
 
 
 def encoders(place: Place) -> Iterator[Finding]:
-    """Blocks made on the GPU: the same bytes as llama.cpp's quantizer makes, or as ours on the CPU where that is not
-    here; and weights a second against llama.cpp's on all processors."""
+    """Blocks made on the GPU, with importances and without: the bytes that llama.cpp's quantizer makes, or ours on
+    the CPU where that is not here; and, without, weights a second against llama.cpp's on all processors."""
     import torch
     from workbench_kernels.encoders.encode import ENCODERS, encode
 
@@ -251,34 +251,44 @@ def encoders(place: Place) -> Iterator[Finding]:
     moved = weight.to(place.device)
     with_llama = importlib.util.find_spec("llama_cpp") is not None and importlib.util.find_spec("gguf") is not None
     sample = weight[:: max(1, n // 64)].contiguous()
+    importance = torch.rand(k, generator=torch.Generator().manual_seed(1)) ** 4
     for kind in ENCODERS:
-        samples_s = []
-        for _ in range(3):
-            started = time.perf_counter()
-            made = encode(kind, moved)
-            if place.device == "cuda":
-                torch.cuda.synchronize()
-            samples_s.append(time.perf_counter() - started)
-        weights_s = n * k / min(samples_s)
-        mine = made[:: max(1, n // 64)].cpu().contiguous()
-        theirs_s = llama_weights_s(kind, weight) if with_llama else None
-        if with_llama:
-            from workbench.worker.ggml.encode import same_as_llama_cpp
+        equal, rates = 0, []
+        for means in (importance, None):
+            means_there = None if means is None else means.to(place.device)
+            samples_s = []
+            for _ in range(3):
+                started = time.perf_counter()
+                made = encode(kind, moved, means_there)
+                if place.device == "cuda":
+                    torch.cuda.synchronize()
+                samples_s.append(time.perf_counter() - started)
+            rates.append(n * k / min(samples_s))
+            mine = made[:: max(1, n // 64)].cpu().contiguous()
+            if with_llama:
+                from workbench.worker.ggml.encode import same_as_llama_cpp
 
-            equal = same_as_llama_cpp(kind, sample.numpy(), None, mine.numpy())
-        else:
-            equal = int((encode(kind, sample) == mine).all(1).sum())
+                numbers = None if means is None else means.numpy()
+                equal += same_as_llama_cpp(kind, sample.numpy(), numbers, mine.numpy())
+            else:
+                equal += int((encode(kind, sample, means) == mine).all(1).sum())
         whose = "llama.cpp's" if with_llama else "the CPU's (no llama.cpp here)"
-        yield Finding(
-            f"{kind}, rows as {whose}", f"{equal} of {len(sample)}", "all", equal == len(sample), {"equal": equal}
-        )
+        rows = 2 * len(sample)
+        yield Finding(f"{kind}, rows as {whose}", f"{equal} of {rows}", "all", equal == rows, {"equal": equal})
+        with_importances_s, weights_s = rates
+        theirs_s = llama_weights_s(kind, weight) if with_llama else None
         ratio = weights_s / theirs_s if theirs_s else None
         yield Finding(
             f"{kind}, encoded",
             f"{weights_s / 1e6:.0f} M weights/s" + (f", {ratio:.1f} x llama.cpp" if ratio else ""),
             f">= {ENCODER_GOAL:.0f} x llama-quantize on {os.cpu_count()} processors",
             None if ratio is None else ratio >= ENCODER_GOAL,
-            {"weights_s": weights_s, "samples_s": samples_s, "llama_weights_s": theirs_s},
+            {
+                "weights_s": weights_s,
+                "samples_s": samples_s,
+                "with_importances_weights_s": with_importances_s,
+                "llama_weights_s": theirs_s,
+            },
         )
 
 

@@ -130,6 +130,14 @@ def test_the_last_build_step_installs_what_was_copied(tmp_path: Path) -> None:
     assert told.returncode == 0, told.stderr
     files = told.stdout.split()
     assert len(files) == len(modules) > 300 and all(file.startswith(str(installed)) for file in files)
+    read_at_run_time = [
+        path.relative_to(parent)
+        for parent, package in ((ROOT, "workbench"), (ROOT / "kernels", "workbench_kernels"))
+        for path in (parent / package).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    ]
+    assert {path.suffix for path in read_at_run_time} >= {".html", ".cu"}
+    assert [str(path) for path in read_at_run_time if not (installed / path).is_file()] == []
 
 
 def test_the_steps_that_are_taken_without_a_gpu_are_those_of_the_set_up(tmp_path: Path) -> None:

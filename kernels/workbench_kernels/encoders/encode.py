@@ -1,8 +1,9 @@
 """Blocks made on the device that holds the weights, byte for byte what llama.cpp's quantizer writes.
 
 Plain torch, so any device: the types with 32 weights a block are in `small_blocks.py`, the K-quants in `k_quants.py`,
-the searches that both are made of, and what it takes to be equal to the last bit, in `search.py`. Here: which types
-there are, what may be encoded, and the weights' way through in pieces of bounded memory.
+the searches that both are made of, and what it takes to be equal to the last bit, in `search.py`. On a GPU for which
+NVRTC compiles, the K-quants are made by `k_quants.cu` instead. Here: which types there are, what may be encoded, and
+the weights' way through torch in pieces of bounded memory.
 
 A piece holds whole rows and lies turned around, [weight of a run, run, block, row]: what is summed in order then is
 planes, and neighbours in memory are neighbouring rows, which a GPU reads together.
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from workbench_kernels import nvrtc
 from workbench_kernels.checks import short
-from workbench_kernels.encoders import k_quants, small_blocks
+from workbench_kernels.encoders import compiled_k_quants, k_quants, small_blocks
 from workbench_kernels.gguf.types import BLOCK_TYPES
 
 PIECE = {"cpu": 2**19, "cuda": 2**24}
@@ -59,22 +61,31 @@ def encode(kind: str, weight: torch.Tensor, importance: torch.Tensor | None = No
         raise ValueError(f"type {kind}; supported: {', '.join(ENCODERS)}")
     encoder, layout = ENCODERS[kind], BLOCK_TYPES[kind].layout
     _check(kind, layout.weights, weight, importance)
+    row_bytes = weight.shape[1] // layout.weights * layout.size_bytes
+    found = torch.empty(weight.shape[0], row_bytes, dtype=torch.uint8, device=weight.device)
+    if kind in compiled_k_quants.RUNS and nvrtc.available(weight.device):
+        compiled_k_quants.fill(kind, found, weight, importance)
+    else:
+        _fill(encoder, layout.weights, found, weight, importance)
+    start, end = encoder.halves
+    if not bool(found.view(-1, layout.size_bytes)[:, start:end].contiguous().view(torch.float16).isfinite().all()):
+        raise ValueError(f"weight holds numbers too large for the float16 scales of {kind}; supported: smaller ones")
+    return found
+
+
+def _fill(
+    encoder: Encoder, in_block: int, found: torch.Tensor, weight: torch.Tensor, importance: torch.Tensor | None
+) -> None:
+    """Blocks by torch into `found`, uint8 [out, bytes of a row], piece by piece."""
     outputs, inputs = weight.shape
-    blocks, runs = inputs // layout.weights, layout.weights // encoder.run
-    found = torch.empty(outputs, blocks * layout.size_bytes, dtype=torch.uint8, device=weight.device)
+    blocks, runs = inputs // in_block, in_block // encoder.run
     if importance is not None:
         importance = _turned(importance[None], blocks, runs, encoder.run)
     rows = max(1, PIECE.get(weight.device.type, PIECE["cpu"]) // inputs)
     for first in range(0, outputs, rows):
         piece = weight[first : first + rows]
         made = encoder.make(_turned(piece, blocks, runs, encoder.run), importance)
-        start, end = encoder.halves
-        if not bool(made[:, start:end].contiguous().view(torch.float16).isfinite().all()):
-            raise ValueError(
-                f"weight holds numbers too large for the float16 scales of {kind}; supported: smaller ones"
-            )
         found[first : first + rows] = made.view(piece.shape[0], -1)
-    return found
 
 
 def _turned(rows: torch.Tensor, blocks: int, runs: int, run: int) -> torch.Tensor:

@@ -5,8 +5,9 @@ operation over contiguous memory, and a sum is n additions of planes. To the las
 
 - float32 throughout, every product rounded before it is added. llama.cpp builds its quantizers for any x86-64, which
   has no fused multiply-add. (A build for ARM fuses, and differs from this and from x86 in rare last bits.) Torch's
-  operators, one after the other, round the same way, on a GPU too. Rejected: torch.compile and Triton, whose
-  compilers fuse;
+  operators, one after the other, round the same way, on a GPU too; so does CUDA C++ whose compiler is told not to
+  fuse, which is a hundred times as fast there (`k_quants.cu`: the same operations, and to be changed with these).
+  Rejected: torch.compile and Triton, whose compilers fuse;
 - sums in the order of the weights, one weight at a time (`total`): a parallel sum rounds otherwise;
 - `nearest`'s wrong answers beyond 22 bits are part of the format's history, and are kept;
 - what was divided by nothing is put right afterwards, as a branch there is a choice between two planes here.

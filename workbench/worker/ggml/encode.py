@@ -2,8 +2,9 @@
 
 The file is llama.cpp's but for who made the blocks: each tensor gets the type that llama.cpp's rules mean for it
 (`mixtures.py`, where they are held against its quantizer), tensors stand in its order, and the metadata are copied as
-it copies them. In memory at once are one tensor's blocks and a slab of its weights. Rejected: asking the quantizer in a
-dry run for the types, which would be the same rules a second time, read off its log.
+it copies them. Encoding on a GPU takes less time than reading, writing and comparing, so each of these has a thread: in
+memory at once are the blocks of two tensors and three slabs of weights, where a GPU reads them page-locked. Rejected:
+asking the quantizer in a dry run for the types, which would be the same rules a second time, read off its log.
 
 Some rows of every tensor are also given to llama.cpp's own functions, and the blocks compared: equality is tested on a
 processor, and whoever encodes on a GPU is told whether it holds there.
@@ -11,8 +12,10 @@ processor, and whoever encodes on a GPU is told whether it holds there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +126,8 @@ def write(
     from workbench.worker.ggml import imatrix
 
     torch.set_num_threads(threads)
-    reader = gguf.GGUFReader(str(source))
+    # "c": torch takes no memory that cannot be written; what is written there would stay in memory.
+    reader = gguf.GGUFReader(str(source), "c")
     types = types_in(reader, mixture, matrix is not None)
     if isinstance(types, str):
         return types
@@ -143,30 +147,35 @@ def write(
             size = [int(length) for length in reversed(tensors[name].shape)]
             shape, dtype = quant_shape_to_byte_shape(size, stored), np.dtype(np.uint8)
         writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, raw_dtype=stored)
-    rows = equal = 0
+    checks: list[tuple[int, Future[int]]] = []
+    written: Future[None] | None = None
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for i, (name, wanted) in enumerate(types.items()):
-            progress(i, len(types), f"{mixture} on {place.name}")
-            tensor = tensors[name]
-            if wanted is None:
-                writer.write_tensor_data(tensor.data)
-                continue
-            try:
-                made, checked = _encoded(tensor, wanted, importances[name], place.device)
-            except ValueError as problem:
-                raise UserError(f"{source}: tensor {name} cannot be made {wanted}: {problem}") from None
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                return f"{place.name} has not the 2 GiB free that it needs"
-            writer.write_tensor_data(made)
-            rows, equal = rows + checked.rows, equal + checked.equal
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as checking, ThreadPoolExecutor(1) as writing:
+            encoded = [tensors[name] for name, wanted in types.items() if wanted]
+            slabs = _ahead(reading, (partial(_read, *at, place.device) for each in encoded for at in _slabs(each)))
+            for i, (name, wanted) in enumerate(types.items()):
+                progress(i, len(types), f"{mixture} on {place.name}")
+                made = tensors[name].data
+                try:
+                    if wanted:
+                        made = _encoded(tensors[name], wanted, importances[name], place.device, slabs, checking, checks)
+                except ValueError as problem:
+                    raise UserError(f"{source}: tensor {name} cannot be made {wanted}: {problem}") from None
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    return f"{place.name} has not the 2 GiB free that it needs"
+                if written:
+                    written.result()
+                written = writing.submit(writer.write_tensor_data, made)
+            if written:
+                written.result()
+            return Checked(sum(rows for rows, _ in checks), sum(equal.result() for _, equal in checks))
     finally:
         writer.close()
-    return Checked(rows, equal)
 
 
 def same_as_llama_cpp(kind: str, rows: Any, importance: Any, made: Any) -> int:
@@ -219,39 +228,81 @@ def _importance(means: Any, tensor: Any, wanted: str, kind: str) -> Any:
     return means.reshape(experts, columns)
 
 
-def _encoded(tensor: Any, wanted: str, importance: Any, device: str) -> tuple[Any, Checked]:
-    """A tensor's blocks (or float16 numbers), uint8 [experts x out, bytes of a row], and what their check said."""
-    import numpy as np
+def _ahead(reading: Executor, calls: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+    """What the calls give, in order; each is made while the one before it is used."""
+    waiting: Future[Any] | None = None
+    for call in calls:
+        following = reading.submit(call)
+        if waiting:
+            yield waiting.result()
+        waiting = following
+    if waiting:
+        yield waiting.result()
+
+
+def _slabs(tensor: Any) -> Iterator[tuple[Any, int, int]]:
+    """The tensor, and rows of it from and to, all of one expert."""
+    columns, of_expert = int(tensor.shape[0]), int(tensor.shape[1])
+    step = max(1, SLAB // columns)
+    for start in range(0, tensor.n_elements // columns, of_expert):
+        for first in range(start, start + of_expert, step):
+            yield tensor, first, min(first + step, start + of_expert)
+
+
+def _read(tensor: Any, first: int, end: int, device: str) -> Any:
+    """Rows as they are stored, for a GPU in page-locked memory."""
+    import torch
+
+    stored = torch.from_numpy(tensor.data.reshape(-1, tensor.data.shape[-1])[first:end])
+    if device == "cpu":
+        return stored
+    return torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True).copy_(stored)
+
+
+def _encoded(
+    tensor: Any,
+    wanted: str,
+    importance: Any,
+    device: str,
+    slabs: Iterator[Any],
+    checking: Executor,
+    checks: list[tuple[int, Future[int]]],
+) -> Any:
+    """A tensor's blocks (or float16 numbers), uint8 [experts x out, bytes of a row], made of the next of `slabs`. To
+    `checks` come how many rows are compared, and how many of them will be found equal."""
     import torch
     from workbench_kernels.encoders.encode import encode
 
-    rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-    columns, of_expert = int(tensor.shape[0]), int(tensor.shape[1])
-    step = max(1, SLAB // columns)
     make: Callable[..., Any] = encode if wanted != "F16" else _half
-    parts, checked, equal = [], 0, 0
-    for start in range(0, rows.shape[0], of_expert):
-        means = None if importance is None or wanted == "F16" else importance[start // of_expert].copy()
-        weights = None if means is None else torch.from_numpy(means).to(device)
-        for first in range(start, start + of_expert, step):
-            slab = _float32(np.array(rows[first : min(first + step, start + of_expert)]), tensor, device)
-            parts.append(make(wanted, slab, weights).cpu().numpy())
-            picked = torch.linspace(0, len(slab) - 1, min(CHECKED_ROWS, len(slab))).long()
-            some = slab[picked.to(device)].cpu().numpy()
-            checked += len(picked)
-            equal += same_as_llama_cpp(wanted, some, means, parts[-1][picked.numpy()])
-    return np.concatenate(parts), Checked(checked, equal)
+    blocks: Any = None
+    for _, first, end in _slabs(tensor):
+        means = None
+        if importance is not None and wanted != "F16":
+            means = importance[first // int(tensor.shape[1])].copy()
+        slab = _float32(next(slabs), tensor, device)
+        made = make(wanted, slab, None if means is None else torch.from_numpy(means).to(device))
+        if blocks is None:
+            rows = tensor.n_elements // slab.shape[1]
+            blocks = torch.empty(rows, made.shape[1], dtype=torch.uint8, pin_memory=device != "cpu")
+        blocks[first:end].copy_(made, non_blocking=True)
+        picked = torch.linspace(0, len(slab) - 1, min(CHECKED_ROWS, len(slab))).long()
+        # Waits for the copy as well.
+        some = slab[picked.to(device)].cpu().numpy()
+        equal = checking.submit(same_as_llama_cpp, wanted, some, means, blocks[first + picked].numpy())
+        checks.append((len(picked), equal))
+        if device == "cpu":  # whose threads are all at it
+            equal.result()
+    return blocks.numpy()
 
 
-def _float32(slab: Any, tensor: Any, device: str) -> Any:
+def _float32(stored: Any, tensor: Any, device: str) -> Any:
     import torch
 
     if tensor.tensor_type.name not in FLOATS:
         raise ValueError(f"it is {tensor.tensor_type.name}; supported: {', '.join(FLOATS)}")
-    stored = torch.from_numpy(slab)
     if tensor.tensor_type.name == "BF16":
         stored = stored.view(torch.bfloat16)
-    return stored.to(device).float()
+    return stored.to(device, non_blocking=True).float()
 
 
 def _half(wanted: str, weight: Any, importance: None) -> Any:
