@@ -6,11 +6,22 @@ A layout (`awq`, `gptq`, `gguf.blocks`) checks its tensors and brings its refere
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from workbench_kernels.backend import ACTIVATIONS, Config, Kernel, bucket, choose_path, splits, triton, tuned
 from workbench_kernels.checks import ALIGNMENT_BYTES, check_activations, check_aligned, short
+
+
+class Runnable(Protocol):
+    """What a product takes: Triton's `Launch`, or one of CUDA C++ (`decode.py`)."""
+
+    @property
+    def out(self) -> torch.Tensor: ...
+
+    def run(self) -> None: ...
+
 
 KEY = ("KIND", "N", "K", "BLOCKS", "RUN", "PLAIN", "BITS", "BUCKET")
 """Arguments whose values decide which tile is best, of those that a kernel has."""
@@ -25,7 +36,7 @@ def multiply(
     *,
     reference: Callable[[torch.Tensor], torch.Tensor],
     dense: Callable[[torch.Tensor], torch.Tensor],
-    kernel: Callable[[str, torch.Tensor], "Launch"],
+    kernel: Callable[[str, torch.Tensor], Runnable],
 ) -> torch.Tensor:
     """x [..., columns] times the transpose of a packed weight [outputs, columns] -> [..., outputs], of x's type.
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from workbench_kernels import decode
 from workbench_kernels.backend import DENSE_BYTES, packing_of, triton
 from workbench_kernels.gguf import kernels
 from workbench_kernels.gguf.layout import BlockType
@@ -72,7 +73,7 @@ def matmul(kind: BlockType, x: torch.Tensor, planes: torch.Tensor, *, path: str 
         path,
         reference=lambda flat: _reference(kind, flat, planes),
         dense=lambda flat: _dense(kind, flat, planes),
-        kernel=lambda way, flat: launch(kind, way, flat, planes),
+        kernel=lambda way, flat: decode.rows(kind, way, flat, planes) or launch(kind, way, flat, planes),
     )
 
 

@@ -58,6 +58,20 @@ class Unpacking:
 
 
 @dataclass(frozen=True)
+class Cuda:
+    """What `cuda/rows.cu` asks of a type, and says there what it is; for those that it multiplies."""
+
+    fours: int
+    """How often a lane reads sixteen bytes of a row's 256 weights,"""
+    words: int
+    """and how often four."""
+    source: str
+    """Its functions, in CUDA C++."""
+    runs: int = 8
+    """That share a scale, of 256 weights."""
+
+
+@dataclass(frozen=True)
 class BlockType:
     """One of llama.cpp's block types; the docstring of its file says which byte is what."""
 
@@ -68,6 +82,7 @@ class BlockType:
     """Whether a weight is more than a scale times its code."""
     reference: Callable[[torch.Tensor], torch.Tensor]
     """uint8 [blocks, bytes] -> float32 [blocks, weights], in plain torch."""
+    cuda: Cuda | None = None
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row of so many weights; `ValueError` if they do not fill whole blocks."""

@@ -10,9 +10,9 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q4_0`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.layout import BlockType, Cuda, Layout, Unpacking, cut, halves
 from workbench_kernels.gguf.loads import half_of, plane_at, short_at, words_at
-from workbench_kernels.gguf.q4_1 import codes, columns
+from workbench_kernels.gguf.q4_1 import CODES, codes, columns
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -32,10 +32,23 @@ def _scales(parts, s, g: tl.constexpr):
     return scale, tl.zeros_like(scale)
 
 
+CUDA = (
+    CODES
+    + """
+__device__ const char* place(const char* w, long long count, long long block, int t, int f) {
+    return f < 2 ? w + 16 * block + 16 * (t + 4 * f) : w + 16 * count + 2 * block + 4 * t;
+}
+__device__ Scales scales(const Unit& unit, int t, int d, int e, int odd) {
+    return {half_of(unit.word[0] >> 16 * e), 0};
+}
+"""
+)
+
 TYPE = BlockType(
     "Q4_0",
     Layout(weights=32, planes=((2, 18), (0, 2)), segments=1, segment_words=4, groups=1, quads=2, less=8),
     Unpacking(load=load, scales=_scales, codes=codes, columns=columns),
     shifted=False,
     reference=reference,
+    cuda=Cuda(2, 1, CUDA),
 )

@@ -12,7 +12,7 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q4_1`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.layout import BlockType, Cuda, Layout, Unpacking, cut, halves
 from workbench_kernels.gguf.loads import half_of, plane_at, word_at, words_at
 
 
@@ -43,10 +43,31 @@ def columns(s, g: tl.constexpr, q: tl.constexpr):
     return 32 * s + 16 * q
 
 
+CODES = """
+__device__ u32 codes(const Unit& unit, int t, int j, int group, int q) {
+    return unit.four[j].at[q] >> 4 * group & 0x0F0F0F0F;
+}
+__device__ int column(int i, int group) { return 32 * i + 16 * group; }
+"""
+CUDA = (
+    CODES
+    + """
+__device__ const char* place(const char* w, long long count, long long block, int t, int f) {
+    return f < 2 ? w + 16 * block + 16 * (t + 4 * f) : w + 16 * count + 4 * (block + 2 * t + f - 2);
+}
+__device__ Scales scales(const Unit& unit, int t, int d, int e, int odd) {
+    Scales found;
+    halves(unit.word[e], found.scale, found.shift);
+    return found;
+}
+"""
+)
+
 TYPE = BlockType(
     "Q4_1",
     Layout(weights=32, planes=((4, 20), (0, 4)), segments=1, segment_words=4, groups=1, quads=2),
     Unpacking(load=_load, scales=scales, codes=codes, columns=columns),
     shifted=True,
     reference=reference,
+    cuda=Cuda(2, 2, CUDA),
 )

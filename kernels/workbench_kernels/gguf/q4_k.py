@@ -15,7 +15,7 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q4_K`, and `get_scale_min
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.layout import BlockType, Cuda, Layout, Unpacking, cut, halves
 from workbench_kernels.gguf.loads import byte_of, half_of, pair_at, plane_at, words_at
 
 
@@ -70,10 +70,37 @@ def columns(s, g: tl.constexpr, q: tl.constexpr):
     return 64 * s + 32 * g
 
 
+SCALES = """
+// Of run 2 t + e.
+__device__ Scales scales(const Unit& unit, int t, int d, int e, int odd) {
+    const Four head = unit.four[FOURS - 1];
+    const int down = 16 * (t % 2);
+    const u32 low = head.at[1] >> down, middle = head.at[2] >> down, high = head.at[3] >> down;
+    const u32 scale = t < 2 ? low & 0x3F3F : (high & 0x0F0F) | (low >> 2 & 0x3030);
+    const u32 least = t < 2 ? middle & 0x3F3F : (high >> 4 & 0x0F0F) | (middle >> 2 & 0x3030);
+    float of_scales, of_mins;
+    halves(head.at[0], of_scales, of_mins);
+    return {of_scales * byte_of(scale, e), -of_mins * byte_of(least, e)};
+}
+__device__ int column(int i, int group) { return 64 * (i / 2) + 16 * (i % 2) + 32 * group; }
+"""
+CUDA = (
+    SCALES
+    + """
+__device__ const char* place(const char* w, long long count, long long block, int t, int f) {
+    return f < 2 ? w + 128 * block + 16 * (t + 4 * f) : w + 128 * count + 16 * block;
+}
+__device__ u32 codes(const Unit& unit, int t, int j, int group, int q) {
+    return unit.four[j].at[q] >> 4 * group & 0x0F0F0F0F;
+}
+"""
+)
+
 TYPE = BlockType(
     "Q4_K",
     Layout(weights=256, planes=((16, 144), (0, 16)), segments=4, segment_words=8, groups=2, quads=1),
     Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
     shifted=True,
     reference=reference,
+    cuda=Cuda(3, 0, CUDA),
 )

@@ -11,10 +11,10 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q5_0`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, halves
+from workbench_kernels.gguf.layout import BlockType, Cuda, Layout, Unpacking, halves
 from workbench_kernels.gguf.loads import half_of, plane_at, short_at, word_at, words_at
 from workbench_kernels.gguf.q4_1 import columns
-from workbench_kernels.gguf.q5_1 import codes, codes_of
+from workbench_kernels.gguf.q5_1 import CODES, codes, codes_of
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -38,10 +38,24 @@ def _scales(parts, s, g: tl.constexpr):
     return scale, tl.zeros_like(scale)
 
 
+CUDA = (
+    CODES
+    + """
+__device__ const char* place(const char* w, long long count, long long block, int t, int f) {
+    return f < 2 ? w + 16 * block + 16 * (t + 4 * f)
+        : f < 4 ? w + 16 * count + 4 * (block + t + 4 * (f - 2)) : w + 20 * count + 2 * block + 4 * t;
+}
+__device__ Scales scales(const Unit& unit, int t, int d, int e, int odd) {
+    return {half_of(unit.word[2] >> 16 * e), 0};
+}
+"""
+)
+
 TYPE = BlockType(
     "Q5_0",
     Layout(weights=32, planes=((6, 22), (2, 6), (0, 2)), segments=1, segment_words=4, groups=1, quads=2, less=16),
     Unpacking(load=_load, scales=_scales, codes=codes, columns=columns),
     shifted=False,
     reference=reference,
+    cuda=Cuda(2, 3, CUDA),
 )

@@ -13,7 +13,7 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q5_1`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.layout import BlockType, Cuda, Layout, Unpacking, cut, halves
 from workbench_kernels.gguf.loads import pair_at, plane_at, words_at
 from workbench_kernels.gguf.q4_1 import columns, scales
 
@@ -49,10 +49,34 @@ def codes(parts, s, g: tl.constexpr, q: tl.constexpr):
     return ((parts[0] >> (4 * q)) & 0x0F0F0F0F) | fifth_bits(parts[2] >> (16 * q))
 
 
+CODES = """
+// Four bits from bit 16 group + 4 q on, each the upper one of a byte.
+__device__ u32 codes(const Unit& unit, int t, int j, int group, int q) {
+    const u32 upper = (unit.word[j] >> 16 * group + 4 * q & 15) * 0x00204081 & 0x01010101;
+    return (unit.four[j].at[q] >> 4 * group & 0x0F0F0F0F) | upper << 4;
+}
+__device__ int column(int i, int group) { return 32 * i + 16 * group; }
+"""
+CUDA = (
+    CODES
+    + """
+__device__ const char* place(const char* w, long long count, long long block, int t, int f) {
+    return f < 2 ? w + 16 * block + 16 * (t + 4 * f)
+        : f < 4 ? w + 16 * count + 8 * (block + t + 4 * (f - 2)) + 4 : w + 16 * count + 8 * (block + 2 * t + f - 4);
+}
+__device__ Scales scales(const Unit& unit, int t, int d, int e, int odd) {
+    Scales found;
+    halves(unit.word[2 + e], found.scale, found.shift);
+    return found;
+}
+"""
+)
+
 TYPE = BlockType(
     "Q5_1",
     Layout(weights=32, planes=((8, 24), (0, 8)), segments=1, segment_words=4, groups=1, quads=2),
     Unpacking(load=_load, scales=scales, codes=codes, columns=columns),
     shifted=True,
     reference=reference,
+    cuda=Cuda(2, 4, CUDA),
 )

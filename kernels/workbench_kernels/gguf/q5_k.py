@@ -11,9 +11,9 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q5_K`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut
+from workbench_kernels.gguf.layout import BlockType, Cuda, Layout, Unpacking, cut
 from workbench_kernels.gguf.loads import pair_at, plane_at, words_at
-from workbench_kernels.gguf.q4_k import columns, run_scales, scales
+from workbench_kernels.gguf.q4_k import SCALES, columns, run_scales, scales
 
 
 def reference(data: torch.Tensor) -> torch.Tensor:
@@ -44,10 +44,25 @@ def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
     return ((parts[0] >> (4 * g)) & 0x0F0F0F0F) | (((parts[5] >> (2 * (s % 4) + g)) & 0x01010101) << 4)
 
 
+CUDA = (
+    SCALES
+    + """
+__device__ const char* place(const char* w, long long count, long long block, int t, int f) {
+    return f < 2 ? w + 128 * block + 16 * (t + 4 * f)
+        : f == 2 ? w + 128 * count + 32 * block + 16 * (t % 2) : w + 160 * count + 16 * block;
+}
+__device__ u32 codes(const Unit& unit, int t, int j, int group, int q) {
+    const u32 upper = unit.four[2].at[q] >> (t & 2) + 4 * j + group;
+    return (unit.four[j].at[q] >> 4 * group & 0x0F0F0F0F) | (upper << 4 & 0x10101010);
+}
+"""
+)
+
 TYPE = BlockType(
     "Q5_K",
     Layout(weights=256, planes=((48, 176), (16, 48), (0, 16)), segments=4, segment_words=8, groups=2, quads=1),
     Unpacking(load=_load, scales=scales, codes=_codes, columns=columns),
     shifted=True,
     reference=reference,
+    cuda=Cuda(4, 0, CUDA),
 )

@@ -14,7 +14,7 @@ and four of upper bits. Source of the layout: llama.cpp, ggml-common.h, `block_q
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, cut, halves
+from workbench_kernels.gguf.layout import BlockType, Cuda, Layout, Unpacking, cut, halves
 from workbench_kernels.gguf.loads import byte_of, half_of, pair_at, plane_at, short_at, words_at
 from workbench_kernels.gguf.q2_k import columns
 
@@ -57,6 +57,23 @@ def _codes(parts, s, g: tl.constexpr, q: tl.constexpr):
     return lower | (upper << 4)
 
 
+CUDA = """
+__device__ const char* place(const char* w, long long count, long long block, int t, int f) {
+    return f < 2 ? w + 128 * block + 16 * (t + 4 * f)
+        : f < 4 ? w + 128 * count + 64 * block + 32 * (f - 2) + 16 * (t % 2)
+        : f < 5 ? w + 192 * count + 16 * block : w + 208 * count + 2 * (block & ~1);
+}
+__device__ u32 codes(const Unit& unit, int t, int j, int group, int q) {
+    const u32 upper = unit.four[2 + j].at[q] >> (t & 2);
+    return (unit.four[j].at[q] >> 4 * group & 0x0F0F0F0F) | (upper << (group ? 0 : 4) & 0x30303030);
+}
+__device__ int column(int i, int group) { return 128 * (i / 4) + 32 * (i / 2 % 2) + 64 * group + 16 * (i % 2); }
+__device__ Scales scales(const Unit& unit, int t, int d, int e, int odd) {
+    const u32 four = t < 2 ? unit.four[4].at[2 * d] : unit.four[4].at[2 * d + 1];
+    return {half_of(unit.word[0] >> 16 * odd) * (byte_of(four ^ 0x80808080, t % 2 * 2 + e) - 128), 0};
+}
+"""
+
 TYPE = BlockType(
     "Q6_K",
     Layout(
@@ -71,4 +88,5 @@ TYPE = BlockType(
     Unpacking(load=_load, scales=_scales, codes=_codes, columns=columns),
     shifted=False,
     reference=reference,
+    cuda=Cuda(5, 1, CUDA, runs=16),
 )

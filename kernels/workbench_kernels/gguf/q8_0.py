@@ -10,7 +10,7 @@ Source of the layout: llama.cpp, ggml-common.h, `block_q8_0`.
 import torch
 
 from workbench_kernels.backend import jit, tl
-from workbench_kernels.gguf.layout import BlockType, Layout, Unpacking, halves
+from workbench_kernels.gguf.layout import BlockType, Cuda, Layout, Unpacking, halves
 from workbench_kernels.gguf.loads import half_of, plane_at, short_at, words_at
 
 
@@ -42,10 +42,24 @@ def _columns(s, g: tl.constexpr, q: tl.constexpr):
     return 32 * s
 
 
+CUDA = """
+__device__ const char* place(const char* w, long long count, long long block, int t, int f) {
+    return f < 4 ? w + 32 * block + 16 * (t + 4 * f) : w + 32 * count + 2 * block + 4 * t;
+}
+__device__ u32 codes(const Unit& unit, int t, int j, int group, int q) {
+    return unit.four[j].at[q] ^ 0x80808080;
+}
+__device__ int column(int i, int group) { return 16 * i; }
+__device__ Scales scales(const Unit& unit, int t, int d, int e, int odd) {
+    return {half_of(unit.word[0] >> 16 * e), 0};
+}
+"""
+
 TYPE = BlockType(
     "Q8_0",
     Layout(weights=32, planes=((2, 34), (0, 2)), segments=1, segment_words=8, groups=1, quads=1, less=128),
     Unpacking(load=_load, scales=scales, codes=_codes, columns=_columns),
     shifted=False,
     reference=reference,
+    cuda=Cuda(4, 1, CUDA),
 )
