@@ -32,6 +32,7 @@ def test_a_recipe_that_cannot_be_carried_starts_nothing(bench: Bench) -> None:
     assert answer.stderr.endswith(said)
 
 
+@pytest.mark.slow
 def test_what_was_not_made_is_not_carried(bench: Bench) -> None:
     """A group that does not divide the tiny model's 64 inputs is refused in the pass; the file says which was it."""
     variants = [{"gptq": {"group_size": 96}}, {"gguf": {"from": "gptq-4bit-g96"}}]

@@ -134,6 +134,7 @@ def measured(shared_home: Path, tmp_path_factory: pytest.TempPathFactory, tiny_l
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["terminal", "markdown", "csv", "json"])
 def test_every_format_shows_every_line(measured: Bench, form: str) -> None:
     answer = measured("table", "--format", form)

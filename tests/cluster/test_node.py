@@ -33,6 +33,7 @@ def done(**parts: Any) -> Answer:
     return answer
 
 
+@pytest.mark.slow
 def test_a_recipe_that_only_the_driver_has_is_read_as_it_was_sent(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = Path(Bench(tmp_path / "home", tmp_path, tiny_llama).recipe(backends={"llamacpp": {}}))
     text = recipe.read_text()
@@ -43,6 +44,7 @@ def test_a_recipe_that_only_the_driver_has_is_read_as_it_was_sent(tmp_path: Path
     assert made.base.path == str(tiny_llama) and list(made.artifacts) == ["base"]
 
 
+@pytest.mark.slow
 def test_paths_are_each_machines_own(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Bench(tmp_path / "home", tmp_path, tiny_llama).recipe(backends={"llamacpp": {}})
     answer = done(work="make", recipe=recipe, text=Path(recipe).read_text(), names=["gguf-Q8_0"])

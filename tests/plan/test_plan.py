@@ -305,6 +305,7 @@ def test_a_directory_is_planned_from_its_headers(tiny_llama: Path) -> None:
     assert 0 < files - base.disk_bytes < 8192  # The rest is the file's header.
 
 
+@pytest.mark.slow
 def test_a_bases_layers_are_shown_as_running_them_finds_them(tiny_llama: Path) -> None:
     kinds = plan.layers(recipe(base={"path": str(tiny_llama)}))
     assert formats.layers(kinds, "terminal").splitlines()[1:] == [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pytest
 import yaml
 
 from tests.fuzz import Mutant, how_many, mutants
@@ -126,6 +127,7 @@ def test_a_recipe_that_is_not_spoiled_is_planned(tiny_llama: Path, tmp_path: Pat
         assert json.loads(planned(tmp_path / "r.yaml"))
 
 
+@pytest.mark.slow
 def test_a_spoiled_recipe_is_planned_or_refused_by_a_line(tiny_llama: Path, tmp_path: Path) -> None:
     found = list(broken(tiny_llama, tmp_path, how_many(300), seed=15))
     assert not found, "\n".join(found)

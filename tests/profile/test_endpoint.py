@@ -290,6 +290,7 @@ def test_a_server_that_dies_leaves_what_was_measured(results: Path) -> None:
     assert "the server is gone" in " ".join((answer.stdout + answer.stderr).split())
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_what_was_measured(bench: Bench) -> None:
     with fake_server(token_s=0.01) as fake:
         words = ["--prompt-tokens", "60", "--new-tokens", "8", "--requests", "500", "--concurrency", "2"]

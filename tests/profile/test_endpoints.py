@@ -87,6 +87,7 @@ def test_a_servers_row_stands_beside_those_of_engines(bench: Bench) -> None:
     assert f"paid at {fake.url}" in bench("cost", str(prices)).stdout
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_a_row_with_its_reason(bench: Bench) -> None:
     with fake_server() as fake:
         pass

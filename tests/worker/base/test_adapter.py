@@ -102,6 +102,7 @@ def test_a_bfloat16_base_is_rounded_once(model: Path, adapter: Path, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_from_the_hub(model: Path, adapter: Path, tmp_path: Path) -> None:
     from workbench.machine import isolate
 

@@ -68,6 +68,7 @@ def test_outputs_that_do_nothing_leave_the_inputs_as_they_are() -> None:
     assert torch.allclose(sums.means()[1].inputs["o"], x.t() @ x / 30, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "phi3"])
 def test_a_checkpoint_diverges_less(kind: str, tmp_path: Path) -> None:
     """On a random model with biases, norms, caps or fused layers, over the tokens that it was calibrated on."""
@@ -93,6 +94,7 @@ def test_a_checkpoint_diverges_less(kind: str, tmp_path: Path) -> None:
         assert 0 < lost["output"] < (1.05 if name == "awq" else 0.99) * lost["input"], name
 
 
+@pytest.mark.slow
 def test_an_interrupted_pass_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "llama")
     request = pass_request(base, tmp_path / "work", VARIANTS)

@@ -19,6 +19,7 @@ def exact(weight: Any, x: Any, g: Any, importance: Any, kind: str) -> float:
     return float(torch.einsum("to,oi,ti->to", g, error, x).square().sum(1).mean()) / 2
 
 
+@pytest.mark.slow
 def test_a_sample_of_rows_tells_what_types_cost() -> None:
     """Gradients differ in size from row to row, inputs from channel to channel, and tokens in both at once."""
     chance = torch.Generator().manual_seed(0)
