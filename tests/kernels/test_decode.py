@@ -103,7 +103,7 @@ def test_on_a_gpu(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """The product takes it, at once and in a graph, and repeats itself."""
     from workbench_kernels import decode
 
-    monkeypatch.setattr(decode, "ENABLED", True)
+    monkeypatch.setattr(decode, "ASKED", "cuda")
     monkeypatch.setattr("workbench_kernels.products.plan", lambda *_: pytest.fail("Triton was taken"))
     case = CASES[name] | {"M": 1, "dtype": dtype}
     weight, packed = weight_of(case)
@@ -126,8 +126,9 @@ def test_it_is_taken_only_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(nvrtc, "available", lambda device: True)
     planes = torch.zeros(3, 72, dtype=torch.int16)
     x = torch.zeros(1, 256, dtype=torch.float16)
-    assert not decode.ENABLED and decode.rows(block_type("Q4_K"), "decode", x, planes) is None
-    monkeypatch.setattr(decode, "ENABLED", True)
+    monkeypatch.setattr(decode, "ASKED", "triton")
+    assert decode.rows(block_type("Q4_K"), "decode", x, planes) is None
+    monkeypatch.setattr(decode, "ASKED", "cuda")
     assert decode.rows(block_type("Q4_K"), "decode", x, planes) is not None
     assert decode.rows(block_type("Q4_K"), "prefill", x, planes) is None
     assert decode.rows(block_type("Q4_K"), "decode", x.float(), planes) is None
