@@ -86,21 +86,14 @@ def round_block(
     count, outputs = target.shape
     if count > COLUMNS:
         raise ValueError(f"a block of {count} columns; supported: {COLUMNS}")
-    for tensor in (target, weight, scale, zero, group, codes, error, residual):
-        if not tensor.is_contiguous():
+    tensors = (target, weight, upper, scale, zero, group, codes, error, residual)
+    for tensor in tensors:
+        if tensor is not upper and not tensor.is_contiguous():
             raise ValueError(
                 f"a tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}; supported: contiguous"
             )
     _round[(triton.cdiv(outputs, CHANNELS),)](
-        target,
-        weight,
-        upper,
-        scale,
-        zero,
-        group,
-        codes,
-        error,
-        residual,
+        *tensors,
         outputs,
         *upper.stride(),
         float(top),

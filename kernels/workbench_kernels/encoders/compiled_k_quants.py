@@ -5,6 +5,7 @@ NVRTC, told not to fuse and not to approximate; where it is missing, and on othe
 """
 
 import ctypes
+import functools
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ RUNS = {"Q2_K": 16, "Q3_K": 16, "Q4_K": 8, "Q5_K": 8, "Q6_K": 16}
 THREADS = 128
 
 
+@functools.cache
 def program(kind: str, weighted: bool) -> nvrtc.Program:
     """Of a type in `RUNS`, with importances or without."""
     return nvrtc.compiled(SOURCE.read_text(), *EXACT, f"-DK_QUANT={kind[1]}", f"-DIMPORTANCES={int(weighted)}")

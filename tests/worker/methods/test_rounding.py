@@ -154,7 +154,7 @@ def test_groups_that_are_searched_together_get_the_same_grids(
     weight, x = torch.randn(256, 90) * 0.02, torch.randn(500, 256)
     gram = x.t() @ x / 500
     alone = rounding.search_grid(weight, gram, 64, 4, symmetric=symmetric, blocks=blocks)
-    together = [(range(3), slice(None)), (range(3, 4), slice(None))]
+    together = [(range(3), [slice(None)]), (range(3, 4), [slice(None)])]
     monkeypatch.setattr(rounding, "_steps", lambda *_: iter(together))
     found = rounding.search_grid(weight, gram, 64, 4, symmetric=symmetric, blocks=blocks)
     assert float((found.scale == alone.scale).float().mean()) > 0.98
@@ -165,4 +165,14 @@ def test_a_gpu_searches_some_groups_at_once_and_no_more_weights_than_fit() -> No
     steps = list(rounding._steps(5, 128, rounding.SLAB // 256, torch.device("cuda")))
     assert [some for some, _ in steps] == [range(0, 2), range(2, 4), range(4, 5)]
     (huge, channels), *_ = rounding._steps(3, 128, 2 * rounding.SLAB, torch.device("cuda"))
-    assert huge == range(1) and channels == slice(None)
+    assert huge == range(1) and channels == [slice(None)]
+
+
+def test_a_processor_asks_for_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing them takes seconds, and an installation may be without."""
+    monkeypatch.setattr(rounding, "by_kernel", lambda *_: pytest.fail("kernels were asked for"))
+    torch.manual_seed(0)
+    weight, x = torch.randn(64, 8) * 0.02, torch.randn(200, 64)
+    gram = x.t() @ x / 200
+    grid = rounding.search_grid(weight, gram, 32, 4, symmetric=True)
+    rounding.compensate(weight, gram, grid, torch.arange(64) // 32, torch.arange(64), 0.01)

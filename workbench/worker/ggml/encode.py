@@ -155,7 +155,9 @@ def write(
         writer.write_ti_data_to_file()
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as checking, ThreadPoolExecutor(1) as writing:
             encoded = [tensors[name] for name, wanted in types.items() if wanted]
-            slabs = _ahead(reading, (partial(_read, *at, place.device) for each in encoded for at in _slabs(each)))
+            slabs = _ahead(
+                reading, (partial(_read, each, *rows, place.device) for each in encoded for rows in _slabs(each))
+            )
             for i, (name, wanted) in enumerate(types.items()):
                 progress(i, len(types), f"{mixture} on {place.name}")
                 made = tensors[name].data
@@ -240,13 +242,13 @@ def _ahead(reading: Executor, calls: Iterable[Callable[[], Any]]) -> Iterator[An
         yield waiting.result()
 
 
-def _slabs(tensor: Any) -> Iterator[tuple[Any, int, int]]:
-    """The tensor, and rows of it from and to, all of one expert."""
+def _slabs(tensor: Any) -> Iterator[tuple[int, int]]:
+    """Rows of a tensor, from and to, all of one expert."""
     columns, of_expert = int(tensor.shape[0]), int(tensor.shape[1])
     step = max(1, SLAB // columns)
     for start in range(0, tensor.n_elements // columns, of_expert):
         for first in range(start, start + of_expert, step):
-            yield tensor, first, min(first + step, start + of_expert)
+            yield first, min(first + step, start + of_expert)
 
 
 def _read(tensor: Any, first: int, end: int, device: str) -> Any:
@@ -275,7 +277,7 @@ def _encoded(
 
     make: Callable[..., Any] = encode if wanted != "F16" else _half
     blocks: Any = None
-    for _, first, end in _slabs(tensor):
+    for first, end in _slabs(tensor):
         means = None
         if importance is not None and wanted != "F16":
             means = importance[first // int(tensor.shape[1])].copy()

@@ -135,32 +135,31 @@ def search_grid(
     for some, channels in _steps(groups, size, outputs, weight.device):
         inside = slice(some.start * size, some.stop * size)
         count = () if len(some) == 1 else (len(some),)
-        part = weight[inside, channels].view(*count, size, -1)
         block = None
         if blocks:
             own = gram[inside, inside].view(len(some), size, len(some), size).diagonal(dim1=0, dim2=2)
             block = own.permute(2, 0, 1).reshape(*count, size, size).contiguous()
         importance = gram.diagonal()[inside].view(*count, size)
-        low, high = part.amin(-2).clamp_(max=0), part.amax(-2).clamp_(min=0)
-        best_scale, best_zero = _search(
-            part, block, importance, low, high, shrinks, top, middle, symmetric, lowest_zero
-        )
-        empty = (high - low) <= 0
-        here = slice(some.start, some.stop)
-        scale[here, channels] = torch.where(empty, torch.ones_like(low), best_scale)
-        zero[here, channels] = torch.where(empty, torch.full_like(low, middle), best_zero)
+        rows = slice(some.start, some.stop)
+        for here in channels:
+            part = weight[inside, here].view(*count, size, -1)
+            low, high = part.amin(-2).clamp_(max=0), part.amax(-2).clamp_(min=0)
+            best_scale, best_zero = _search(
+                part, block, importance, low, high, shrinks, top, middle, symmetric, lowest_zero
+            )
+            empty = (high - low) <= 0
+            scale[rows, here] = torch.where(empty, torch.ones_like(low), best_scale)
+            zero[rows, here] = torch.where(empty, torch.full_like(low, middle), best_zero)
     return Grid(scale, zero, bits)
 
 
-def _steps(groups: int, size: int, outputs: int, device: Any) -> Iterator[tuple[range, slice]]:
-    """Groups of inputs and output channels that are searched at once: one group and some channels on a processor, all
-    channels of some groups on a GPU."""
+def _steps(groups: int, size: int, outputs: int, device: Any) -> Iterator[tuple[range, list[slice]]]:
+    """Groups of inputs that are searched at once, and with them one after the other these output channels: one group
+    and some channels on a processor, some groups and all channels on a GPU."""
+    at_once, channels = 1, [slice(start, start + CHUNK) for start in range(0, outputs, CHUNK)]
     if device.type != "cpu":
-        at_once = max(1, SLAB // (size * outputs))
-        yield from ((range(first, min(first + at_once, groups)), slice(None)) for first in range(0, groups, at_once))
-        return
-    for group in range(groups):
-        yield from ((range(group, group + 1), slice(start, start + CHUNK)) for start in range(0, outputs, CHUNK))
+        at_once, channels = max(1, SLAB // (size * outputs)), [slice(None)]
+    yield from ((range(first, min(first + at_once, groups)), channels) for first in range(0, groups, at_once))
 
 
 def _search(
@@ -304,15 +303,16 @@ def compensate(
         return torch.sub(code, zero).mul_(scale)
 
     factor = factor or factored(gram, order, damping, where)
-    error, residual = feedback(weight, factor, nearest_to, by_kernel(factor, grid, rows, codes))
+    whole_block = None if weight.device.type == "cpu" else by_kernel(factor, grid, rows, codes)
+    error, residual = feedback(weight, factor, nearest_to, whole_block)
     back = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     back[order] = codes.to(torch.uint8)
     return Rounded(back, _channel_error(error, residual, factor, gram), factor.damping)
 
 
 def by_kernel(factor: Factor, grid: Grid, rows: list[int], codes: Any) -> WholeBlock | None:
-    """Rounding a block of columns by one launch; None where no kernel runs, as on a processor. `rows`: the grid's row
-    of each column in the order; `codes` [in, out] are written."""
+    """Rounding a block of columns by one launch; None where no kernel runs. `rows`: the grid's row of each column in
+    the order; `codes` [in, out] are written."""
     import torch
 
     import_kernels()
