@@ -18,7 +18,9 @@ import pytest
 
 from tests.bench import Bench
 from tests.places import ROOT
+from workbench.first_calls import settle_when_torch_is_imported
 
+settle_when_torch_is_imported()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 GIVEN = frozenset(os.environ)

@@ -42,7 +42,10 @@ ENGINES = {
     "pandas",
     "scipy",
 }
-WORKER_LIGHT = {f"workbench.{name}" for name in ("disk", "errors", "front_matter", "gpus", "records", "shape", "sizes")}
+WORKER_LIGHT = {
+    f"workbench.{name}"
+    for name in ("disk", "errors", "first_calls", "front_matter", "gpus", "records", "shape", "sizes")
+}
 REGISTRIES = {"workbench.worker.backends", "workbench.worker.methods"}
 ROOMS = (
     [
@@ -50,6 +53,7 @@ ROOMS = (
         "gpus",
         "sizes",
         "disk",
+        "first_calls",
         "front_matter",
         "records",
         "intact",
@@ -223,7 +227,10 @@ def test_a_cache_key_asks_the_base_for_its_name_and_nothing_else() -> None:
 def test_machine_knows_processes_and_no_models(path: Path) -> None:
     ours = {
         "workbench",
-        *(f"workbench.{name}" for name in ("errors", "disk", "gpus", "home", "records", "scratch", "console")),
+        *(
+            f"workbench.{name}"
+            for name in ("errors", "disk", "first_calls", "gpus", "home", "records", "scratch", "console")
+        ),
     }
     allowed = ours | {"psutil", "pynvml"} | {name for name in foreign(path) if name.startswith("workbench.machine")}
     assert foreign(path) <= allowed
@@ -232,7 +239,7 @@ def test_machine_knows_processes_and_no_models(path: Path) -> None:
 
 def test_what_a_worker_runs_on_is_standard_library() -> None:
     """isolate.py is loaded by the engine's own interpreter, which may have nothing of ours installed."""
-    assert foreign(HOUSE / "machine" / "isolate.py") == {"workbench.disk", "workbench.errors"}
+    assert foreign(HOUSE / "machine" / "isolate.py") == {"workbench.disk", "workbench.errors", "workbench.first_calls"}
     assert foreign(HOUSE / "disk.py") | foreign(HOUSE / "sizes.py") == {"workbench.errors", "workbench.sizes"}
 
 

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from workbench.disk import write_whole
 from workbench.errors import UserError, WorkFailed
+from workbench.first_calls import settle_when_torch_is_imported
 
 Progress = Callable[[float, float, str], None]
 """`progress(done, total, text)`; the parent draws it."""
@@ -336,6 +337,7 @@ def run_request(request: Path, reply: Path, to_parent: int, from_parent: int) ->
     for pipe in (to_parent, from_parent):
         os.set_inheritable(pipe, False)
     threading.Thread(target=_end_with_parent, args=(to_parent,), daemon=True).start()
+    settle_when_torch_is_imported()
     progress = _Reporter(to_parent, from_parent)
     asked = json.loads(request.read_text())
     module, _, name = asked["function"].partition(":")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from workbench.first_calls import settle_when_torch_is_imported
 from workbench.records import from_json
 from workbench.worker.backends import vllm_gguf
 from workbench.worker.measure import resident
@@ -29,6 +30,7 @@ if "vllm" in sys.modules:
     # Which imports this module, by the extension's name, in each of its processes and before it loads a model.
     vllm_gguf.register()
     allow_amx()
+    settle_when_torch_is_imported()
 
 
 class Extension:
