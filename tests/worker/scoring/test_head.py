@@ -63,3 +63,28 @@ def test_float32_and_foreign_heads_stay_as_they_are(tiny_llama: Any) -> None:
         assert not possible and "forward" not in model.lm_head.__dict__
     assert not head.fits(torch.empty(0, dtype=torch.bfloat16))  # packed away
     assert not head.fits(torch.zeros(4, 4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_packed_head_is_wide_too(dtype: str, tiny_llama: Any) -> None:
+    from transformers import AutoModelForCausalLM
+    from workbench_kernels.encoders.encode import encode
+    from workbench_kernels.gguf import blocks
+    from workbench_kernels.gguf.types import block_type
+    from workbench_kernels.modules import BlockLinear
+
+    kind = getattr(torch, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=kind)
+    model.lm_head = BlockLinear(encode("Q8_0", model.lm_head.weight.detach().float()), "Q8_0")
+    weight = blocks.dequantize(block_type("Q8_0"), model.lm_head.planes).double()
+    ids = torch.arange(3, 43)[None]
+    with torch.inference_mode():
+        hidden = model.model(ids).last_hidden_state
+        with head.in_float32(model) as possible:
+            wide = model(ids).logits
+        after = model(ids).logits
+    assert (possible, wide.dtype, after.dtype) == (True, torch.float32, kind)
+    exact = hidden.double() @ weight.T
+    torch.testing.assert_close(wide.double(), exact, rtol=0, atol=1e-5)
+    assert (after.double() - exact).abs().max() > 20 * (wide.double() - exact).abs().max()
+    assert "forward" not in model.lm_head.__dict__

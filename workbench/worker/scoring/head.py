@@ -13,7 +13,7 @@ ids (gathering their rows costs as much as the product).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,18 +51,30 @@ def fits(weight: Any) -> bool:
     )
 
 
+def _wide(head: Any) -> Callable[[Any], Any] | None:
+    """Of a head, hidden states [..., h] to logits [..., vocabulary] in float32; None for packed heads of others, and
+    for those that compute in float32 anyway."""
+    import torch
+
+    if type(head) is torch.nn.Linear:
+        return (lambda hidden: product(hidden, head.weight, head.bias)) if fits(head.weight) else None
+    if type(head).__module__ == "workbench_kernels.modules":
+        own = head.forward
+        # These compute, and answer, in the type of what they are given.
+        return lambda hidden: own(hidden.float())
+    return None
+
+
 @contextmanager
 def in_float32(model: Any) -> Iterator[bool]:
     """While it lasts a transformers model's logits are float32; whether that was possible."""
-    import torch
-
     head = model.get_output_embeddings()
-    possible = type(head) is torch.nn.Linear and fits(head.weight)
-    if not possible:
+    wide = _wide(head)
+    if wide is None:
         yield False
         return
     kept = head.__dict__.get("forward")
-    head.forward = lambda hidden: product(hidden, head.weight, head.bias)
+    head.forward = wide
     try:
         yield True
     finally:
