@@ -54,8 +54,8 @@ LIMITS = {
 """The most that a ratio of divergences may be: (engine, whose, to whose) -> mixture -> ratio; 1 where none is named."""
 BYTES, SPEED = 0.005, 0.03
 """How far sizes, and speeds of files of the same types, may be apart."""
-ROUNDS, TOKENS = 25, 64
-"""Of decoding two files by turns."""
+LOADS, ROUNDS, TOKENS = 8, 8, 64
+"""Of decoding two files by turns: loads of both, rounds after each, tokens in a round."""
 
 
 def docstrings() -> str:
@@ -203,14 +203,21 @@ def decode(row: Row) -> float:
 
 
 def decode_in_turns(file: Path, other: Path) -> float:
-    """How many times as many tokens a second the first file decodes in llama.cpp, both in one process by turns: the
-    median of the rounds' ratios, for rows of two jobs are minutes apart."""
+    """How many times as many tokens a second the first file decodes in llama.cpp, both in one process by turns, for rows
+    of two jobs are minutes apart. Where in memory a file comes to lie is worth 2 %, also to the same file twice: both
+    are loaded anew, in either order, and the median of the loads' medians counts."""
+    return statistics.median(one_load(file, other, load % 2 == 1) for load in range(LOADS))
+
+
+def one_load(file: Path, other: Path, other_first: bool) -> float:
+    """The median ratio of one load of both files, the second before the first or after it."""
     import llama_cpp
 
-    files = [
-        llama_cpp.Llama(str(path), n_ctx=256, n_threads=os.cpu_count(), verbose=False, use_mmap=False)
-        for path in (file, other)
-    ]
+    pair = (file, other)
+    models = {
+        path: llama_cpp.Llama(str(path), n_ctx=256, n_threads=os.cpu_count(), verbose=False, use_mmap=False)
+        for path in (pair[::-1] if other_first else pair)
+    }
 
     def seconds(model: Any) -> float:
         model.reset()
@@ -221,11 +228,12 @@ def decode_in_turns(file: Path, other: Path) -> float:
         return time.perf_counter() - started
 
     ratios = []
-    for number in range(ROUNDS + 2):
-        turn = (0, 1) if number % 2 else (1, 0)
-        taken_s = {which: seconds(files[which]) for which in turn}
-        ratios.append(taken_s[1] / taken_s[0])
-    return statistics.median(ratios[2:])
+    for number in range(ROUNDS + 1):
+        taken_s = {path: seconds(models[path]) for path in (pair if number % 2 else pair[::-1])}
+        ratios.append(taken_s[other] / taken_s[file])
+    for model in models.values():
+        model.close()
+    return statistics.median(ratios[1:])
 
 
 def report(
