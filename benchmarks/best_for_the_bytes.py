@@ -203,8 +203,8 @@ def decode(row: Row) -> float:
 
 
 def decode_in_turns(file: Path, other: Path) -> float:
-    """How many times as many tokens a second the first file decodes in llama.cpp, both in one process by turns, for rows
-    of two jobs are minutes apart. Where in memory a file comes to lie is worth 2 %, also to the same file twice: both
+    """How many times as many tokens a second the first file decodes in llama.cpp, both in one process by turns: rows of
+    two jobs are minutes apart. Where in memory a file comes to lie is worth 2 %, also to the same file twice, so both
     are loaded anew, in either order, and the median of the loads' medians counts."""
     return statistics.median(one_load(file, other, load % 2 == 1) for load in range(LOADS))
 

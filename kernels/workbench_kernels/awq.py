@@ -17,7 +17,6 @@ from dataclasses import replace
 
 import torch
 
-from workbench_kernels import decode
 from workbench_kernels.backend import (
     Config,
     code_as_float,
@@ -257,7 +256,7 @@ def matmul(
         path,
         reference=lambda flat: (flat.float() @ reference(*weight).t()).to(x.dtype),
         dense=lambda flat: flat @ dequantize(*weight, x.dtype, path="kernel").t(),
-        kernel=lambda way, flat: decode.awq(way, flat, weight) or launch(way, flat, weight),
+        kernel=lambda way, flat: launch(way, flat, weight),
     )
 
 

@@ -1,8 +1,7 @@
-"""One row of x times a packed weight by CUDA C++: `cuda/*.cu`, which say how, with the tiles that are chosen here.
+"""One row of x times GGUF blocks by CUDA C++: `cuda/rows.cu`, which says how, with the tile that is chosen here.
 
-Each function gives a launch, or None where its kernel does not apply and Triton's is to be taken. On an H100 blocks
-take 0.6 to 0.9 of Triton's time, words of AWQ and GPTQ up to 1.3 of it: these are asked only if
-`WORKBENCH_KERNELS_DECODE=cuda`, and none if it is `triton`.
+On an H100 it takes 0.6 to 0.9 of Triton's time; with `WORKBENCH_KERNELS_DECODE=triton` it is not taken. Rejected: the
+same for words of AWQ and GPTQ, which took up to 1.3 of Triton's time there.
 """
 
 import functools
@@ -13,15 +12,13 @@ from pathlib import Path
 import torch
 
 from workbench_kernels import nvrtc
-from workbench_kernels.backend import multiprocessors, run_length
+from workbench_kernels.backend import multiprocessors
 from workbench_kernels.gguf.layout import BlockType
 
 ASKED = os.environ.get("WORKBENCH_KERNELS_DECODE", "")
 SOURCES = Path(__file__).parent / "cuda"
 SHARED_BYTES = 99 * 1024
 """That a block has at most: what all GPUs from sm_86 on have."""
-LONGEST_CHUNK = 128
-SHORTEST_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,6 @@ class CudaLaunch:
     arguments: tuple[torch.Tensor, ...]
     """The last is what it writes."""
     shared_bytes: int
-    cluster: int = 1
 
     @property
     def out(self) -> torch.Tensor:
@@ -50,29 +46,14 @@ class CudaLaunch:
             32 * self.warps,
             self.arguments,
             shared_bytes=self.shared_bytes,
-            cluster=self.cluster,
             dependent=True,
         )
 
 
 def rows(kind: BlockType, way: str, x: torch.Tensor, planes: torch.Tensor) -> CudaLaunch | None:
-    """x [1, in] times blocks in planes."""
+    """x [1, in] times blocks in planes; None where the kernel does not apply and Triton's is to be taken."""
     if ASKED != "triton" and _applies(way, x) and kind.cuda is not None and x.shape[1] % 256 == 0:
         return rows_launch(kind, x, planes)
-    return None
-
-
-def gptq(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...], bits: int, plain: bool) -> CudaLaunch | None:
-    """x [1, in] times a weight of `gptq.TENSORS`."""
-    if ASKED == "cuda" and _applies(way, x) and plain and bits in (4, 8) and _chunk(x, weight[2]):
-        return gptq_launch(x, weight, bits)
-    return None
-
-
-def awq(way: str, x: torch.Tensor, weight: tuple[torch.Tensor, ...]) -> CudaLaunch | None:
-    """x [1, in] times a weight of `awq.TENSORS`; its sums are joined in a cluster, which GPUs have from sm_90 on."""
-    if ASKED == "cuda" and _applies(way, x) and nvrtc.architecture_of(x.device) >= 90 and _chunk(x, weight[2]):
-        return awq_launch(x, weight)
     return None
 
 
@@ -113,54 +94,8 @@ def rows_launch(kind: BlockType, x: torch.Tensor, planes: torch.Tensor) -> CudaL
     )
 
 
-def gptq_launch(x: torch.Tensor, weight: tuple[torch.Tensor, ...], bits: int) -> CudaLaunch:
-    """As `gptq`, wherever the tensors are."""
-    qweight, qzeros, scales = weight[:3]
-    outputs, chunk, deep, stages = scales.shape[1], _chunk(x, scales), 32 // bits, 2
-    depths = chunk // deep // 4
-    staged_bytes = stages * 32 * (depths * (16 + 2 * deep) + 12)
-    warps = min(16, x.shape[1] // chunk, SHARED_BYTES // (staged_bytes + 128))
-    tile = {"CHUNK": chunk, "WARPS": warps, "STAGES": stages, "SLICES": 1, "GROUP": x.shape[1] // scales.shape[0]}
-    return CudaLaunch(
-        _program("gptq", "", **_shape(x, outputs), LESS=0, BITS=bits, **tile),
-        "gptq",
-        (-(-outputs // 32),),
-        warps,
-        (x, qweight, qzeros, scales, x.new_empty(1, outputs)),
-        warps * (staged_bytes + 128),
-    )
-
-
-def awq_launch(x: torch.Tensor, weight: tuple[torch.Tensor, ...], parts: int = 4) -> CudaLaunch:
-    """As `awq`, wherever the tensors are. `parts`: blocks of a cluster."""
-    qweight, qzeros, scales = weight
-    outputs, chunk, stages = scales.shape[1], min(64, _chunk(x, scales)), 2
-    wide = 1 if outputs % 16 else 2
-    staged_bytes = stages * 32 * (chunk * wide + chunk // 2 + 20 * wide)
-    warps = min(8, SHARED_BYTES // staged_bytes)
-    tile = {"CHUNK": chunk, "WARPS": warps, "STAGES": stages, "WIDE": wide, "GROUP": x.shape[1] // scales.shape[0]}
-    return CudaLaunch(
-        _program("awq", "", **_shape(x, outputs), LESS=0, PARTS=parts, **tile),
-        "awq",
-        (parts, -(-outputs // (64 * wide))),
-        warps,
-        (x, qweight, qzeros, scales, x.new_empty(1, outputs)),
-        warps * max(staged_bytes, 256 * wide),
-        parts,
-    )
-
-
 def _applies(way: str, x: torch.Tensor) -> bool:
     return way == "decode" and x.dtype != torch.float32 and nvrtc.available(x.device)
-
-
-def _chunk(x: torch.Tensor, scales: torch.Tensor) -> int:
-    """Input channels that a warp takes at a time: of one group, none left over; 0 if there is no such number."""
-    columns = x.shape[1]
-    chunk = run_length(columns // scales.shape[0], columns, LONGEST_CHUNK)
-    while columns % chunk:
-        chunk //= 2
-    return chunk if chunk >= SHORTEST_CHUNK else 0
 
 
 def _shape(x: torch.Tensor, outputs: int) -> dict[str, int]:

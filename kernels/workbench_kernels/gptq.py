@@ -18,7 +18,6 @@ from dataclasses import replace
 
 import torch
 
-from workbench_kernels import decode
 from workbench_kernels.backend import (
     Config,
     code_as_float,
@@ -312,7 +311,7 @@ def matmul(
         path,
         reference=lambda flat: (flat.float() @ reference(*weight, bits).t()).to(x.dtype),
         dense=lambda flat: flat @ dequantize(*weight, bits, x.dtype, plain=plain, path="kernel").t(),
-        kernel=lambda way, flat: decode.gptq(way, flat, weight, bits, plain) or launch(way, flat, weight, bits, plain),
+        kernel=lambda way, flat: launch(way, flat, weight, bits, plain),
     )
 
 

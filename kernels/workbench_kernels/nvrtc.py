@@ -66,12 +66,11 @@ class Program:
         arguments: Sequence[Argument],
         *,
         shared_bytes: int = 0,
-        cluster: int = 1,
         dependent: bool = False,
     ) -> None:
-        """Launch on the current stream of the first tensor's device. `cluster`: blocks that share their memory, along
-        the grid's first axis. `dependent`: it may start before the launch ahead of it on the stream has ended, and
-        waits itself (`griddepcontrol.wait`, sm_90 on) before it reads or writes what that one touches.
+        """Launch on the current stream of the first tensor's device. `dependent`: it may start before the launch ahead
+        of it on the stream has ended, and waits itself (`griddepcontrol.wait`, sm_90 on) before it reads or writes
+        what that one touches.
         """
         device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
         values = [_value(argument) for argument in arguments]
@@ -81,11 +80,6 @@ class Program:
         config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
         config.sharedMemBytes = shared_bytes
         attributes = []
-        if cluster > 1:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
-            attributes.append(attribute)
         if dependent and architecture_of(device) >= 90:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

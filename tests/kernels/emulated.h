@@ -1,5 +1,5 @@
 // CUDA's words on a CPU, as far as the kernels of workbench_kernels/cuda use them: threads of a block are threads, its
-// blocks run one after the other, and there are no clusters. Stands in for the first part of machine.cu.
+// blocks run one after the other. Stands in for the first part of machine.cu.
 #define EMULATED
 #include <algorithm>
 #include <barrier>
@@ -108,5 +108,3 @@ inline void multiply(float* sum, unsigned a0, unsigned a1, unsigned a2, unsigned
 }
 inline void fetch(const void*, unsigned) {}
 inline void await_launch_ahead() {}
-inline void await_cluster() {}
-inline float in_block(const float* place, unsigned) { return *place; }

@@ -17,29 +17,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("gguf")
 
 EMULATED = Path(__file__).with_name("emulated.h").read_text(encoding="utf-8")
-CASTS = {
-    "rows": "(const u16*)a[0], (const char*)a[1], (u16*)a[2]",
-    "gptq": "(const u16*)a[0], (const u32*)a[1], (const u32*)a[2], (const u16*)a[3], (u16*)a[4]",
-    "awq": "(const u16*)a[0], (const u32*)a[1], (const u32*)a[2], (const u16*)a[3], (u16*)a[4]",
-}
+CAST = "(const u16*)a[0], (const char*)a[1], (u16*)a[2]"
 KINDS = [name for name in SCALES_AT if name not in ("Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL")]
-CASES = {
-    **{name: {"op": "blocks", "kind": name, "N": 41, "K": 1280} for name in KINDS},
-    "gptq-4": {"op": "gptq", "bits": 4, "N": 72, "K": 640, "group": 128, "order": "plain"},
-    "gptq-4-whole": {"op": "gptq", "bits": 4, "N": 48, "K": 192, "group": 192, "order": "plain"},
-    "gptq-8": {"op": "gptq", "bits": 8, "N": 68, "K": 320, "group": 64, "order": "plain"},
-    "awq": {"op": "awq", "N": 272, "K": 640, "group": 128},
-    "awq-odd": {"op": "awq", "N": 24, "K": 192, "group": 64},
-}
+CASES = {name: {"op": "blocks", "kind": name, "N": 41, "K": 1280} for name in KINDS}
 
 
 def launch_of(case: dict[str, Any], x: Any, packed: tuple[Any, ...]) -> Any:
     from workbench_kernels import decode
     from workbench_kernels.gguf.types import block_type
 
-    if case["op"] == "blocks":
-        return decode.rows_launch(block_type(case["kind"]), x, *packed)
-    return decode.gptq_launch(x, packed, case["bits"]) if case["op"] == "gptq" else decode.awq_launch(x, packed, 1)
+    return decode.rows_launch(block_type(case["kind"]), x, *packed)
 
 
 def emulate(launch: Any, folder: Path) -> None:
@@ -48,7 +35,7 @@ def emulate(launch: Any, folder: Path) -> None:
     text = f"""{EMULATED}
 {launch.program.source}
 extern "C" void run(void** a) {{
-    launched({across}, {down}, {32 * launch.warps}, [=] {{ {launch.function}({CASTS[launch.function]}); }});
+    launched({across}, {down}, {32 * launch.warps}, [=] {{ {launch.function}({CAST}); }});
 }}
 """
     (folder / "emulated.cc").write_text(text, encoding="utf-8")
@@ -86,8 +73,6 @@ def test_compiled_without_spills(name: str, architecture: int, tmp_path: Path, m
     pytest.importorskip("triton")
     from workbench_kernels import compiled
 
-    if CASES[name]["op"] == "awq" and architecture < 90:
-        pytest.skip("no clusters before sm_90")
     monkeypatch.setenv("WORKBENCH_KERNELS_CACHE", str(tmp_path))
     case = CASES[name] | {"M": 1, "dtype": "float16"}
     launch = launch_of(case, torch.randn(1, case["K"]).half(), weight_of(case)[1])
@@ -103,7 +88,7 @@ def test_on_a_gpu(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """The product takes it, at once and in a graph, and repeats itself."""
     from workbench_kernels import decode
 
-    monkeypatch.setattr(decode, "ASKED", "cuda")
+    monkeypatch.setattr(decode, "ASKED", "")
     monkeypatch.setattr("workbench_kernels.products.plan", lambda *_: pytest.fail("Triton was taken"))
     case = CASES[name] | {"M": 1, "dtype": dtype}
     weight, packed = weight_of(case)
@@ -128,12 +113,8 @@ def test_it_is_taken_only_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> N
     x = torch.zeros(1, 256, dtype=torch.float16)
     monkeypatch.setattr(decode, "ASKED", "triton")
     assert decode.rows(block_type("Q4_K"), "decode", x, planes) is None
-    monkeypatch.setattr(decode, "ASKED", "cuda")
+    monkeypatch.setattr(decode, "ASKED", "")
     assert decode.rows(block_type("Q4_K"), "decode", x, planes) is not None
     assert decode.rows(block_type("Q4_K"), "prefill", x, planes) is None
     assert decode.rows(block_type("Q4_K"), "decode", x.float(), planes) is None
     assert decode.rows(block_type("Q2_K"), "decode", x, torch.zeros(3, 42, dtype=torch.int16)) is None
-    _, packed = weight_of(CASES["gptq-4"])
-    x = torch.zeros(1, 640, dtype=torch.bfloat16)
-    assert decode.gptq("decode", x, packed, 4, True) is not None
-    assert decode.gptq("decode", x, packed, 4, False) is None and decode.gptq("decode", x, packed, 2, True) is None

@@ -72,18 +72,6 @@ __device__ __forceinline__ void await_launch_ahead() {
 #endif
 }
 
-// Blocks of a cluster.
-__device__ __forceinline__ void await_cluster() {
-#if SM90
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ float in_block(const float* place, u32 rank) {
-    float found;
-    asm volatile("{.reg .u32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a];}"
-        : "=f"(found) : "r"((u32)__cvta_generic_to_shared(place)), "r"(rank) : "memory");
-    return found;
-}
 extern __shared__ Four pool[];
 #endif
 
