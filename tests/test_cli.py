@@ -322,21 +322,21 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(bench: Bench) -> 
     load = {"prompt_tokens": 8, "new_tokens": 50, "repeats": 2}
     recipe = bench.recipe(variants=[{"gguf": "Q8_0"}, {"gguf": "Q4_0"}], workload=load)
     bench("quantize", recipe)
-    child = bench.start("run", recipe, WORKBENCH_FAKE_SLOWER="15")  # Three quarters of a second each repeat.
+    child = bench.start("run", recipe, WORKBENCH_FAKE_SLOWER="30")  # A second and a half each repeat.
     try:
-        bench.wait_for(lambda: len(bench.rows()) == 1 and bool(bench.workers()), child)
+        bench.wait_for(lambda: bench.rows() and bool(bench.workers()), child)
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=60)
     finally:
         child.kill()
     assert child.returncode == 130
     assert err.splitlines()[-1] == "interrupted; what came to its end is kept, and the same command goes on from there"
-    assert "1 of 3 jobs measured and stored; what had begun begins again" in err
+    kept = bench.rows()  # On a busy machine a second row may come before the interrupt.
+    assert len(kept) in (1, 2)
+    assert f"{len(kept)} of 3 jobs measured and stored; what had begun begins again" in err
     assert "Traceback" not in err and not bench.workers()
-    kept = bench.rows()
-    assert len(kept) == 1
     assert bench("run", recipe).returncode == 0
-    assert bench.rows()[:1] == kept and bench.measured() == ["base", "gguf-Q4_0", "gguf-Q8_0"]
+    assert bench.rows()[: len(kept)] == kept and bench.measured() == ["base", "gguf-Q4_0", "gguf-Q8_0"]
 
 
 def test_a_killed_run_takes_its_worker_with_it(bench: Bench) -> None:
