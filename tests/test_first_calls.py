@@ -27,7 +27,7 @@ def asked(function: str, folder: Path) -> Any:
 
 
 def steps_of_the_import(payload: None, progress: object) -> list[object]:
-    """Worker: how often torch's import called each of the functions, and whether its finder stayed."""
+    """Worker: `settled` for each time that torch's import called the functions, and whether its finder stayed."""
     calls: list[object] = []
     settle = first_calls.settle
 
@@ -37,7 +37,6 @@ def steps_of_the_import(payload: None, progress: object) -> list[object]:
 
     first_calls.settle = heard
     importlib.import_module("torch")
-
     return [*calls, any(isinstance(finder, first_calls._Finder) for finder in sys.meta_path)]
 
 
@@ -50,7 +49,8 @@ def first_exp(payload: None, progress: object) -> str:
     import torch
 
     logits = torch.randn(31, 512, generator=torch.Generator().manual_seed(0))
-    assert hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+    # As the processes did of which every third was seen to differ.
+    hashlib.sha256(logits.numpy().tobytes())
     return hashlib.sha256(logits.exp().numpy().tobytes()).hexdigest()
 
 

@@ -23,10 +23,9 @@ SHARED_BYTES = 99 * 1024
 
 @dataclass(frozen=True)
 class CudaLaunch:
-    """A function of CUDA C++ and all that running or compiling it needs."""
+    """`rows` of `cuda/rows.cu` and all that running or compiling it needs."""
 
     program: nvrtc.Program
-    function: str
     grid: tuple[int, ...]
     warps: int
     arguments: tuple[torch.Tensor, ...]
@@ -41,7 +40,7 @@ class CudaLaunch:
     def run(self) -> None:
         """Launch it; it waits for the launch ahead by itself."""
         self.program.launch(
-            self.function,
+            "rows",
             self.grid,
             32 * self.warps,
             self.arguments,
@@ -52,9 +51,9 @@ class CudaLaunch:
 
 def rows(kind: BlockType, way: str, x: torch.Tensor, planes: torch.Tensor) -> CudaLaunch | None:
     """x [1, in] times blocks in planes; None where the kernel does not apply and Triton's is to be taken."""
-    if ASKED != "triton" and _applies(way, x) and kind.cuda is not None and x.shape[1] % 256 == 0:
-        return rows_launch(kind, x, planes)
-    return None
+    if ASKED == "triton" or way != "decode" or x.dtype == torch.float32 or not nvrtc.available(x.device):
+        return None
+    return rows_launch(kind, x, planes) if kind.cuda is not None and x.shape[1] % 256 == 0 else None
 
 
 def rows_launch(kind: BlockType, x: torch.Tensor, planes: torch.Tensor) -> CudaLaunch:
@@ -71,9 +70,10 @@ def rows_launch(kind: BlockType, x: torch.Tensor, planes: torch.Tensor) -> CudaL
     stages = min(4, (SHARED_BYTES // warps - 256 * tiles) // unit_bytes)
     return CudaLaunch(
         _program(
-            "rows",
             kind.cuda.source,
-            **_shape(x, outputs),
+            BFLOAT=int(x.dtype == torch.bfloat16),
+            INPUTS=columns,
+            OUTPUTS=outputs,
             LESS=kind.layout.less,
             SHIFTED=int(kind.shifted),
             WEIGHTS=kind.layout.weights,
@@ -86,7 +86,6 @@ def rows_launch(kind: BlockType, x: torch.Tensor, planes: torch.Tensor) -> CudaL
             WARPS=warps,
             STAGES=stages,
         ),
-        "rows",
         (-(-outputs // (16 * tiles)),),
         warps,
         (x, planes, x.new_empty(1, outputs)),
@@ -94,17 +93,11 @@ def rows_launch(kind: BlockType, x: torch.Tensor, planes: torch.Tensor) -> CudaL
     )
 
 
-def _applies(way: str, x: torch.Tensor) -> bool:
-    return way == "decode" and x.dtype != torch.float32 and nvrtc.available(x.device)
-
-
-def _shape(x: torch.Tensor, outputs: int) -> dict[str, int]:
-    return {"BFLOAT": int(x.dtype == torch.bfloat16), "INPUTS": x.shape[1], "OUTPUTS": outputs}
-
-
 @functools.cache
-def _program(name: str, functions: str, **constants: int) -> nvrtc.Program:
-    """The program of `cuda/<name>.cu`, with a type's functions where it has a place for them."""
-    text = (SOURCES / f"{name}.cu").read_text(encoding="utf-8").replace("TYPE_FUNCTIONS", functions)
-    source = (SOURCES / "machine.cu").read_text(encoding="utf-8") + text
-    return nvrtc.compiled(source, *(f"-D{key}={value}" for key, value in constants.items()))
+def _program(functions: str, **constants: int) -> nvrtc.Program:
+    """The program of `cuda/rows.cu` with a type's functions in their place."""
+    machine, rows_of = ((SOURCES / name).read_text(encoding="utf-8") for name in ("machine.cu", "rows.cu"))
+    return nvrtc.compiled(
+        machine + rows_of.replace("TYPE_FUNCTIONS", functions),
+        *(f"-D{key}={value}" for key, value in constants.items()),
+    )

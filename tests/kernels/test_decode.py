@@ -35,7 +35,7 @@ def emulate(launch: Any, folder: Path) -> None:
     text = f"""{EMULATED}
 {launch.program.source}
 extern "C" void run(void** a) {{
-    launched({across}, {down}, {32 * launch.warps}, [=] {{ {launch.function}({CAST}); }});
+    launched({across}, {down}, {32 * launch.warps}, [=] {{ rows({CAST}); }});
 }}
 """
     (folder / "emulated.cc").write_text(text, encoding="utf-8")

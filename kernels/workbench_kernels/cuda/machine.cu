@@ -27,7 +27,6 @@ template <int BYTES> __device__ __forceinline__ void copy(void* to, const void* 
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void await() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
-__device__ __forceinline__ void await_warp() { __syncwarp(); }
 
 __device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ u32 as_bits(float value) { return __float_as_uint(value); }
@@ -54,7 +53,6 @@ __device__ __forceinline__ void multiply(float* sum, u32 a0, u32 a1, u32 a2, u32
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ float from_lane(float value, int away) { return __shfl_xor_sync(~0u, value, away); }
 __device__ __forceinline__ u32 from_lane_bits(u32 value, int away) { return __shfl_xor_sync(~0u, value, away); }
 
 // Programmatic dependent launch. `fetch` brings bytes (a multiple of 16) into the second-level cache, which may be done
