@@ -15,7 +15,7 @@ from tests.places import ROOT
 from workbench.errors import UserError
 from workbench.recipe.json_schema import schema
 from workbench.recipe.load import load, parse
-from workbench.recipe.model import Base
+from workbench.recipe.sources import Base
 from workbench.recipe.words import LONGEST_NAME
 
 GOOD: dict[str, Any] = {"base": {"path": "x"}, "variants": [{"gguf": "Q4_0"}], "evaluation": {"source": {"text": "a"}}}

@@ -20,7 +20,7 @@ from workbench.errors import UserError
 from workbench.recipe.choices import form_for, limits_of
 from workbench.recipe.json_schema import schema
 from workbench.recipe.load import load, parse
-from workbench.recipe.model import Base
+from workbench.recipe.sources import Base
 from workbench.recipe.yaml_text import MAX_BYTES
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

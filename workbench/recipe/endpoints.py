@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter
 
 from workbench.errors import UserError, short, unknown
 from workbench.recipe.messages import validate
-from workbench.recipe.model import Strict
+from workbench.recipe.sources import Strict
 from workbench.recipe.words import Name, Word
 from workbench.records import Variant
 from workbench.serving.address import address_of

@@ -20,7 +20,8 @@ from workbench.errors import LONGEST_PATH, UserError, did_you_mean, short, unkno
 from workbench.recipe.choices import BackendChoice, limits_of, meant_by, method_of, parse_backends, parse_variants
 from workbench.recipe.endpoints import Endpoint, parse_endpoints
 from workbench.recipe.messages import validate
-from workbench.recipe.model import Base, Calibration, Document, EvaluationModel, Limits, TaskModel
+from workbench.recipe.model import Calibration, Document, EvaluationModel, Limits, TaskModel
+from workbench.recipe.sources import Base
 from workbench.recipe.words import LONGEST_NAME, bad_name, twin
 from workbench.recipe.yaml_text import MAX_BYTES, parse_yaml
 from workbench.records import TokenSet, Variant, Workload, digest, to_json

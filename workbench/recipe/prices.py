@@ -19,7 +19,7 @@ from workbench.disk import expanded
 from workbench.errors import LONGEST_PATH, UserError, short
 from workbench.recipe.endpoints import Price, TokenPrice
 from workbench.recipe.messages import validate
-from workbench.recipe.model import Strict
+from workbench.recipe.sources import Strict
 from workbench.recipe.words import Word
 from workbench.recipe.yaml_text import MAX_BYTES, parse_yaml
 

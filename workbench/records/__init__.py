@@ -7,6 +7,7 @@ samples are kept; a mean or an interval is a view (`report/metrics.py`).
 
 from workbench.records.codec import *  # noqa: F403
 from workbench.records.limits import *  # noqa: F403
+from workbench.records.machine import *  # noqa: F403
 from workbench.records.rows import *  # noqa: F403
 from workbench.records.scores import *  # noqa: F403
 from workbench.records.serving import *  # noqa: F403

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workbench.records.limits import Count, Seconds, Size
-from workbench.records.rows import Conditions, Evaluation, Job, Task
+from workbench.records.machine import Conditions
+from workbench.records.rows import Evaluation, Job, Task
 
 TEXT_VERSION = 3
 """Version of the way a text is read and spelt in tokens, whose digest tells whether they came out otherwise."""

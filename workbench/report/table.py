@@ -31,18 +31,17 @@ from workbench.report.estimates import Estimate
 from workbench.report.formats import FORMATS, data_frame
 from workbench.report.lazily import Lazily
 from workbench.report.metrics import METRICS, OF_THE_REFERENCE
+from workbench.report.noise import NoiseFloor, noise_floors
 from workbench.report.quality import Noise
 from workbench.report.selection import (
     BASE,
     comparable_rows,
-    engine_texts,
     evaluation_digest,
     in_order,
     latest_of_each_pair,
     like_evaluation,
     named_rows,
     of_recipe,
-    pair_of,
 )
 from workbench.report.store import machine_named, machine_of
 
@@ -106,36 +105,6 @@ class VaryingColumn:
 
     name: str
     text: Callable[[Row], str]
-
-
-@dataclass(frozen=True)
-class NoiseFloor:
-    """How far one base differs between engines that saw the same tokens."""
-
-    base: str
-    backends: tuple[str, ...]
-    low: float
-    """Perplexity."""
-    high: float
-    divergences: tuple[tuple[str, float], ...]
-    """(engine, with its options where bases on it differ in them; KLD mean from the base's reference in nats a token)
-    where it was compared with one: what an engine's arithmetic and precision cost alone."""
-
-    @property
-    def spread(self) -> float:
-        """The difference in perplexity that engines alone make."""
-        return self.high - self.low
-
-    @property
-    def relative(self) -> float:
-        """The spread as a fraction of the lowest."""
-        return self.high / self.low - 1
-
-    @property
-    def noise(self) -> Noise:
-        """Both spreads."""
-        apart = [value for _, value in self.divergences]
-        return Noise(self.spread, max(apart) - min(apart) if len(apart) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -279,7 +248,7 @@ def _lines(rows: Sequence[Row]) -> tuple[tuple[Line, ...], tuple[NoiseFloor, ...
     """The rows with what follows from each other, and what their bases say of the noise."""
     references = _references(rows)
     values = [_values(row, references.get(row.base)) for row in rows]
-    floors = _noise_floors(rows, values)
+    floors = noise_floors(rows, values)
     bases, spreads = _bases(rows, quality.perplexity), {floor.base: floor for floor in floors}
     lines = tuple(
         _line(row, own, _base_of(row, bases), references.get(row.base), spreads.get(row.base))
@@ -359,25 +328,6 @@ def _base_of(row: Row, bases: Bases) -> Row | None:
     return min(
         candidates, key=lambda other: (other.options != row.options, other.workload != row.workload), default=None
     )
-
-
-def _noise_floors(rows: Sequence[Row], values: Sequence[Mapping[str, float | None]]) -> tuple[NoiseFloor, ...]:
-    scores: dict[str, dict[str, list[float]]] = {}
-    divergences: dict[str, list[tuple[str, float]]] = {}
-    engines = engine_texts([row for row in rows if row.artifact.method == BASE])
-    for row, own in zip(rows, values, strict=True):
-        perplexity, divergence = own["perplexity"], own["kld_mean"]
-        if row.artifact.method == BASE and perplexity is not None:
-            scores.setdefault(row.base, {}).setdefault(row.backend, []).append(perplexity)
-            if divergence is not None:
-                divergences.setdefault(row.base, []).append((engines[pair_of(row)], divergence))
-    floors = []
-    for base, by_backend in scores.items():
-        if len(by_backend) > 1:
-            every = [value for scored in by_backend.values() for value in scored]
-            found = tuple(divergences.get(base, ()))
-            floors.append(NoiseFloor(base, tuple(by_backend), min(every), max(every), found))
-    return tuple(floors)
 
 
 def _varying(rows: Sequence[Row]) -> tuple[VaryingColumn, ...]:

@@ -333,9 +333,7 @@ class Engine:
         self._forget()
         memory = self._api.llama_get_memory(self._context)
         free, waiting = list(range(slots)), list(range(len(prompts)))
-        left: dict[int, int] = {}
-        position: dict[int, int] = {}
-        last: dict[int, int] = {}
+        left, position, last = dict[int, int](), dict[int, int](), dict[int, int]()
         while waiting or left:
             batch = [(last[slot], position[slot], slot, True) for slot in left]
             while waiting and free:

@@ -18,10 +18,8 @@ from typing import Any, Literal
 from workbench.errors import install_with
 from workbench.records import Artifact, Job, Quality, Row, Workload, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
-from workbench.worker.architectures import sizes_of
-from workbench.worker.backends import packed_experts, vllm_gguf
+from workbench.worker.backends import packed_experts, vllm_cache, vllm_gguf
 from workbench.worker.base.checkpoint import is_multimodal, read_json
-from workbench.worker.base.config_json import text_config
 from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
 
@@ -46,9 +44,6 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 EXTENSION = "workbench.worker.backends.vllm_inside.Extension"
-KV_BLOCK_TOKENS = 16
-KV_BLOCK_MARGIN = 1.25
-"""Head room over the tokens a workload needs, for block rounding and one extra sequence."""
 GPU_SHARE = 0.01
 """The part of a GPU's memory that vLLM wants free before it loads anything: its own guard, where it sizes its cache
 itself. The cache is of a stated size here, so that a GPU which also draws a screen is no reason to refuse."""
@@ -117,7 +112,7 @@ def refuses(options: Options, form: str, cuda: bool) -> str | None:
 def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Options, cuda: bool) -> EngineMemory:
     """vLLM's need, not what it reserves: weights in its dtype, activations of a batch of prompts, logits in float32."""
     width = DTYPE_BYTES.get(options.dtype, 2)
-    tokens = -(-load.tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+    tokens = vllm_cache.in_blocks(load.tokens)
     logits = max(load.window, load.batch) * shape.vocab_size * 4.0 * 2
     weights: float = shape.parameters * width if form in ("safetensors", "gguf") else stored.disk_bytes
     notes = ("a GGUF is de-quantized when vLLM loads it",) if form == "gguf" else ()
@@ -219,10 +214,10 @@ class Engine:
             told = {"file": self._path, "packed": self._packing.stems}
             more = {"load_format": vllm_gguf.LOAD_FORMAT, "model_loader_extra_config": told}
             self._path = self._folder.name
-            if dtype == "auto":
-                dtype = "bfloat16"
+            dtype = "bfloat16" if dtype == "auto" else dtype
         self._dtype = dtype
         room = _room(load, job.longest_window)
+        most_tokens = max(load.most_tokens, room["max_model_len"])
         self._job = job
         if options.tensor_parallel > 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
@@ -251,7 +246,7 @@ class Engine:
             disable_log_stats=True,
             seed=load.seed,
             worker_extension_cls=EXTENSION,
-            kv_cache_memory_bytes=reserved_bytes(job, self._path, max(load.most_tokens, room["max_model_len"])),
+            kv_cache_memory_bytes=vllm_cache.reserved_bytes(job, self._path, most_tokens),
             **({} if short is None else {"hf_overrides": partial(longrope.with_factors, short=short)}),
             gpu_memory_utilization=GPU_SHARE,
             language_model_only=is_multimodal(config),
@@ -379,8 +374,8 @@ class Engine:
         sizes["embedding"] = 0 if tied else config.vocab_size * config.hidden_size * width
         width = 1 if self._options.kv_cache == "fp8" else width
         prompt_tokens, batch = load.points[0]
-        blocks = -(-(prompt_tokens + load.new_tokens) // KV_BLOCK_TOKENS)
-        return sizes | {"kv_cache": batch * blocks * KV_BLOCK_TOKENS * _kv_values(self._path) * width}
+        tokens = vllm_cache.in_blocks(prompt_tokens + load.new_tokens)
+        return sizes | {"kv_cache": batch * tokens * vllm_cache.values_per_token(self._path) * width}
 
     def settings(self) -> dict[str, object]:
         """Device, dtype, threads."""
@@ -398,20 +393,8 @@ class Engine:
         return settings | ({"scored_logits": self._scored_in} if self._scored_in else {})
 
 
-def _kv_values(path: str) -> int:
-    """Keys and values of one token over all layers, by the shape in the checkpoint's config.json."""
-    sizes = sizes_of(text_config(read_json(Path(path) / "config.json")))
-    return 2 * sizes.layers * sizes.axes["keys"]
-
-
 def _kernel_dtype(path: str) -> str:
     """What AWQ's and GPTQ's kernels on a GPU compute in: float16, which all of them take, unless the checkpoint
     itself is of bfloat16 (Gemma, whose activations leave float16's range; vLLM refuses it there)."""
     config = read_json(Path(path) / "config.json")
     return "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float16"
-
-
-def reserved_bytes(job: Job, path: str, tokens: int) -> int:
-    """Bytes of keys and values to reserve for so many tokens: in 32 bits, by blocks of 128, and some more."""
-    blocks = -(-tokens // 128) + 2 * max(job.workload.batches)
-    return int(blocks * 128 * _kv_values(path) * 4 * KV_BLOCK_MARGIN)

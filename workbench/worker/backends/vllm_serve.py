@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from workbench.records import Artifact, Job, Measurement, Quality, to_json
-from workbench.worker.backends import vllm
+from workbench.worker.backends import vllm, vllm_cache
 from workbench.worker.backends.served import Server, alias, as_row
 from workbench.worker.scoring.reducer import Scoring
 
@@ -109,7 +109,7 @@ class Engine(Server):
 
 def _reserved(job: Job) -> int:
     """Bytes of the KV cache, as in its own process."""
-    return vllm.reserved_bytes(job, job.artifact.path, max(job.workload.most_tokens, job.workload.longest))
+    return vllm_cache.reserved_bytes(job, job.artifact.path, max(job.workload.most_tokens, job.workload.longest))
 
 
 def _on_cpu() -> bool:
