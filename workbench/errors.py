@@ -6,9 +6,10 @@ exits with 2. Any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 OUT_OF_MEMORY = re.compile(
     r"out ?of ?memory|memoryerror|(cannot|can't|failed to) allocate|alloc(ation)?_failed|could not make a context"
@@ -90,6 +91,16 @@ def install_with(what: str, command: str) -> UserError:
 def cannot_import(what: str, error: Exception, command: str) -> UserError:
     """The error for a library whose import failed: it is missing, or what it was built against is not what is here."""
     if isinstance(error, ModuleNotFoundError):
-        return install_with(f"{what} (module '{error.name}')", command)
+        name = str(error.name)
+        return install_with(what if name.lower() in what.lower() else f"{what} (module '{name}')", command)
     reason = (str(error).splitlines() or ["no reason given"])[0]
     return UserError(f"{what} is installed but cannot be imported: {reason}. Install it anew with: {command}")
+
+
+@contextlib.contextmanager
+def importing(what: str, command: str) -> Iterator[None]:
+    """Imports of a library that may be missing or broken. Raises `UserError` with the command that installs it."""
+    try:
+        yield
+    except NOT_IMPORTED as error:
+        raise cannot_import(what, error, command) from None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from workbench.errors import install_with
+from workbench.errors import importing
 
 
 def block(fields: Mapping[str, str | list[str] | None]) -> str:
@@ -14,10 +14,8 @@ def block(fields: Mapping[str, str | list[str] | None]) -> str:
 
     Raises `UserError` where huggingface_hub is missing.
     """
-    try:
+    with importing("huggingface_hub, which writes model cards,", "pip install huggingface_hub"):
         from huggingface_hub import ModelCardData
-    except ImportError:
-        raise install_with("huggingface_hub, which writes model cards,", "pip install huggingface_hub") from None
     return f"---\n{ModelCardData(**fields).to_yaml()}\n---\n"  # type: ignore[arg-type]
 
 

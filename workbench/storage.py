@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from workbench.errors import UserError, install_with
+from workbench.errors import UserError, importing, install_with
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 """Packages for object storage, which has no folders to be made: `makedirs` would make a misspelt bucket."""
@@ -14,10 +14,8 @@ PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": 
 
 def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL or a local path, and the path in it."""
-    try:
+    with importing(f"what reads {url}", "pip install fsspec"):
         import fsspec
-    except ImportError:
-        raise install_with(f"what reads {url}", "pip install fsspec") from None
     files, path = fsspec.core.url_to_fs(url)
     return files, str(path)
 

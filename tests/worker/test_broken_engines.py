@@ -1,4 +1,4 @@
-"""An engine that is installed and whose import fails: each worker that imports one says so, and what to install."""
+"""An engine or a library that is installed and whose import fails: who imports one says so, and what to install."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from workbench import front_matter, storage
 from workbench.errors import UserError
 from workbench.records import Artifact, Job, Workload, to_json
-from workbench.worker.ggml import blocks, encode, mixed
+from workbench.report.formats.parquet import parquet
+from workbench.worker.ggml import blocks, compensate, encode, mixed, names
 from workbench.worker.measure import job
-from workbench.worker.methods import gguf
+from workbench.worker.methods import gguf, gptqmodel
 
 WORDS = "libcublas.so.13: cannot open shared object file: No such file or directory"
 Break = Callable[[str, str], None]
@@ -63,3 +65,19 @@ def test_torch(error: str, broken: Break) -> None:
     words = rf"^torch \(encoder: workbench\) is installed but cannot be imported: {WORDS}\. Install it anew with: "
     with pytest.raises(UserError, match=words):
         encode.place_of("workbench")
+
+
+@pytest.mark.parametrize("error", ["ImportError", "OSError", "RuntimeError"])
+def test_libraries(error: str, broken: Break) -> None:
+    """Broken is not the same as missing: what is installed already is to be installed anew."""
+    for library, work in (
+        ("torch", lambda: compensate.told("", "", "grams", nobody)),
+        ("gptqmodel", lambda: gptqmodel.gptqmodel({}, nobody)),
+        ("conversion", lambda: names.tensor_names({}, [])),
+        ("pyarrow", lambda: parquet([])),
+        ("huggingface_hub", lambda: front_matter.block({})),
+        ("fsspec", lambda: storage.file_system("s3://bucket")),
+    ):
+        broken(library, error)
+        with pytest.raises(UserError, match=f"is installed but cannot be imported: {WORDS}. Install it anew with: pip"):
+            work()

@@ -17,7 +17,7 @@ from typing import Any
 
 from workbench.cluster import node
 from workbench.cluster.schedule import Place, Step
-from workbench.errors import UserError, install_with
+from workbench.errors import UserError, importing
 
 SCHEME = "ray"
 LOOK_S = 60.0
@@ -116,11 +116,9 @@ def _answers(address: str) -> None:
 
 
 def _imported() -> Any:
-    try:
+    with importing("ray, which --on needs,", "pip install 'ray[client]'"):
         import ray
         import ray.exceptions
-    except ImportError:
-        raise install_with("ray, which --on needs,", "pip install 'ray[client]'") from None
     return ray
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from workbench.errors import UserError, install_with
+from workbench.errors import UserError, importing
 from workbench.front_matter import stated_licence
 from workbench.home import local
 from workbench.hub import card as cards
@@ -75,11 +75,9 @@ def push(
     if reason and not anyway:
         raise UserError(f"not pushed: {reason}. Name it with --licence ID, or say --anyway")
     path = path_of(row)
-    try:
+    with importing("huggingface_hub", "pip install huggingface_hub"):
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-    except ImportError:
-        raise install_with("huggingface_hub", "pip install huggingface_hub") from None
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     foreign = [file.name for file in files if file.suffix not in ALLOWED]
     if foreign:

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from workbench.errors import install_with
+from workbench.errors import importing
 from workbench.records import Request
 from workbench.serving.address import Address
 from workbench.serving.faults import Busy, Dropped, Fault, Gone, Refused
@@ -103,10 +103,8 @@ class Client:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Client:
-        try:
+        with importing("aiohttp, which asks servers,", "pip install aiohttp"):
             import aiohttp
-        except ImportError:
-            raise install_with("aiohttp, which asks servers,", "pip install aiohttp") from None
         # On this machine a connection costs less than the doubt whether the server has just closed a kept one;
         # elsewhere they are kept shorter than servers keep them.
         kept: dict[str, Any] = {"force_close": True} if self.address.loopback else {"keepalive_timeout": 3}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from workbench.errors import install_with
+from workbench.errors import importing
 from workbench.report.formats.data import flattened, objects
 from workbench.report.formats.parquet import is_number
 
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 
 def data_frame(table: Table) -> pandas.DataFrame:
     """A row a line of the table, SI units, NaN where not measured. Raises `UserError` if pandas is not installed."""
-    try:
+    with importing("pandas", 'pip install "quant-workbench[pandas]"'):
         import pandas
-    except ImportError:
-        raise install_with("pandas", 'pip install "quant-workbench[pandas]"') from None
     frame = pandas.DataFrame([flattened(record) for record in objects(table)])
     # A column in which nothing was measured yet is still one of numbers.
     return frame.astype({name: "float64" for name in frame if is_number(name)})

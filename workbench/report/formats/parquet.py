@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from workbench.errors import install_with
+from workbench.errors import importing
 from workbench.records import Row
 from workbench.report.formats.data import flattened, objects
 from workbench.report.metrics import METRICS
@@ -23,11 +23,9 @@ NUMBERS = ("_se", "_delta", "_s", "_bytes", "_low", "_high", "_median", "_accura
 
 def parquet(rows: Sequence[Row]) -> bytes:
     """A Parquet file of `records(rows)`. Raises `UserError` if pyarrow is not installed."""
-    try:
+    with importing("pyarrow, which writes Parquet,", 'pip install "quant-workbench[parquet]"'):
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise install_with("pyarrow, which writes Parquet,", 'pip install "quant-workbench[parquet]"') from None
     found = records(rows)
     columns = dict.fromkeys(name for record in found for name in record)
 

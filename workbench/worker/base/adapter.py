@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, cannot_import, short
+from workbench.errors import UserError, importing, short
 from workbench.worker import Progress, Tensors
 from workbench.worker.base.alone import ADAPTER
 from workbench.worker.base.checkpoint import (
@@ -76,10 +76,8 @@ def merge(
     Raises `UserError` for an adapter of another model, or one that is more than LoRA.
     """
     stems = check(adapter, tensors)
-    try:
+    with importing("peft, which merges adapters,", "pip install peft"):
         from peft import PeftModel
-    except ImportError as error:
-        raise cannot_import("peft, which merges adapters,", error, "pip install peft") from None
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, install_with
+from workbench.errors import UserError, importing
 
 SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by GGUF's number of its type; 8 is a string, 9 an array."""
@@ -87,10 +87,8 @@ def _check_model(path: Path, readers: list[Any]) -> None:
 
 
 def _opened(path: Path) -> Any:
-    try:
+    with importing("gguf", "pip install gguf"):
         import gguf
-    except ImportError:
-        raise install_with("gguf", "pip install gguf") from None
     size_bytes = path.stat().st_size
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, did_you_mean, install_with
+from workbench.errors import UserError, did_you_mean, importing
 from workbench.worker import Progress
 from workbench.worker.base.checkpoint import (
     CONFIG_FILES,
@@ -215,10 +215,8 @@ def fetch_headers(
 
 
 def _client() -> Any:
-    try:
+    with importing("huggingface_hub", "pip install huggingface_hub"):
         import huggingface_hub
-    except ImportError:
-        raise install_with("huggingface_hub", "pip install huggingface_hub") from None
     return huggingface_hub
 
 

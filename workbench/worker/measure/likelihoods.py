@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import install_with
+from workbench.errors import importing
 from workbench.worker.scoring.reducer import Scoring
 from workbench.worker.tokens.file import TokenFile
 
@@ -25,8 +25,6 @@ def log_likelihoods(
 
 
 def decoder_of(path: Path) -> Any:
-    try:
+    with importing("tokenizers, which spells answers out,", "pip install tokenizers"):
         from tokenizers import Tokenizer
-    except ModuleNotFoundError:
-        raise install_with("tokenizers, which spells answers out,", "pip install tokenizers") from None
     return Tokenizer.from_file(str(path))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.errors import UserError, cannot_import
+from workbench.errors import UserError, importing
 from workbench.records import MadeVariant, from_json, to_json
 from workbench.worker import Progress
 from workbench.worker.tokens.file import read_tokens
@@ -32,10 +32,8 @@ class Request:
 def gptqmodel(payload: object, progress: Progress) -> object:
     """Worker for a `Request`: one checkpoint by GPTQModel. Returns `MadeVariant`, without errors of tensors. Raises
     `UserError` in GPTQModel's own words where it refuses."""
-    try:
+    with importing("GPTQModel", "pip install gptqmodel optimum"):
         from gptqmodel import GPTQModel, QuantizeConfig
-    except ImportError as error:
-        raise cannot_import("GPTQModel", error, "pip install gptqmodel optimum") from None
     import torch
 
     request: Request = from_json(Request, payload)

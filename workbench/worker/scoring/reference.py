@@ -8,7 +8,7 @@ import math
 import os
 from typing import Any
 
-from workbench.errors import UserError, install_with
+from workbench.errors import UserError, importing
 from workbench.shape import DTYPES
 from workbench.worker import Tensors
 from workbench.worker.base.checkpoint import lay_out
@@ -143,10 +143,8 @@ class ReferenceReader:
     """A reference being read, a few windows' rows at a time, from a memory-mapped file."""
 
     def __init__(self, path: str, identity: dict[str, str]) -> None:
-        try:
+        with importing("safetensors, which reads the reference,", "pip install safetensors"):
             from safetensors import SafetensorError, safe_open
-        except ModuleNotFoundError:
-            raise install_with("safetensors, which reads the reference,", "pip install safetensors") from None
 
         file: Any
         try:

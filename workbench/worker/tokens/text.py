@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from workbench.disk import expanded
-from workbench.errors import LONGEST_PATH, UserError, did_you_mean, install_with, short, unknown
+from workbench.errors import LONGEST_PATH, UserError, did_you_mean, importing, short, unknown
 from workbench.worker.base.sources import distribution_of
 
 SOURCES = ("module", "package", "file", "dataset", "text")
@@ -208,10 +208,8 @@ def _records_text(path: Path, field: str) -> str:
 
 def _dataset_text(source: Source, name: str, need_tokens: int | None) -> str:
     """Documents of a dataset, joined."""
-    try:
+    with importing("the library `datasets`", "pip install datasets"):
         import datasets
-    except ImportError:
-        raise install_with("the library `datasets`", "pip install datasets") from None
     field, streaming = source.field or "text", name.lower().rpartition("/")[2] in STREAMED
     by_hand = "or give the text as `file:` (.txt or .jsonl)"
     limit = max(0, need_tokens or 0) * 8  # characters: no tokenizer of this field spends fewer tokens on text
