@@ -111,6 +111,20 @@ def wide_rows() -> list[Row]:
     return rows
 
 
+def losing(row: Row, lost: list[int]) -> Row:
+    """The row as if so many tokens of each window had NaN logits, and the others the same mean."""
+    assert row.measurement is not None and row.quality is not None
+    windows = []
+    for window, gone in zip(row.quality["windows"], lost, strict=True):
+        left = window["count"] - gone
+        share = left / window["count"]
+        sums = {name: value * share for name, value in window.items() if name.endswith("_sum")}
+        counts = {name: left for name in window if name in ("count", "kld_count")}
+        windows.append(window | sums | counts | {"nonfinite": gone})
+    quality = row.quality | {"windows": windows}
+    return replace(row, measurement=replace(row.measurement, qualities={"prose": quality}))
+
+
 def compared(row: Row, kld: float, reference: str = "r1") -> Row:
     """The row as if compared with a reference: `kld` nats a token, every second top token the base's."""
     assert row.measurement is not None and row.quality is not None

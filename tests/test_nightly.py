@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,10 @@ import yaml
 
 from tests.bench import Bench
 from tests.places import ROOT
+from tests.rows import a_row
+from workbench import nightly
+from workbench.records import Row, Workload
+from workbench.report import store
 
 pytestmark = pytest.mark.slow
 TWENTY_MS = {"WORKBENCH_FAKE_SLOWER": "20", "WORKBENCH_FAKE_CLOCK": "1"}
@@ -232,3 +237,30 @@ def test_the_tiny_recipe_in_a_real_engine(bench: Bench, real_home: Path) -> None
 def notes_machine(bench: Bench) -> str:  # noqa: F811
     (folder,) = [path.parent.name for path in bench.results.glob("*/rows.jsonl")]
     return folder
+
+
+def test_what_cannot_be_measured_again_does_not_hold_a_night_up(tmp_path: Path) -> None:
+    """As after a killed night whose recipe had another workload when it was taken up: the slow pair is no longer asked
+    for, and what is measured again is another."""
+
+    def row(at: str, step_s: float, repeats: int) -> Row:
+        load = Workload([100], 3, [1], repeats=repeats)
+        steps = [[step_s * (1 + 0.001 * i)] * 2 for i in range(repeats)]
+        return a_row("Q4", workload=load, started_at=at, step_s=steps, first_token_s=[0.5] * repeats)
+
+    for day in range(1, 6):
+        store.append(tmp_path, "desk", row(f"2026-11-{day:02}T01:00:00Z", 0.05, 3))
+    store.append(tmp_path, "desk", row("2026-11-06T01:00:05Z", 0.08, 3))
+    asked: list[set[tuple[str, str]]] = []
+
+    def again(only: set[tuple[str, str]]) -> list[Row]:
+        asked.append(only)
+        assert len(asked) < 3
+        made = row(f"2026-11-06T02:0{len(asked)}:00Z", 0.05, 4)
+        store.append(tmp_path, "desk", made)
+        return [made]
+
+    recipe: Any = SimpleNamespace(name="toy", model="Toy-1M")
+    show: Any = SimpleNamespace(say=lambda text: None)
+    night = nightly._judged(recipe, "desk", "2026-11-06T01:00:00Z", tmp_path, show, {}, again)
+    assert asked == [{("llamacpp", "Q4")}] and night.verdict.word == "regressed"

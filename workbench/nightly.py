@@ -29,6 +29,7 @@ from workbench.machine.identity import machine
 from workbench.recipe.load import Recipe
 from workbench.records import Row, digest
 from workbench.report import store
+from workbench.report.selection import pair_of
 from workbench.report.site import publish
 from workbench.report.verdicts import night
 from workbench.report.verdicts.night import NIGHTS_NOTE, NightNote, NightVerdict
@@ -207,8 +208,8 @@ def _judged(
             break
         show.say(f"to be sure, again: {', '.join(pair.label for pair in verdict.suspects)}")
         measured = again({(pair.backend, pair.variant) for pair in verdict.suspects})
-        if not measured or any(row.error for row in measured):
-            # It measured once and fails now: what is known is judged as it is.
+        if not {pair_of(row) for row in measured if not row.error} >= {*verdict.suspects}:
+            # What fails now, or is of a workload that the recipe no longer has, is judged by what is known.
             tonight = [row for row in _rows(results, here, recipe) if row.started_at >= since]
             verdict = night.judge(before, [*tonight, *tonight, *tonight], notes)
             break

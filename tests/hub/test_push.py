@@ -364,3 +364,10 @@ def test_a_card_of_what_was_carried_is_of_its_format(tmp_path: Path) -> None:
     assert front(cards.card([rows[0], folder], folder, "llama3.1"))["library_name"] == "mlx"
     both = [row("awq", "awq", "2026-02-01T00:00:00Z"), row("awq", "gguf", "2026-02-02T00:00:00Z", **how)]
     assert cards.find([rows[0], *both], "awq").artifact.format == "awq"
+
+
+def test_a_card_has_the_artifacts_own_numbers_whatever_its_base_was_scored_on_since(tmp_path: Path) -> None:
+    base, row = a_row(recipe="mine"), a_row("Q4", recipe="mine", started_at="2026-11-21T11:00:00Z")
+    other = a_row(recipe="other", evaluation="e2", started_at="2026-11-22T10:00:00Z")
+    text = cards.card([base, row, other], row, "llama3.1", "someone")
+    assert "| Q4 " in text and "| base " in text and "not shown" not in text

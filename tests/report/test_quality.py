@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.rows import a_row, compared
+from tests.rows import a_row, compared, losing
 from workbench.records import Row, Task
 from workbench.report import estimates, quality
 from workbench.report.metrics import METRICS
@@ -202,3 +202,19 @@ def test_a_divergence_far_from_zero_tells_a_variant_from_its_base_though_the_per
     assert quality.alike(compared(plain, 1e-3), near, noise) is True
     assert quality.alike(compared(plain, 0.14, reference="r2"), near, noise) is True
     assert quality.alike(a_row(evaluation="e2"), base, noise) is None
+
+
+def test_a_mean_is_paired_over_what_both_have() -> None:
+    """A row whose harder half has become NaN is no better than it was."""
+    before = compared(a_row(windows=[(100, 260.0), (100, 270.0), (100, 340.0), (100, 350.0)]), 0.03)
+    assert before.quality is not None
+    for window, kld in zip(before.quality["windows"], (3.0, 3.2, 5.5, 6.0), strict=True):
+        window["kld_sum"] = kld
+    after = losing(before, [0, 0, 100, 60])
+    found = quality.divergence_delta(after, before)
+    assert found is not None and found.value == pytest.approx(0.0, abs=1e-12) and found.windows == 2
+    assert quality.lost_tokens(after, [before]) == "160 of 400 scored tokens have NaN or infinite logits"
+    assert quality.lost_tokens(losing(before, [0, 0, 100, 80]), [after]) == (
+        "180 of 400 scored tokens have NaN or infinite logits (elsewhere 160)"
+    )
+    assert quality.lost_tokens(before, [after]) is None and quality.lost_tokens(after, [after]) is None

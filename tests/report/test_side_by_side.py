@@ -10,8 +10,9 @@ import pytest
 
 from tests.rows import a_row, compared
 from workbench.records import Evaluation, Row, Task, Workload
-from workbench.report.doubts import ANOTHER_MODEL_NATS, quality_missing
+from workbench.report.doubts import quality_missing
 from workbench.report.metrics import METRICS
+from workbench.report.noise import ANOTHER_MODEL_NATS
 from workbench.report.selection import in_order, labels_of, latest_of_each_pair, pair_of
 from workbench.report.table import Table, build, shared_settings, workload
 
@@ -60,7 +61,9 @@ def test_rows_of_different_workloads_are_told_apart() -> None:
     other = on(one, speeds=[replace(one.measurement.speeds[0], prompt_tokens=200, new_tokens=4, batch=2)])  # type: ignore[union-attr]
     other = replace(other, workload=Workload(prompt_tokens=[200], new_tokens=4, batches=[2]))
     assert varying(one, other) == {"workload": ["pp100 tg3 b1", "pp200 tg4 b2"]}
-    assert varying(one, replace(one, workload=Workload(prompt_tokens=[100, 7], new_tokens=3, batches=[1]))) == {}
+    longer = replace(one, workload=Workload(prompt_tokens=[100, 7], new_tokens=3, batches=[1]))
+    assert varying(one, longer) == {"prompt_tokens": ["100", "[100, 7]"]}
+    assert varying(one, replace(longer, backend="vllm")) == {}, "no two lines that need it"
     # What was measured is told, and where nothing was, what was asked for: its first point.
     assert workload(other) == (200, 4, 2)
     asked = Workload(prompt_tokens=[300, 5], new_tokens=6, batches=[7, 8])
@@ -293,3 +296,52 @@ def test_labels_say_what_differs_within_a_variant_and_engine_alone() -> None:
     loads = [Workload(prompt_tokens=[8], batches=[1]), Workload(prompt_tokens=[8], batches=[2, 4])]
     told = labels_of({pair_of(row): row for row in (a_row(workload=load) for load in loads)})
     assert list(told.values()) == ["base on llamacpp (batch 1)", "base on llamacpp (batch [2, 4])"]
+
+
+def test_an_engine_that_runs_another_model_is_no_noise() -> None:
+    """Else all that is nearer to the base than that engine would be called the base, and quality would decide
+    nothing."""
+    scored = {each: [(400, 400 * nats), (400, 401 * nats)] for each, nats in (("own", 2.6), ("other", 3.2), ("q", 3.1))}
+    rows = [
+        compared(a_row("base", "transformers", windows=scored["own"]), 0.0),
+        compared(a_row("base", "llamacpp", windows=[(400, 1040.1), (400, 1042.8)]), 0.0001),
+        compared(a_row("Q2_K", "llamacpp", windows=scored["q"]), 0.5),
+    ]
+    broken = compared(a_row("base", "vllm", windows=scored["other"]), 0.6)
+    assert floors(build([*rows, broken])) == floors(build(rows)) != []
+    assert build([*rows, broken]).lines[-1].below_noise_floor is False
+    # Of one engine that is left nothing is known of the noise.
+    assert floors(build([rows[0], broken])) == []
+
+
+def test_rows_that_only_a_workload_tells_apart_are_told_apart() -> None:
+    """As where a recipe has had more repeats, or requests, since."""
+    for field, values in (("repeats", (3, 6)), ("requests", (0, 2)), ("seed", (0, 1)), ("batches", ([1], [1, 4]))):
+        first, second = (Workload([100], 3, **{"batches": [1], field: value}) for value in values)
+        rows = [a_row(workload=first), a_row("q", workload=first), a_row("q", workload=second)]
+        shown = varying(*rows)
+        (name,) = shown
+        assert name in (field, "batch") and shown[name][1] != shown[name][2], (field, shown)
+    more = Workload([100], 5, [1], repeats=6)
+    rows = [a_row("q", workload=Workload([100], 5, [1])), a_row("q", workload=more), a_row()]
+    assert [*varying(*rows)] == ["workload", "repeats"] or [*varying(*rows)] == ["repeats"]
+
+
+def test_tasks_are_those_of_all_engines_of_the_newest_recipe() -> None:
+    """The newest row may be of an engine that has no harness."""
+
+    def asked(row: Row, right: list[float], **more: Any) -> Row:
+        task = Task("arc", "t.json", "d-arc", len(right), 50, harness=True)
+        return replace(on(row, tasks={"arc": {"correct": right}}), tasks={"arc": task}, **more)
+
+    rows = [
+        asked(a_row("base", "transformers"), [1.0, 1.0, 0.0]),
+        asked(a_row("q", "transformers"), [1.0, 0.0, 0.0]),
+        a_row("base", "vllm", started_at="2026-11-21T12:00:00Z"),
+    ]
+    table = build(rows)
+    assert [*table.tasks] == ["arc"]
+    scores = {line.row.key: line.tasks.get("arc") for line in table.lines}
+    assert [score.accuracy.value if score else None for score in scores.values()] == [2 / 3, None, 1 / 3]
+    older = replace(rows[0], recipe_digest="before the task was left out of the recipe")
+    assert not build([older, rows[2]]).tasks

@@ -14,6 +14,7 @@ from workbench.front_matter import block
 from workbench.hub.licences import known_licence, refusal
 from workbench.records import Row
 from workbench.report.formats.markdown import markdown
+from workbench.report.selection import evaluation_digest
 from workbench.report.store import machine_of
 from workbench.report.table import build
 from workbench.worker.backends import serving_command
@@ -87,6 +88,8 @@ def card(rows: Sequence[Row], row: Row, licence: str | None = None, author: str 
         and machine_of(each) == machine_of(row)
         and (each.artifact.digest == artifact.digest or (each.artifact.method == BASE and each.measurement))
         and not each.unsupported
+        # Else the newest of the base's rows, of another recipe's text, would leave no room for the artifact's own.
+        and (evaluation_digest(each), each.measurement_version) == (evaluation_digest(row), row.measurement_version)
     ]
     known = known_licence(licence)
     bits = f"{artifact.bits_per_weight:.2f} bits a weight, " if artifact.bits_per_weight else ""

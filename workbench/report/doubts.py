@@ -9,10 +9,8 @@ from workbench.records import Row
 from workbench.report import quality
 from workbench.report.estimates import Estimate
 from workbench.report.metrics import METRICS
+from workbench.report.noise import ANOTHER_MODEL_NATS
 
-ANOTHER_MODEL_NATS = 0.02
-"""Mean divergence of the base from its own reference from which an engine is said to run another model: bfloat16 costs
-up to 0.001 nats a token, a sliding window or a rope scaling that is left out 0.1 to 2."""
 PREDICTED_FACTORS = (0.5, 2.0)
 """Measured over predicted divergence outside which a prediction is said to err: from one of llama.cpp's mixtures to the
 next (Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K) it is a factor of 2.3 to 4.6 in float32 (rows of `recipes/smollm2-135m.yaml`),

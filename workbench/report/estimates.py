@@ -72,20 +72,16 @@ def perplexity_delta(q: Quality, base_q: Quality) -> Estimate:
 def mean_delta(q: Quality, base_q: Quality, total: Total, count: Count) -> Estimate | None:
     """The mean a token of `q` less the base's, both of per-window sums `total` over `count` tokens.
 
-    Paired over windows as `perplexity_delta` is. None if one has no such token, or not as many windows.
+    Paired over windows as `perplexity_delta` is, over the tokens finite in both. None where no such token is, or where
+    one has not as many windows.
     """
-    if len(q["windows"]) != len(base_q["windows"]):
+    try:
+        one, base = _paired(q, base_q, total, count)
+        mean, base_mean = (_mean(pairs).value for pairs in (one, base))
+    except (ValueError, KeyError):
         return None
-    means, residuals = [], [0.0] * len(q["windows"])
-    for sign, windows in ((-1, base_q["windows"]), (1, q["windows"])):
-        tokens = sum(window.get(count, 0) for window in windows)
-        if not tokens:
-            return None
-        mean = math.fsum(window[total] for window in windows) / tokens
-        means.append(mean)
-        for place, window in enumerate(windows):
-            residuals[place] += sign * (window[total] - mean * window[count]) / tokens
-    return Estimate(means[1] - means[0], _error(residuals, 1), len(residuals))
+    residuals = [(s - mean * n) - (s0 - base_mean * n0) for (s, n), (s0, n0) in zip(one, base, strict=True)]
+    return Estimate(mean - base_mean, _error(residuals, sum(n for _, n in one)), len(residuals))
 
 
 def divergence(q: Quality) -> Estimate | None:
@@ -252,8 +248,16 @@ def _error(residuals: list[float], tokens: int) -> float | None:
     return math.sqrt(windows / (windows - 1) * math.fsum(z * z for z in residuals)) / tokens
 
 
-def _paired(q: Quality, base_q: Quality) -> tuple[list[tuple[float, int]], list[tuple[float, int]]]:
-    """Per-window (nll sum, tokens) of both over the tokens that are finite in both."""
+LISTS: dict[Total, Literal["nll", "kld"]] = {"nll_sum": "nll", "kld_sum": "kld"}
+"""The per-token list that a sum is of, where one is kept."""
+
+
+def _paired(
+    q: Quality, base_q: Quality, total: Total = "nll_sum", count: Count = "count"
+) -> tuple[list[tuple[float, int]], list[tuple[float, int]]]:
+    """Per-window (sum, tokens) of both over the tokens that are finite in both; a window in which that cannot be known
+    is left out. Raises `ValueError` if the two are not of the same tokens."""
+    listed = LISTS.get(total)
     one: list[tuple[float, int]] = []
     two: list[tuple[float, int]] = []
     if len(q["windows"]) != len(base_q["windows"]):
@@ -262,9 +266,9 @@ def _paired(q: Quality, base_q: Quality) -> tuple[list[tuple[float, int]], list[
         if a["count"] + a["nonfinite"] != b["count"] + b["nonfinite"]:
             raise ValueError(f"window {i}: the two passes scored different numbers of tokens: not the same evaluation")
         if a["nonfinite"] == b["nonfinite"] == 0:
-            pair = (a["nll_sum"], a["count"]), (b["nll_sum"], b["count"])
-        elif "nll" in a and "nll" in b:
-            lists = zip(unpacked(a["nll"]), unpacked(b["nll"]), strict=True)
+            pair = (a[total], a[count]), (b[total], b[count])
+        elif listed and listed in a and listed in b:
+            lists = zip(unpacked(a[listed]), unpacked(b[listed]), strict=True)
             both = [(x, y) for x, y in lists if x is not None and y is not None]
             pair = (math.fsum(x for x, _ in both), len(both)), (math.fsum(y for _, y in both), len(both))
         else:

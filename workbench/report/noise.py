@@ -9,6 +9,10 @@ from workbench.records import Row
 from workbench.report.quality import Noise
 from workbench.report.selection import BASE, engine_texts, pair_of
 
+ANOTHER_MODEL_NATS = 0.02
+"""Mean divergence of the base from its own reference from which an engine is said to run another model: bfloat16 costs
+up to 0.001 nats a token, a sliding window or a rope scaling that is left out 0.1 to 2."""
+
 
 @dataclass(frozen=True)
 class NoiseFloor:
@@ -41,13 +45,14 @@ class NoiseFloor:
 
 
 def noise_floors(rows: Sequence[Row], values: Sequence[Mapping[str, float | None]]) -> tuple[NoiseFloor, ...]:
-    """The noise floor of each base that two engines or more scored, from rows and their values."""
+    """The noise floor of each base that two engines or more scored, from rows and their values. An engine that runs
+    the base as another model says nothing of arithmetic, and is left out."""
     scores: dict[str, dict[str, list[float]]] = {}
     divergences: dict[str, list[tuple[str, float]]] = {}
     engines = engine_texts([row for row in rows if row.artifact.method == BASE])
     for row, own in zip(rows, values, strict=True):
         perplexity, divergence = own["perplexity"], own["kld_mean"]
-        if row.artifact.method == BASE and perplexity is not None:
+        if row.artifact.method == BASE and perplexity is not None and (divergence or 0.0) <= ANOTHER_MODEL_NATS:
             scores.setdefault(row.base, {}).setdefault(row.backend, []).append(perplexity)
             if divergence is not None:
                 divergences.setdefault(row.base, []).append((engines[pair_of(row)], divergence))

@@ -6,7 +6,7 @@ reference of the base.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
 from workbench.records import Quality, Row
@@ -141,13 +141,18 @@ def task_delta(row: Row, base: Row, name: str) -> tuple[Estimate, tuple[float, f
 
 def same_tokens(row: Row, base: Row) -> bool:
     """Whether both were scored on one evaluation, window by window alike."""
-    if row.evaluation is None or base.evaluation is None or row.evaluation.digest != base.evaluation.digest:
+    if not _same_text(row, base):
         return False
     sizes, base_sizes = (
         [window["count"] + window["nonfinite"] for window in (quality["windows"] if quality else [])]
         for quality in (_scored(row), _scored(base))
     )
     return sizes == base_sizes
+
+
+def _same_text(row: Row, other: Row) -> bool:
+    own, its = row.evaluation, other.evaluation
+    return own is not None and its is not None and own.digest == its.digest
 
 
 def reference(row: Row) -> str | None:
@@ -161,6 +166,19 @@ def reference(row: Row) -> str | None:
 def nonfinite(row: Row) -> int | None:
     """Scored tokens whose logits were not finite; they are in no other number. None if not scored."""
     return estimates.nonfinite(row.quality) if row.quality else None
+
+
+def lost_tokens(row: Row, others: Iterable[Row]) -> str | None:
+    """Why a row's quality is of fewer tokens than that of others on the same text, in words; None where it is not: what
+    is left of it says nothing of the tokens that it cannot do."""
+    own = nonfinite(row)
+    if not own or row.quality is None:
+        return None
+    same = [other.quality for other in others if other.quality and _same_text(row, other)]
+    least = min(map(estimates.nonfinite, same), default=0)
+    scored = sum(window["count"] + window["nonfinite"] for window in row.quality["windows"])
+    words = f"{own:,} of {scored:,} scored tokens have NaN or infinite logits"
+    return words + (f" (elsewhere {least:,})" if least else "") if own > least else None
 
 
 def _scored(row: Row) -> Quality | None:

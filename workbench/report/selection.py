@@ -63,7 +63,7 @@ def told_apart(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
         alike.setdefault(pair[:3], []).append(pair)
     found = dict.fromkeys(rows, "")
     for group in (each for each in alike.values() if len(each) > 1):
-        told = [rows[pair].options | _words(rows[pair].workload) for pair in group]
+        told = [rows[pair].options | workload_words(rows[pair].workload) for pair in group]
         names = [
             name
             for name in dict.fromkeys(n for each in told for n in each)
@@ -75,7 +75,7 @@ def told_apart(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
     return found
 
 
-def _words(workload: Workload) -> dict[str, object]:
+def workload_words(workload: Workload) -> dict[str, object]:
     """The workload in a recipe's words, where a list of one is a number."""
     found = {"batch" if name == "batches" else name: value for name, value in to_json(workload).items()}
     return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in found.items()}

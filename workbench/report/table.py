@@ -42,6 +42,7 @@ from workbench.report.selection import (
     like_evaluation,
     named_rows,
     of_recipe,
+    workload_words,
 )
 from workbench.report.store import machine_named, machine_of
 
@@ -88,6 +89,8 @@ class Line:
     intervals: Mapping[str, tuple[float, float] | None]
     """95 % interval of each value that is a median of repeats, by name of the metric."""
     warnings: tuple[str, ...]
+    lost_tokens: str | None = None
+    """Why its quality is of fewer tokens than the base's in some engine, in words."""
     footnotes: tuple[int, ...] = ()
     """Numbers, from 1, into the table's `footnotes`."""
     tasks: dict[str, Score] = field(default_factory=dict)
@@ -131,7 +134,7 @@ class Table:
     notes: tuple[str, ...]
     """What was left out, and what the numbers rest on."""
     tasks: dict[str, Task] = field(default_factory=dict)
-    """Tasks by name; as in the newest row."""
+    """Tasks by name; as in the newest row of the newest's recipe that has them."""
 
     @property
     def first(self) -> TableOnSet:
@@ -197,14 +200,19 @@ def build(
     rows = in_order(rows)
 
     lines, floors = _lines(rows)
-    asked = {name: _bases(rows, partial(quality.task_accuracy, name=name)) for name in lead.tasks}
+    # Not all of a recipe's rows have all of its tasks: an engine may be without the harness.
+    of_one_recipe = [row for row in rows if row.recipe_digest == lead.recipe_digest]
+    tasks = dict(lead.tasks)
+    for row in sorted(of_one_recipe, key=lambda row: row.started_at, reverse=True):
+        tasks = tasks | {name: task for name, task in row.tasks.items() if name not in tasks}
+    asked = {name: _bases(rows, partial(quality.task_accuracy, name=name)) for name in tasks}
     # What ran is numbered first: a text lists what cannot run apart, and needs no numbers for it.
     order = sorted(range(len(lines)), key=lambda place: bool(lines[place].row.unsupported))
     reasons = [[lines[k].row.unsupported, lines[k].row.error, *lines[k].warnings] for k in order]
     numbers, footnotes = footnotes_of([[text for text in each if text] for each in reasons])
     marks = dict(zip(order, numbers, strict=True))
     lines = tuple(
-        replace(line, tasks=_scores(line.row, lead, asked), footnotes=marks[k]) for k, line in enumerate(lines)
+        replace(line, tasks=_scores(line.row, tasks, asked), footnotes=marks[k]) for k, line in enumerate(lines)
     )
     shown = next((row.evaluation for row in rows if row.evaluation), None)
     sets = {next(iter(lead.evaluations), shown.name if shown else ""): TableOnSet(shown, lines, floors)}
@@ -220,7 +228,7 @@ def build(
         varying=_varying(rows),
         footnotes=footnotes,
         notes=tuple(notes),
-        tasks=lead.tasks,
+        tasks=tasks,
     )
 
 
@@ -250,8 +258,12 @@ def _lines(rows: Sequence[Row]) -> tuple[tuple[Line, ...], tuple[NoiseFloor, ...
     values = [_values(row, references.get(row.base)) for row in rows]
     floors = noise_floors(rows, values)
     bases, spreads = _bases(rows, quality.perplexity), {floor.base: floor for floor in floors}
+    scored = [base for found in bases.values() for base in found]
     lines = tuple(
-        _line(row, own, _base_of(row, bases), references.get(row.base), spreads.get(row.base))
+        replace(
+            _line(row, own, _base_of(row, bases), references.get(row.base), spreads.get(row.base)),
+            lost_tokens=quality.lost_tokens(row, [base for base in scored if base.base == row.base]),
+        )
         for row, own in zip(rows, values, strict=True)
     )
     return lines, floors
@@ -263,10 +275,10 @@ def _on(row: Row, name: str, test: Evaluation) -> Row:
     return replace(row, evaluations={name: own} if own is not None and own.digest == test.digest else {})
 
 
-def _scores(row: Row, lead: Row, bases: dict[str, Bases]) -> dict[str, Score]:
-    """The row's tasks by name, of those that `lead` has, with the same items; `bases` by task."""
+def _scores(row: Row, tasks: Mapping[str, Task], bases: dict[str, Bases]) -> dict[str, Score]:
+    """The row's scores at these tasks, of the same items; `bases` by task."""
     found = {}
-    for name, task in lead.tasks.items():
+    for name, task in tasks.items():
         accuracy, interval = quality.task_accuracy(row, name), quality.task_interval(row, name)
         if accuracy is None or interval is None or row.tasks[name].digest != task.digest:
             continue
@@ -344,7 +356,18 @@ def _varying(rows: Sequence[Row]) -> tuple[VaryingColumn, ...]:
     for key in dict.fromkeys(key for row in rows for key in row.options):
         if any(len({_option(row, key=key) for row in group}) > 1 for group in pairs.values()):
             shown.append(VaryingColumn(key, partial(_option, key=key)))
+    # So with what else a workload says: how often it was repeated, how many requests were served.
+    for group in pairs.values():
+        if len({tuple(column.text(row) for column in shown) for row in group}) < len(group):
+            words = [workload_words(row.workload) for row in group]
+            known = {column.name for column in shown}
+            for key in (key for key in words[0] if key not in known and len({str(each[key]) for each in words}) > 1):
+                shown.append(VaryingColumn(key, partial(_of_workload, key=key)))
     return tuple(shown)
+
+
+def _of_workload(row: Row, *, key: str) -> str:
+    return str(workload_words(row.workload)[key])
 
 
 def _option(row: Row, *, key: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.command import command
-from tests.rows import a_row
+from tests.rows import a_row, losing
 from workbench.errors import UserError
 from workbench.records import Row
 from workbench.report import store
@@ -293,3 +293,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert empty.returncode == 2 and "the second set holds no row" in empty.stderr
     nothing = run("2026-11-21", "2026-11-22", "--results", str(tmp_path / "nowhere"))
     assert nothing.returncode == 2 and "nothing measured yet" in nothing.stderr
+
+
+def test_a_row_that_turns_nan_is_lost() -> None:
+    """Its other numbers are of the tokens that are left, and may look as good as ever."""
+    old = a_row(windows=[(100, 260.0)] * 4)
+    new = losing(replace(old, started_at="2026-11-22T10:00:00Z"), [0, 0, 100, 0])
+    found = compare([old], [new])
+    assert [*found.lost.values()] == ["100 of 400 scored tokens have NaN or infinite logits"]
+    assert failures(found, {"perplexity": 0.01}) == [
+        "base on llamacpp: no longer measured: 100 of 400 scored tokens have NaN or infinite logits"
+    ]
+    assert not compare([new], [replace(new, started_at="2026-11-23T10:00:00Z")]).lost, "as it was before"
+    assert not compare([new], [replace(old, started_at="2026-11-23T10:00:00Z")]).lost, "mended"

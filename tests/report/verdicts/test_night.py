@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.rows import a_row
+from tests.rows import a_row, losing
 from workbench.records import Row
 from workbench.report.metrics import JUDGED
 from workbench.report.verdicts.compare import compare
@@ -210,3 +210,13 @@ def test_a_night_the_history_and_compare_judge_by_one_size(metric: str, change: 
     (changes,) = compare(before, after).changes.values()
     assert [each.threshold for each in changes] == [JUDGED[each.metric].threshold for each in changes]
     assert metric in [each.metric for each in changes if each.verdict == "worse"]
+
+
+def test_a_row_that_turns_nan_is_broken() -> None:
+    before = [a_row(windows=[(100, 260.0)] * 4), a_row("q", windows=[(100, 260.0)] * 4)]
+    bad = losing(before[1], [0, 0, 100, 0])
+    at = {"started_at": "2026-11-22T02:00:00Z"}
+    verdict = judge(before, [replace(before[0], **at), replace(bad, **at)])
+    assert verdict.word == "broken" and not verdict.suspects
+    assert "- q on llamacpp: broken: 100 of 400 scored tokens have NaN" in text(verdict, "toy", "desk")
+    assert judge([before[0], bad], [replace(before[0], **at), replace(bad, **at)]).word == "good", "as it always was"

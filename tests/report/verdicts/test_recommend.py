@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.command import command
-from tests.rows import a_row, compared
+from tests.rows import a_row, compared, losing
 from workbench.errors import UserError
-from workbench.records import Row
+from workbench.records import Row, Workload
 from workbench.report import store
 from workbench.report.table import build
 from workbench.report.verdicts.recommend import Constraints, Recommendation, parse_share, recommend
@@ -320,3 +320,31 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert run("--memory", "1MiB").returncode == 1
     wrong = run("--memory", "8")
     assert wrong.returncode == 2 and "write a size with its unit" in wrong.stderr
+
+
+def test_quality_of_fewer_tokens_decides_nothing() -> None:
+    """What is NaN on the harder tokens has fine numbers on the others."""
+    base = compared(a_row(windows=[(255, 663.0), (255, 688.0), (255, 816.0), (255, 867.0)]), 0.0)
+    sound = compared(a_row("sound", windows=[(255, 670.0), (255, 695.0), (255, 825.0), (255, 876.0)]), 0.03)
+    broken = losing(compared(replace(sound, artifact=replace(sound.artifact, variant="nan")), 0.02), [0, 0, 255, 255])
+    table = build([base, sound, broken])
+    why = "its quality decides nothing: 510 of 1,020 scored tokens have NaN or infinite logits"
+    assert recommend(table, Constraints(sort="quality")).choice.name == "base on llamacpp"  # type: ignore[union-attr]
+    for wish in (Constraints(sort="quality", max_kld=0.05), Constraints(max_perplexity=0.5)):
+        assert recommend(table, wish).rejected["nan on llamacpp"] == (why,)
+    assert why in " ".join(str(recommend(table, Constraints(sort="quality"))).split())
+    # What the base cannot do either is no fault of the variant's.
+    table = build([losing(base, [0, 0, 255, 255]), losing(sound, [0, 0, 255, 255])])
+    assert recommend(table, Constraints(max_perplexity=0.5)).rejected == {}
+
+
+def test_two_workloads_of_one_variant_have_two_names() -> None:
+    def timed(variant: str, seconds: float, repeats: int) -> Row:
+        steps = [[seconds * (1 + 0.001 * i)] * 2 for i in range(repeats)]
+        load = Workload([100], 3, [1], repeats=repeats)
+        return a_row(variant, workload=load, step_s=steps, first_token_s=[0.5] * repeats, key=f"{variant}{repeats}")
+
+    rows = [timed("base", 0.2, 3), timed("Q4", 0.1, 3), timed("Q4", 0.02, 6), timed("Q8", 0.05, 6)]
+    found = recommend(build(rows), Constraints(min_decode_tok_s=30))
+    assert found.choice is not None and found.choice.name == "Q4 on llamacpp (repeats 6)"
+    assert "Q4 on llamacpp (repeats 3)" in found.rejected and found.choice.name not in found.rejected

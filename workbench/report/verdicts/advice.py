@@ -11,7 +11,7 @@ from workbench.report import estimates, forms
 from workbench.report.selection import BASE
 from workbench.report.speeds import Rate
 from workbench.report.units import printable
-from workbench.report.verdicts.limits import Candidate, Cure, Doubt, divergence, memory_bytes, on_the_bases_grid
+from workbench.report.verdicts.limits import Candidate, Cure, Doubt, divergence, memory_bytes, untold
 from workbench.report.verdicts.wish import Constraints
 from workbench.sizes import size_text
 
@@ -80,7 +80,7 @@ def _text(found: Recommendation) -> str:
         lines += ["", f"Runner-up: {printable(found.runner_up.name)}", *_figures(found.runner_up)]
         lines += _wrapped("  second as   ", _why(found, found.runner_up))
     for one in found.fitting:
-        if one is not found.choice and (why := on_the_bases_grid(one.line.row)):
+        if one is not found.choice and (why := untold(one.line)):
             lines += ["", *_wrapped("", printable(f"{one.name}: {why}"))]
     lines += _next(found)
     if found.command:

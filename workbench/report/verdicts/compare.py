@@ -65,7 +65,8 @@ class Comparison:
     machine: str
     changes: dict[Pair, tuple[Change, ...]]
     lost: dict[Pair, str]
-    """Pairs measured in the old set that failed or cannot run in the new one, with the reason."""
+    """Pairs measured in the old set that failed or cannot run in the new one, or whose logits are no longer finite,
+    with the reason."""
     only_old: tuple[Pair, ...]
     only_new: tuple[Pair, ...]
     notes: tuple[str, ...] = ()
@@ -131,6 +132,8 @@ def compare(
             lost[pair] = last.error or last.unsupported or "it was not measured"
         elif measured_old and measured_new:
             changes[pair] = tuple(changes_of(measured_old, measured_new, limits))
+            if gone := quality.lost_tokens(measured_new[-1], measured_old[-1:]):
+                lost[pair] = gone
             references = {quality.reference(rows[-1]) for rows in (measured_old, measured_new)} - {None}
             if len(references) > 1:
                 notes.append(f"{labels[pair]}: divergences are from two references of the base and not compared")

@@ -60,7 +60,7 @@ class Candidate:
     @property
     def notes(self) -> tuple[str, ...]:
         """What its row warns of."""
-        return tuple(filter(None, (on_the_bases_grid(self.line.row), *self.line.warnings)))
+        return tuple(filter(None, (untold(self.line), *self.line.warnings)))
 
 
 def on_the_bases_grid(row: Row) -> str | None:
@@ -69,6 +69,13 @@ def on_the_bases_grid(row: Row) -> str | None:
     if not shared:
         return None
     return f"its quality decides nothing: the base was de-quantized from {', '.join(shared)}, whose grid it shares"
+
+
+def untold(line: Line) -> str | None:
+    """Why a line's quality decides nothing, in words; None where it does."""
+    return on_the_bases_grid(line.row) or (
+        f"its quality decides nothing: {line.lost_tokens}" if line.lost_tokens else None
+    )
 
 
 def memory_bytes(line: Line) -> float | None:
@@ -133,9 +140,9 @@ def _verdicts(
 
 def _quality(table: Table, place: int, wish: Constraints, noise: Noise) -> Iterator[str | Doubt | None]:
     line = table.lines[place]
-    if untold := on_the_bases_grid(line.row):
+    if why := untold(line):
         asked = named(wish.max_kld) or (wish.max_perplexity, wish.max_perplexity_value) != (None, None)
-        yield untold if asked else None
+        yield why if asked else None
         return
     perplexity, delta, engines = line.values["perplexity"], line.delta, noise.perplexity or 0.0
     relative, interval, slack = None, None, 0.0
@@ -150,6 +157,9 @@ def _quality(table: Table, place: int, wish: Constraints, noise: Noise) -> Itera
     yield _verdict("perplexity", perplexity, exact, limit, "{:.4g}".format, "windows", slack=engines)
     for name, most in named(wish.max_kld):
         own = table.sets[name].lines[place] if name else line
+        if why := untold(own):
+            yield why
+            continue
         found = divergence(own)
         value, interval = (found.value, estimates.interval(found)) if found else (None, None)
         what = f"divergence on {name}" if name else "divergence"

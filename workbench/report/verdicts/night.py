@@ -8,7 +8,8 @@ Applications in Genetics and Molecular Biology 3, 2004). With fewer than four ni
 speed must also fail the test on the repeats (`compare.py`).
 
 A suspect is measured again, and only the median of three is believed: one busy minute of the machine is no
-regression. A pair that was measured on a good night and cannot be measured tonight is broken. Good nights are those
+regression. A pair that was measured on a good night and cannot be measured tonight is broken, and so
+is one with more NaN or infinite logits than on any of them. Good nights are those
 without an alarm; of the others, the pairs that had none count too. So a regression is told every night until it is
 mended or accepted.
 """
@@ -49,7 +50,7 @@ class Alarm:
 
     pair: Pair
     metric: str | None
-    """Metric that got worse; None: the pair could not be measured at all."""
+    """Metric that got worse; None: the pair could not be measured at all, or its logits are no longer finite."""
     reason: str
     """The reason in words, with the numbers."""
     label: str = ""
@@ -110,6 +111,9 @@ def judge(before: Sequence[Row], tonight: Sequence[Row], notes: Sequence[NightNo
         if not measured:
             reason = rows[-1].error or rows[-1].unsupported or "it was not measured"
             alarms.append(Alarm(pair, None, reason))
+            continue
+        if why := quality.lost_tokens(measured[-1], [row for night in nights for row in night]):
+            alarms.append(Alarm(pair, None, why))
             continue
         found = [alarm for name in WATCHED if (alarm := _worse(pair, name, nights, measured, spreads))]
         if found and len(measured) < TIMES:

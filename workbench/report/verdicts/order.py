@@ -18,7 +18,7 @@ from workbench.report import estimates, quality
 from workbench.report.metrics import JUDGED
 from workbench.report.quality import Noise
 from workbench.report.table import Table
-from workbench.report.verdicts.limits import Candidate, divergence, memory_bytes, on_the_bases_grid
+from workbench.report.verdicts.limits import Candidate, divergence, memory_bytes, untold
 from workbench.report.verdicts.wish import ORDERS
 
 TOLERANCE = 0.01
@@ -64,7 +64,7 @@ def sure(one: Candidate, by: str, scale: Scale) -> Sure:
         return Sure(0 if one.decode.interval else 1, -least, least * JUDGED["decode_tok_s"].threshold)
     if by == "quality":
         perplexity = line.values["perplexity"]
-        if perplexity is None or on_the_bases_grid(line.row):
+        if perplexity is None or untold(line):
             return Sure(2, 0.0, 0.0)
         found = divergence(line) if scale.one_base else None
         if found is None:
