@@ -27,6 +27,7 @@ UNTIED = {"tie_word_embeddings": False}
 """Of types whose output matrix llama.cpp wants in the file."""
 HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 16}
 HYBRID |= {"linear_num_key_heads": 8, "linear_value_head_dim": 16, "linear_key_head_dim": 16}
+HYBRID |= {"full_attention_interval": 2}
 ROUTED: dict[str, Any] = {"moe_intermediate_size": 256, "num_experts_per_tok": 2}
 DEEPSEEK = ROUTED | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
@@ -88,7 +89,6 @@ REASONS: dict[tuple[str, str], str] = {
     ("cohere2", "gguf"): "rotary_pct",
     # It reads the tokenizer, and this base has none.
     ("ministral3", "gguf"): "tokenizer",
-    ("qwen3_5_text", "gguf"): "AssertionError",
 }
 """(type, method) -> what the engine, or what makes its file, says instead."""
 HEADS = {"nemotron": 0.007}

@@ -113,7 +113,8 @@ def parts_of(structure: Structure, tensors: Tensors) -> list[Structure]:
                 filled = 0
             parts[-1] += [gate, down]
             filled += needed
-    return [replace(structure, groups=tuple(groups)) for groups in parts]
+    first, *others = (replace(structure, groups=tuple(groups)) for groups in parts)
+    return [first, *(replace(part, scores=None) for part in others)]
 
 
 @dataclass(frozen=True)

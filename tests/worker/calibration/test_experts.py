@@ -22,6 +22,7 @@ from workbench.worker.layers import Structure, parts_of
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 load_file = pytest.importorskip("safetensors.torch").load_file
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 32}
 KINDS: dict[str, dict[str, Any]] = {
@@ -254,3 +255,29 @@ def test_starved_experts_that_are_given_zeros_for_what_they_are_not_sent(tmp_pat
     for number, count in enumerate(counts):
         seen = everything if count < walk.FEWEST_ROUTED else sent[number][sent[number].any(-1)]
         torch.testing.assert_close(gate[number], (seen * seen).mean(0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_a_layer_in_parts_whose_queries_and_keys_are_a_pair(kind: str, tmp_path: Path) -> None:
+    """Only the first part has them: as Mixtral 8x7B, whose experts' Gram matrices outnumber a layer's weights."""
+    wide = {"mixtral": {"intermediate_size": 256}, "qwen2_moe": {"moe_intermediate_size": 256}}[kind]
+    base = base_of(tmp_path, kind, **wide)
+    weights = open_weights(base)
+    parts = parts_of(weights.structures[0], read_layer(weights, 0, "cpu"))
+    assert len(parts) > 1 and [part.scores is not None for part in parts] == [True] + [False] * (len(parts) - 1)
+    assert [*run(base, tmp_path / "work", 4)["variants"]] == [*VARIANTS]
+
+
+def test_layers_behind_the_last_are_left_out(tmp_path: Path) -> None:
+    """They draft tokens (multi-token prediction); transformers leaves them out as well."""
+    base = base_of(tmp_path, "glm4_moe", num_nextn_predict_layers=1)
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    more = {name.replace("layers.1.", "layers.2."): one.clone() for name, one in tensors.items() if "layers.1." in name}
+    save_file(tensors | more | {"model.layers.2.eh_proj.weight": torch.ones(64, 128)}, file, {"format": "pt"})
+    made = run(base, tmp_path / "work", 4, {"awq": {"group_size": 32}})
+    (said,) = (text for text in made["variants"]["awq"]["warnings"] if "draft" in text)
+    assert said == f"left out: {len(more) + 1} tensors of layers that only draft tokens (multi-token prediction)"
+    assert not any("layers.2." in name for name in load_file(tmp_path / "work" / "awq" / "model.safetensors"))
+    written = json.loads((tmp_path / "work" / "awq" / "config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 0

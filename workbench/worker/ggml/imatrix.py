@@ -2,7 +2,8 @@
 
 Written as the GGUF file that `llama-imatrix` writes today (sums of squares and token counts a tensor), read back
 as the means that `llama-quantize` makes of it, and handed to the quantizer in process as the C array it wants.
-The quantizer permutes the rows of q and k for Llama; importance belongs to columns, so nothing is permuted here.
+The converter permutes the rows of q and k for Llama; importance belongs to columns, which keep their order but for
+those that `names.file_columns` tells of.
 """
 
 from __future__ import annotations

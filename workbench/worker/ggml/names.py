@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from workbench.errors import UserError, importing
+from workbench.worker import Tensors
 from workbench.worker.ggml.converter import class_of
 
 OF_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -47,3 +48,19 @@ def tensor_names(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, s
             "`imatrix` out"
         )
     return {name: str(other) for name, other in found.items()}
+
+
+def file_columns(config: Mapping[str, Any]) -> Tensors:
+    """By a linear layer's name in its decoder layer: which of the checkpoint's columns each of its columns in the GGUF
+    file is, int64 [in]; empty where no column changes its place. The converter tiles the value heads of Qwen3.5's
+    linear attention, which are the inputs of what follows. Of an architecture that the converter knows."""
+    import torch
+    from conversion import get_model_class
+
+    keys, values = (int(config.get(f"linear_num_{name}_heads") or 0) for name in ("key", "value"))
+    tiled = getattr(class_of(get_model_class, config["architectures"][0]), "_reorder_v_heads", None)
+    if tiled is None or not keys or keys == values:
+        return {}
+    width = int(config["linear_value_head_dim"])
+    order = tiled(torch.arange(values * width)[None], 1, keys, values // keys, width)[0]
+    return {"linear_attn.out_proj": order}

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from workbench.errors import UserError
 from workbench.shape import Shape, Stored
 from workbench.worker import Tensors
-from workbench.worker.layers import Group, Layer, Producer, fold, producing_rows
+from workbench.worker.layers import LAYERS, Group, Layer, Producer, fold, producing_rows
 from workbench.worker.methods import Making, grouped, rounding
 from workbench.worker.methods.both_sides import by_outputs, pieces
 from workbench.worker.methods.feedback import Factor, factored
@@ -139,14 +139,15 @@ def stored(options: Options, linear: str, rows: int, columns: int) -> dict[str, 
 
 
 def quantization_config(options: Options, kept: Sequence[str] = ()) -> dict[str, object]:
-    """As AutoAWQ writes it, for config.json."""
+    """As AutoAWQ writes it, for config.json; of `options.modules_to_not_convert`, parts of names, the full names are
+    among `kept`, for each reader has a rule of its own for parts."""
     return {
         "quant_method": "awq",
         "bits": options.bits,
         "group_size": options.group_size,
         "zero_point": options.zero_point,
         "version": "gemm",
-        "modules_to_not_convert": [*options.modules_to_not_convert, *kept] or None,
+        "modules_to_not_convert": [*kept] or None,
     }
 
 
@@ -156,7 +157,7 @@ def quantize(layer: Layer, options: Options) -> tuple[Tensors, dict[str, float],
 
     errors: dict[str, float] = {}
     warnings: list[str] = []
-    skipped = [name for name in layer.structure.linears if not quantizes(options, f".{layer.index}.{name}")]
+    skipped = [name for name in layer.structure.linears if not quantizes(options, f"{LAYERS}.{layer.index}.{name}")]
     folds = [
         (group, None if set(group.linears) <= set(skipped) else _scales(layer, group, options))
         for group in layer.structure.groups

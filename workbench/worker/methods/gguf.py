@@ -262,7 +262,7 @@ def convert(payload: object, progress: Progress) -> object:
             raise UserError(
                 "llama.cpp's converter does not know this architecture; see the log for its words"
             ) from None
-    except (NotImplementedError, FileNotFoundError, ValueError, KeyError, AttributeError) as error:
+    except (NotImplementedError, FileNotFoundError, ValueError, KeyError, AttributeError, AssertionError) as error:
         traceback.print_exc()
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "pre-tokenizer" in reason:
