@@ -32,12 +32,13 @@ plugin-check: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(VENV)/gguf-plugin vllm-gguf-plugin
 	WORKBENCH_GGUF_PLUGIN=$(CURDIR)/$(VENV)/gguf-plugin $(VENV)/bin/python -m pytest -q tests/worker/backends/test_vllm_gguf.py
 
+# Two files of tests at a time, first the tests that need no real engine; the others run whatever those say.
+PYTEST = $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: $(READY)
-	$(VENV)/bin/python -m pytest -q --durations=10
+	$(PYTEST) -m "not slow"; fast=$$?; $(PYTEST) -m slow --durations=10 && exit $$fast
 
-# The tests that need no real engine, two at a time.
 fast: $(READY)
-	$(VENV)/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
 
 check: $(READY)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

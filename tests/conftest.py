@@ -9,6 +9,7 @@ import signal
 import string
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,8 +32,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("numprocesses", None) and "not slow" not in config.getoption("markexpr"):
-        raise pytest.UsageError("real engines run one at a time: add -m 'not slow', or leave -n out")
+    """Of several processes each has a folder of its own for temporary files: there lies the lock by which a machine
+    does one heavy thing at a time, and a test would wait for those of the other process."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = Path(f"{config.getoption('basetemp')}-tmp")
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
