@@ -46,6 +46,9 @@ class Run:
     results: Place = RESULTS
     """Where the rows are stored."""
 
+    def __str__(self) -> str:
+        return str(self.table)
+
     @property
     def table(self) -> Table:
         """The rows seen together."""
@@ -94,6 +97,7 @@ def run(
     from workbench.machine.identity import machine
     from workbench.report.store import try_writing
 
+    _check_machines(on, machines)
     loaded = load(recipe)
     for name in backends or []:
         loaded.backend(name)  # A misspelt one is refused before any work.
@@ -194,6 +198,7 @@ def quantize(
     from workbench import cache, pipeline, shared
     from workbench.console import Console
 
+    _check_machines(on, machines)
     loaded, show = load(recipe), Console(quiet)
     chosen = loaded.matching(list(variants)) if variants else None
     with shared.using(store):
@@ -204,6 +209,11 @@ def quantize(
             return cluster.one(loaded, Wanted(chosen, measure=False), on, None, machines, show).made_at_all
         with cache.at_work(show.say):
             return pipeline.quantize(loaded, show, chosen)
+
+
+def _check_machines(on: str | None, machines: Sequence[str]) -> None:
+    if machines and on is None:
+        raise UserError(f"machines ({', '.join(machines)}) are a cluster's, and this is no run on one: add --on ray")
 
 
 def rows(*results: Place, history: bool = False, say: Callable[[str], None] = warnings.warn) -> list[Row]:
@@ -376,6 +386,9 @@ def _rows(
     either = [results] if isinstance(results, Path | str) else results
     given = [each for each in either if isinstance(each, Row)]
     places = [each for each in either if not isinstance(each, Row)]
+    for place in places:
+        if str(place) != RESULTS and "://" not in str(place) and not Path(place).exists():
+            raise UserError(f"{place}: nothing measured yet, there is no such file or folder. Name a results folder")
     return given + (rows(*places, history=history, say=say) if places else [])
 
 

@@ -84,7 +84,7 @@ def make(
     for value, name in ((context, "context"), (batch, "batch")):
         if value is not None and not 1 <= value <= MOST:
             raise UserError(f"--{name} {short(value)}: at least 1, and at most {MOST:,}")
-    window = next((test.window for test in recipe.evaluations.values()), 0)
+    window = max((test.window for test in recipe.evaluations.values()), default=0)
     sizes = [(prompt_tokens + load.new_tokens, many, prompt_tokens) for prompt_tokens, many in load.points]
     first, many = load.points[0]
     if load.requests:

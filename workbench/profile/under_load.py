@@ -234,9 +234,8 @@ class _UnderLoad:
             if gone:
                 self._keep(point, gone)
                 return
-            kept = sum(loads.keeps(each, wish.limits) for each in point.counted)
             try:
-                rate = search.send((kept, len(point.counted)))
+                rate = search.send((loads.kept(point.counted, wish.limits), len(point.counted)))
             except StopIteration as end:
                 low, high, trials = end.value
                 break

@@ -99,7 +99,10 @@ def _merged(texts: Sequence[str]) -> str:
     """Sentences that are one but for their numbers as that one, with the least and the most of each."""
     found = zip(*map(NUMBER.findall, texts), strict=True)
     ranges = iter([(min(each, key=_value), max(each, key=_value)) for each in found])
-    return NUMBER.sub(lambda _: " to ".join(dict.fromkeys(next(ranges))), texts[0])
+    whole = NUMBER.sub(lambda _: " to ".join(dict.fromkeys(next(ranges))), texts[0])
+    # Where a sentence has a range itself, that of all is from its least to its most.
+    number = NUMBER.pattern
+    return re.sub(rf"({number})(?: to {number})+ to ({number})", r"\1 to \2", whole)
 
 
 def _value(number: str) -> float:

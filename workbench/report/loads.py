@@ -12,8 +12,10 @@ DistServe, OSDI 2024); a fault keeps none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from workbench.records import Limited, LoadPoint, Request, Row, Seconds
 from workbench.report.estimates import quantile
@@ -41,6 +43,25 @@ def keeps(request: Request, limits: Mapping[Limited, Seconds]) -> bool:
     if request.error:
         return False
     return all((value := own(request, what)) is None or value <= most for what, most in limits.items())
+
+
+def kept(requests: Sequence[Request], limits: Mapping[Limited, Seconds]) -> int:
+    """How many answers keep the limits, at a rate that can go on: where the queue grows as long as requests come, no
+    more than are answered as fast as they come, though so few requests may all be answered within the limits."""
+    return min(sum(keeps(each, limits) for each in requests), math.floor(_pace(requests) * len(requests)))
+
+
+def _pace(requests: Sequence[Request]) -> float:
+    """Answers a second over requests a second; 1 where the server keeps up. By how much later the last quarter of the
+    answers came than the first did, medians, over the time between the two: latencies scatter, so that a tenth more is
+    nothing."""
+    answered = sorted((each for each in requests if not each.error), key=lambda each: each.sent_s)
+    if len(answered) < 8:
+        return 1.0
+    first, last = answered[: len(answered) // 4], answered[-(len(answered) // 4) :]
+    apart_s = median(each.sent_s for each in last) - median(each.sent_s for each in first)
+    later_s = max(0.0, median(each.end_s for each in last) - median(each.end_s for each in first))
+    return 1.0 if later_s <= apart_s / 9 else apart_s / (apart_s + later_s)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def test_a_gpu_that_is_partly_in_use_is_not_refused(tmp_path: Path, monkeypatch:
     config = CacheConfig(**{name: asked[name] for name in names if name in asked})
     half_full: Any = SimpleNamespace(total_memory=80 << 30, free_memory=40 << 30, device_="cuda:0")
     assert request_memory(half_full, config) < 1 << 30
-    assert config.kv_cache_memory_bytes == vllm_cache.reserved_bytes(a_job(tmp_path), str(tmp_path), 2 * (PROMPT + NEW))
+    assert config.kv_cache_memory_bytes == vllm_cache.reserved_bytes(a_job(tmp_path), str(tmp_path), "bfloat16", True)
 
 
 @pytest.mark.parametrize(("flags", "reads"), [("fpu amx_bf16 amx_tile", True), ("fpu avx512f", False)])

@@ -151,7 +151,8 @@ def _quality(table: Table, place: int, wish: Constraints, noise: Noise) -> Itera
         ends = (0.0, 0.0) if line.row.artifact.method == BASE else estimates.interval(delta)
         relative, slack = delta.value / base, engines / base
         interval = ends and (ends[0] / base, ends[1] / base)
-    yield _verdict("perplexity", relative, interval, wish.max_perplexity, "{:+.2%}".format, "windows", slack=slack)
+    compared = "perplexity" if relative is not None or perplexity is None else "perplexity beside the base's"
+    yield _verdict(compared, relative, interval, wish.max_perplexity, "{:+.2%}".format, "windows", slack=slack)
     exact = None if perplexity is None else (perplexity, perplexity)
     limit = wish.max_perplexity_value
     yield _verdict("perplexity", perplexity, exact, limit, "{:.4g}".format, "windows", slack=engines)

@@ -152,6 +152,12 @@ def compile_for(job: Job) -> None:
         gptqmodel_kernels.ready(int(said["bits"]))
 
 
+def _held_bytes(layer: Any) -> int:
+    """Bytes that a layer of a cache keeps: keys and values, and what linear attention and convolutions carry along."""
+    kept = [each for one in vars(layer).values() for each in (one.values() if isinstance(one, dict) else [one])]
+    return sum(each.nbytes for each in kept if hasattr(each, "nbytes") and each.is_floating_point())
+
+
 def _attention(options: Options) -> str | None:
     """As transformers takes it: by its name it insists on sdpa, without it takes it where there is one."""
     return None if options.attention == "sdpa" else options.attention
@@ -268,7 +274,7 @@ class Engine:
 
     def _kept(self, cache: Any, point: tuple[int, int]) -> None:
         """Remember the bytes of the first point's cache, whose warm-up is shorter, and those of the largest."""
-        held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        held = sum(_held_bytes(layer) for layer in cache.layers)
         self._largest_cache = max(self._largest_cache, held)
         if point == self._first_point:
             self._cache_bytes = max(self._cache_bytes, held)

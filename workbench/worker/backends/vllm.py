@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workbench.errors import install_with
-from workbench.records import Artifact, Job, Quality, Row, Workload, from_json, to_json
+from workbench.records import Artifact, Job, Quality, Row, from_json, to_json
 from workbench.shape import DTYPE_BYTES, EngineMemory, Sequences, Shape, Stored
 from workbench.worker.backends import packed_experts, vllm_cache, vllm_gguf
 from workbench.worker.base.checkpoint import is_multimodal, read_json
@@ -42,6 +42,8 @@ ENVIRONMENT = {
     "VLLM_CPU_INT4_W4A8": "0",
     # FlashInfer compiles its sampler with nvcc, in the first timed repeat; decoding here is greedy and needs none.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # A recipe's lengths are checked by us, and a window as long as the context needs room for one token more.
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
 }
 EXTENSION = "workbench.worker.backends.vllm_inside.Extension"
 GPU_SHARE = 0.01
@@ -119,11 +121,14 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     if form == "gguf" and options.gguf == "repack":
         weights = vllm_gguf.planned_bytes(shape, stored, width, not cuda)
         notes = ("a GGUF's matrices of Q4_0 or Q8_0 stay packed in vLLM, others are de-quantized",)
+    cache = shape.cached_values * tokens * load.batch * (1.0 if options.kv_cache == "fp8" else 2.0)
+    # What more is reserved on a GPU is taken from it; a processor's is touched as far as it is used.
+    surplus = (vllm_cache.MARGIN - 1) * cache if cuda else 0.0
     # Tensor parallelism divides weights and cache; what it repeats on each GPU is small.
     return EngineMemory(
         weights=weights,
-        kv_cache=shape.cached_values * tokens * load.batch * (1.0 if options.kv_cache == "fp8" else 2.0),
-        workspace=load.widest_tokens * (3 * shape.inner + 4 * shape.hidden) * width + logits,
+        kv_cache=cache,
+        workspace=load.widest_tokens * (3 * shape.inner + 4 * shape.hidden) * width + logits + surplus,
         runtime=RUNTIME_BYTES,
         devices=options.tensor_parallel,
         notes=notes,
@@ -143,7 +148,7 @@ def serving_command(path: str, row: Row) -> list[str] | None:
         words = ["env", f"VLLM_CPU_INT4_W4A8={ENVIRONMENT['VLLM_CPU_INT4_W4A8']}", *words]
     dtype = (found.settings if found else options).get("dtype")
     words += ["--dtype", str(dtype)] if dtype else []
-    for name, value in _room(row.workload, row.longest_window).items():
+    for name, value in vllm_cache.room(row.workload, row.longest_window).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     parallel = options.get("tensor_parallel")
     devices = parallel if isinstance(parallel, int) and parallel > 0 else 1
@@ -154,17 +159,6 @@ def serving_command(path: str, row: Row) -> list[str] | None:
     words += ["--enforce-eager"] if options.get("enforce_eager") else []
     words += ["--trust-remote-code"] if options.get("trust_remote_code") else []
     return [*words, "--host", "127.0.0.1", "--port", "8000"]
-
-
-def _room(load: Workload, longest_window: int) -> dict[str, int]:
-    """What the engine is told of the sequences to come, by its own names."""
-    longest = max(load.longest, longest_window + 1)
-    at_once = max(batch * prompt_tokens for prompt_tokens, batch in load.points)
-    return {
-        "max_model_len": longest,
-        "max_num_seqs": max(load.batches),
-        "max_num_batched_tokens": max(at_once, longest),
-    }
 
 
 def sees_cuda(payload: None, progress: object) -> bool:
@@ -216,8 +210,8 @@ class Engine:
             self._path = self._folder.name
             dtype = "bfloat16" if dtype == "auto" else dtype
         self._dtype = dtype
-        room = _room(load, job.longest_window)
-        most_tokens = max(load.most_tokens, room["max_model_len"])
+        # Of a window vLLM makes one token more, which is not fed: it may be the first behind the model's context.
+        room = vllm_cache.room(load, job.longest_window + 1)
         self._job = job
         if options.tensor_parallel > 1:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
@@ -246,7 +240,7 @@ class Engine:
             disable_log_stats=True,
             seed=load.seed,
             worker_extension_cls=EXTENSION,
-            kv_cache_memory_bytes=vllm_cache.reserved_bytes(job, self._path, most_tokens),
+            kv_cache_memory_bytes=vllm_cache.reserved_bytes(job, self._path, dtype, self._cpu),
             **({} if short is None else {"hf_overrides": partial(longrope.with_factors, short=short)}),
             gpu_memory_utilization=GPU_SHARE,
             language_model_only=is_multimodal(config),

@@ -1,10 +1,10 @@
-"""How large vLLM's cache of keys and values is."""
+"""How much room vLLM is told to make: for sequences, and for their keys and values."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from workbench.records import Job
+from workbench.records import Job, Workload
 from workbench.worker.architectures import sizes_of
 from workbench.worker.base.checkpoint import read_json
 from workbench.worker.base.config_json import text_config
@@ -12,6 +12,17 @@ from workbench.worker.base.config_json import text_config
 BLOCK_TOKENS = 16
 MARGIN = 1.25
 """Head room over the tokens a workload needs, for block rounding and one extra sequence."""
+
+
+def room(load: Workload, longest_window: int) -> dict[str, int]:
+    """What the engine is told of the sequences to come, by its own names."""
+    longest = max(load.longest, longest_window)
+    at_once = max(batch * prompt_tokens for prompt_tokens, batch in load.points)
+    return {
+        "max_model_len": longest,
+        "max_num_seqs": max(load.batches),
+        "max_num_batched_tokens": max(at_once, longest),
+    }
 
 
 def in_blocks(tokens: int) -> int:
@@ -25,7 +36,21 @@ def values_per_token(path: str) -> int:
     return 2 * sizes.layers * sizes.axes["keys"]
 
 
-def reserved_bytes(job: Job, path: str, tokens: int) -> int:
-    """Bytes of keys and values to reserve for so many tokens: in 32 bits, by blocks of 128, and some more."""
-    blocks = -(-tokens // 128) + 2 * max(job.workload.batches)
-    return int(blocks * 128 * values_per_token(path) * 4 * MARGIN)
+def devices(job: Job) -> int:
+    """How many GPUs share the model."""
+    found = job.options.get("tensor_parallel")
+    return found if isinstance(found, int) else 1
+
+
+def reserved_bytes(job: Job, path: str, dtype: str, cpu: bool) -> int:
+    """Bytes of keys and values to reserve on each device for all that a job asks: by blocks of 128, and some more.
+
+    On a processor a value has room for 32 bits, for its kernels lay blocks out as they want them. Devices share heads,
+    and have one each at the least.
+    """
+    load = job.workload
+    tokens = max(load.most_tokens, load.longest, job.longest_window + 1)
+    blocks = -(-tokens // 128) + 2 * max(load.batches)
+    width = 4 if cpu or dtype == "float32" else 1 if job.options.get("kv_cache") == "fp8" else 2
+    heads = sizes_of(text_config(read_json(Path(path) / "config.json"))).kv_heads
+    return int(blocks * 128 * values_per_token(path) * width * MARGIN / min(devices(job), heads))

