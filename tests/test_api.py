@@ -132,6 +132,11 @@ def test_two_sets_of_rows_are_compared_as_the_command_does() -> None:
 def test_what_is_wrong_is_said_as_the_command_says_it() -> None:
     with pytest.raises(wb.UserError, match="nothing measured yet"):
         wb.table([])
+    with pytest.raises(wb.UserError, match=r"^nowhere: nothing measured yet, there is no such file or folder\. Name"):
+        wb.table("nowhere")
+    for made in (wb.run, wb.quantize):
+        with pytest.raises(wb.UserError, match=r"^machines \(h100, l40s\) are a cluster's.*add --on ray$"):
+            made(ROOT / "recipes/tiny.yaml", machines=["h100", "l40s"])
     with pytest.raises(wb.UserError, match="no such recipe"):
         wb.load("recipes/tinny.yaml")
     assert wb.load(wb.load(TINY)).name == "tiny"
@@ -152,6 +157,7 @@ def test_a_run_returns_what_it_made_measured_and_what_failed(bench: Bench) -> No
         f"done = wb.run({recipe!r}, {str(bench.results)!r}, variants=['gguf-Q8_0'])\n"
         f"made = wb.quantize({recipe!r}, variants=['*Q4_0'])\n"
         f"again = wb.profile(None, {str(bench.results)!r}, backends=['fake'])\n"
+        "assert str(done) == str(done.table)\n"
         "print(json.dumps([[row.artifact.variant for row in done.rows], done.failures, len(done.table.lines),"
         "sorted(made.artifacts), [artifact.format for artifact in made.artifacts['gguf-Q4_0']], len(again.rows)]))"
     )

@@ -84,7 +84,7 @@ class Driver:
     def __call__(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         child = self.start(*words, **more)
         try:
-            out, err = child.communicate(timeout=600)
+            out, err = child.communicate(timeout=1500)
         finally:
             child.kill()
         assert "Traceback" not in err, err
@@ -209,6 +209,7 @@ def test_a_night_of_two_recipes_is_judged_on_each_kind_of_machine(
     assert again.returncode == 0 and len(stored(store / "results")) == 8 and made(store) == before
 
 
+@pytest.mark.timeout(1800)  # three nodes of real engines, beside another test's, on two cores
 def test_the_tiny_recipe_over_three_nodes_and_s3_gives_the_rows_of_one_machine(
     bench: Bench, real_home: Path, raylets: Callable[..., Raylets], tmp_path: Path
 ) -> None:

@@ -444,3 +444,19 @@ def test_out_of_memory_is_answered_with_the_batch_that_would_fit(monkeypatch: py
     assert plan.advice(wide, wide.backends[0], "no-such-variant") == ""
     small = recipe(backends={"llamacpp": None})
     assert plan.advice(small, small.backends[0], "gguf-Q4_K_M").endswith(" here")
+
+
+def test_every_evaluation_set_and_the_scores_of_attention_need_room() -> None:
+    def workspace(backend: dict[str, Any], **sets: int) -> float:
+        texts = {
+            name: {"source": {"text": "many words " * 9999}, "window": size, "windows": 1}
+            for name, size in sets.items()
+        }
+        asked = recipe(evaluation=texts, backends={"transformers": backend})
+        made = plan.make(asked, memory_bytes=1 << 40, cuda=False)
+        return float(next(each.workspace_bytes or 0 for each in made.needs if each.variant == "base"))
+
+    short, long = workspace({}, first=512), workspace({}, first=512, second=8192)
+    assert long > 2**31 > 2**29 > short
+    # 32 heads, the scores of a prompt of 512 with their softmax in float32.
+    assert workspace({"attention": "eager"}, first=512) > 32 * 512**2 * 8

@@ -80,3 +80,9 @@ def test_what_was_not_predicted_is_not_judged() -> None:
     # Of a row that was compared with another reference than its table's the divergence is not shown, and not judged.
     other = compared(replace(chosen, started_at="2020-01-01T00:00:00Z"), 0.1234, reference="r0")
     assert not any("prediction errs" in text for text in build([compared(a_row(), 0.0), other]).footnotes)
+
+
+def test_ranges_of_sentences_that_have_one_themselves() -> None:
+    told = [("took 2.3 to 3.6 ms",), ("took 2.1 to 3.4 ms",)]
+    assert footnotes_of(told)[1] == ("took 2.1 to 3.6 ms",)
+    assert footnotes_of(told[:1])[1] == told[0]

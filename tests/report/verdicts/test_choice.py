@@ -262,6 +262,14 @@ def test_a_speed_gives_way_by_its_interval(limit: str) -> None:
     assert nothing.rejected == {"q on llamacpp": (f"{what} was not measured",)}
 
 
+def test_a_perplexity_without_the_bases_is_not_called_unmeasured() -> None:
+    why = "perplexity beside the base's was not measured"
+    assert ask([made("q", 100.0)], max_perplexity=0.03).rejected == {"q on llamacpp": (why,)}
+    assert ask([a_row("q", evaluation=None)], max_perplexity=0.03).rejected == {
+        "q on llamacpp": ("perplexity was not measured",)
+    }
+
+
 def test_what_was_not_measured_is_worse_than_what_was() -> None:
     timed, still = made("timed", 1.0, nats=9), replace(made("still"), key="s")
     still = replace(still, measurement=replace(still.measurement, speeds=[]))  # type: ignore[type-var]

@@ -161,3 +161,22 @@ def test_every_format_runs_on_the_same_allocator(given: dict[str, str], kept: st
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "GPTQMODEL_CPU_WORKERS": "4"} | given
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert f"is {kept}\n" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        (
+            "qwen3_5_text",
+            {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+            | {"linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+        ),
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    ],
+)
+def test_models_whose_layers_do_not_all_keep_keys(kind: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    """Linear attention and convolutions carry a state along: timed as any model, and their bytes counted."""
+    engine = an_engine(write_model(tmp_path, kind, **sizes), prompt_tokens=[20], new_tokens=4)
+    assert [*engine.generate([[5] * 20], 4)] == [[1]] * 4
+    keys_and_values = 2 * 2 * 16 * (20 + 3) * 4
+    assert keys_and_values < engine.memory()["kv_cache"] < 100 * keys_and_values

@@ -45,6 +45,8 @@ DEQUANTIZED = {
     "gguf": "a GGUF is de-quantized when transformers loads it",
     "compressed-tensors": "compressed-tensors are de-quantized when transformers loads them",
 }
+CAPPED = ("gemma2",)
+"""Types whose scores of attention are capped, which only attention step by step does (`worker/attention.py`)."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,15 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     width = (2 if cuda else 4) if quantized else computed
     activations = load.widest_tokens * (3 * shape.inner + 4 * shape.hidden) * width
     logits = load.scored_tokens * shape.vocab_size * (width + 4.0)
+    # Step by step, attention has the scores of all pairs of tokens, and their softmax in float32.
+    by_steps = options.attention == "eager" or shape.traits.model_type in CAPPED
+    pairs = max(load.batch * load.prompt_tokens**2, load.window**2) if by_steps else 0
+    scores = shape.traits.heads * pairs * (width + 4.0)
     return EngineMemory(
         weights=stored.disk_bytes if quantized else shape.parameters * computed,
         # AWQ and GPTQ are computed in 16 bits everywhere.
         kv_cache=shape.cached_values * load.tokens * load.batch * (2.0 if quantized else computed),
-        workspace=max(activations, logits) + SCORE_CHUNK_BYTES,
+        workspace=max(activations + scores, logits) + SCORE_CHUNK_BYTES,
         runtime=RUNTIME_BYTES.get(form, PLAIN_RUNTIME_BYTES),
         notes=(DEQUANTIZED[form],) if form in DEQUANTIZED else (),
     )
