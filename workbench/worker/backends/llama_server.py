@@ -18,10 +18,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from workbench.records import Job, Quality, from_json
 from workbench.worker.backends import llamacpp, next_token
+from workbench.worker.backends.llamacpp import CONTEXT_STEP
 from workbench.worker.backends.served import Server, alias, as_row
+from workbench.worker.base.gguf_file import field_of, open_parts
+from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
 
 WORD = "llama.cpp's server"
@@ -57,18 +61,18 @@ def load_engine() -> None:
 class Engine(Server):
     """A llama-server with a job's file."""
 
-    _doubts: list[str] = []
-
     def __init__(self, job: Job) -> None:
         options: Options = from_json(Options, job.options)
         threads, name, own = options.threads or len(os.sched_getaffinity(0)), alias(), shutil.which(BINARY)
         layers = max(0, options.gpu_layers)
         row = as_row(job, threads=threads, gpu_layers=layers, device="cpu")
         words = serving_command(job.artifact.path, row) or []
+        place, slots = words.index("--ctx-size") + 1, 1
         if "--kv-unified" not in words:
             # Each slot has its share of the context, and a window has to fit into one.
-            place, slots = words.index("--ctx-size") + 1, max(job.workload.batches)
+            slots = max(job.workload.batches)
             words[place] = str(max(int(words[place]), slots * (job.longest_window + 1)))
+        self._doubts = _of_longrope(job, int(words[place]) // slots)
         program = [own] if own else [sys.executable, "-P", "-m", __name__]
         settings = {"device": "cuda" if layers else "cpu", "threads": threads}
         settings |= {"server": _version(own) if own else "xllamacpp"}
@@ -78,7 +82,7 @@ class Engine(Server):
         """Reduce what it says of the next token behind every scored prefix. Raises `NotScored` where that is too much
         to ask."""
         quality, doubts = next_token.by_llama_server(asked, progress, self.post)
-        self._doubts = self._doubts or doubts
+        self._doubts += [doubt for doubt in doubts if doubt not in self._doubts]
         return quality
 
     def doubts(self) -> list[str]:
@@ -95,6 +99,24 @@ class Engine(Server):
             found = completed(self.post("/completion", asked)).tokens
             answers.append(found[: next((i for i, token in enumerate(found) if token in stop), len(found))])
         return answers
+
+
+def _of_longrope(job: Job, context: int) -> list[str]:
+    """Where a LongRoPE model is scored with other factors than its windows want: llama.cpp takes the short or the long
+    ones by the room that a sequence has, rounded up, and no request changes that."""
+    header = open_parts(Path(job.artifact.path))[0]
+    scaling = f"{field_of(header, 'general.architecture')}.rope.scaling"
+    yarn = field_of(header, f"{scaling}.type") == "yarn"
+    original = 0 if yarn else int(field_of(header, f"{scaling}.original_context_length") or 0)
+    room = -(-context // CONTEXT_STEP) * CONTEXT_STEP
+    short = longrope.takes_short(job, original)
+    if short is None or short == (room <= original):
+        return longrope.warnings(job, original)
+    return [
+        f"{WORD} makes room for {room:,} tokens a sequence and takes the {'long' if short else 'short'} rope factors "
+        f"for all, of a model with an original context of {original:,}: windows of {job.longest_window:,} are another "
+        "model's here. Take the engine llamacpp for its quality"
+    ]
 
 
 def _version(program: str) -> str:

