@@ -35,9 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Of several processes each has a folder of its own for temporary files: there lies the lock by which a machine
     does one heavy thing at a time, and a test would wait for those of the other process."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = Path(f"{config.getoption('basetemp')}-tmp")
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
+        folder = tempfile.mkdtemp(prefix="tests-")  # short: vLLM's sockets lie in it, whose names have 107 letters
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        os.environ["TMPDIR"], tempfile.tempdir = folder, None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ said.
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,28 @@ def test_a_longrope_model_is_scored_in_a_context_of_its_windows(window: int, cas
     assert len(found) == 3
     for pair, klds in found.items():
         assert len(klds) == 1 and max(klds) < 0.01, (pair, klds)
+
+
+@pytest.mark.slow
+def test_a_longrope_model_in_servers(case: Bench) -> None:
+    """A server decides by the room that it makes: vLLM's is told the factors of the windows, llama.cpp's cannot be."""
+    pytest.importorskip("xllamacpp")
+    longrope(case.model, 128)
+    parts = {
+        "evaluation": {**MEASURED["evaluation"], "window": 64},
+        "workload": {**MEASURED["workload"], "prompt_tokens": 256},
+    }
+    backends = {"transformers": ONLY, "vllm-serve": {**ONLY, "enforce_eager": True}, "llama-server": ONLY}
+    # vLLM's sockets lie in the folder for temporary files, and their names may have 107 letters.
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        assert case("run", case.recipe(**parts, backends=backends), TMPDIR=short).returncode == 0
+    rows = rows_of(case)
+    told = {
+        backend: any("takes the long rope factors" in text for text in row["warnings"])
+        for (_, backend), row in rows.items()
+    }
+    assert rows["base", "vllm-serve"]["kld_mean"] < 0.01 < 0.1 < rows["base", "llama-server"]["kld_mean"]
+    assert told == {"transformers": False, "vllm-serve": False, "llama-server": True}
 
 
 @pytest.mark.slow
