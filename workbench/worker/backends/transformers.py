@@ -40,6 +40,8 @@ RUNTIME_BYTES = {"awq": 735e6, "gptq": 895e6, "whole": 895e6, **dict.fromkeys(ON
 PLAIN_RUNTIME_BYTES = 480e6
 """By format: AWQ and GPTQ bring GPTQModel and its layers. Measured: transformers 5.19 and torch 2.13 (CPU), CPython
 3.11, x86-64."""
+READER_BYTES = 94e6
+"""Beside a GGUF file itself, in a process on a CPU (`benchmarks/plan_vs_measured.py`)."""
 
 DEQUANTIZED = {
     "gguf": "a GGUF is de-quantized when transformers loads it",
@@ -104,12 +106,14 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     by_steps = options.attention == "eager" or shape.traits.model_type in CAPPED
     pairs = max(load.batch * load.prompt_tokens**2, load.window**2) if by_steps else 0
     scores = shape.traits.heads * pairs * (width + 4.0)
+    # The file stays mapped while its weights are de-quantized from it, and what reads it is loaded.
+    mapped = stored.disk_bytes + READER_BYTES if form == "gguf" and not (cuda and options.device != "cpu") else 0.0
     return EngineMemory(
         weights=stored.disk_bytes if quantized else shape.parameters * computed,
         # AWQ and GPTQ are computed in 16 bits everywhere.
         kv_cache=shape.cached_values * load.tokens * load.batch * (2.0 if quantized else computed),
         workspace=max(activations + scores, logits) + SCORE_CHUNK_BYTES,
-        runtime=RUNTIME_BYTES.get(form, PLAIN_RUNTIME_BYTES),
+        runtime=RUNTIME_BYTES.get(form, PLAIN_RUNTIME_BYTES) + mapped,
         notes=(DEQUANTIZED[form],) if form in DEQUANTIZED else (),
     )
 
