@@ -110,6 +110,7 @@ def test_a_recommendation_is_what_the_command_prints() -> None:
         ({"max_kld": -1}, "max_kld -1: a limit is zero or more"),
         ({"min_accuracy": {"arithmetic": float("nan")}}, "min_accuracy nan: a limit is zero or more"),
         ({"min_decode": -5}, "min_decode -5: a limit is zero or more"),
+        ({"min_accuracy": "60%"}, "min_accuracy '60%': a limit is a number, as 0.6 for 60 %"),
         ({"sort": "quaility"}, "unknown order 'quaility'. Did you mean 'quality'?"),
     ],
 )

@@ -57,9 +57,11 @@ class Constraints:
         check_known("order", self.sort, ORDERS)
         limits = [field.name for field in fields(self) if field.name not in ("backend", "sort")]
         for name in limits:
-            wrong = [each for _, each in named(getattr(self, name)) if not 0 <= each < math.inf]
-            if wrong:
-                raise UserError(f"{name.removesuffix('_tok_s')} {wrong[0]:g}: a limit is zero or more")
+            for _, each in named(getattr(self, name)):
+                if not isinstance(each, int | float):
+                    raise UserError(f"{name.removesuffix('_tok_s')} {each!r}: a limit is a number, as 0.6 for 60 %")
+                if not 0 <= each < math.inf:
+                    raise UserError(f"{name.removesuffix('_tok_s')} {each:g}: a limit is zero or more")
 
     def __str__(self) -> str:
         """The wish in words."""
