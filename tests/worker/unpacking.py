@@ -11,7 +11,7 @@ import pytest
 
 from workbench.errors import UserError
 from workbench.worker.calibration.discover import structures_of
-from workbench.worker.ggml.names import tensor_names
+from workbench.worker.ggml.names import file_columns, tensor_names
 from workbench.worker.methods.awq import NIBBLES
 
 torch = pytest.importorskip("torch")
@@ -116,6 +116,7 @@ def with_files_weights(base: Path, exact_path: str, path: str) -> Any:
     state = model.state_dict()
     names = {short: name for name, short in _names(config, state).items()}
     own = {tensor.name: tensor for tensor in gguf.GGUFReader(exact_path).tensors}
+    tiled = file_columns(config)
     for tensor in gguf.GGUFReader(path).tensors:
         name = names.get(tensor.name)
         if tensor.name.endswith("_exps.weight"):
@@ -132,12 +133,13 @@ def with_files_weights(base: Path, exact_path: str, path: str) -> Any:
             place.copy_(turned)
         if name is None or len(tensor.shape) != 2 or tensor.tensor_type.name == "F32":
             continue
-        wanted = state[name]
+        columns = tiled.get(name.split(".", 3)[-1].removesuffix(".weight"), torch.arange(state[name].shape[1]))
+        wanted = state[name][:, columns]
         rows = torch.from_numpy(own[tensor.name].data.copy())
         apart = torch.cdist(wanted.double(), rows.double())
         assert float(apart.min(1).values.max()) < 1e-6, f"{tensor.name} holds other rows than {name}"
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        state[name] = weight[apart.argmin(1)]
+        state[name] = weight[apart.argmin(1)][:, columns.argsort()]
     model.load_state_dict(state)
     return model
 
