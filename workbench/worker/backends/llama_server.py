@@ -61,6 +61,8 @@ def load_engine() -> None:
 class Engine(Server):
     """A llama-server with a job's file."""
 
+    _doubts: list[str] = []
+
     def __init__(self, job: Job) -> None:
         options: Options = from_json(Options, job.options)
         threads, name, own = options.threads or len(os.sched_getaffinity(0)), alias(), shutil.which(BINARY)
@@ -82,7 +84,7 @@ class Engine(Server):
         """Reduce what it says of the next token behind every scored prefix. Raises `NotScored` where that is too much
         to ask."""
         quality, doubts = next_token.by_llama_server(asked, progress, self.post)
-        self._doubts += [doubt for doubt in doubts if doubt not in self._doubts]
+        self._doubts = [*dict.fromkeys([*self._doubts, *doubts])]
         return quality
 
     def doubts(self) -> list[str]:

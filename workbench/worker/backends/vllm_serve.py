@@ -63,6 +63,7 @@ class Engine(Server):
     """A `vllm serve` with a job's checkpoint."""
 
     _scored_in = ""
+    _doubts: list[str] = []
 
     def __init__(self, job: Job) -> None:
         name, device = alias(), "cpu" if _on_cpu() else "cuda"
