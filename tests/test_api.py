@@ -137,7 +137,7 @@ def test_what_is_wrong_is_said_as_the_command_says_it() -> None:
         wb.table("nowhere")
     for made in (wb.run, wb.quantize):
         with pytest.raises(wb.UserError, match=r"^machines \(h100, l40s\) are a cluster's.*add --on ray$"):
-            made(ROOT / "recipes/tiny.yaml", machines=["h100", "l40s"])
+            made(TINY, machines=["h100", "l40s"])
     with pytest.raises(wb.UserError, match="no such recipe"):
         wb.load("recipes/tinny.yaml")
     assert wb.load(wb.load(TINY)).name == "tiny"

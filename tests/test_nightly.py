@@ -23,6 +23,7 @@ from tests.bench import Bench
 from tests.places import ROOT
 from tests.rows import a_row
 from workbench import nightly
+from workbench.errors import UserError
 from workbench.records import Row, Workload
 from workbench.report import store
 
@@ -264,3 +265,9 @@ def test_what_cannot_be_measured_again_does_not_hold_a_night_up(tmp_path: Path) 
     show: Any = SimpleNamespace(say=lambda text: None)
     night = nightly._judged(recipe, "desk", "2026-11-06T01:00:00Z", tmp_path, show, {}, again)
     assert asked == [{("llamacpp", "Q4")}] and night.verdict.word == "regressed"
+
+
+def test_machines_of_no_cluster_are_refused(tmp_path: Path) -> None:
+    show: Any = SimpleNamespace(say=lambda text: None)
+    with pytest.raises(UserError, match=r"^machines \(h100\) are a cluster's.*add --on ray$"):
+        nightly.run([], tmp_path, show, only_on=["h100"])

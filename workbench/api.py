@@ -93,11 +93,12 @@ def run(
     default: the recipe's, or all of the kind of which there are most), which share `store` (a URL or folder).
     """
     from workbench import cache, pipeline, shared
+    from workbench.cluster import check_machines
     from workbench.console import Console
     from workbench.machine.identity import machine
     from workbench.report.store import try_writing
 
-    _check_machines(on, machines)
+    check_machines(on, machines)
     loaded = load(recipe)
     for name in backends or []:
         loaded.backend(name)  # A misspelt one is refused before any work.
@@ -196,9 +197,10 @@ def quantize(
     """Make the variants of a recipe (`variants`: only these, or patterns); `artifacts` says where each is. `on`,
     `store` and `machines` as in `run`."""
     from workbench import cache, pipeline, shared
+    from workbench.cluster import check_machines
     from workbench.console import Console
 
-    _check_machines(on, machines)
+    check_machines(on, machines)
     loaded, show = load(recipe), Console(quiet)
     chosen = loaded.matching(list(variants)) if variants else None
     with shared.using(store):
@@ -209,11 +211,6 @@ def quantize(
             return cluster.one(loaded, Wanted(chosen, measure=False), on, None, machines, show).made_at_all
         with cache.at_work(show.say):
             return pipeline.quantize(loaded, show, chosen)
-
-
-def _check_machines(on: str | None, machines: Sequence[str]) -> None:
-    if machines and on is None:
-        raise UserError(f"machines ({', '.join(machines)}) are a cluster's, and this is no run on one: add --on ray")
 
 
 def rows(*results: Place, history: bool = False, say: Callable[[str], None] = warnings.warn) -> list[Row]:
@@ -263,14 +260,14 @@ def compare(
     """
     from workbench.report.verdicts import compare as wing
 
-    known = _rows(results, True, say) if _is_word(old) or _is_word(new) else []
-    if not known and (_is_word(old) or _is_word(new)):
+    known = _rows(results, True, say) if _absent(old) or _absent(new) else []
+    if not known and (_absent(old) or _absent(new)):
         raise UserError(f"{results}: nothing measured yet, so no date or commit to choose")
     limits = dict(thresholds or {})
-    if _is_word(old) and _is_word(new) and {str(old), str(new)} & {row.artifact.variant for row in known}:
+    if _absent(old) and _absent(new) and {str(old), str(new)} & {row.artifact.variant for row in known}:
         of_both = wing.of_variants(known, str(old), str(new), machine, recipe, evaluation)
         return wing.compare(*of_both, thresholds=limits)
-    before, after = (wing.select(known, str(spec)) if _is_word(spec) else _rows(spec, True, say) for spec in (old, new))
+    before, after = (wing.select(known, str(spec)) if _absent(spec) else _rows(spec, True, say) for spec in (old, new))
     only = {"machine": machine, "evaluation": evaluation, "recipe": recipe}
     return wing.compare(before, after, thresholds=limits, measurement_version=measurement_version, **only)
 
@@ -387,13 +384,13 @@ def _rows(
     given = [each for each in either if isinstance(each, Row)]
     places = [each for each in either if not isinstance(each, Row)]
     for place in places:
-        if str(place) != RESULTS and "://" not in str(place) and not Path(place).exists():
+        if str(place) != RESULTS and _absent(place):
             raise UserError(f"{place}: nothing measured yet, there is no such file or folder. Name a results folder")
     return given + (rows(*places, history=history, say=say) if places else [])
 
 
-def _is_word(spec: Place | Sequence[Row]) -> bool:
-    """Whether it is a date or a commit, not rows or a place of them."""
+def _absent(spec: Place | Sequence[Row]) -> bool:
+    """Whether it is neither rows nor a place that is there: a date or a commit, or a slip."""
     return isinstance(spec, Path | str) and "://" not in str(spec) and not os.path.exists(spec)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from workbench import pipeline
 from workbench.cache import at_work
+from workbench.cluster import check_machines
 from workbench.console import Show
 from workbench.disk import remove, write_whole
 from workbench.errors import UserError, install_with
@@ -80,6 +81,7 @@ def run(
 ) -> list[Night]:
     """A night of all recipes, in order; each is judged and remembered before the next begins. `on` the machines of a
     cluster all recipes are measured at once, and each is judged on each kind of machine."""
+    check_machines(on, only_on)
     nights = []
     waiting = "waiting for another night to end"
     with at_work(show.say), lock(home() / "locks" / "nightly", lambda: show.say(waiting)):
@@ -208,7 +210,7 @@ def _judged(
             break
         show.say(f"to be sure, again: {', '.join(pair.label for pair in verdict.suspects)}")
         measured = again({(pair.backend, pair.variant) for pair in verdict.suspects})
-        if not {pair_of(row) for row in measured if not row.error} >= {*verdict.suspects}:
+        if {*verdict.suspects} - {pair_of(row) for row in measured if not row.error}:
             # What fails now, or is of a workload that the recipe no longer has, is judged by what is known.
             tonight = [row for row in _rows(results, here, recipe) if row.started_at >= since]
             verdict = night.judge(before, [*tonight, *tonight, *tonight], notes)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from statistics import median
 
 import pytest
 
 from workbench.profile.largest_rate import ATTAINED, Found, Trial, crossing, largest_rate
+from workbench.records import Request
+from workbench.report.loads import keeps, kept
 
 SERVICE_S = 0.1
 REQUESTS = 400
@@ -90,3 +93,32 @@ def test_no_line_through_trials_of_one_side() -> None:
     assert crossing([Trial(1.0, 100, 100), Trial(2.0, 90, 100)]) is None
     rising = [Trial(rate, kept, 100) for rate, kept in ((1.0, 60), (1.2, 70), (1.4, 85), (1.6, 93), (1.8, 99))]
     assert crossing(rising) is None
+
+
+def queue(rate: float, chance: random.Random, service_s: float = 0.05, asked: int = 100) -> list[Request]:
+    """Requests at a rate to a server that answers one after the other, from an empty queue."""
+    found, at_s, wait_s = [], 0.0, 0.0
+    for _ in range(asked):
+        found.append(Request(at_s, 0.0, 1, wait_s + service_s, wait_s + service_s, [], [1], ""))
+        gap_s = chance.expovariate(rate)
+        at_s, wait_s = at_s + gap_s, max(0.0, wait_s + service_s - gap_s)
+    return found
+
+
+def test_a_rate_that_cannot_go_on_is_not_kept() -> None:
+    """A hundred requests at once are all answered in five seconds by a server of twenty a second."""
+    burst = queue(1000.0, random.Random(0))
+    assert all(keeps(each, {"e2e": 5.1}) for each in burst) and kept(burst, {"e2e": 5.1}) <= 3
+    assert kept(queue(10.0, random.Random(0)), {"e2e": 5.0}) == 100
+    assert kept(queue(10.0, random.Random(0)), {"e2e": 0.01}) == 0
+    assert kept(queue(1000.0, random.Random(0), asked=4), {"e2e": 5.0}) == 4, "too few to tell"
+
+
+def test_the_largest_rate_under_a_wide_limit_is_what_the_server_answers() -> None:
+    lows, highs = [], []
+    for seed in range(20):
+        chance = random.Random(seed)
+        low, high, _ = searched(lambda rate, chance=chance: (kept(queue(rate, chance), {"e2e": 5.0}), 100))
+        lows.append(low)
+        highs.append(high)
+    assert 16 < median(lows) < 20 < median(highs) < 24

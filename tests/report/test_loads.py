@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import random
-from statistics import median
-
 import pytest
 
-from workbench.profile.largest_rate import largest_rate
 from workbench.records import LoadPoint, Request
-from workbench.report.loads import figures, keeps, kept, own
+from workbench.report.loads import figures, keeps, own
 
 
 def request(sent_s: float, first_s: float = 0.1, gaps: tuple[float, ...] = (0.01, 0.03), error: str = "") -> Request:
@@ -48,39 +44,3 @@ def test_figures_of_a_point() -> None:
 def test_a_sample_without_its_times_is_refused() -> None:
     with pytest.raises(ValueError, match="an arrival has not a time"):
         Request(0.0, 0.0, 5, 1.0, 0.5, [0.1], [1])
-
-
-def queue(rate: float, chance: random.Random, service_s: float = 0.05, asked: int = 100) -> list[Request]:
-    """Requests at a rate to a server that answers one after the other, from an empty queue."""
-    found, at_s, wait_s = [], 0.0, 0.0
-    for _ in range(asked):
-        found.append(Request(at_s, 0.0, 1, wait_s + service_s, wait_s + service_s, [], [1], ""))
-        gap_s = chance.expovariate(rate)
-        at_s, wait_s = at_s + gap_s, max(0.0, wait_s + service_s - gap_s)
-    return found
-
-
-def test_a_rate_that_cannot_go_on_is_not_kept() -> None:
-    """A hundred requests at once are all answered in five seconds by a server of twenty a second."""
-    burst = queue(1000.0, random.Random(0))
-    assert all(keeps(each, {"e2e": 5.1}) for each in burst) and kept(burst, {"e2e": 5.1}) <= 3
-    assert kept(queue(10.0, random.Random(0)), {"e2e": 5.0}) == 100
-    assert kept(queue(10.0, random.Random(0)), {"e2e": 0.01}) == 0
-    assert kept(queue(1000.0, random.Random(0), asked=4), {"e2e": 5.0}) == 4, "too few to tell"
-
-
-def test_the_largest_rate_under_a_wide_limit_is_what_the_server_answers() -> None:
-    lows, highs = [], []
-    for seed in range(20):
-        chance = random.Random(seed)
-        search = largest_rate(2.0)
-        rate = next(search)
-        while True:
-            try:
-                rate = search.send((kept(queue(rate, chance), {"e2e": 5.0}), 100))
-            except StopIteration as end:
-                low, high, _ = end.value
-                break
-        lows.append(low)
-        highs.append(high)
-    assert 16 < median(lows) < 20 < median(highs) < 24

@@ -160,8 +160,7 @@ def bits_per_byte(q: Quality, scored_bytes: int) -> Estimate:
     window are not stored.
     """
     mean = _mean(_pairs(q, "nll_sum", "count"))
-    tokens = sum(window["count"] + window["nonfinite"] for window in q["windows"])
-    scale = tokens / scored_bytes / math.log(2)
+    scale = scored_tokens(q) / scored_bytes / math.log(2)
     return Estimate(mean.value * scale, None if mean.se is None else mean.se * scale, mean.windows)
 
 
@@ -171,6 +170,11 @@ def unpacked(stored: bytes | Sequence[float | None]) -> Sequence[float | None]:
         return stored
     values = struct.unpack(f"<{len(stored) // 2}e", stored)
     return [value if math.isfinite(value) else None for value in values]
+
+
+def scored_tokens(q: Quality) -> int:
+    """All scored tokens, those whose logits were not finite too."""
+    return sum(window["count"] + window["nonfinite"] for window in q["windows"])
 
 
 def nonfinite(q: Quality) -> int:

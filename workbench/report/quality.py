@@ -172,12 +172,11 @@ def lost_tokens(row: Row, others: Iterable[Row]) -> str | None:
     """Why a row's quality is of fewer tokens than that of others on the same text, in words; None where it is not: what
     is left of it says nothing of the tokens that it cannot do."""
     own = nonfinite(row)
-    if not own or row.quality is None:
+    if not own or not row.quality:
         return None
     same = [other.quality for other in others if other.quality and _same_text(row, other)]
     least = min(map(estimates.nonfinite, same), default=0)
-    scored = sum(window["count"] + window["nonfinite"] for window in row.quality["windows"])
-    words = f"{own:,} of {scored:,} scored tokens have NaN or infinite logits"
+    words = f"{own:,} of {estimates.scored_tokens(row.quality):,} scored tokens have NaN or infinite logits"
     return words + (f" (elsewhere {least:,})" if least else "") if own > least else None
 
 

@@ -64,15 +64,17 @@ def told_apart(rows: Mapping[Pair, Row]) -> dict[Pair, str]:
     found = dict.fromkeys(rows, "")
     for group in (each for each in alike.values() if len(each) > 1):
         told = [rows[pair].options | workload_words(rows[pair].workload) for pair in group]
-        names = [
-            name
-            for name in dict.fromkeys(n for each in told for n in each)
-            if len({str(t.get(name)) for t in told}) > 1
-        ]
+        names = differing(told)
         for pair, each in zip(group, told, strict=True):
             words = ", ".join(f"{name} {each[name]}" for name in names if each.get(name) is not None)
             found[pair] = f" ({words})" if words else ""
     return found
+
+
+def differing(told: Sequence[Mapping[str, object]]) -> list[str]:
+    """The names whose values are not the same in all, as people read them."""
+    names = dict.fromkeys(name for each in told for name in each)
+    return [name for name in names if len({str(each.get(name)) for each in told}) > 1]
 
 
 def workload_words(workload: Workload) -> dict[str, object]:

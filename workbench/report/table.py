@@ -36,6 +36,7 @@ from workbench.report.quality import Noise
 from workbench.report.selection import (
     BASE,
     comparable_rows,
+    differing,
     evaluation_digest,
     in_order,
     latest_of_each_pair,
@@ -204,7 +205,8 @@ def build(
     of_one_recipe = [row for row in rows if row.recipe_digest == lead.recipe_digest]
     tasks = dict(lead.tasks)
     for row in sorted(of_one_recipe, key=lambda row: row.started_at, reverse=True):
-        tasks = tasks | {name: task for name, task in row.tasks.items() if name not in tasks}
+        for name, task in row.tasks.items():
+            tasks.setdefault(name, task)
     asked = {name: _bases(rows, partial(quality.task_accuracy, name=name)) for name in tasks}
     # What ran is numbered first: a text lists what cannot run apart, and needs no numbers for it.
     order = sorted(range(len(lines)), key=lambda place: bool(lines[place].row.unsupported))
@@ -260,10 +262,7 @@ def _lines(rows: Sequence[Row]) -> tuple[tuple[Line, ...], tuple[NoiseFloor, ...
     bases, spreads = _bases(rows, quality.perplexity), {floor.base: floor for floor in floors}
     scored = [base for found in bases.values() for base in found]
     lines = tuple(
-        replace(
-            _line(row, own, _base_of(row, bases), references.get(row.base), spreads.get(row.base)),
-            lost_tokens=quality.lost_tokens(row, [base for base in scored if base.base == row.base]),
-        )
+        _line(row, own, _base_of(row, bases), references.get(row.base), spreads.get(row.base), scored)
         for row, own in zip(rows, values, strict=True)
     )
     return lines, floors
@@ -305,6 +304,7 @@ def _line(
     base: Row | None,
     reference: str | None,
     floor: NoiseFloor | None,
+    scored: Sequence[Row],
 ) -> Line:
     delta = quality.perplexity_delta(row, base) if base else None
     warnings = warnings_of(row, values, base, delta)
@@ -321,6 +321,7 @@ def _line(
         below_noise_floor=quality.alike(row, base, floor.noise if floor else Noise()) if base else None,
         intervals=Lazily(SAMPLES, lambda name: speeds.median_interval(row, SAMPLES[name])),
         warnings=warnings,
+        lost_tokens=quality.lost_tokens(row, (other for other in scored if other.base == row.base)),
     )
 
 
@@ -361,8 +362,8 @@ def _varying(rows: Sequence[Row]) -> tuple[VaryingColumn, ...]:
         if len({tuple(column.text(row) for column in shown) for row in group}) < len(group):
             words = [workload_words(row.workload) for row in group]
             known = {column.name for column in shown}
-            for key in (key for key in words[0] if key not in known and len({str(each[key]) for each in words}) > 1):
-                shown.append(VaryingColumn(key, partial(_of_workload, key=key)))
+            names = [name for name in differing(words) if name not in known]
+            shown += [VaryingColumn(name, partial(_of_workload, key=name)) for name in names]
     return tuple(shown)
 
 

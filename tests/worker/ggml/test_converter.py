@@ -55,20 +55,25 @@ def divergence(payload: Any, progress: Any) -> float:
     return float((ours.exp() * (ours - theirs)).sum(-1).mean())
 
 
+def divergence_of(base: Path) -> float:
+    """`divergence`, in a process of its own."""
+    reply = isolate.call(
+        "tests.worker.ggml.test_converter:divergence",
+        str(base),
+        workdir=base.with_name("w"),
+        time_limit_s=120,
+        environment={"PYTHONPATH": str(ROOT)},
+    )
+    assert reply.error is None, reply.log
+    return float(reply.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_experts_without_a_vocabulary(kind: str, tmp_path: Path) -> None:
     sizes = {"num_experts_per_tok": 2, "moe_intermediate_size": 64} | EXPERTS[kind]
     base = write_model(tmp_path / "base", kind, **sizes)
-    reply = isolate.call(
-        "tests.worker.ggml.test_converter:divergence",
-        str(base),
-        workdir=tmp_path / "w",
-        time_limit_s=120,
-        environment={"PYTHONPATH": str(ROOT)},
-    )
-    assert reply.error is None, reply.log
-    assert abs(reply.value) < 1e-5
+    assert abs(divergence_of(base)) < 1e-5
 
 
 def test_an_architecture_without_a_name_in_gguf(tmp_path: Path) -> None:
@@ -102,15 +107,7 @@ def test_a_configuration_that_speaks_of_drafts_which_are_not_there(entry: dict[s
     config = json.loads((base / "config.json").read_text())
     config.pop("mtp_num_hidden_layers", None)
     (base / "config.json").write_text(json.dumps(config | entry))
-    reply = isolate.call(
-        "tests.worker.ggml.test_converter:divergence",
-        str(base),
-        workdir=tmp_path / "w",
-        time_limit_s=120,
-        environment={"PYTHONPATH": str(ROOT)},
-    )
-    assert reply.error is None, reply.log
-    assert abs(reply.value) < 1e-5
+    assert abs(divergence_of(base)) < 1e-5
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def judge(before: Sequence[Row], tonight: Sequence[Row], notes: Sequence[NightNo
             reason = rows[-1].error or rows[-1].unsupported or "it was not measured"
             alarms.append(Alarm(pair, None, reason))
             continue
-        if why := quality.lost_tokens(measured[-1], [row for night in nights for row in night]):
+        if why := quality.lost_tokens(measured[-1], (row for night in nights for row in night)):
             alarms.append(Alarm(pair, None, why))
             continue
         found = [alarm for name in WATCHED if (alarm := _worse(pair, name, nights, measured, spreads))]

@@ -18,13 +18,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from workbench.records import Job, Quality, from_json
 from workbench.worker.backends import llamacpp, next_token
-from workbench.worker.backends.llamacpp import CONTEXT_STEP
 from workbench.worker.backends.served import Server, alias, as_row
 from workbench.worker.base.gguf_file import field_of, open_parts
+from workbench.worker.ggml import model
 from workbench.worker.scoring import longrope
 from workbench.worker.scoring.reducer import Scoring
 
@@ -106,11 +107,8 @@ class Engine(Server):
 def _of_longrope(job: Job, context: int) -> list[str]:
     """Where a LongRoPE model is scored with other factors than its windows want: llama.cpp takes the short or the long
     ones by the room that a sequence has, rounded up, and no request changes that."""
-    header = open_parts(Path(job.artifact.path))[0]
-    scaling = f"{field_of(header, 'general.architecture')}.rope.scaling"
-    yarn = field_of(header, f"{scaling}.type") == "yarn"
-    original = 0 if yarn else int(field_of(header, f"{scaling}.original_context_length") or 0)
-    room = -(-context // CONTEXT_STEP) * CONTEXT_STEP
+    _, original = longrope.original_of_header(partial(field_of, open_parts(Path(job.artifact.path))[0]))
+    room = model.context_of(context)
     short = longrope.takes_short(job, original)
     if short is None or short == (room <= original):
         return longrope.warnings(job, original)

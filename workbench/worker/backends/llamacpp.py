@@ -41,8 +41,6 @@ MOST_SEQUENCES = 256
 """`LLAMA_MAX_SEQ` of llama.cpp."""
 LOG_WARNING = 3
 
-CONTEXT_STEP = 256
-"""A sequence's context is rounded up to this."""
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
 """Bytes a value of the KV cache."""
 REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL"})
@@ -84,8 +82,7 @@ def refuses(options: Options, form: str, cuda: bool) -> str | None:
 def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Options, cuda: bool) -> EngineMemory:
     """A processor's weights are the mapped file, and a second copy of what is repacked. The graph's buffer is as wide
     as its widest step for a micro-batch: the logits, or the MLP. A processor touches no more of it than it uses."""
-    tokens = -(-load.tokens // CONTEXT_STEP) * CONTEXT_STEP
-    cache = shape.cached_values * tokens * load.batch * KV_BYTES[options.kv_cache or "f16"]
+    cache = shape.cached_values * model.context_of(load.tokens) * load.batch * KV_BYTES[options.kv_cache or "f16"]
     width = min(UBATCH_TOKENS, max(load.widest_tokens, load.batch))
     logits = max(load.scored_tokens, load.batch) * shape.vocab_size * 4.0
     if cuda:

@@ -94,11 +94,9 @@ def refuses(options: Options, form: str, cuda: bool) -> str | None:
 
 def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Options, cuda: bool) -> EngineMemory:
     """A layer's activations of a whole prompt, or the scored logits; a GGUF has the weights of the dtype it becomes."""
-    quantized = form in RUNTIME_BYTES
-    if options.dtype != "auto":
-        computed = DTYPE_BYTES[options.dtype]
-    else:
-        computed = DTYPE_BYTES[shape.dtype] if cuda and options.device != "cpu" else 4
+    quantized, on_gpu = form in RUNTIME_BYTES, cuda and options.device != "cpu"
+    by_itself = DTYPE_BYTES[shape.dtype] if on_gpu else 4
+    computed = by_itself if options.dtype == "auto" else DTYPE_BYTES[options.dtype]
     width = (2 if cuda else 4) if quantized else computed
     activations = load.widest_tokens * (3 * shape.inner + 4 * shape.hidden) * width
     logits = load.scored_tokens * shape.vocab_size * (width + 4.0)
@@ -107,7 +105,7 @@ def needs(shape: Shape, form: str, stored: Stored, load: Sequences, options: Opt
     pairs = max(load.batch * load.prompt_tokens**2, load.window**2) if by_steps else 0
     scores = shape.traits.heads * pairs * (width + 4.0)
     # The file stays mapped while its weights are de-quantized from it, and what reads it is loaded.
-    mapped = stored.disk_bytes + READER_BYTES if form == "gguf" and not (cuda and options.device != "cpu") else 0.0
+    mapped = stored.disk_bytes + READER_BYTES if form == "gguf" and not on_gpu else 0.0
     return EngineMemory(
         weights=stored.disk_bytes if quantized else shape.parameters * computed,
         # AWQ and GPTQ are computed in 16 bits everywhere.

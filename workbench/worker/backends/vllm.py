@@ -150,8 +150,7 @@ def serving_command(path: str, row: Row) -> list[str] | None:
     words += ["--dtype", str(dtype)] if dtype else []
     for name, value in vllm_cache.room(row.workload, row.longest_window).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
-    parallel = options.get("tensor_parallel")
-    devices = parallel if isinstance(parallel, int) and parallel > 0 else 1
+    devices = vllm_cache.devices(options)
     words += ["--tensor-parallel-size", str(devices)] if devices > 1 else []
     words += ["--kv-cache-dtype", str(options["kv_cache"])] if options.get("kv_cache") else []
     if reserved := found and found.memory.get("kv_cache_reserved"):

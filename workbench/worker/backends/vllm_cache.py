@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from workbench.records import Job, Workload
-from workbench.worker.architectures import sizes_of
+from workbench.worker.architectures import Sizes, sizes_of
 from workbench.worker.base.checkpoint import read_json
 from workbench.worker.base.config_json import text_config
 
@@ -32,14 +33,14 @@ def in_blocks(tokens: int) -> int:
 
 def values_per_token(path: str) -> int:
     """Keys and values of one token over all layers, by the shape in the checkpoint's config.json."""
-    sizes = sizes_of(text_config(read_json(Path(path) / "config.json")))
+    sizes = _sizes(path)
     return 2 * sizes.layers * sizes.axes["keys"]
 
 
-def devices(job: Job) -> int:
+def devices(options: Mapping[str, object]) -> int:
     """How many GPUs share the model."""
-    found = job.options.get("tensor_parallel")
-    return found if isinstance(found, int) else 1
+    found = options.get("tensor_parallel")
+    return found if isinstance(found, int) and found > 0 else 1
 
 
 def reserved_bytes(job: Job, path: str, dtype: str, cpu: bool) -> int:
@@ -52,5 +53,9 @@ def reserved_bytes(job: Job, path: str, dtype: str, cpu: bool) -> int:
     tokens = max(load.most_tokens, load.longest, job.longest_window + 1)
     blocks = -(-tokens // 128) + 2 * max(load.batches)
     width = 4 if cpu or dtype == "float32" else 1 if job.options.get("kv_cache") == "fp8" else 2
-    heads = sizes_of(text_config(read_json(Path(path) / "config.json"))).kv_heads
-    return int(blocks * 128 * values_per_token(path) * width * MARGIN / min(devices(job), heads))
+    shared = min(devices(job.options), _sizes(path).kv_heads)
+    return int(blocks * 128 * values_per_token(path) * width * MARGIN / shared)
+
+
+def _sizes(path: str) -> Sizes:
+    return sizes_of(text_config(read_json(Path(path) / "config.json")))

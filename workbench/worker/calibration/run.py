@@ -121,7 +121,7 @@ def run(payload: object, progress: Progress) -> object:
             for variant in variants:
                 finish(variant.checkpoint, weights, variant.method, variant.options)
             if request.imatrix_out and named:
-                _write_imatrix(Path(request.imatrix_out), work, weights, named, windows, request.tokens_digest)
+                _write_imatrix(Path(request.imatrix_out), work, weights, named, columns, windows, request.tokens_digest)
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - started
     told_to_all = weights.warnings() + windows.warnings(weights) + _starved(note.experts)
     made_variants = {
@@ -201,13 +201,12 @@ def _write_grams(
 
 
 def _write_imatrix(
-    out: Path, work: Work, weights: Weights, named: dict[str, str], windows: Windows, dataset: str
+    out: Path, work: Work, weights: Weights, named: dict[str, str], columns: Tensors, windows: Windows, dataset: str
 ) -> None:
-    """Write the importance matrix from the stored diagonals."""
+    """Write the importance matrix from the stored diagonals, by GGUF names and in the order of columns there."""
     import numpy as np
 
     rows: dict[str, list[Any]] = {}
-    columns = names.file_columns(weights.config)
     for index, structure in enumerate(weights.structures):
         diagonals = work.importance(index)
         for group in structure.groups:

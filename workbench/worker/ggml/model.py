@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from typing import Any
 
 from workbench.records import Job
 from workbench.worker.scoring import longrope
 
+CONTEXT_STEP = 256
+"""A sequence's context is rounded up to this."""
 ENDLESS = 1 << 30
 """Tokens that no context has."""
+
+
+def context_of(tokens: int) -> int:
+    """The context that llama.cpp makes of a sequence of so many tokens."""
+    return -(-tokens // CONTEXT_STEP) * CONTEXT_STEP
 
 
 def load(api: Any, job: Job, params: Any, heard: list[str]) -> tuple[Any, int]:
@@ -18,10 +26,7 @@ def load(api: Any, job: Job, params: Any, heard: list[str]) -> tuple[Any, int]:
     `params`: llama.cpp's own; `heard`: what it says of the model that is returned. Raises `RuntimeError` with that.
     """
     model = _load(api, job, params, heard)
-    architecture = _entry(api, model, "general.architecture")
-    key = f"{architecture}.rope.scaling.original_context_length"
-    yarn = _entry(api, model, f"{architecture}.rope.scaling.type") == "yarn"
-    original = 0 if yarn else int(_entry(api, model, key) or 0)
+    key, original = longrope.original_of_header(partial(_entry, api, model))
     if longrope.takes_short(job, original):
         # By its context, rounded up, it would take the long ones; it does not where the original one has no end.
         api.llama_model_free(model)

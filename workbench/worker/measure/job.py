@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from workbench.errors import NOT_IMPORTED, cannot_import
+from workbench.errors import importing
 from workbench.records import (
     Answers,
     Job,
@@ -227,10 +227,8 @@ def refer(payload: object, progress: Any) -> object:
 def _engine(job: Job) -> Any:
     """The job's backend, its engine imported."""
     module = backend_named(job.backend)
-    try:
+    with importing(job.backend, module.INSTALL):
         module.load_engine()
-    except NOT_IMPORTED as error:
-        raise cannot_import(job.backend, error, module.INSTALL) from None
     return module
 
 

@@ -10,7 +10,7 @@ Rejected: to load once for scoring and again for speed. It doubles what a job ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from workbench.records import Job
@@ -24,6 +24,14 @@ def original_context(config: Mapping[str, Any]) -> int:
     if "long_factor" not in rope:
         return 0
     return int(rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings") or 0)
+
+
+def original_of_header(entry: Callable[[str], Any]) -> tuple[str, int]:
+    """The entry of a GGUF file's header for the original context, and that; 0 as above. `entry`: an entry of the header
+    by its name, None for one that is not there."""
+    scaling = f"{entry('general.architecture')}.rope.scaling"
+    key = f"{scaling}.original_context_length"
+    return key, 0 if entry(f"{scaling}.type") == "yarn" else int(entry(key) or 0)
 
 
 def takes_short(job: Job, original: int) -> bool | None:
